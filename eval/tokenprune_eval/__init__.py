@@ -1,0 +1,1 @@
+"""Offline evaluation of visual token pruning: data sets, the bundled model, demo and report."""

@@ -1,0 +1,85 @@
+"""How many tokens to keep: a pure function of `keep` and the number of tokens there are.
+
+It must be known before any score is (vLLM sizes the prompt first), and every engine must come to
+the same number, so this is the only place where `keep` is rounded.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from tokenprune.errors import BudgetError
+
+Keep = int | float
+"""A number of tokens (int, at least 1) or a fraction of them (float, above 0 and at most 1)."""
+
+
+def check_keep(keep: Keep) -> Keep:
+    """Return `keep` as a plain int or float if it is a budget, and raise if it is not.
+
+    Parameters
+    ----------
+    keep
+        An int of at least 1 (tokens) or a float in (0, 1] (fraction). ``1`` is one token and
+        ``1.0`` is all of them.
+
+    Returns
+    -------
+    int or float
+        The same value as a built-in number.
+
+    Raises
+    ------
+    BudgetError
+        For zero, a negative number, NaN, a fraction above 1, a bool or anything not a number.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise BudgetError(
+            f"keep={keep!r} ({type(keep).__name__}) is not a budget. Give a whole number of tokens "
+            "(keep=64) or a fraction of them (keep=0.1)."
+        )
+    if isinstance(keep, numbers.Integral):
+        if keep < 1:
+            raise BudgetError(
+                f"keep={keep} keeps nothing. Give at least 1 token, or a fraction above 0."
+            )
+        return int(keep)
+    if not 0.0 < keep <= 1.0:  # also refuses NaN
+        hint = (
+            f" For {int(keep)} tokens write keep={int(keep)}, without the decimal point."
+            if keep > 1.0 and math.isfinite(keep)
+            else ""
+        )
+        raise BudgetError(f"keep={keep} is not a fraction: it must lie in (0, 1].{hint}")
+    return float(keep)
+
+
+def tokens_kept(keep: Keep, total: int) -> int:
+    """Return how many of `total` tokens stay.
+
+    A fraction keeps ``max(1, floor(keep * total + 0.5))``, an int keeps ``min(keep, total)``.
+
+    Parameters
+    ----------
+    keep
+        The budget, see `check_keep`.
+    total
+        Number of visual tokens N of the item, at least 1.
+
+    Returns
+    -------
+    int
+        Between 1 and `total`.
+
+    Raises
+    ------
+    BudgetError
+        If `keep` is no budget or `total` is below 1.
+    """
+    keep = check_keep(keep)
+    if total < 1:
+        raise BudgetError(f"an item of {total} visual tokens has none to keep.")
+    if isinstance(keep, int):
+        return min(keep, total)
+    return max(1, math.floor(keep * total + 0.5))

@@ -1,0 +1,116 @@
+"""PruningConfig: method, keep and options as one value that goes to JSON and back.
+
+It travels inside a checkpoint's config.json, so what it reads is checked as strictly as what a
+caller passes: unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from tokenprune.budget import Keep, check_keep
+from tokenprune.errors import ConfigError, did_you_mean
+from tokenprune.registry import build
+from tokenprune.selectors.base import Selector
+
+Positions = Literal["original", "compact"]
+"""Where the language model believes a kept token to be: where it was, or renumbered."""
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """How to prune: a method, its options, a budget and how positions are counted.
+
+    Parameters
+    ----------
+    method
+        A name out of `tokenprune.methods()`.
+    keep
+        A number of tokens (int) or a fraction (float) of each image or video.
+    positions
+        ``"original"``: each kept token keeps the position it has in the full image, and the text
+        after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
+    options
+        The method's own options; what is left out takes the paper's default.
+
+    Raises
+    ------
+    ConfigError, UnknownMethodError, OptionError, BudgetError
+        On construction, for any value that cannot be used.
+    """
+
+    method: str
+    keep: Keep
+    positions: Positions = "original"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        if self.positions not in get_args(Positions):
+            raise ConfigError(
+                f"positions={self.positions!r} is not a way to count positions. "
+                f"{did_you_mean(str(self.positions), get_args(Positions))}"
+            )
+        self.selector()
+
+    def selector(self) -> Selector:
+        """Return the method with its options."""
+        return build(self.method, self.options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types: ``{"method", "keep", "positions", "options"}``."""
+        return {
+            "method": self.method,
+            "keep": self.keep,
+            "positions": self.positions,
+            "options": dict(self.options),
+        }
+
+    def to_json(self) -> str:
+        """Return `to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
+        """Build the config from what `to_dict` returned.
+
+        Raises
+        ------
+        ConfigError
+            For a missing or an unknown key; everything else as on construction.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"a pruning configuration is an object with method and keep, not {values!r}."
+            )
+        known = ("method", "keep", "positions", "options")
+        for key in values:
+            if key not in known:
+                raise ConfigError(
+                    f"a pruning configuration has no key {key!r}. {did_you_mean(str(key), known)}"
+                )
+        for key in ("method", "keep"):
+            if key not in values:
+                raise ConfigError(f"a pruning configuration needs the key {key!r}; got {values}.")
+        if not isinstance(values.get("options", {}), dict):
+            raise ConfigError(
+                f"options={values['options']!r} is not an object of names and values."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningConfig:
+        """Build the config from JSON text.
+
+        Raises
+        ------
+        ConfigError
+            If the text is not JSON; everything else as `from_dict`.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a pruning configuration must be JSON: {error}.") from error
+        return cls.from_dict(values)

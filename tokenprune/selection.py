@@ -1,0 +1,56 @@
+"""Selection: which visual tokens of one image or video stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which visual tokens of one image or video stay.
+
+    Attributes
+    ----------
+    kept
+        LongTensor [K], the indices of the tokens that stay, ascending.
+    total
+        N, how many tokens there were.
+    grid
+        (frames, rows, columns) of the tokens; their product is N.
+    scores
+        float32 [N], higher means more worth keeping, or None where the method has no score per
+        token. A method that also weighs tokens against each other (diversity) does not keep
+        simply the highest.
+    """
+
+    kept: Tensor
+    total: int
+    grid: tuple[int, int, int]
+    scores: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return K, how many tokens stay."""
+        return self.kept.numel()
+
+    @property
+    def mask(self) -> Tensor:
+        """BoolTensor [N], True where the token stays."""
+        mask = torch.zeros(self.total, dtype=torch.bool, device=self.kept.device)
+        mask[self.kept] = True
+        return mask
+
+    @property
+    def grid_mask(self) -> Tensor:
+        """BoolTensor [frames, rows, columns], True where the token stays."""
+        return self.mask.view(self.grid)
+
+    @property
+    def grid_scores(self) -> Tensor | None:
+        """float32 [frames, rows, columns], or None where there are no scores."""
+        return None if self.scores is None else self.scores.view(self.grid)
+
+    def __repr__(self) -> str:
+        return f"Selection(kept {len(self)} of {self.total}, grid={self.grid})"

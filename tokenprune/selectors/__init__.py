@@ -1,0 +1,1 @@
+"""The selectors: one file per published method. `base.py` says what a selector is."""

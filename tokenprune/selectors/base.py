@@ -1,0 +1,169 @@
+"""What a selector is: a frozen dataclass whose fields are its options, with `score` or `select`.
+
+A method that ranks tokens one by one defines `score`; one that weighs them against each other
+defines `select`. Either way exactly `keep` tokens come back, ascending, and ties go to the lowest
+index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import OptionError, did_you_mean
+from tokenprune.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What a selector returns for B items.
+
+    Attributes
+    ----------
+    kept
+        LongTensor [B, K], ascending in each row.
+    scores
+        float32 [B, N], or None where the method has no score per token.
+    """
+
+    kept: Tensor
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Base of every method: subclass it as a frozen dataclass, with the options as fields.
+
+    Class attributes
+    ----------------
+    name
+        What users write: ``method="cls-attention"``.
+    summary
+        What it looks at, in one line.
+    paper
+        Title and arXiv number, or "" for a baseline without one.
+    needs
+        Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
+
+    Raises
+    ------
+    OptionError
+        On construction, for an option of the wrong type or a value outside its `Literal`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    needs: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            _check_type(self.name, field.name, getattr(self, field.name), hints[field.name])
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Selector:
+        """Build the selector from option names and values.
+
+        Raises
+        ------
+        OptionError
+            For a name the method does not have (with the nearest one) or a value it cannot take.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise OptionError(
+                    f"method {cls.name!r} has no option {name!r}. {did_you_mean(name, known)}"
+                )
+        return cls(**options)
+
+    def score(self, tokens: TokenBatch) -> Tensor:
+        """Return float32 scores [B, N], higher for a token more worth keeping.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape, with everything in `needs`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines neither score nor select")
+
+    def select(self, tokens: TokenBatch, keep: int) -> Picks:
+        """Return the `keep` tokens of each item that stay; by default those that score highest.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape, with everything in `needs`.
+        keep
+            K, between 1 and N.
+        """
+        scores = self.score(tokens)
+        return Picks(top_k(scores, keep), scores)
+
+
+def top_k(scores: Tensor, keep: int) -> Tensor:
+    """Return the indices of the `keep` highest scores of each row, ascending; the first wins a tie.
+
+    Parameters
+    ----------
+    scores
+        float [B, N] without NaN.
+    keep
+        K, between 1 and N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K].
+    """
+    # torch.topk leaves the order of equal scores open; a stable sort does not.
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    return order[..., :keep].sort(dim=-1).values
+
+
+def _check_type(method: str, option: str, value: Any, hint: Any) -> None:
+    """Raise OptionError unless `value` is of the annotated type: Literal, int, float, bool, str."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        alternatives = typing.get_args(hint)
+        for alternative in alternatives:
+            try:
+                return _check_type(method, option, value, alternative)
+            except OptionError:
+                continue
+        raise OptionError(f"option {option}={value!r} of method {method!r} must be a {hint}.")
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed:
+            names = [str(choice) for choice in allowed]
+            raise OptionError(
+                f"option {option}={value!r} of method {method!r} is not one of its values. "
+                f"{did_you_mean(str(value), names)}"
+            )
+        return None
+    fits = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value),
+    }.get(hint, hint is None or not isinstance(hint, type) or isinstance(value, hint))
+    if hint in (None, type(None)):
+        fits = value is None
+    if not fits:
+        wanted = {float: "a finite number", int: "a whole number", bool: "True or False"}.get(
+            hint, getattr(hint, "__name__", str(hint))
+        )
+        raise OptionError(
+            f"option {option}={value!r} of method {method!r} must be {wanted}, "
+            f"not {type(value).__name__}."
+        )
+    return None

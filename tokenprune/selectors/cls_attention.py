@@ -1,0 +1,32 @@
+"""cls-attention: keep the tokens the encoder's CLS token attends to (FasterVLM)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class ClsAttention(Selector):
+    """Score s_i = (1/H) sum_h A_h[CLS, i], the softmax including the CLS key itself.
+
+    Source: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning"
+    (FasterVLM), arXiv 2412.01818 v1, and its released code: the layer whose output is the
+    feature, mean over heads, no renormalisation over patches. On an encoder without CLS token the
+    adapters hand in the attention each token receives, as the same authors do for SigLIP.
+    """
+
+    name: ClassVar[str] = "cls-attention"
+    summary: ClassVar[str] = "attention of the encoder's CLS token, mean over heads"
+    paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
+    needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+
+    def score(self, tokens: TokenBatch) -> Tensor:
+        """Return float32 [B, N]: `cls_attention` averaged over heads."""
+        attention = tokens.require("cls_attention").float()
+        return attention.mean(dim=1) if attention.ndim == 3 else attention

@@ -1,0 +1,26 @@
+"""feature-norm: keep the tokens whose encoder features are longest. A baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class FeatureNorm(Selector):
+    """Score s_i = ||x_i||_2 of the encoder's output, before the projector."""
+
+    name: ClassVar[str] = "feature-norm"
+    summary: ClassVar[str] = "L2 norm of the encoder's features (baseline)"
+    needs: ClassVar[tuple[str, ...]] = ("features",)
+
+    def score(self, tokens: TokenBatch) -> Tensor:
+        """Return float32 [B, N]: the norm of each row of `features`."""
+        features = tokens.require("features")
+        return torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)

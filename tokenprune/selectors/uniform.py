@@ -1,0 +1,59 @@
+"""uniform: keep an even grid in space and time. A baseline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from tokenprune.selectors.base import Picks, Selector
+from tokenprune.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class Uniform(Selector):
+    """Spread exactly `keep` tokens evenly over frames, then rows, then columns.
+
+    Each axis is cut into equal parts and the middle of each part is kept. Frames differ by at
+    most one token, and so do the rows used in a frame.
+    """
+
+    name: ClassVar[str] = "uniform"
+    summary: ClassVar[str] = "nothing: an even grid in space and time (baseline)"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def select(self, tokens: TokenBatch, keep: int) -> Picks:
+        """Return the same LongTensor [K] for every item; there are no scores."""
+        frames, rows, columns = tokens.grid
+        kept = [
+            (frame * rows + row) * columns + column
+            for frame, in_frame in zip(
+                _middles(min(keep, frames), frames), _shares(keep, min(keep, frames)), strict=True
+            )
+            for row, column in _spread_in_frame(in_frame, rows, columns)
+        ]
+        index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
+        return Picks(index.expand(tokens.size, -1))
+
+
+def _middles(parts: int, length: int) -> list[int]:
+    """Return the middle index of each of `parts` equal parts of range(length), ascending."""
+    return [(2 * part + 1) * length // (2 * parts) for part in range(parts)]
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    """Split `total` into `parts` whole numbers that differ by at most one."""
+    return [(part + 1) * total // parts - part * total // parts for part in range(parts)]
+
+
+def _spread_in_frame(keep: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """Return `keep` places (row, column) spread evenly over one frame, in raster order."""
+    square = round(math.sqrt(keep * rows / columns))  # as many rows as make the cells square
+    used = min(rows, keep, max(square, math.ceil(keep / columns), 1))
+    return [
+        (row, column)
+        for row, in_row in zip(_middles(used, rows), _shares(keep, used), strict=True)
+        for column in _middles(in_row, columns)
+    ]

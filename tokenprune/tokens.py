@@ -1,0 +1,243 @@
+"""VisualTokens: what a selector may look at, for one image or video, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import TokensError
+
+Projector = Callable[[Tensor], Tensor]
+"""Maps vision features [..., C] to what the language model reads [..., D]."""
+
+INPUTS = ("features", "embeddings", "cls_attention", "projector", "query_attention")
+"""What a selector may name in `needs`."""
+
+_TENSORS = ("features", "embeddings", "cls_attention", "query_attention")
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """What a selector may look at, for one image or video.
+
+    Give what the method needs (`tokenprune.methods()[name].needs`); the rest may be None.
+
+    Parameters
+    ----------
+    grid
+        (T, R, W): frames, rows, columns; N = T * R * W tokens.
+    features
+        [N, C] output of the vision encoder, before the projector. Where several patches become
+        one token (pixel shuffle, 2x2 merger), the patches of a token side by side.
+    embeddings
+        [N, D] output of the projector: what the language model would read.
+    cls_attention
+        [H, N] or [N], the softmax attention of the CLS token to each token at the scoring layer;
+        on an encoder without CLS token the attention each token receives.
+    projector
+        Callable [..., C] -> [..., D]. `tokenprune.MLPProjector` lets closed forms be used.
+    query_attention
+        [H, Q, N], the attention of the question's Q tokens to each visual token.
+    label
+        What to call this item in an error, for example ``"image 2"``.
+
+    Raises
+    ------
+    TokensError
+        If the grid is not three positive ints, or a tensor's shape does not fit it.
+    """
+
+    grid: tuple[int, int, int]
+    features: Tensor | None = None
+    embeddings: Tensor | None = None
+    cls_attention: Tensor | None = None
+    projector: Projector | None = None
+    query_attention: Tensor | None = None
+    label: str = "the item"
+
+    def __post_init__(self) -> None:
+        grid = tuple(self.grid)
+        if len(grid) != 3 or any(
+            isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in grid
+        ):
+            raise TokensError(
+                f"{self.label}: grid={self.grid!r} is not (frames, rows, columns), three whole "
+                "numbers of at least 1. A single image has one frame: (1, rows, columns)."
+            )
+        object.__setattr__(self, "grid", grid)
+        for name, dims in (
+            ("features", (2,)),
+            ("embeddings", (2,)),
+            ("cls_attention", (1, 2)),
+            ("query_attention", (3,)),
+        ):
+            tensor: Tensor | None = getattr(self, name)
+            if tensor is None:
+                continue
+            token_axis = 0 if name in ("features", "embeddings") else -1
+            if tensor.ndim not in dims or tensor.shape[token_axis] != self.total:
+                layout = {
+                    "features": "[N, C]",
+                    "embeddings": "[N, D]",
+                    "cls_attention": "[H, N] or [N]",
+                    "query_attention": "[H, Q, N]",
+                }[name]
+                raise TokensError(
+                    f"{self.label}: {name} has shape {list(tensor.shape)}; with grid={self.grid} "
+                    f"it must be {layout} with N={self.total}."
+                )
+
+    @property
+    def total(self) -> int:
+        """N, the number of tokens."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """B items of one shape, stacked: what `Selector.score` and `Selector.select` are given.
+
+    The fields are those of `VisualTokens` with a leading axis B. Only what the method named in
+    `needs` is sure to be there; `require` fetches a tensor and says so clearly if it is not.
+
+    Attributes
+    ----------
+    grid
+        (T, R, W) of every item.
+    labels
+        What to call each item in an error, B strings.
+    device
+        Where the items live.
+    features
+        [B, N, C] or None.
+    embeddings
+        [B, N, D] or None.
+    cls_attention
+        [B, H, N] or [B, N] or None.
+    projector
+        One callable for all items, or None.
+    query_attention
+        [B, H, Q, N] or None.
+    """
+
+    grid: tuple[int, int, int]
+    labels: tuple[str, ...]
+    device: torch.device
+    features: Tensor | None = None
+    embeddings: Tensor | None = None
+    cls_attention: Tensor | None = None
+    projector: Projector | None = None
+    query_attention: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """B, the number of items."""
+        return len(self.labels)
+
+    @property
+    def total(self) -> int:
+        """N, the number of tokens of each item."""
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+    def require(self, name: str) -> Tensor:
+        """Return the tensor called `name`.
+
+        Raises
+        ------
+        TokensError
+            If the batch does not have it.
+        """
+        tensor: Tensor | None = getattr(self, name)
+        if tensor is None:
+            raise TokensError(
+                f"{self.labels[0]}: {name} is missing. Pass VisualTokens({name}=...), and name "
+                f"{name!r} in the selector's `needs` so that adapters gather it."
+            )
+        return tensor
+
+    def require_projector(self) -> Projector:
+        """Return the projector.
+
+        Raises
+        ------
+        TokensError
+            If the batch does not have one.
+        """
+        if self.projector is None:
+            raise TokensError(
+                f"{self.labels[0]}: projector is missing. Pass VisualTokens(projector=...), a "
+                "callable from features [..., C] to embeddings [..., D]."
+            )
+        return self.projector
+
+
+def batch_key(item: VisualTokens, needs: Sequence[str]) -> tuple[object, ...]:
+    """Return what two items must share to be put into one batch for a method with these needs."""
+    key: list[object] = [item.grid]
+    for name in needs:
+        value = getattr(item, name)
+        if isinstance(value, Tensor):
+            key.append((name, tuple(value.shape), value.dtype, value.device))
+        else:
+            key.append((name, id(value)))
+    return tuple(key)
+
+
+def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
+    """Stack items of one `batch_key`, with just the inputs in `needs`.
+
+    Parameters
+    ----------
+    items
+        At least one item.
+    needs
+        Names out of `INPUTS`.
+
+    Returns
+    -------
+    TokenBatch
+        The items in the order given.
+
+    Raises
+    ------
+    TokensError
+        If an item lacks one of `needs`, or has a NaN or an infinity in it. The item is named.
+    """
+    first = items[0]
+    fields: dict[str, Tensor] = {}
+    device = next(
+        (value.device for name in _TENSORS if isinstance(value := getattr(first, name), Tensor)),
+        torch.device("cpu"),
+    )
+    for name in needs:
+        for item in items:
+            if getattr(item, name) is None:
+                raise TokensError(
+                    f"{item.label}: this method needs {name}, and VisualTokens has none. It needs: "
+                    f"{', '.join(needs)}."
+                )
+        if name == "projector":
+            continue
+        stacked = torch.stack([getattr(item, name) for item in items])
+        finite = stacked.isfinite().flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            count = int((~stacked[bad].isfinite()).sum())
+            raise TokensError(
+                f"{items[bad].label}: {name} holds {count} NaN or infinite values. They come from "
+                "the vision encoder: check the image, and the encoder's dtype (float16 overflows; "
+                "bfloat16 or float32 do not)."
+            )
+        fields[name] = stacked
+    return TokenBatch(
+        grid=first.grid,
+        labels=tuple(item.label for item in items),
+        device=device,
+        projector=first.projector if "projector" in needs else None,
+        **fields,
+    )
