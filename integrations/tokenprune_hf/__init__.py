@@ -1,0 +1,40 @@
+"""tokenprune_hf: visual token pruning inside transformers.
+
+    with tokenprune_hf.prune(model, method="zeroth-order", keep=0.1) as pruning:
+        output = model.generate(**inputs, max_new_tokens=32)
+    pruning.selections
+
+The model's own forward runs; no code of transformers is copied and no attention is made eager.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenprune_hf.encoding import Encoded as Encoded
+    from tokenprune_hf.encoding import encode as encode
+    from tokenprune_hf.families.registry import families as families
+    from tokenprune_hf.pruning import Pruning as Pruning
+    from tokenprune_hf.pruning import apply as apply
+    from tokenprune_hf.pruning import prune as prune
+    from tokenprune_hf.pruning import remove as remove
+
+_HOMES = {
+    "Encoded": "encoding",
+    "Pruning": "pruning",
+    "apply": "pruning",
+    "encode": "encoding",
+    "families": "families.registry",
+    "prune": "pruning",
+    "remove": "pruning",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokenprune_hf' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"tokenprune_hf.{_HOMES[name]}"), name)

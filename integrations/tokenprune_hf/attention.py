@@ -1,0 +1,214 @@
+"""Vision attention from q and k of one layer, without eager attention and without full maps.
+
+The tower keeps its fused kernel: hooks on the scoring layer's projections see q and k as they
+pass, and just the rows that a method needs are computed from them, in float32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_QUERIES_AT_ONCE = 512  # rows of the attention map that exist at one time
+
+
+@dataclass
+class AttentionProbe:
+    """What the hooks on one attention module saw during one run of the tower.
+
+    Attributes
+    ----------
+    query, key
+        [B, P, H * d] as the projections put them out, or, for a fused projection, both inside
+        `fused` [P, 3 * H * d].
+    arguments
+        What the attention module was called with, by parameter name.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    fused: Tensor | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def probe(attention: nn.Module) -> Iterator[AttentionProbe]:
+    """Watch one attention module while the block runs; its hooks are gone afterwards.
+
+    Parameters
+    ----------
+    attention
+        An attention module of transformers with `q_proj` and `k_proj` (and perhaps `q_norm`,
+        `k_norm` after them), or with a fused `qkv`.
+    """
+    seen = AttentionProbe()
+    signature = inspect.signature(attention.forward)
+
+    def arguments(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.arguments = dict(signature.bind(*args, **kwargs).arguments)
+        seen.arguments.update(seen.arguments.pop("kwargs", {}))
+
+    def output_into(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            setattr(seen, name, output)
+
+        return hook
+
+    with ExitStack() as hooks:
+        handles = [attention.register_forward_pre_hook(arguments, with_kwargs=True)]
+        if hasattr(attention, "qkv"):
+            handles.append(attention.qkv.register_forward_hook(output_into("fused")))
+        else:
+            query = getattr(attention, "q_norm", attention.q_proj)
+            key = getattr(attention, "k_norm", attention.k_proj)
+            handles.append(query.register_forward_hook(output_into("query")))
+            handles.append(key.register_forward_hook(output_into("key")))
+        for handle in handles:
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:
+    """[B, P, H * d] -> float32 [B, H, P, d]."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+
+
+def cls_row(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None, cls_index: int = 0
+) -> Tensor:
+    """Return the softmax attention of one query, the CLS token, to every key.
+
+    Parameters
+    ----------
+    query, key
+        [B, H, P, d] of the scoring layer, any float dtype; the CLS token is token `cls_index`.
+    scale
+        Factor on q kᵀ, usually d ** -0.5.
+    mask
+        Bool (True may be seen) or additive, broadcastable to [B, H, P, P], or None.
+    cls_index
+        Where the CLS token stands.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, H, P], the CLS key included in the softmax and in the result.
+    """
+    row = query[:, :, cls_index : cls_index + 1].float()
+    logits = row @ key.float().transpose(-1, -2) * scale
+    if mask is not None:
+        mask = mask if mask.shape[-2] == 1 else mask[..., cls_index : cls_index + 1, :]
+    return _softmax(logits, mask)[:, :, 0]
+
+
+def received(query: Tensor, key: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Return the attention each token receives: the mean over all queries, in blocks of queries.
+
+    Source: the SigLIP path of VisPruner's released code (arXiv 2412.01818 v2), mean over queries
+    of the softmax; heads are kept apart here and averaged by the selector.
+
+    Parameters
+    ----------
+    query, key
+        [B, H, P, d] of the scoring layer, any float dtype.
+    scale
+        Factor on q kᵀ, usually d ** -0.5.
+    mask
+        Bool (True may be seen) or additive, broadcastable to [B, H, P, P], or None.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, H, P].
+    """
+    key = key.float()
+    total = key.new_zeros(key.shape[:-1])
+    for start in range(0, query.shape[2], _QUERIES_AT_ONCE):
+        rows = query[:, :, start : start + _QUERIES_AT_ONCE].float()
+        logits = rows @ key.transpose(-1, -2) * scale
+        part = mask
+        if mask is not None and mask.shape[-2] > 1:
+            part = mask[..., start : start + _QUERIES_AT_ONCE, :]
+        total += _softmax(logits, part).sum(dim=2)
+    return total / query.shape[2]
+
+
+def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+        else:
+            logits = logits + mask.float()
+    return logits.softmax(dim=-1)
+
+
+def grid_attention(attention: nn.Module, seen: AttentionProbe, has_cls: bool) -> Tensor:
+    """Return the scores of a tower that encodes whole images: CLS row, or attention received.
+
+    Parameters
+    ----------
+    attention
+        The module that was watched (CLIP, SigLIP, InternVL, Idefics3 and their likes).
+    seen
+        What `probe` saw.
+    has_cls
+        Whether token 0 is a CLS token.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, H, P], P without the CLS token.
+    """
+    heads = int(attention.num_heads)
+    if seen.query is None or seen.key is None:
+        raise RuntimeError("the scoring layer did not run while it was watched")
+    query, key = _heads(seen.query, heads), _heads(seen.key, heads)
+    scale = float(getattr(attention, "scale", query.shape[-1] ** -0.5))
+    mask = seen.arguments.get("attention_mask")
+    if has_cls:
+        return cls_row(query, key, scale, mask)[..., 1:]
+    return received(query, key, scale, mask)
+
+
+def packed_attention(attention: nn.Module, seen: AttentionProbe) -> Tensor:
+    """Return the attention received in a tower that packs images into one sequence (Qwen-VL).
+
+    Attention runs inside the segments that `cu_seqlens` marks: one per frame or image.
+
+    Parameters
+    ----------
+    attention
+        The module that was watched, with a fused `qkv` and 2-D rotary positions.
+    seen
+        What `probe` saw.
+
+    Returns
+    -------
+    Tensor
+        float32 [H, P] over all packed patches P.
+    """
+    if seen.fused is None:
+        raise RuntimeError("the scoring layer did not run while it was watched")
+    heads = int(attention.num_heads)
+    query, key, _ = seen.fused.unflatten(-1, (3, heads, -1)).unbind(-3)
+    cos, sin = seen.arguments["position_embeddings"]
+    # The family's own rotary function: its convention is not ours to repeat.
+    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
+    query, key = rotary(query, key, cos, sin)
+    query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+    edges = seen.arguments["cu_seqlens"].tolist()
+    scale = float(attention.scaling)
+    return torch.cat(
+        [
+            received(query[:, :, start:end], key[:, :, start:end], scale)[0]
+            for start, end in zip(edges[:-1], edges[1:], strict=True)
+        ],
+        dim=-1,
+    )

@@ -1,0 +1,178 @@
+"""Encoded: what the vision encoder made of a batch's images and videos, before any is dropped.
+
+Encoding once and pruning it many times is how several methods are compared at the cost of one
+run of the encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import PromptError
+from tokenprune.selection import Selection
+from tokenprune_hf.families.base import PROVIDED, EncodedModality, Family, Item
+from tokenprune_hf.families.registry import family_of
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """All images and videos of a batch of prompts, encoded and not yet pruned.
+
+    Attributes
+    ----------
+    modalities
+        ``"image"`` and ``"video"``, where the batch has them.
+    needs
+        What was gathered for selectors; a method that needs more has to encode again.
+    """
+
+    modalities: dict[str, EncodedModality]
+    needs: tuple[str, ...]
+
+    def take(self, indices: Sequence[int]) -> Encoded:
+        """Return a batch of some images of this one, in any order, with repeats.
+
+        For batches with one image (a single tensor of rows) per prompt, and no video.
+
+        Parameters
+        ----------
+        indices
+            Positions of images in this batch.
+
+        Raises
+        ------
+        PromptError
+            If the batch holds videos, or images of several items.
+        """
+        image = self.modalities.get("image")
+        if (
+            set(self.modalities) != {"image"}
+            or image is None
+            or len(image.items) != len(image.sizes)
+        ):
+            raise PromptError("take works on batches of images of one item each, without videos.")
+        rows = image.rows.split(image.sizes)
+        starts = torch.tensor([0, *image.sizes]).cumsum(0).tolist()
+        sizes = [image.sizes[index] for index in indices]
+        new_starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        items = [
+            Item(image.items[index].rows - starts[index] + new_start, image.items[index].tokens)
+            for index, new_start in zip(indices, new_starts[:-1], strict=True)
+        ]
+        deepstack = [
+            torch.cat([layer.split(image.sizes)[index] for index in indices])
+            for layer in image.deepstack
+        ]
+        taken = EncodedModality(
+            torch.cat([rows[index] for index in indices]), sizes, image.stacked, deepstack, items
+        )
+        return Encoded({"image": taken}, self.needs)
+
+
+def encode(model: Any, *, needs: Sequence[str] = PROVIDED, **inputs: Any) -> Encoded:
+    """Run a model's vision encoder on what its processor returned, without pruning.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers.
+    needs
+        What to gather, out of features, embeddings, cls_attention and projector.
+    **inputs
+        What the processor returned; arguments the encoder does not read are left alone.
+
+    Returns
+    -------
+    Encoded
+        Pass it as ``model.generate(..., encoded=...)`` inside a `prune` block, in place of the
+        pixels.
+
+    Raises
+    ------
+    UnsupportedModelError, PromptError
+        If the model cannot be pruned, or there is no image or video among the inputs.
+    """
+    with torch.no_grad():
+        encoded = encode_media(family_of(model), inputs, needs)
+    if encoded is None:
+        raise PromptError("there are no pixel values among the inputs: nothing to encode.")
+    return encoded
+
+
+def encode_media(family: Family, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded | None:
+    """Encode whatever pixels a call's arguments hold; None where there are none."""
+    media = family.media(arguments)
+    if not media:
+        return None
+    return Encoded({one.modality: family.encode(one, needs) for one in media}, tuple(needs))
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of one modality that stay, ready to be handed to the language model.
+
+    Attributes
+    ----------
+    staying
+        BoolTensor [R] over all rows the encoder returned.
+    """
+
+    encoded: EncodedModality
+    staying: Tensor
+
+    @classmethod
+    def of(cls, encoded: EncodedModality, selections: Sequence[Selection]) -> KeptRows:
+        """Mark the rows that stay: those selected, and those that belong to no item."""
+        staying = torch.ones(len(encoded.rows), dtype=torch.bool, device=encoded.rows.device)
+        for item, selection in zip(encoded.items, selections, strict=True):
+            staying[item.rows] = False
+            staying[item.rows[selection.kept]] = True
+        return cls(encoded, staying)
+
+    def output(self, per_sample: Sequence[int], repeats: int) -> Any:
+        """Return the encoder's output with the kept rows only, as the model's forward expects it.
+
+        Parameters
+        ----------
+        per_sample
+            Rows, before pruning, of each prompt of the batch.
+        repeats
+            How often `generate` repeats each prompt (beams, returned sequences).
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        index = torch.cat(
+            [
+                part[self.staying[part]]
+                for sample in torch.arange(len(self.staying), device=self.staying.device).split(
+                    list(per_sample)
+                )
+                for part in [sample] * repeats
+            ]
+        )
+        owner = torch.repeat_interleave(
+            torch.arange(len(self.encoded.sizes), device=index.device),
+            torch.tensor(self.encoded.sizes, device=index.device),
+        )[index]
+        # One tensor per image again: a new one begins where the image or the prompt changes.
+        first = torch.ones_like(index, dtype=torch.bool)
+        first[1:] = (owner[1:] != owner[:-1]) | (index[1:] <= index[:-1])
+        sizes = torch.diff(
+            first.nonzero()[:, 0], append=torch.tensor([len(index)], device=index.device)
+        ).tolist()
+        pooled: Any = self.encoded.rows[index].split(sizes)
+        if self.encoded.stacked:
+            same = len(set(sizes)) == 1
+            pooled = torch.stack(pooled) if same else self.encoded.rows[index][None]
+        output = BaseModelOutputWithPooling(pooler_output=pooled)
+        if self.encoded.deepstack:
+            # An attribute and not a field: the class without deepstack has no such field.
+            output.deepstack_features = [
+                layer[index].split(sizes) for layer in self.encoded.deepstack
+            ]
+        return output

@@ -1,0 +1,1 @@
+"""Model families: where each keeps its encoder, its projector and its tokens."""

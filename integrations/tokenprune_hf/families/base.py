@@ -1,0 +1,324 @@
+"""What a family has to say, and the run of the vision encoder that all families share.
+
+A family is told apart by its config's `model_type`. It says which module projects, which layer
+scores, and how the rows that the encoder returns are laid out in items; the rest is here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import VisualTokens
+from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
+
+PROVIDED = ("features", "embeddings", "cls_attention", "projector")
+"""What this adapter can hand to a selector."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image, video or crop that a selector prunes.
+
+    Attributes
+    ----------
+    rows
+        LongTensor [N], the item's rows among all rows the encoder returned for the modality.
+        Rows that belong to no item (newline tokens, a CLS token) always stay.
+    tokens
+        What the selector may look at.
+    """
+
+    rows: Tensor
+    tokens: VisualTokens
+
+
+@dataclass(frozen=True)
+class EncodedModality:
+    """What the encoder returned for all images, or all videos, of a batch of prompts.
+
+    Attributes
+    ----------
+    rows
+        [R, D], everything the language model would read, in prompt order.
+    sizes
+        Rows of each tensor the encoder returned; they add up to R.
+    stacked
+        Whether the encoder returned one tensor [n, R / n, D] and not a list.
+    deepstack
+        Further features of the same rows for deeper layers, each [R, D] (Qwen3-VL).
+    items
+        The images or videos, in prompt order.
+    """
+
+    rows: Tensor
+    sizes: list[int]
+    stacked: bool
+    deepstack: list[Tensor]
+    items: list[Item]
+
+
+@dataclass
+class Captured:
+    """What the hooks saw while the encoder ran.
+
+    Attributes
+    ----------
+    features
+        The projector's input, as it was passed.
+    attention_module, attention
+        The scoring layer's module and what was seen of it; None where no method asked.
+    """
+
+    features: Tensor
+    attention_module: nn.Module | None = None
+    attention: AttentionProbe | None = None
+
+
+@dataclass
+class Media:
+    """The arguments with which the encoder of one modality is called.
+
+    Attributes
+    ----------
+    modality
+        ``"image"`` or ``"video"``.
+    arguments
+        Arguments of ``get_image_features`` or ``get_video_features``.
+    """
+
+    modality: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Family:
+    """Base of the families; the defaults fit a tower that encodes whole images (CLIP, SigLIP)."""
+
+    model_types: ClassVar[tuple[str, ...]]
+    """The `config.model_type` of the models that belong to the family."""
+
+    mrope: ClassVar[bool] = False
+    """Whether positions have three axes (time, row, column)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.inner: Any = getattr(model, "model", model)
+        self._projectors: dict[str, MLPProjector] = {}
+
+    # What a family says about itself -----------------------------------------------------------
+
+    def tower(self, modality: str) -> Any:
+        """Return the vision encoder of `modality`."""
+        return self.inner.vision_tower
+
+    def projector_module(self, modality: str) -> nn.Module:
+        """Return the module whose input is the tokens' features [..., C]."""
+        module: nn.Module = self.inner.multi_modal_projector
+        return module
+
+    def build_projector(self, modality: str) -> MLPProjector:
+        """Return the projector as a callable of features [..., C] that knows its structure."""
+        module: Any = self.inner.multi_modal_projector
+        return MLPProjector(first=module.linear_1, activation=module.act, second=module.linear_2)
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Cut the rows into items, with features and attention per token."""
+        raise NotImplementedError
+
+    # What follows from it ----------------------------------------------------------------------
+
+    def projector(self, modality: str) -> MLPProjector:
+        """Return `build_projector`'s result, one per model, so its matrix is computed once."""
+        if modality not in self._projectors:
+            self._projectors[modality] = self.build_projector(modality)
+        return self._projectors[modality]
+
+    def scoring_layer(self, media: Media) -> nn.Module:
+        """Return the attention module of the layer whose output is the feature."""
+        layers = _encoder_layers(self.tower(media.modality))
+        chosen = media.arguments.get("vision_feature_layer")
+        if chosen is None:
+            chosen = getattr(self.model.config, "vision_feature_layer", -1)
+        if not isinstance(chosen, int):
+            chosen = max(chosen, key=lambda index: index % (len(layers) + 1))
+        # hidden_states has one entry more than there are layers: entry 0 is the embedding.
+        layer = layers[chosen % (len(layers) + 1) - 1]
+        attention = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+        if attention is None or not hasattr(attention, "q_proj"):
+            raise UnsupportedModelError(
+                f"the vision tower {type(self.tower(media.modality)).__name__} of "
+                f"{type(self.model).__name__} has no q_proj and k_proj to watch, so methods that "
+                "need attention cannot serve it. Use one that needs features or embeddings only "
+                "(see `tokenprune methods`)."
+            )
+        module: nn.Module = attention
+        return module
+
+    def has_cls(self, modality: str) -> bool:
+        """Say whether the tower puts a CLS token in front of its patches."""
+        embeddings = getattr(self.tower(modality), "embeddings", None)
+        return hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
+
+    def token_id(self, modality: str) -> int:
+        """Return the id of the placeholder token of `modality`."""
+        token_id = getattr(self.model.config, f"{modality}_token_id", None)
+        if token_id is None:
+            token_id = getattr(self.model.config, f"{modality}_token_index", -1)
+        return int(token_id)
+
+    def patch_attention(self, captured: Captured, modality: str) -> Tensor | None:
+        """Return float32 [B, H, P], the attention score of each patch, if it was asked for."""
+        if captured.attention_module is None or captured.attention is None:
+            return None
+        return grid_attention(captured.attention_module, captured.attention, self.has_cls(modality))
+
+    def item(
+        self,
+        media: Media,
+        label: str,
+        grid: tuple[int, int, int],
+        rows: Tensor,
+        all_rows: Tensor,
+        features: Tensor,
+        attention: Tensor | None,
+    ) -> Item:
+        """Build one item.
+
+        Parameters
+        ----------
+        media
+            Its modality's arguments.
+        label
+            What to call it in an error.
+        grid
+            (frames, rows, columns).
+        rows
+            LongTensor [N] into `all_rows`.
+        all_rows
+            [R, D].
+        features
+            [N, C].
+        attention
+            [H, N] or None.
+        """
+        return Item(
+            rows,
+            VisualTokens(
+                grid=grid,
+                features=features,
+                embeddings=all_rows[rows],
+                cls_attention=attention,
+                projector=self.projector(media.modality),
+                label=label,
+            ),
+        )
+
+    def media(self, arguments: dict[str, Any]) -> list[Media]:
+        """Return the modalities whose pixels are among a call's arguments."""
+        found = []
+        for modality in ("image", "video"):
+            function = getattr(self.inner, f"get_{modality}_features", None)
+            if function is None:
+                continue
+            names = [name for name in inspect.signature(function).parameters if name != "kwargs"]
+            given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+            if any(name.startswith("pixel_values") for name in given):
+                found.append(Media(modality, given))
+        return found
+
+    def encoder_arguments(self) -> set[str]:
+        """Return the names of all arguments that only the vision encoders read."""
+        names: set[str] = set()
+        for modality in ("image", "video"):
+            function = getattr(self.inner, f"get_{modality}_features", None)
+            if function is not None:
+                names.update(inspect.signature(function).parameters)
+        return names - {"kwargs", "return_dict"}
+
+    def encode(self, media: Media, needs: Sequence[str]) -> EncodedModality:
+        """Run the vision encoder once and collect what `needs` names.
+
+        Parameters
+        ----------
+        media
+            The modality and the encoder's arguments.
+        needs
+            Names out of `PROVIDED`.
+
+        Returns
+        -------
+        EncodedModality
+            All rows and the items in them.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the scoring layer's attention is needed and cannot be watched.
+        """
+        captured_features: list[Tensor] = []
+
+        def keep_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            captured_features.append(args[0])
+
+        with ExitStack() as stack:
+            attention_module = attention = None
+            if "cls_attention" in needs:
+                attention_module = self.scoring_layer(media)
+                attention = stack.enter_context(probe(attention_module))
+            handle = self.projector_module(media.modality).register_forward_pre_hook(keep_input)
+            stack.callback(handle.remove)
+            function = getattr(self.inner, f"get_{media.modality}_features")
+            output = function(**media.arguments, return_dict=True)
+        if not captured_features:
+            raise PromptError(f"the vision encoder was given no {media.modality}.")
+        pooled = output.pooler_output
+        parts = list(pooled)
+        rows = torch.cat(parts)
+        deepstack = [
+            torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []
+        ]
+        sizes = [len(part) for part in parts]
+        items = self.items(
+            media, rows, sizes, Captured(captured_features[0], attention_module, attention)
+        )
+        return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items)
+
+
+def _encoder_layers(tower: Any) -> Sequence[Any]:
+    """Return a vision tower's layers."""
+    encoder = getattr(tower, "encoder", None) or getattr(
+        getattr(tower, "vision_model", None), "encoder", None
+    )
+    for name in ("layers", "layer"):
+        layers = getattr(encoder, name, None)
+        if layers is not None:
+            return list(layers)
+    raise UnsupportedModelError(
+        f"the vision tower {type(tower).__name__} keeps its layers where tokenprune does not look, "
+        "so methods that need attention cannot serve it. Use one that needs features or embeddings "
+        "only (see `tokenprune methods`)."
+    )
+
+
+def square(count: int, what: str) -> int:
+    """Return the side of a square grid of `count` tokens.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If `count` is no square number.
+    """
+    side = round(count**0.5)
+    if side * side != count:
+        raise UnsupportedModelError(
+            f"{what} has {count} tokens, which is no square grid; tokenprune cannot lay it out."
+        )
+    return side

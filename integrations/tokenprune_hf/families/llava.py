@@ -1,0 +1,252 @@
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune_hf.families.base import Captured, Family, Item, Media, square
+
+
+class Llava(Family):
+    """LLaVA-1.5: one image, one square grid of patches, each a token."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava",)
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Return one item per image; a CLS token among the features ("full") always stays."""
+        attention = self.patch_attention(captured, media.modality)
+        items = []
+        start = 0
+        for index, size in enumerate(sizes):
+            features = captured.features[index]
+            first = 0 if _is_square(size) else 1  # a CLS token in front
+            side = square(size - first, "an image")
+            items.append(
+                self.item(
+                    media,
+                    f"{media.modality} {index}",
+                    (1, side, side),
+                    torch.arange(start + first, start + size, device=rows.device),
+                    rows,
+                    features[first:],
+                    None if attention is None else attention[index],
+                )
+            )
+            start += size
+        return items
+
+
+def _is_square(count: int) -> bool:
+    return round(count**0.5) ** 2 == count
+
+
+class VideoLlava(Llava):
+    """Video-LLaVA: images as in LLaVA-1.5; a video's frames each bring a CLS token, which stays."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("video_llava",)
+
+    def tower(self, modality: str) -> Any:
+        """Return the image or the video tower."""
+        return self.inner.video_tower if modality == "video" else self.inner.image_tower
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Return one item per image, or one per video over all its frames."""
+        if media.modality == "image":
+            return super().items(media, rows, sizes, captured)
+        frames = media.arguments["pixel_values_videos"].shape[1]
+        videos = len(sizes) // frames
+        per_frame = sizes[0]
+        side = square(per_frame - 1, "a video frame")
+        grid_rows = torch.arange(len(rows), device=rows.device).view(videos, frames, per_frame)
+        features = captured.features.view(videos, frames, per_frame, -1)[:, :, 1:]
+        attention = self.patch_attention(captured, "video")
+        return [
+            self.item(
+                media,
+                f"video {index}",
+                (frames, side, side),
+                grid_rows[index, :, 1:].flatten(),
+                rows,
+                features[index].flatten(0, 1),
+                None
+                if attention is None
+                else frames_side_by_side(attention.unflatten(0, (videos, frames))[index]),
+            )
+            for index in range(videos)
+        ]
+
+
+def frames_side_by_side(attention: Tensor) -> Tensor:
+    """[T, H, P] -> [H, T * P], so that one item's tokens run over its frames."""
+    return attention.transpose(0, 1).flatten(1)
+
+
+class LlavaNext(Llava):
+    """LLaVA-NeXT: every crop is an item with a budget of its own; newline tokens always stay.
+
+    The engine's own packing is run on the patches' coordinates, so unpadding is never repeated
+    here.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Return one item per crop, the whole image at low resolution first."""
+        attention = self.patch_attention(captured, "image")
+        crops, patches = captured.features.shape[:2]
+        crop = torch.arange(crops, device=rows.device)[:, None].expand(-1, patches)
+        patch = torch.arange(patches, device=rows.device).expand(crops, -1)
+        packed = self._pack(media, torch.stack([crop, patch], dim=-1).double())
+        side = square(patches, "a crop")
+        items = []
+        start = 0
+        for index, (size, where) in enumerate(zip(sizes, packed, strict=True)):
+            crop_of_row, patch_of_row = where.long().unbind(-1)
+            for number in crop_of_row[crop_of_row >= 0].unique().tolist():
+                mine = (crop_of_row == number).nonzero()[:, 0]
+                in_crop = patch_of_row[mine]
+                height = len((in_crop // side).unique())
+                items.append(
+                    self.item(
+                        media,
+                        f"image {index}, crop {number - int(crop_of_row[0])}",
+                        (1, height, len(mine) // height),
+                        mine + start,
+                        rows,
+                        captured.features[number, in_crop],
+                        None if attention is None else attention[number][:, in_crop],
+                    )
+                )
+            start += size
+        return items
+
+    def _pack(self, media: Media, values: Tensor) -> list[Tensor]:
+        """Run the model's packing on values [crops, P, X]; return [rows, X] per image, -1 newline.
+
+        The newline is looked for as NaN-free -1, so `values` must not be negative.
+        """
+        packed, _ = self.inner.pack_image_features(
+            torch.split(values, self._crops_per_image(media)),
+            media.arguments["image_sizes"],
+            image_newline=values.new_full((values.shape[-1],), -1.0),
+            **self._packing_options(media),
+        )
+        result: list[Tensor] = list(packed)
+        return result
+
+    def _packing_options(self, media: Media) -> dict[str, Any]:
+        strategy = media.arguments.get("vision_feature_select_strategy")
+        return {
+            "vision_feature_select_strategy": strategy
+            or self.model.config.vision_feature_select_strategy
+        }
+
+    def _crops_per_image(self, media: Media) -> list[int]:
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        config = self.model.config
+        return [
+            int(
+                image_size_to_num_patches(
+                    size, config.image_grid_pinpoints, config.vision_config.image_size
+                )
+            )
+            for size in media.arguments["image_sizes"]
+        ]
+
+
+class LlavaOnevision(LlavaNext):
+    """LLaVA-OneVision: the whole image and its high-resolution map are two items; videos one.
+
+    The high-resolution map may be resampled over crop borders, so crops are no items here. Frames
+    of a video are pooled after the projector; features and attention are pooled alike.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Return two items per image (one where it is a single crop), or one per video."""
+        attention = self.patch_attention(captured, media.modality)
+        if media.modality == "video":
+            return self._videos(media, rows, sizes, captured.features, attention)
+        patches = captured.features.shape[1]
+        side = square(patches, "a crop")
+        # Packed with a flag of 1 for patches, so that newline rows, -1, are told from them.
+        flags = self._pack(media, captured.features.new_ones(*captured.features.shape[:2], 1))
+        features = self._pack(media, captured.features.float())
+        scores = (
+            [None] * len(sizes) if attention is None else self._pack(media, attention.mT.float())
+        )
+        items = []
+        start = 0
+        for index, size in enumerate(sizes):
+            is_patch = flags[index][:, 0] > 0
+            parts = [(torch.arange(patches, device=rows.device), side)]
+            high = is_patch.nonzero()[:, 0][patches:]
+            if len(high):
+                height = int((~is_patch).sum())  # one newline ends each row of the map
+                parts.append((high, height))
+            score = scores[index]
+            for number, (mine, height) in enumerate(parts):
+                items.append(
+                    self.item(
+                        media,
+                        f"image {index}, {('whole image', 'high resolution')[number]}",
+                        (1, height, len(mine) // height),
+                        mine + start,
+                        rows,
+                        features[index][mine],
+                        None if score is None else score[mine].mT,
+                    )
+                )
+            start += size
+        return items
+
+    def _videos(
+        self,
+        media: Media,
+        rows: Tensor,
+        sizes: list[int],
+        features: Tensor,
+        attention: Tensor | None,
+    ) -> list[Item]:
+        frames = media.arguments["pixel_values_videos"].shape[1]
+        pooled = self.inner.apply_pooling(features.float()).unflatten(0, (-1, frames))
+        scores = (
+            None
+            if attention is None
+            else self.inner.apply_pooling(attention.mT).unflatten(0, (-1, frames))
+        )
+        side = square(pooled.shape[2], "a video frame")
+        items = []
+        start = 0
+        for index, size in enumerate(sizes):
+            items.append(
+                self.item(
+                    media,
+                    f"video {index}",
+                    (frames, side, side),
+                    torch.arange(start, start + size - 1, device=rows.device),  # last is newline
+                    rows,
+                    pooled[index].flatten(0, 1),
+                    None if scores is None else scores[index].flatten(0, 1).mT,
+                )
+            )
+            start += size
+        return items
+
+    def _packing_options(self, media: Media) -> dict[str, Any]:
+        ratio = media.arguments.get("vision_aspect_ratio")
+        return {"vision_aspect_ratio": ratio or self.model.config.vision_aspect_ratio}
+
+    def _crops_per_image(self, media: Media) -> list[int]:
+        per_sample = media.arguments.get("batch_num_images")
+        counts = super()._crops_per_image(media)
+        if per_sample is None:
+            return counts
+        # Several images in one prompt are not cut into crops.
+        alone = [int(n) == 1 for n in per_sample for _ in range(int(n))]
+        return [count if single else 1 for count, single in zip(counts, alone, strict=True)]

@@ -1,0 +1,76 @@
+"""Which family a model belongs to, and whether a method can serve it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.selectors.base import Selector
+from tokenprune_hf.families.base import PROVIDED, Family
+from tokenprune_hf.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
+from tokenprune_hf.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
+from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL
+
+_FAMILIES: tuple[type[Family], ...] = (
+    Llava,
+    LlavaNext,
+    LlavaOnevision,
+    VideoLlava,
+    InternVL,
+    Qwen2VL,
+    Qwen25VL,
+    Qwen3VL,
+    Idefics3,
+    Gemma3,
+)
+
+
+def families() -> dict[str, type[Family]]:
+    """Return `config.model_type` -> family, for every model that can be pruned."""
+    return {name: family for family in _FAMILIES for name in family.model_types}
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a model of transformers.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is no model with a language model head and `generate`, or of no known family.
+    """
+    known = families()
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type is None or not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no vision-language model of transformers with `generate`. "
+            "Pass the whole model, for example what "
+            "AutoModelForImageTextToText.from_pretrained returned."
+        )
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
+            f"{', '.join(sorted(known))}."
+        )
+    if not hasattr(getattr(model, "model", None), "get_image_features"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no {known[model_type].__name__} with a vision encoder; pass "
+            "the ...ForConditionalGeneration model."
+        )
+    return known[model_type](model)
+
+
+def check_method(selector: Selector, model: Any) -> None:
+    """Raise unless this adapter can give the method what it needs.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what is missing.
+    """
+    missing = [name for name in selector.needs if name not in PROVIDED]
+    if missing:
+        raise UnsupportedModelError(
+            f"method {selector.name!r} needs {', '.join(missing)}, which tokenprune_hf does not "
+            f"gather from {type(model).__name__}. It gathers: {', '.join(PROVIDED)}."
+        )

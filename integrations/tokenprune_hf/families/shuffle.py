@@ -1,0 +1,123 @@
+"""Families whose projector merges neighbouring patches: InternVL, Idefics3, SmolVLM, Gemma 3."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tokenprune.projectors import MLPProjector
+from tokenprune_hf.families.base import Captured, Family, Item, Media, square
+
+
+class MergedTiles(Family):
+    """A tile is a square of tokens, each of them several patches; every tile is an item."""
+
+    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
+        """Return one item per tile."""
+        attention = self.patch_attention(captured, media.modality)
+        scores = None if attention is None else self.merge(attention)
+        tokens = sizes[0]
+        side = square(tokens, "a tile")
+        return [
+            self.item(
+                media,
+                f"image {index}",
+                (1, side, side),
+                torch.arange(index * tokens, (index + 1) * tokens, device=rows.device),
+                rows,
+                captured.features[index],
+                None if scores is None else scores[index],
+            )
+            for index in range(len(sizes))
+        ]
+
+    def merge(self, attention: Tensor) -> Tensor:
+        """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token."""
+        raise NotImplementedError
+
+
+class InternVL(MergedTiles):
+    """InternVL: pixel shuffle, then layer norm, linear, GELU, linear. Video frames are tiles."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+
+    def build_projector(self, modality: str) -> MLPProjector:
+        """Return the projector on the pixel-shuffled features."""
+        module: Any = self.inner.multi_modal_projector
+        return MLPProjector(
+            first=module.linear_1,
+            activation=module.act,
+            second=module.linear_2,
+            norm=module.layer_norm,
+        )
+
+    def merge(self, attention: Tensor) -> Tensor:
+        """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
+        heads, patches = attention.shape[1:]
+        side = square(patches, "a tile")
+        maps = attention.mT.unflatten(1, (side, side))
+        shuffled = self.inner.pixel_shuffle(
+            maps.contiguous(), scale_factor=self.model.config.downsample_ratio
+        )
+        return shuffled.flatten(1, 2).unflatten(-1, (-1, heads)).mean(dim=2).mT
+
+
+class Idefics3(MergedTiles):
+    """Idefics3 and SmolVLM: pixel shuffle, then one linear layer. Every tile is an item."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+
+    def tower(self, modality: str) -> Any:
+        """Return the SigLIP-like encoder."""
+        return self.inner.vision_model
+
+    def projector_module(self, modality: str) -> nn.Module:
+        """Return the linear layer behind the pixel shuffle."""
+        module: nn.Module = self.inner.connector.modality_projection
+        return module
+
+    def build_projector(self, modality: str) -> MLPProjector:
+        """Return the linear layer."""
+        return MLPProjector(first=self.inner.connector.modality_projection.proj)
+
+    def has_cls(self, modality: str) -> bool:
+        """Return False: the encoder has no CLS token."""
+        return False
+
+    def merge(self, attention: Tensor) -> Tensor:
+        """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
+        heads = attention.shape[1]
+        connector = self.inner.connector
+        shuffled = connector.pixel_shuffle(attention.mT.contiguous(), connector.scale_factor)
+        merged: Tensor = shuffled.unflatten(-1, (-1, heads)).mean(dim=2).mT
+        return merged
+
+
+class Gemma3(MergedTiles):
+    """Gemma 3: average pooling, then RMS norm, then one linear layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+
+    def projector_module(self, modality: str) -> nn.Module:
+        """Return the norm, whose input is the pooled features."""
+        module: nn.Module = self.inner.multi_modal_projector.mm_soft_emb_norm
+        return module
+
+    def build_projector(self, modality: str) -> MLPProjector:
+        """Return norm and linear layer; Gemma counts the norm's weight from one."""
+        module: Any = self.inner.multi_modal_projector
+        gemma_norm = module.mm_soft_emb_norm
+        norm = nn.RMSNorm(gemma_norm.weight.shape[0], eps=gemma_norm.eps)
+        norm.weight = nn.Parameter(1.0 + gemma_norm.weight.detach().float(), requires_grad=False)
+        linear: Any = SimpleNamespace(weight=module.mm_input_projection_weight.mT, bias=None)
+        return MLPProjector(first=linear, norm=norm)
+
+    def merge(self, attention: Tensor) -> Tensor:
+        """Pool the scores as the features are pooled."""
+        module: Any = self.inner.multi_modal_projector
+        maps = attention.unflatten(-1, (module.patches_per_image, module.patches_per_image))
+        pooled: Tensor = module.avg_pool(maps).flatten(2)
+        return pooled

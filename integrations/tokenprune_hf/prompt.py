@@ -1,0 +1,120 @@
+"""Shortening a batch of prompts: the placeholders of dropped tokens go, everything else stays.
+
+Placeholders are found by token id, never by offset, so text before, between and after images is
+never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import PromptError
+
+FILL = {
+    "attention_mask": 0,
+    "labels": -100,
+    "position_ids": 0,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+}
+"""Arguments with one value per prompt token, and what stands in them at padding."""
+
+
+@dataclass(frozen=True)
+class ShortPrompt:
+    """Which columns of a batch of prompts are left, and where.
+
+    Attributes
+    ----------
+    columns
+        LongTensor [B, S], for each column of the short prompt its column in the full one.
+    valid
+        BoolTensor [B, S], False where the short prompt is padding.
+    full_length
+        L, columns of the full prompt.
+    """
+
+    columns: Tensor
+    valid: Tensor
+    full_length: int
+
+    @property
+    def length(self) -> int:
+        """S, columns of the short prompt."""
+        return self.columns.shape[1]
+
+    def shorten(self, values: Tensor, fill: int) -> Tensor:
+        """Return [..., B, S] of [..., B, L], with `fill` at padding."""
+        columns = self.columns.expand(*values.shape[:-1], -1)
+        return values.gather(-1, columns).masked_fill(~self.valid, fill)
+
+    def new_column(self, column: int) -> Tensor:
+        """Return LongTensor [B]: where a column of the full prompt went, or -1 where it is gone."""
+        found = (self.columns == column) & self.valid
+        return torch.where(found.any(dim=1), found.long().argmax(dim=1), -1)
+
+
+def shorten(staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
+    """Work out the short prompts; padding is laid anew, on the side the caller used.
+
+    Parameters
+    ----------
+    staying
+        BoolTensor [B, L], False where a placeholder is dropped.
+    attention_mask
+        [B, L], 0 at the caller's padding.
+
+    Returns
+    -------
+    ShortPrompt
+        As long as the longest prompt that is left.
+    """
+    staying = staying & attention_mask.bool()
+    length = max(int(staying.sum(dim=1).max()), 1)
+    right = not bool(attention_mask[:, -1].all()) and bool(attention_mask[:, 0].any())
+    # A stable sort of booleans brings the staying columns together in their order.
+    order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=right)
+    part = slice(None, length) if right else slice(-length, None)
+    return ShortPrompt(order.indices[:, part], order.values[:, part].bool(), staying.shape[1])
+
+
+def check_attention_mask(
+    input_ids: Tensor, attention_mask: Any, pad_token_id: int | None, eos_token_ids: list[int]
+) -> Tensor:
+    """Return the caller's 2-D attention mask, or all ones where none was given and none is needed.
+
+    Parameters
+    ----------
+    input_ids
+        LongTensor [B, L].
+    attention_mask
+        What the caller passed, or None.
+    pad_token_id
+        The model's padding token, or None.
+    eos_token_ids
+        The model's end tokens; one that is also the padding token does not tell padding.
+
+    Raises
+    ------
+    PromptError
+        If the mask is not [B, L], or is missing though the prompt holds padding.
+    """
+    if attention_mask is None:
+        ambiguous = pad_token_id is None or pad_token_id in eos_token_ids
+        if not ambiguous and bool((input_ids == pad_token_id).any()):
+            raise PromptError(
+                f"the prompt holds padding (token {pad_token_id}) and no attention_mask says "
+                "where. Pass the attention_mask that the processor returned."
+            )
+        return torch.ones_like(input_ids)
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+        shape = list(attention_mask.shape) if isinstance(attention_mask, Tensor) else attention_mask
+        raise PromptError(
+            f"attention_mask has shape {shape}; pruning needs one value per prompt token: "
+            f"{list(input_ids.shape)}."
+        )
+    return attention_mask

@@ -1,0 +1,401 @@
+"""Tiny models of every family, made from their configs with random weights, and prompts for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+
+IMAGE, VIDEO, START, END, PAD, EOS, BOS = 90, 91, 92, 93, 0, 1, 2
+"""Token ids shared by all tiny models; words are 3 to 89."""
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": PAD,
+    "eos_token_id": EOS,
+    "bos_token_id": BOS,
+}
+_CLIP: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 4,
+    "projection_dim": 16,
+}
+_QWEN_TEXT: dict[str, Any] = {
+    **_TEXT,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model's class and config, and how its prompts are made.
+
+    Attributes
+    ----------
+    build
+        Makes the model's config.
+    architecture
+        The model's class.
+    image, video
+        (number) -> (encoder arguments, placeholders of each); None where not supported.
+    """
+
+    build: Callable[[], Any]
+    architecture: Any
+    image: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
+    video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def model(self, seed: int = 0) -> Any:
+        """Return the model in float32 and eval mode, with weights large enough to matter."""
+        torch.manual_seed(seed)
+        model = self.architecture(self.build()).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0.0, 0.2)
+                elif "norm" not in name and "lambda" not in name:
+                    parameter.normal_(0.0, 0.1)
+        model.generation_config.pad_token_id = PAD
+        model.generation_config.eos_token_id = None
+        # Random weights would "say" placeholders, which no processor lets through.
+        model.generation_config.suppress_tokens = [IMAGE, VIDEO, START, END]
+        return model
+
+
+def pixels(*shape: int, seed: int = 7) -> Tensor:
+    """Return reproducible noise."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _llava() -> Any:
+    return tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**_CLIP),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-2,
+    )
+
+
+def _llava_next() -> Any:
+    return tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**_CLIP),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[48, 24], [24, 48], [48, 48]],
+        vision_feature_layer=-2,
+    )
+
+
+def _onevision() -> Any:
+    vision = {**_CLIP}
+    vision.pop("projection_dim")
+    return tf.LlavaOnevisionConfig(
+        vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=tf.Qwen2Config(**_TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=[[48, 24], [24, 48], [48, 48], [72, 72]],
+        vision_aspect_ratio="anyres_max_2",
+    )
+
+
+def _video_llava() -> Any:
+    return tf.VideoLlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**_CLIP),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+    )
+
+
+def _internvl() -> Any:
+    return tf.InternVLConfig(
+        vision_config=tf.InternVLVisionConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=[32, 32],
+            patch_size=[4, 4],
+            attention_bias=True,
+            use_mean_pooling=False,
+        ),
+        text_config=tf.Qwen2Config(**_TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=16,
+    )
+
+
+def _qwen2_vl() -> Any:
+    return tf.Qwen2VLConfig(
+        vision_config={
+            "depth": 3,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 4,
+            "mlp_ratio": 2,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        text_config=_QWEN_TEXT,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def _qwen25_vl() -> Any:
+    return tf.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1, 3],
+            "tokens_per_second": 2,
+        },
+        text_config=_QWEN_TEXT,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def _qwen3_vl() -> Any:
+    return tf.Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config={**_QWEN_TEXT, "head_dim": 8},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def _idefics3() -> Any:
+    return tf.Idefics3Config(
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+
+
+def _smolvlm() -> Any:
+    return tf.SmolVLMConfig(
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 4,
+        },
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+
+
+def _gemma3() -> Any:
+    vision = {**_CLIP, "image_size": 32}
+    vision.pop("projection_dim")
+    return tf.Gemma3Config(
+        vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=tf.Gemma3TextConfig(**_TEXT, head_dim=8, sliding_window=64),
+        image_token_id=IMAGE,
+        mm_tokens_per_image=16,
+    )
+
+
+def _plain(name: str, size: int, tokens: int) -> Any:
+    def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
+        return {name: pixels(count, 3, size, size)}, [tokens] * count
+
+    return make
+
+
+def _crops(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Images of 48 x 36, 24 x 48 and so on: their padding is cut off, with newlines at row ends."""
+    sizes = torch.tensor([[48, 36], [24, 48], [40, 48]])[torch.arange(count) % 3]
+    # base 36 patches; then the padded map less its padding, and a newline for each row of it
+    grids = [(12, 10), (6, 12), (10, 12)]
+    tokens = [36 + rows * (columns + 1) for rows, columns in grids]
+    return (
+        {"pixel_values": pixels(count, 5, 3, 24, 24), "image_sizes": sizes},
+        [tokens[index % 3] for index in range(count)],
+    )
+
+
+def _onevision_crops(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Images of 72 x 72, in nine crops that are resampled, and of 24 x 48, which are not."""
+    sizes = torch.tensor([[72, 72], [24, 48]])[torch.arange(count) % 2]
+    # 18 x 18 patches are more than 2 * 36 * 1.1 ** 2: resampled to 8 x 8
+    tokens = [36 + 8 * 9, 36 + 6 * 13]
+    return (
+        {"pixel_values": pixels(count, 10, 3, 24, 24), "image_sizes": sizes},
+        [tokens[index % 2] for index in range(count)],
+    )
+
+
+def _packed(name: str, grid_name: str, grids: list[list[int]]) -> Any:
+    def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
+        grid = torch.tensor(grids)[torch.arange(count) % len(grids)]
+        patches = int(grid.prod(dim=1).sum())
+        return (
+            {name: pixels(patches, 3 * 2 * 4 * 4), grid_name: grid},
+            (grid.prod(dim=1) // 4).tolist(),
+        )
+
+    return make
+
+
+def _frames(size: int, frames: int, tokens: int) -> Any:
+    def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
+        return {"pixel_values_videos": pixels(count, frames, 3, size, size)}, [tokens] * count
+
+    return make
+
+
+def _idefics_tiles(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    return {"pixel_values": pixels(1, count, 3, 32, 32)}, [16] * count
+
+
+_QWEN_IMAGE = _packed("pixel_values", "image_grid_thw", [[1, 8, 12], [1, 12, 8]])
+_QWEN_VIDEO = _packed("pixel_values_videos", "video_grid_thw", [[3, 8, 8], [2, 4, 8]])
+
+TINY: dict[str, Tiny] = {
+    "llava": Tiny(_llava, tf.LlavaForConditionalGeneration, _plain("pixel_values", 24, 36)),
+    "llava_next": Tiny(_llava_next, tf.LlavaNextForConditionalGeneration, _crops),
+    "llava_onevision": Tiny(
+        _onevision,
+        tf.LlavaOnevisionForConditionalGeneration,
+        _onevision_crops,
+        _frames(24, 4, 4 * 9 + 1),
+    ),
+    "video_llava": Tiny(
+        _video_llava,
+        tf.VideoLlavaForConditionalGeneration,
+        _plain("pixel_values_images", 24, 36),
+        _frames(24, 4, 4 * 37),
+    ),
+    "internvl": Tiny(
+        _internvl, tf.InternVLForConditionalGeneration, _plain("pixel_values", 32, 16)
+    ),
+    "qwen2_vl": Tiny(_qwen2_vl, tf.Qwen2VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "qwen2_5_vl": Tiny(_qwen25_vl, tf.Qwen2_5_VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "qwen3_vl": Tiny(_qwen3_vl, tf.Qwen3VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
+    "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
+    "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
+}
+"""Every supported `model_type` and its tiny model."""
+
+
+def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
+    """Return what a processor would return for a batch of prompts.
+
+    Parameters
+    ----------
+    tiny
+        The model's maker.
+    samples
+        One string per prompt: ``i`` an image, ``v`` a video, ``t`` a few words.
+    words
+        How many words each ``t`` stands for.
+
+    Returns
+    -------
+    dict
+        input_ids and attention_mask [B, L], padded on the left, mm_token_type_ids where the
+        model reads them, and the encoder's arguments.
+    """
+    counts = {kind: sum(sample.count(kind) for sample in samples) for kind in "iv"}
+    inputs: dict[str, Any] = {}
+    sizes: dict[str, list[int]] = {"i": [], "v": []}
+    for kind, make in (("i", tiny.image), ("v", tiny.video)):
+        if counts[kind]:
+            if make is None:
+                raise ValueError(f"this model takes no {kind}")
+            arguments, sizes[kind] = make(counts[kind])
+            inputs.update(arguments)
+    generator = torch.Generator().manual_seed(sum(map(len, samples)))
+    rows = []
+    for sample in samples:
+        row: list[int] = [BOS]
+        for kind in sample:
+            if kind == "t":
+                row += torch.randint(3, 90, (words,), generator=generator).tolist()
+            elif kind == "i":
+                row += [START, *[IMAGE] * sizes["i"].pop(0), END]
+            else:
+                row += [START, *_video_row(tiny, sizes["v"].pop(0), inputs), END]
+        rows.append(row)
+    length = max(map(len, rows))
+    inputs["input_ids"] = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
+    inputs["attention_mask"] = torch.tensor(
+        [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    )
+    kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
+    if "Qwen" in tiny.architecture.__name__:
+        inputs["mm_token_type_ids"] = kinds
+    if "Gemma" in tiny.architecture.__name__:
+        inputs["token_type_ids"] = (kinds == 1).long()
+    return inputs
+
+
+def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
+    if tiny.architecture is not tf.Qwen3VLForConditionalGeneration:
+        return [VIDEO] * size
+    # Qwen3-VL writes the time in front of each frame.
+    grid = [
+        row for row in inputs["video_grid_thw"].tolist() if row[0] * row[1] * row[2] == 4 * size
+    ]
+    frames = grid[0][0]
+    row: list[int] = []
+    for frame in range(frames):
+        row += [10 + frame, *[VIDEO] * (size // frames)]
+    return row
