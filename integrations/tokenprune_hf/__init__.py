@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
-    from tokenprune_hf.families.registry import families as families
+    from tokenprune_hf.families.registry import supported_models as supported_models
     from tokenprune_hf.pruning import Pruning as Pruning
     from tokenprune_hf.pruning import apply as apply
     from tokenprune_hf.pruning import prune as prune
@@ -26,7 +26,7 @@ _HOMES = {
     "Pruning": "pruning",
     "apply": "pruning",
     "encode": "encoding",
-    "families": "families.registry",
+    "supported_models": "families.registry",
     "prune": "pruning",
     "remove": "pruning",
 }

@@ -7,6 +7,7 @@ pass, and just the rows that a method needs are computed from them, in float32.
 from __future__ import annotations
 
 import inspect
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,7 +40,7 @@ class AttentionProbe:
 
 
 @contextmanager
-def probe(attention: nn.Module) -> Iterator[AttentionProbe]:
+def probe(attention: Any) -> Iterator[AttentionProbe]:
     """Watch one attention module while the block runs; its hooks are gone afterwards.
 
     Parameters
@@ -77,7 +78,8 @@ def probe(attention: nn.Module) -> Iterator[AttentionProbe]:
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
     """[B, P, H * d] -> float32 [B, H, P, d]."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2).float()
+    split: Tensor = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return split.float()
 
 
 def cls_row(
@@ -149,7 +151,7 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
     return logits.softmax(dim=-1)
 
 
-def grid_attention(attention: nn.Module, seen: AttentionProbe, has_cls: bool) -> Tensor:
+def grid_attention(attention: Any, seen: AttentionProbe, has_cls: bool) -> Tensor:
     """Return the scores of a tower that encodes whole images: CLS row, or attention received.
 
     Parameters
@@ -177,7 +179,7 @@ def grid_attention(attention: nn.Module, seen: AttentionProbe, has_cls: bool) ->
     return received(query, key, scale, mask)
 
 
-def packed_attention(attention: nn.Module, seen: AttentionProbe) -> Tensor:
+def packed_attention(attention: Any, seen: AttentionProbe) -> Tensor:
     """Return the attention received in a tower that packs images into one sequence (Qwen-VL).
 
     Attention runs inside the segments that `cu_seqlens` marks: one per frame or image.
@@ -208,7 +210,7 @@ def packed_attention(attention: nn.Module, seen: AttentionProbe) -> Tensor:
     return torch.cat(
         [
             received(query[:, :, start:end], key[:, :, start:end], scale)[0]
-            for start, end in zip(edges[:-1], edges[1:], strict=True)
+            for start, end in itertools.pairwise(edges)
         ],
         dim=-1,
     )

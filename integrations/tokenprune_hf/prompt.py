@@ -75,7 +75,8 @@ def shorten(staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
     """
     staying = staying & attention_mask.bool()
     length = max(int(staying.sum(dim=1).max()), 1)
-    right = not bool(attention_mask[:, -1].all()) and bool(attention_mask[:, 0].any())
+    ends_padded, starts_padded = (attention_mask[:, [-1, 0]].amin(dim=0) < 1).tolist()
+    right = ends_padded and not starts_padded
     # A stable sort of booleans brings the staying columns together in their order.
     order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=right)
     part = slice(None, length) if right else slice(-length, None)
@@ -104,8 +105,8 @@ def check_attention_mask(
         If the mask is not [B, L], or is missing though the prompt holds padding.
     """
     if attention_mask is None:
-        ambiguous = pad_token_id is None or pad_token_id in eos_token_ids
-        if not ambiguous and bool((input_ids == pad_token_id).any()):
+        tells = pad_token_id is not None and pad_token_id not in eos_token_ids
+        if tells and pad_token_id in input_ids:
             raise PromptError(
                 f"the prompt holds padding (token {pad_token_id}) and no attention_mask says "
                 "where. Pass the attention_mask that the processor returned."

@@ -486,21 +486,16 @@ class Pruning:
     ) -> Tensor:
         """Return the mask [B, length] of a short prompt and what came after it."""
         short = shortened.arguments["attention_mask"]
+        after, full = length - short.shape[1], shortened.prompt.full_length
         given = arguments.get("attention_mask")
         if given is None:
-            rest = short.new_ones(len(short), length - short.shape[1])
-        elif given.shape[1] == length and length < shortened.prompt.full_length:
-            return torch.cat([short, given[:, short.shape[1] :]], dim=1)
-        else:
-            rest = given[:, shortened.prompt.full_length :].to(short)
-        mask = torch.cat([short, rest], dim=1)
-        if mask.shape[1] != length:
+            given = short.new_ones(len(short), full + after)
+        if given.shape[1] != full + after:
             raise PromptError(
-                f"attention_mask has {given.shape[1]} columns; with this pruned cache it must "
-                f"cover the full prompt ({shortened.prompt.full_length}) and what came after it "
-                f"({length - short.shape[1]})."
+                f"attention_mask has {given.shape[1]} columns; on the cache of a pruned prompt it "
+                f"must cover the full prompt ({full}) and what came after it ({after})."
             )
-        return mask
+        return torch.cat([short, given[:, full:].to(short)], dim=1)
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()
@@ -518,7 +513,7 @@ def apply(
     Parameters
     ----------
     model
-        A vision-language model of transformers of a family in `tokenprune_hf.families()`.
+        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`.
     method
         A name out of `tokenprune.methods()`, or a `tokenprune.Selector` of your own.
     keep

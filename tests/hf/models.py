@@ -1,4 +1,4 @@
-"""Tiny models of every family, made from their configs with random weights, and prompts for them."""
+"""Tiny models of every family, made from configs with random weights, and prompts for them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers as tf
+import transformers
 from torch import Tensor
+
+tf: Any = transformers  # its config classes are not typed the way they are called
 
 IMAGE, VIDEO, START, END, PAD, EOS, BOS = 90, 91, 92, 93, 0, 1, 2
 """Token ids shared by all tiny models; words are 3 to 89."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from tokenprune.numerics import folded_sum
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 
@@ -29,4 +30,8 @@ class ClsAttention(Selector):
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: `cls_attention` averaged over heads."""
         attention = tokens.require("cls_attention").float()
-        return attention.mean(dim=1) if attention.ndim == 3 else attention
+        if attention.ndim == 2:
+            return attention
+        # Tensor.mean adds the heads in another order for the last tokens of a row than for the
+        # others, so tokens with equal attention would not tie.
+        return folded_sum(attention, dim=1) / attention.shape[1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from tokenprune.numerics import folded_sum
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 
@@ -22,5 +22,5 @@ class FeatureNorm(Selector):
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: the norm of each row of `features`."""
-        features = tokens.require("features")
-        return torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+        features = tokens.require("features").float()
+        return folded_sum(features.square(), dim=-1).sqrt()

@@ -7,6 +7,7 @@ scores, and how the rows that the encoder returns are laid out in items; the res
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -144,7 +145,7 @@ class Family:
     def scoring_layer(self, media: Media) -> nn.Module:
         """Return the attention module of the layer whose output is the feature."""
         layers = _encoder_layers(self.tower(media.modality))
-        chosen = media.arguments.get("vision_feature_layer")
+        chosen: Any = media.arguments.get("vision_feature_layer")
         if chosen is None:
             chosen = getattr(self.model.config, "vision_feature_layer", -1)
         if not isinstance(chosen, int):
@@ -169,7 +170,7 @@ class Family:
 
     def token_id(self, modality: str) -> int:
         """Return the id of the placeholder token of `modality`."""
-        token_id = getattr(self.model.config, f"{modality}_token_id", None)
+        token_id: Any = getattr(self.model.config, f"{modality}_token_id", None)
         if token_id is None:
             token_id = getattr(self.model.config, f"{modality}_token_index", -1)
         return int(token_id)
@@ -316,7 +317,7 @@ def square(count: int, what: str) -> int:
     UnsupportedModelError
         If `count` is no square number.
     """
-    side = round(count**0.5)
+    side = math.isqrt(count)
     if side * side != count:
         raise UnsupportedModelError(
             f"{what} has {count} tokens, which is no square grid; tokenprune cannot lay it out."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class Llava(Family):
 
 
 def _is_square(count: int) -> bool:
-    return round(count**0.5) ** 2 == count
+    return math.isqrt(count) ** 2 == count
 
 
 class VideoLlava(Llava):

@@ -25,7 +25,7 @@ _FAMILIES: tuple[type[Family], ...] = (
 )
 
 
-def families() -> dict[str, type[Family]]:
+def supported_models() -> dict[str, type[Family]]:
     """Return `config.model_type` -> family, for every model that can be pruned."""
     return {name: family for family in _FAMILIES for name in family.model_types}
 
@@ -38,7 +38,7 @@ def family_of(model: Any) -> Family:
     UnsupportedModelError
         If it is no model with a language model head and `generate`, or of no known family.
     """
-    known = families()
+    known = supported_models()
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if model_type is None or not hasattr(model, "generate"):
@@ -54,8 +54,8 @@ def family_of(model: Any) -> Family:
         )
     if not hasattr(getattr(model, "model", None), "get_image_features"):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no {known[model_type].__name__} with a vision encoder; pass "
-            "the ...ForConditionalGeneration model."
+            f"{type(model).__name__} has no vision encoder to prune; pass the "
+            "...ForConditionalGeneration model."
         )
     return known[model_type](model)
 

@@ -62,7 +62,8 @@ class InternVL(MergedTiles):
         shuffled = self.inner.pixel_shuffle(
             maps.contiguous(), scale_factor=self.model.config.downsample_ratio
         )
-        return shuffled.flatten(1, 2).unflatten(-1, (-1, heads)).mean(dim=2).mT
+        merged: Tensor = shuffled.flatten(1, 2).unflatten(-1, (-1, heads)).mean(dim=2).mT
+        return merged
 
 
 class Idefics3(MergedTiles):

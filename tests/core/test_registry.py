@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import tokenprune
+from tokenprune.errors import RegistryError, UnknownMethodError
+from tokenprune.tokens import INPUTS
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from tokenprune import Selector, TokenBatch
+
+@dataclass(frozen=True)
+class Last(Selector):
+    gain: float = 1.0
+    name: ClassVar[str] = "last"
+    summary: ClassVar[str] = "the last tokens"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def score(self, tokens: TokenBatch) -> torch.Tensor:
+        return torch.arange(tokens.total).float().mul(self.gain).expand(tokens.size, -1)
+
+class NotASelector:
+    name = "odd"
+"""
+
+
+def install(folder: Path, entries: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lay out what installing a package with these entry points would."""
+    (folder / "plugin_of_a_test.py").write_text(PLUGIN)
+    info = folder / "plugin_of_a_test-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-of-a-test\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[tokenprune.selectors]\n{entries}\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+def test_own_methods() -> None:
+    methods = tokenprune.methods()
+    assert {"cls-attention", "divprune", "feature-norm", "random", "uniform", "zeroth-order"} <= {
+        *methods
+    }
+    assert list(methods) == sorted(methods)
+    for name, selector in methods.items():
+        assert selector.name == name
+        assert selector.summary
+        assert selector.__doc__
+        assert set(selector.needs) <= set(INPUTS)
+        assert selector.from_options({}) == selector()
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(UnknownMethodError, match=r"Did you mean 'divprune'\? Allowed: cls-att"):
+        tokenprune.select(tokenprune.VisualTokens(grid=(1, 2, 2)), "div-prune", 1)
+
+
+def test_a_package_brings_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(tmp_path, "last = plugin_of_a_test:Last", monkeypatch)
+    tokens = tokenprune.VisualTokens(grid=(1, 2, 3))
+    assert tokenprune.select(tokens, "last", 2).kept.tolist() == [4, 5]
+    assert tokenprune.select(tokens, "last", 2, gain=-1).kept.tolist() == [0, 1]
+    assert tokenprune.methods()["last"].summary == "the last tokens"
+    assert tokenprune.PruningConfig("last", 2, options={"gain": 2.0}).to_dict()["method"] == "last"
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ("random = plugin_of_a_test:Last", "two selectors are called 'random'"),
+        ("first = plugin_of_a_test:Last", "calls itself 'last'"),
+        ("odd = plugin_of_a_test:NotASelector", "no subclass of"),
+        ("gone = plugin_of_a_test:Gone", "cannot be loaded"),
+        ("gone = no_such_module_of_a_test:Gone", "cannot be loaded"),
+    ],
+)
+def test_a_package_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str, says: str
+) -> None:
+    install(tmp_path, entries, monkeypatch)
+    with pytest.raises(RegistryError, match=says):
+        tokenprune.methods()
+
+
+def test_a_broken_package_leaves_the_other_methods_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "gone = plugin_of_a_test:Gone", monkeypatch)
+    kept = tokenprune.select(tokenprune.VisualTokens(grid=(1, 1, 3)), "uniform", 1).kept
+    assert torch.equal(kept, torch.tensor([1]))

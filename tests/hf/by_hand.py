@@ -1,0 +1,234 @@
+"""What pruning should do, calculated without the adapter: layouts, full attention maps, splicing.
+
+Nothing here is fast or general. Layouts are written out in loops, attention is the whole softmax
+map, prompts are run one by one without padding and without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from tests.hf.models import IMAGE, VIDEO
+
+
+@contextmanager
+def full_attention_maps(tower: Any) -> Iterator[list[Tensor]]:
+    """Collect every attention map [B, H, P, P] that a vision tower computes, in order of calls."""
+    maps: list[Tensor] = []
+
+    def spy(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        weights = (query.float() @ key.float().transpose(-1, -2) * scale).softmax(dim=-1)
+        maps.append(weights)
+        return (weights @ value.float()).to(value).transpose(1, 2), None
+
+    AttentionInterface.register("spy", spy)
+    AttentionMaskInterface.register("spy", sdpa_mask)
+    before = tower.config._attn_implementation
+    tower.config._attn_implementation = "spy"
+    try:
+        yield maps
+    finally:
+        tower.config._attn_implementation = before
+
+
+def item_rows(
+    name: str, inputs: dict[str, Any], modality: str, sizes: list[int]
+) -> list[list[int]]:
+    """Return, item by item, which rows of the encoder's output it holds, in raster order."""
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    if name == "llava_next":
+        return [
+            rows
+            for start, (height, width) in zip(
+                starts[:-1], inputs["image_sizes"].tolist(), strict=True
+            )
+            for rows in _next_image(start, height, width)
+        ]
+    if name == "llava_onevision" and modality == "image":
+        result = []
+        for start, (height, width) in zip(starts[:-1], inputs["image_sizes"].tolist(), strict=True):
+            rows, columns = (8, 8) if (height, width) == (72, 72) else (height // 4, width // 4)
+            result.append(list(range(start, start + 36)))
+            result.append(
+                [start + 36 + y * (columns + 1) + x for y in range(rows) for x in range(columns)]
+            )
+        return result
+    if name == "llava_onevision":
+        return [list(range(start, start + 36)) for start in starts[:-1]]
+    if name == "video_llava" and modality == "video":
+        return [
+            [start + 37 * frame + 1 + token for frame in range(4) for token in range(36)]
+            for start in starts[:-1:4]
+        ]
+    return [
+        list(range(start, start + size)) for start, size in zip(starts[:-1], sizes, strict=True)
+    ]
+
+
+def _next_image(start: int, height: int, width: int) -> list[list[int]]:
+    """Rows of each crop of one LLaVA-NeXT image of 24-pixel crops and 4-pixel patches."""
+    rows, columns = {(48, 36): (12, 12), (24, 48): (6, 12), (40, 48): (12, 12)}[height, width]
+    top, left = {(48, 36): (0, 1), (24, 48): (0, 0), (40, 48): (1, 0)}[height, width]
+    crops: list[list[int]] = [list(range(start, start + 36))]
+    crops += [[] for _ in range((rows // 6) * (columns // 6))]
+    place = start + 36
+    for y in range(top, rows - top):
+        for x in range(left, columns - left):
+            crops[1 + (y // 6) * (columns // 6) + x // 6].append(place)
+            place += 1
+        place += 1  # the newline
+    return crops
+
+
+def encode(
+    model: Any, inputs: dict[str, Any], modality: str
+) -> tuple[Tensor, list[int], list[Tensor]]:
+    """Return all rows [R, D] of a modality, their number per encoder output, and deep features."""
+    names = {
+        "image": ("pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }[modality]
+    arguments = {key: inputs[key] for key in names if key in inputs}
+    if not any(key.startswith("pixel") for key in arguments):
+        return torch.empty(0), [], []
+    output = getattr(model.model, f"get_{modality}_features")(**arguments, return_dict=True)
+    parts = list(output.pooler_output)
+    deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
+    return torch.cat(parts), [len(part) for part in parts], deep
+
+
+def greedy(
+    model: Any,
+    name: str,
+    inputs: dict[str, Any],
+    kept: dict[str, list[list[int]]],
+    positions: str,
+    steps: int,
+) -> list[list[int]]:
+    """Splice the kept rows into each prompt by hand and decode greedily, token by token.
+
+    Parameters
+    ----------
+    model
+        The plain model.
+    name
+        Its model_type.
+    inputs
+        The batch, as its processor would return it.
+    kept
+        Per modality, for each item in prompt order, the kept indices within the item.
+    positions
+        ``"original"`` or ``"compact"``.
+    steps
+        How many tokens to decode.
+
+    Returns
+    -------
+    list of list of int
+        The new tokens of each prompt.
+    """
+    token_of = {"image": IMAGE, "video": VIDEO}
+    stays, rows, deep = {}, {}, {}
+    for modality in ("image", "video"):
+        rows[modality], sizes, deep[modality] = encode(model, inputs, modality)
+        gone: set[int] = set()
+        if sizes:
+            items = item_rows(name, inputs, modality, sizes)
+            for item, chosen in zip(items, kept[modality], strict=True):
+                gone |= set(item) - {item[index] for index in chosen}
+        stays[modality] = [row not in gone for row in range(sum(sizes))]
+    full_positions = _engine_positions(model, inputs)
+    inner = model.model
+    language_model = inner.language_model if hasattr(inner, "language_model") else inner.text_model
+    used = {"image": 0, "video": 0}
+    answers = []
+    for sample, ids in enumerate(inputs["input_ids"].tolist()):
+        embeds, where, visual, blocks = [], [], [], []
+        deep_rows: list[list[Tensor]] = []
+        block = 0
+        for column, token in enumerate(ids):
+            if not inputs["attention_mask"][sample, column]:
+                continue
+            kind = next((key for key, value in token_of.items() if value == token), None)
+            if kind is None:
+                block += 1
+                embeds.append(model.get_input_embeddings()(torch.tensor(token)))
+            else:
+                row = used[kind]
+                used[kind] += 1
+                if not stays[kind][row]:
+                    continue
+                embeds.append(rows[kind][row])
+                deep_rows.append([layer[row] for layer in deep[kind]])
+            visual.append(kind is not None)
+            blocks.append(-1 if kind is None else block)
+            where.append(full_positions[..., sample, column])
+        compact = torch.arange(len(embeds)).expand(*full_positions.shape[:-2], -1)
+        place = compact if positions == "compact" else torch.stack(where, dim=-1)
+        following = len(embeds) if positions == "compact" else int(place.max()) + 1
+        hidden = torch.stack(embeds)
+        answer: list[int] = []
+        for _ in range(steps):
+            extra: dict[str, Any] = {}
+            if deep_rows and deep_rows[0]:
+                extra["visual_pos_masks"] = torch.tensor([visual])
+                extra["deepstack_visual_embeds"] = [
+                    torch.stack(layer) for layer in zip(*deep_rows, strict=True)
+                ]
+            extra["attention_mask"] = _mask(name, blocks)
+            output = language_model(
+                inputs_embeds=hidden[None],
+                position_ids=place[..., None, :] if place.ndim > 1 else place[None],
+                use_cache=False,
+                **extra,
+            )
+            logits = model.lm_head(output.last_hidden_state[0, -1])
+            logits[model.generation_config.suppress_tokens] = -torch.inf
+            answer.append(int(logits.argmax()))
+            embedded = model.get_input_embeddings()(torch.tensor([answer[-1]]))
+            hidden = torch.cat([hidden, embedded])
+            place = torch.cat([place, torch.full((*place.shape[:-1], 1), following)], dim=-1)
+            following += 1
+            visual.append(False)
+            blocks.append(-1)
+        answers.append(answer)
+    return answers
+
+
+def _engine_positions(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the engine's positions of the unpruned prompt: [B, L], or [3, B, L] with M-RoPE."""
+    mask = inputs["attention_mask"]
+    if not hasattr(model.model, "get_rope_index"):
+        counted: Tensor = mask.cumsum(-1) - 1
+        return counted
+    names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
+    known = {key: inputs[key] for key in names if key in inputs}
+    positions: Tensor = model.model.get_rope_index(
+        inputs["input_ids"], attention_mask=mask, **known
+    )[0]
+    return positions
+
+
+def _mask(name: str, blocks: list[int]) -> Any:
+    """Return a 4-D mask: causal, and in Gemma 3 both ways inside an image."""
+    length = len(blocks)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    if name == "gemma3":
+        block = torch.tensor(blocks)
+        allowed |= (block[:, None] == block) & (block >= 0)
+    mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    four = mask[None, None]
+    if name == "gemma3":
+        # The sliding window of the tiny model is longer than any prompt here.
+        return {"full_attention": four, "sliding_attention": four}
+    return four

@@ -1,0 +1,267 @@
+"""Every family against a calculation by hand: which tokens are kept, and what the model says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tokenprune_hf
+import torch
+from torch import Tensor
+
+from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
+from tests.hf.models import TINY, prompt
+from tokenprune.selection import Selection
+
+IMAGE_BATCH = ["titit", "ttit", "it"]
+VIDEO_BATCH = ["tvtit", "titvt"]
+
+CASES = [(name, IMAGE_BATCH) for name in TINY] + [
+    (name, VIDEO_BATCH) for name, tiny in TINY.items() if tiny.video is not None
+]
+
+
+def by_modality(samples: list[str], items_of: dict[str, list[int]], chosen: list[Selection]) -> Any:
+    """Sort selections, which come in prompt order, into images and videos."""
+    result: dict[str, list[list[int]]] = {"image": [], "video": []}
+    left = list(chosen)
+    counts = {key: list(value) for key, value in items_of.items()}
+    for kind in "".join(samples):
+        if kind in "iv":
+            modality = "image" if kind == "i" else "video"
+            for _ in range(counts[modality].pop(0)):
+                result[modality].append(left.pop(0).kept.tolist())
+    assert not left
+    return result
+
+
+def items_per_medium(name: str, inputs: dict[str, Any]) -> dict[str, list[int]]:
+    """Return how many items each image and each video is cut into."""
+    if name == "llava_next":
+        crops = {(48, 36): 5, (24, 48): 3, (40, 48): 5}
+        return {"image": [crops[tuple(size)] for size in inputs["image_sizes"].tolist()]}
+    image = 2 if name == "llava_onevision" else 1
+    return {"image": [image] * 99, "video": [1] * 99}
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+@pytest.mark.parametrize(("name", "samples"), CASES)
+def test_generation_equals_splicing_by_hand(name: str, samples: list[str], positions: Any) -> None:
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, samples)
+    length = inputs["input_ids"].shape[1]
+    with (
+        torch.no_grad(),
+        tokenprune_hf.prune(model, "feature-norm", 0.3, positions=positions) as pruning,
+    ):
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        logits = model(**inputs).logits[:, -1]
+    assert torch.equal(output[:, :length], inputs["input_ids"])
+    kept = by_modality(samples, items_per_medium(name, inputs), pruning.selections)
+    with torch.no_grad():
+        expected = greedy(model, name, inputs, kept, positions, steps=4)
+    assert output[:, length:].tolist() == expected
+    logits[:, model.generation_config.suppress_tokens] = -torch.inf
+    assert logits.argmax(dim=-1).tolist() == [answer[0] for answer in expected]
+
+
+@pytest.mark.parametrize(("name", "samples"), CASES)
+def test_keeping_everything_changes_nothing(name: str, samples: list[str]) -> None:
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, samples)
+    with torch.no_grad():
+        plain = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        plain_logits = model(**inputs).logits[:, -1]
+        with tokenprune_hf.prune(model, "zeroth-order", 1.0, estimator="jvp", directions=4):
+            pruned = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            pruned_logits = model(**inputs).logits[:, -1]
+    assert torch.equal(plain, pruned)
+    torch.testing.assert_close(pruned_logits, plain_logits)
+
+
+@pytest.mark.parametrize(("name", "samples"), CASES)
+def test_a_batch_equals_its_single_prompts(name: str, samples: list[str]) -> None:
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, samples)
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 4) as pruning:
+        together = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        selections = list(pruning.selections)
+        single: list[Selection] = []
+        for index, sample in enumerate(samples):
+            alone = _one_prompt(name, inputs, samples, index)
+            output = model.generate(**alone, max_new_tokens=4, do_sample=False)
+            width = alone["input_ids"].shape[1]
+            assert output[0, width:].tolist() == together[index, length:].tolist(), sample
+            single += pruning.selections
+    assert [one.kept.tolist() for one in single] == [one.kept.tolist() for one in selections]
+
+
+def _one_prompt(
+    name: str, inputs: dict[str, Any], samples: list[str], index: int
+) -> dict[str, Any]:
+    """Cut one prompt with its images and videos out of a batch."""
+    real = inputs["attention_mask"][index].bool()
+    alone: dict[str, Any] = {
+        key: inputs[key][index : index + 1, real]
+        for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+        if key in inputs
+    }
+    for kind, grid, keys in (
+        ("i", "image_grid_thw", ("pixel_values", "pixel_values_images", "image_sizes")),
+        ("v", "video_grid_thw", ("pixel_values_videos",)),
+    ):
+        first = sum(sample.count(kind) for sample in samples[:index])
+        last = first + samples[index].count(kind)
+        if first == last:
+            continue
+        for key in keys:
+            if key not in inputs:
+                continue
+            if grid in inputs:  # patches of all images lie one after another
+                edges = [0, *inputs[grid].prod(dim=1).cumsum(0).tolist()]
+                alone[key] = inputs[key][edges[first] : edges[last]]
+                alone[grid] = inputs[grid][first:last]
+            elif name in ("idefics3", "smolvlm"):
+                alone[key] = inputs[key][:, first:last]
+            else:
+                alone[key] = inputs[key][first:last]
+    return alone
+
+
+def received(maps: Tensor) -> Tensor:
+    """[B, H, P, P] -> [B, P]: what each key gets, mean over heads and queries."""
+    return maps.mean(dim=(1, 2))
+
+
+def merged_by_hand(patches: Tensor, side: int, factor: int) -> Tensor:
+    """[side * side] -> [N]: mean over each factor x factor square of patches."""
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    patches[(factor * row + dy) * side + factor * column + dx]
+                    for dy in range(factor)
+                    for dx in range(factor)
+                ]
+            ).mean()
+            for row in range(side // factor)
+            for column in range(side // factor)
+        ]
+    )
+
+
+def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    """Return each image item's attention scores from the whole maps of the scoring layer."""
+    family = tokenprune_hf.supported_models()[name](model)
+    tower = family.tower("image")
+    with full_attention_maps(tower) as maps:
+        encode(model, inputs, "image")
+    layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}
+    if name.startswith("qwen"):
+        return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
+    # LLaVA's feature is the output of the last layer but one
+    scoring = {"llava": 1, "llava_next": 1, "video_llava": 1}.get(name, len(maps) - 1)
+    assert len(maps) == layers.get(name, len(maps))
+    weights = maps[scoring]
+    if name in ("llava", "llava_next", "video_llava", "internvl"):
+        patches = weights[:, :, 0, 1:].mean(dim=1)
+    else:
+        patches = received(weights)
+    if name in ("internvl", "idefics3", "smolvlm", "gemma3"):
+        return [merged_by_hand(one, 8, 2) for one in patches]
+    if name == "llava_next":
+        return _crop_scores(patches, inputs["image_sizes"].tolist())
+    if name == "llava_onevision":
+        # 24 x 48, not resampled: the whole image, then two crops side by side
+        wide = patches[1:3].view(2, 6, 6).transpose(0, 1).reshape(-1)
+        return [patches[0], wide]
+    return list(patches)
+
+
+def _crop_scores(patches: Tensor, image_sizes: list[list[int]]) -> list[Tensor]:
+    """Cut the padding's columns or rows off the crops that hold it."""
+    result = []
+    crop = iter(patches.view(-1, 6, 6))
+    for size in image_sizes:
+        result.append(next(crop))
+        if size == [48, 36]:
+            parts = [(slice(None), slice(1, None)), (slice(None), slice(None, -1))] * 2
+        elif size == [40, 48]:
+            parts = [(slice(1, None), slice(None))] * 2 + [(slice(None, -1), slice(None))] * 2
+        else:
+            parts = [(slice(None), slice(None))] * 2
+        result += [next(crop)[rows, columns] for rows, columns in parts]
+    return [one.reshape(-1) for one in result]
+
+
+def _packed_scores(
+    name: str, model: Any, maps: list[Tensor], grids: list[list[int]]
+) -> list[Tensor]:
+    """Put the last block's maps, one per image, back into raster order of 2 x 2 tokens."""
+    result = []
+    last = maps[-len(grids) :]
+    for weights, (_, height, width) in zip(last, grids, strict=True):
+        tokens = received(weights)[0].view(-1, 4).mean(dim=1)
+        rows, columns = height // 2, width // 2
+        if name == "qwen2_5_vl":
+            # Windows of 16 pixels hold 2 x 2 tokens; the tower lays them one after another.
+            order = [
+                (top + y) * columns + left + x
+                for top in range(0, rows, 2)
+                for left in range(0, columns, 2)
+                for y in range(2)
+                for x in range(2)
+            ]
+            raster = torch.empty_like(tokens)
+            raster[order] = tokens
+            tokens = raster
+        result.append(tokens)
+    return result
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_attention_scores_equal_the_full_maps(name: str) -> None:
+    tiny = TINY[name]
+    model = tiny.model()
+    inputs = prompt(tiny, ["titit"])
+    if name == "llava_onevision":  # the image that is not resampled, alone
+        inputs = prompt(tiny, ["tit"])
+        inputs["image_sizes"] = torch.tensor([[24, 48]])
+        row = [2, *[5] * 3, *[90] * (36 + 6 * 13), 6, 7]
+        inputs["input_ids"] = torch.tensor([row])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 5) as pruning:
+        model(**inputs)
+        expected = scores_by_hand(name, model, inputs)
+    assert len(pruning.selections) == len(expected)
+    for selection, scores in zip(pruning.selections, expected, strict=True):
+        assert selection.scores is not None
+        torch.testing.assert_close(selection.scores, scores)
+        best = torch.sort(scores, descending=True, stable=True).indices[:5].sort().values
+        assert torch.equal(selection.kept, best)
+
+
+@pytest.mark.parametrize(("name", "samples"), CASES)
+def test_features_projector_and_embeddings_belong_together(name: str, samples: list[str]) -> None:
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, samples)
+    encoded = tokenprune_hf.encode(model, **inputs)
+    for modality, media in encoded.modalities.items():
+        with torch.no_grad():
+            rows, sizes, _ = encode(model, inputs, modality)
+        layout = item_rows(name, inputs, modality, sizes)
+        assert [item.rows.tolist() for item in media.items] == layout
+        for item in media.items:
+            tokens = item.tokens
+            assert tokens.embeddings is not None
+            assert tokens.features is not None
+            assert tokens.projector is not None
+            torch.testing.assert_close(tokens.embeddings, rows[item.rows])
+            pooled = name == "llava_onevision" and (modality == "video" or tokens.total == 64)
+            with torch.no_grad():
+                projected = tokens.projector(tokens.features)
+            if pooled:  # averaged before the projector here, after it in the model
+                assert projected.shape == tokens.embeddings.shape
+            else:
+                torch.testing.assert_close(projected, tokens.embeddings)

@@ -1,0 +1,109 @@
+"""Arithmetic whose result does not depend on where a row stands or what it is computed with.
+
+The same item must be pruned the same way in any batch, and exactly equal tokens must tie exactly.
+A library's reductions and matrix products promise neither: the order in which they add depends on
+shape, alignment, position and device. What is here does not have that freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_HASH_ROWS = 4096  # rows hashed at once: bounds the int64 copy
+
+
+def folded_sum(values: Tensor, dim: int) -> Tensor:
+    """Sum over `dim` by folding it in halves.
+
+    Only elementwise additions are done, in an order that `values.shape[dim]` alone decides, so
+    equal slices have bit-equal sums wherever they stand, whatever stands beside them.
+
+    Parameters
+    ----------
+    values
+        Floating point, any shape.
+    dim
+        The dimension to sum over, of at least 1 element.
+
+    Returns
+    -------
+    Tensor
+        `values` without `dim`, of the same dtype.
+    """
+    while (length := values.shape[dim]) > 1:
+        half = length // 2
+        folded = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
+        if length % 2:
+            folded = torch.cat([folded, values.narrow(dim, length - 1, 1)], dim)
+        values = folded
+    return values.squeeze(dim)
+
+
+def blocks_of(rows: Tensor, size: int) -> list[Tensor]:
+    """Return views of `rows` [N, ...], `size` rows each, the last one with what is left."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def first_equal_row(rows: Tensor) -> Tensor:
+    """Return for each row the index of the first row that equals it exactly, itself at the latest.
+
+    Rows are compared by a hash in integer arithmetic, which has no rounding, and then in full.
+
+    Parameters
+    ----------
+    rows
+        Floating point [N, C] without NaN.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [N].
+    """
+    total, width = rows.shape
+    # A generator of its own: the global one belongs to the caller.
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    factors = torch.randint(
+        -(2**62), 2**62, (width,), generator=generator, dtype=torch.int64, device="cpu"
+    ).to(rows.device)
+    hashes = torch.cat(
+        [
+            # Adding zero turns -0.0, which equals 0.0, into the same bits.
+            (part.add(0.0).contiguous().view(_BITS[part.element_size()]) * factors).sum(-1)
+            for part in blocks_of(rows, _HASH_ROWS)
+        ]
+    )
+    values, group = torch.unique(hashes, return_inverse=True)
+    index = torch.arange(total, dtype=torch.int64, device=rows.device)
+    if values.numel() == total:
+        return index
+    first = index.new_full((values.numel(),), total).scatter_reduce_(0, group, index, "amin")[group]
+    return torch.where((rows == rows[first]).all(-1), first, index)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Make float32 products really float32: without autocast, TF32 or bfloat16 shortcuts.
+
+    What the caller had set is set again afterwards.
+
+    Parameters
+    ----------
+    device
+        Where the products are computed.
+    """
+    with ExitStack() as restore:
+        restore.enter_context(torch.autocast(device.type, enabled=False))
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                if (before := backend.fp32_precision) not in ("none", "ieee"):
+                    restore.callback(setattr, backend, "fp32_precision", before)
+                    backend.fp32_precision = "ieee"
+        elif (precision := torch.get_float32_matmul_precision()) != "highest":  # torch below 2.9
+            restore.callback(torch.set_float32_matmul_precision, precision)
+            torch.set_float32_matmul_precision("highest")
+        yield
