@@ -215,6 +215,8 @@ class Pruning:
                     "it out, or call it without pruning."
                 )
         input_ids = kwargs["input_ids"]
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
         kwargs = self._short_call(kwargs, shortened)
         del kwargs["mm_encoder_outputs"]  # the forward hook hands them in, beams and all
         self._shift_lengths(kwargs, input_ids.shape[1] - shortened.prompt.length)
@@ -496,6 +498,24 @@ class Pruning:
                 f"must cover the full prompt ({full}) and what came after it ({after})."
             )
         return torch.cat([short, given[:, full:].to(short)], dim=1)
+
+
+class _FullPromptStreamer:
+    """Passes a streamer the caller's prompt in place of the short one, then every new token."""
+
+    def __init__(self, streamer: Any, input_ids: Tensor) -> None:
+        self._streamer = streamer
+        self._prompt: Tensor | None = input_ids
+
+    def put(self, value: Tensor) -> None:
+        """Pass on what was generated; the first value is the prompt."""
+        if self._prompt is not None:
+            value, self._prompt = self._prompt.cpu(), None
+        self._streamer.put(value)
+
+    def end(self) -> None:
+        """Pass on the end."""
+        self._streamer.end()
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()

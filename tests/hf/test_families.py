@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tokenprune_hf
 import torch
 from torch import Tensor
 
+import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
 from tests.hf.models import TINY, prompt
 from tokenprune.selection import Selection

@@ -52,11 +52,6 @@ def family_of(model: Any) -> Family:
             f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
             f"{', '.join(sorted(known))}."
         )
-    if not hasattr(getattr(model, "model", None), "get_image_features"):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no vision encoder to prune; pass the "
-            "...ForConditionalGeneration model."
-        )
     return known[model_type](model)
 
 
