@@ -19,6 +19,22 @@ Positions = Literal["original", "compact"]
 """Where the language model believes a kept token to be: where it was, or renumbered."""
 
 
+def check_positions(positions: Positions) -> Positions:
+    """Return `positions` if it is a way to count them.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    if positions not in get_args(Positions):
+        raise ConfigError(
+            f"positions={positions!r} is not a way to count positions. "
+            f"{did_you_mean(str(positions), get_args(Positions))}"
+        )
+    return positions
+
+
 @dataclass(frozen=True)
 class PruningConfig:
     """How to prune: a method, its options, a budget and how positions are counted.
@@ -48,11 +64,7 @@ class PruningConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep", check_keep(self.keep))
-        if self.positions not in get_args(Positions):
-            raise ConfigError(
-                f"positions={self.positions!r} is not a way to count positions. "
-                f"{did_you_mean(str(self.positions), get_args(Positions))}"
-            )
+        check_positions(self.positions)
         self.selector()
 
     def selector(self) -> Selector:

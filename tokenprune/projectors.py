@@ -478,15 +478,20 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
     shift = None if bias is None else bias.detach().to(dtype)
     # Not symmetric about zero, so that centring shows.
     probe = torch.linspace(-1.0, 2.0, width, dtype=dtype, device=own)
-    with torch.no_grad():
-        got = norm(probe.to(own_dtype)).to(dtype)
-        for centred in (True, False):
-            for offset in (0.0, 1.0):
-                candidate = _Norm(centred, gain.to(dtype) + offset, shift, float(epsilon))
-                expected = candidate(probe.to(own_dtype).to(dtype))
-                tolerance = 8.0 * torch.finfo(own_dtype).eps * float(expected.abs().max() + 1.0)
-                if gain.shape == (width,) and float((got - expected).abs().max()) <= tolerance:
-                    return candidate
+    candidates = [
+        _Norm(centred, gain.to(dtype) + offset, shift, float(epsilon))
+        for centred in (True, False)
+        for offset in (0.0, 1.0)
+    ]
+    if gain.shape == (width,):
+        with torch.no_grad():
+            got = norm(probe.to(own_dtype)).to(dtype)
+            expected = [candidate(probe.to(own_dtype).to(dtype)) for candidate in candidates]
+        errors = [float((got - values).abs().max()) for values in expected]
+        nearest = errors.index(min(errors))
+        # A few roundings of the norm's own dtype.
+        if errors[nearest] <= 8.0 * torch.finfo(own_dtype).eps * float(got.abs().max()):
+            return candidates[nearest]
     raise UnsupportedModelError(
         f"MLPProjector: {type(norm).__name__} over {width} entries is neither layer norm nor RMS "
         "norm. Pass the projector as a plain callable, with estimator='jvp'."

@@ -98,17 +98,20 @@ def encode(model: Any, *, needs: Sequence[str] = PROVIDED, **inputs: Any) -> Enc
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
     with torch.no_grad():
-        encoded = encode_media(family_of(model), inputs, needs)
-    if encoded is None:
-        raise PromptError("there are no pixel values among the inputs: nothing to encode.")
-    return encoded
+        return encode_media(family_of(model), inputs, needs)
 
 
-def encode_media(family: Family, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded | None:
-    """Encode whatever pixels a call's arguments hold; None where there are none."""
+def encode_media(family: Family, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
+    """Encode whatever pixels a call's arguments hold.
+
+    Raises
+    ------
+    PromptError
+        If they hold none.
+    """
     media = family.media(arguments)
     if not media:
-        return None
+        raise PromptError("there are no pixel values among the inputs: nothing to encode.")
     return Encoded({one.modality: family.encode(one, needs) for one in media}, tuple(needs))
 
 

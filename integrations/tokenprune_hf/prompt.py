@@ -84,7 +84,7 @@ def shorten(staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
 
 
 def check_attention_mask(
-    input_ids: Tensor, attention_mask: Any, pad_token_id: int | None, eos_token_ids: list[int]
+    input_ids: Tensor, attention_mask: Any, pad_token_id: int | None
 ) -> Tensor:
     """Return the caller's 2-D attention mask, or all ones where none was given and none is needed.
 
@@ -95,9 +95,7 @@ def check_attention_mask(
     attention_mask
         What the caller passed, or None.
     pad_token_id
-        The model's padding token, or None.
-    eos_token_ids
-        The model's end tokens; one that is also the padding token does not tell padding.
+        The token that stands for padding and nothing else, or None.
 
     Raises
     ------
@@ -105,8 +103,7 @@ def check_attention_mask(
         If the mask is not [B, L], or is missing though the prompt holds padding.
     """
     if attention_mask is None:
-        tells = pad_token_id is not None and pad_token_id not in eos_token_ids
-        if tells and pad_token_id in input_ids:
+        if pad_token_id is not None and pad_token_id in input_ids:
             raise PromptError(
                 f"the prompt holds padding (token {pad_token_id}) and no attention_mask says "
                 "where. Pass the attention_mask that the processor returned."

@@ -11,22 +11,21 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Keep
-from tokenprune.config import Positions, PruningConfig
+from tokenprune.budget import Keep, check_keep
+from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import PromptError, TokenPruneError
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
-from tokenprune_hf.encoding import Encoded, KeptRows, encode_media
+from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.registry import check_method, family_of
-from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
+from tokenprune_hf.shortened import Shortened, find_placeholders, shorten_prompt
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -36,67 +35,29 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Shortened:
-    """One pruned prompt: everything needed to run it, and to go on from its cache.
-
-    Attributes
-    ----------
-    input_ids
-        The caller's LongTensor [B, L].
-    prompt
-        How [B, L] became [B, S].
-    arguments
-        What the language model is given in place of the caller's: each [..., B, S].
-    kept
-        The rows that stay, per modality.
-    rows_per_sample
-        Per modality, how many rows each prompt had.
-    next_position
-        LongTensor [B], the position of the first token after the prompt.
-    """
-
-    input_ids: Tensor
-    prompt: ShortPrompt
-    arguments: dict[str, Tensor]
-    kept: dict[str, KeptRows]
-    rows_per_sample: dict[str, list[int]]
-    next_position: Tensor
-
-    def encoder_outputs(self, batch: int) -> dict[str, Any]:
-        """Return `mm_encoder_outputs` for a batch of `batch` prompts, a multiple of B."""
-        repeats = batch // len(self.input_ids)
-        return {
-            modality: kept.output(self.rows_per_sample[modality], repeats)
-            for modality, kept in self.kept.items()
-        }
-
-
 class Pruning:
     """A pruned model: made by `prune` or `apply`, undone by leaving the block or by `remove`.
 
     Attributes
     ----------
-    config
-        Method, budget, positions and options; None if a selector object was passed.
+    model, selector, keep, positions
+        What was asked for.
     selections
-        One `Selection` per image, video or crop of the last call, in prompt order.
+        One `Selection` per item (image, video or crop) of the last call, in prompt order.
     """
 
     def __init__(self, model: Any, selector: Selector, keep: Keep, positions: Positions) -> None:
         self.model = model
-        self.keep = keep
-        self.positions = positions
         self.selector = selector
+        self.keep = check_keep(keep)
+        self.positions = check_positions(positions)
         self.selections: list[Selection] = []
         self._family = family_of(model)
         check_method(selector, model)
-        self._signature = inspect.signature(type(model).forward)
         self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
-        self._generating: Shortened | None = None
         self._in_generate = False
-        self._rope_deltas: Any = None
-        self._hook: Any = None
+        self._generating: Shortened | None = None
+        self._attach()
 
     # Attaching and taking off ------------------------------------------------------------------
 
@@ -141,7 +102,7 @@ class Pruning:
         """Make the model what it was, also after an exception."""
         self.remove()
 
-    # Calls of the model ------------------------------------------------------------------------
+    # Forward calls -----------------------------------------------------------------------------
 
     def _before_forward(
         self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -149,13 +110,11 @@ class Pruning:
         """Run before the model's forward: shorten a call with pixels, mend one with our cache."""
         if self._in_generate:
             return self._before_step(args, kwargs)
-        named = self._named(args, kwargs)
-        cache = named.get("past_key_values")
+        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache: Any = named.get("past_key_values")
         shortened = self._shorten(named)
         if shortened is not None:
-            if cache is not None and cache.get_seq_length() > 0:
-                raise _images_after_cache()
-            named = self._short_call(named, shortened)
             if named.get("use_cache") is not False:
                 from transformers import DynamicCache
 
@@ -164,29 +123,36 @@ class Pruning:
                     cache = DynamicCache(config=self.model.config.get_text_config())
                     named["past_key_values"] = cache
                 self._caches[cache] = shortened
-        elif cache is not None and cache in self._caches:
-            named = self._continued_call(named, self._caches[cache], cache)
-        else:
-            return None
-        return (), named
+            return (), shortened.call(named, self._family.encoder_arguments())
+        if (known := self._known(cache)) is not None:
+            return (), known.continued_call(named, cache.get_seq_length(), self.positions)
+        return None
 
     def _before_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand the kept rows to those steps of `generate` that read placeholders."""
-        shortened = self._generating
-        input_ids = kwargs.get("input_ids")
-        if shortened is None or input_ids is None or input_ids.shape[1] == 1:
+        """Run before each step of `generate`: hand the kept rows to those that read the prompt."""
+        shortened, input_ids = self._generating, kwargs.get("input_ids")
+        if shortened is None or input_ids is None:
             return None
-        short = shortened.arguments["input_ids"]
-        prompts = short.repeat_interleave(len(input_ids) // len(short), dim=0)
-        if not torch.equal(input_ids[:, : short.shape[1]], prompts):
-            return None  # a step on new tokens only
-        kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
-        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None:
-            # Without mask and cache transformers takes gaps in the positions for packed prompts.
-            kwargs["attention_mask"] = torch.ones_like(input_ids)
+        cache: Any = kwargs.get("past_key_values")
+        length = shortened.prompt.length
+        if shortened.is_prompt_of(input_ids):
+            kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
+            if kwargs.get("attention_mask") is None and cache is None:
+                # Without mask and cache, transformers takes gaps in positions for packed prompts.
+                kwargs["attention_mask"] = torch.ones_like(input_ids)
+            since, new = 0, input_ids.shape[1] - length
+        else:
+            since, new = cache.get_seq_length() - length, input_ids.shape[1]
+        if new and shortened.ends_with_dropped:
+            # The engine counts on from the last token it sees, which is not the prompt's last.
+            after = shortened.positions_after(since, new, len(input_ids))
+            before = kwargs["position_ids"].expand(*after.shape[:-1], -1)[..., :-new]
+            kwargs["position_ids"] = torch.cat([before, after], dim=-1)
         return args, kwargs
+
+    # generate ----------------------------------------------------------------------------------
 
     def _generate(
         self, plain: Callable[..., Any], inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -197,43 +163,35 @@ class Pruning:
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        cache = kwargs.get("past_key_values")
-        shortened = self._shorten(kwargs)
-        if shortened is None and cache is not None and cache in self._caches:
-            return self._generate_on(plain, kwargs, self._caches[cache])
-        if shortened is None:
+        with torch.no_grad():
+            shortened = self._shorten(kwargs)
+        known = self._known(kwargs.get("past_key_values"))
+        if shortened is not None:
+            _refuse(kwargs)
+            call = shortened.call(kwargs, self._family.encoder_arguments())
+            del call["mm_encoder_outputs"]  # every step is handed them by the hook, beams and all
+        elif known is not None:
+            call = known.continued_prompt(kwargs)
+        else:
             return self._run(plain, kwargs, None)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise _images_after_cache()
-        for name, reason in _REFUSED.items():
-            value = kwargs.get(name)
-            if value is None and kwargs.get("generation_config") is not None:
-                value = getattr(kwargs["generation_config"], name, None)
-            if value is not None:
-                raise PromptError(
-                    f"generate({name}=...) is not supported with pruned images: {reason}. Leave "
-                    "it out, or call it without pruning."
-                )
-        input_ids = kwargs["input_ids"]
-        if kwargs.get("streamer") is not None:
-            kwargs["streamer"] = _FullPromptStreamer(kwargs["streamer"], input_ids)
-        kwargs = self._short_call(kwargs, shortened)
-        del kwargs["mm_encoder_outputs"]  # the forward hook hands them in, beams and all
-        self._shift_lengths(kwargs, input_ids.shape[1] - shortened.prompt.length)
-        output = self._run(plain, kwargs, shortened)
-        return self._with_full_prompt(output, input_ids, shortened.prompt.length, shortened)
 
-    def _generate_on(
-        self, plain: Callable[..., Any], kwargs: dict[str, Any], shortened: Shortened
-    ) -> Any:
-        """Go on from the cache of a pruned prompt: the caller counts in full-length tokens."""
-        input_ids = kwargs["input_ids"]
-        kwargs = self._continued_prompt(kwargs, shortened)
-        removed = input_ids.shape[1] - kwargs["input_ids"].shape[1]
-        short_length = kwargs["input_ids"].shape[1]
-        self._shift_lengths(kwargs, removed)
-        output = self._run(plain, kwargs, None)
-        return self._with_full_prompt(output, input_ids, short_length, shortened)
+        input_ids: Tensor = kwargs["input_ids"]
+        short_length = call["input_ids"].shape[1]
+        self._shift_lengths(call, input_ids.shape[1] - short_length)
+        if call.get("streamer") is not None:
+            call["streamer"] = _FullPromptStreamer(call["streamer"], input_ids)
+        output = self._run(plain, call, shortened)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        repeats = len(sequences) // len(input_ids)
+        prompts = input_ids.to(sequences.device).repeat_interleave(repeats, dim=0)
+        full = torch.cat([prompts, sequences[:, short_length:]], dim=1)
+        if isinstance(output, Tensor):
+            return full
+        output.sequences = full
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and repeats == 1 and shortened is not None:
+            self._caches[cache] = shortened
+        return output
 
     def _run(
         self, plain: Callable[..., Any], kwargs: dict[str, Any], shortened: Shortened | None
@@ -243,22 +201,6 @@ class Pruning:
             return plain(**kwargs)
         finally:
             self._generating, self._in_generate = None, False
-
-    def _with_full_prompt(
-        self, output: Any, input_ids: Tensor, short_length: int, shortened: Shortened
-    ) -> Any:
-        """Put the caller's own prompt in front of what was generated."""
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        repeats = len(sequences) // len(input_ids)
-        prompts = input_ids.to(sequences.device).repeat_interleave(repeats, dim=0)
-        full = torch.cat([prompts, sequences[:, short_length:]], dim=1)
-        if isinstance(output, Tensor):
-            return full
-        output.sequences = full
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and len(sequences) == len(input_ids):
-            self._caches[cache] = shortened
-        return output
 
     def _shift_lengths(self, kwargs: dict[str, Any], removed: int) -> None:
         """Let `max_length` and `min_length` count the caller's prompt and not the short one."""
@@ -271,36 +213,55 @@ class Pruning:
 
     # Shortening --------------------------------------------------------------------------------
 
-    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return a forward call's arguments by name."""
-        names = list(self._signature.parameters)[1:]
-        return {**dict(zip(names, args, strict=False)), **kwargs}
+    def _known(self, cache: Any) -> Shortened | None:
+        """Return the pruned prompt that filled a cache, or None."""
+        shortened = None if cache is None else self._caches.get(cache)
+        if shortened is None or cache.get_seq_length() < shortened.prompt.length:
+            return None  # never ours, or emptied since
+        return shortened
 
     def _shorten(self, arguments: dict[str, Any]) -> Shortened | None:
         """Encode, select and shorten a call's prompt; None where it has no image and no video."""
         encoded: Encoded | None = arguments.pop("encoded", None)
-        input_ids = arguments.get("input_ids")
-        if encoded is None:
-            if arguments.get("mm_encoder_outputs"):
-                raise PromptError(
-                    "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look "
-                    "at. Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
-                )
-            if not self._family.media(arguments):
-                self._check_no_placeholders(arguments)
-                self.selections = []
-                return None
-        if input_ids is None or arguments.get("inputs_embeds") is not None:
+        if arguments.get("mm_encoder_outputs"):
+            raise PromptError(
+                "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
+                "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
+            )
+        if encoded is None and not self._family.media(arguments):
+            self._check_no_placeholders(arguments)
+            self.selections = []
+            return None
+        cache = arguments.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise PromptError(
+                "images or videos cannot be added to a cache that is already filled. Leave out "
+                "the pixel values if the cache holds them, or call without past_key_values."
+            )
+        if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
             raise PromptError(
                 "pruning finds visual tokens by their id: pass input_ids, and no inputs_embeds, "
                 "together with images or videos."
             )
+        if encoded is None:
+            encoded = encode_media(self._family, arguments, self.selector.needs)
+        missing = [name for name in self.selector.needs if name not in encoded.needs]
+        if missing:
+            raise PromptError(
+                f"encoded was made without {', '.join(missing)}, which method "
+                f"{self.selector.name!r} needs. Encode again with needs including them."
+            )
         with torch.no_grad():
-            if encoded is None:
-                encoded = encode_media(self._family, arguments, self.selector.needs)
-            if encoded is None:
-                raise PromptError("there is nothing to encode among the call's arguments.")
-            return self._shorten_encoded(arguments, encoded)
+            placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
+            selections = self._select(encoded, placeholders)
+            shortened = shorten_prompt(
+                self._family, arguments, encoded, placeholders, selections, self.positions
+            )
+            if self._family.mrope:
+                # With it the engine counts on, in calls that come without positions.
+                spoken = shortened.arguments["attention_mask"].sum(dim=-1)
+                self._family.inner.rope_deltas = (shortened.following[-1] - spoken)[:, None]
+        return shortened
 
     def _check_no_placeholders(self, arguments: dict[str, Any]) -> None:
         """Raise if the prompt asks for images that were not passed."""
@@ -316,188 +277,33 @@ class Pruning:
                     "passed. Pass the processor's pixel values along with its input_ids."
                 )
 
-    def _shorten_encoded(self, arguments: dict[str, Any], encoded: Encoded) -> Shortened:
-        config = self.model.config
-        input_ids: Tensor = arguments["input_ids"]
-        eos = getattr(self.model.generation_config, "eos_token_id", None)
-        mask = check_attention_mask(
-            input_ids,
-            arguments.get("attention_mask"),
-            getattr(config.get_text_config(), "pad_token_id", None),
-            eos if isinstance(eos, list) else [] if eos is None else [eos],
-        )
-        missing = [name for name in self.selector.needs if name not in encoded.needs]
-        if missing:
-            raise PromptError(
-                f"encoded was made without {', '.join(missing)}, which method "
-                f"{self.selector.name!r} needs. Encode again with needs including them."
-            )
-        placeholders = {}
-        for modality, media in encoded.modalities.items():
-            at = (input_ids == self._family.token_id(modality)).nonzero()
-            if len(at) != len(media.rows):
-                raise PromptError(
-                    f"the prompt holds {len(at)} {modality} placeholders and its {modality}s make "
-                    f"{len(media.rows)} tokens. Pass input_ids and pixel values of one and the "
-                    "same processor call, neither truncated."
-                )
-            placeholders[modality] = at.to(input_ids.device)
-
-        selections = self._select(encoded, placeholders, input_ids.shape[1])
-        staying = torch.ones_like(input_ids, dtype=torch.bool)
-        kept, rows_per_sample = {}, {}
-        for modality, media in encoded.modalities.items():
-            kept[modality] = KeptRows.of(media, selections[modality])
-            at = placeholders[modality]
-            dropped = at[~kept[modality].staying.to(at.device)]
-            staying[dropped[:, 0], dropped[:, 1]] = False
-            rows_per_sample[modality] = torch.bincount(at[:, 0], minlength=len(input_ids)).tolist()
-        prompt = shorten(staying, mask)
-
-        full_positions = self._full_positions(arguments, input_ids, mask)
-        pad = getattr(config.get_text_config(), "pad_token_id", None) or 0
-        short = {
-            "input_ids": prompt.shorten(input_ids, pad),
-            "attention_mask": prompt.shorten(mask, 0),
-        }
-        for name, fill in FILL.items():
-            if isinstance(arguments.get(name), Tensor) and name not in short:
-                short[name] = prompt.shorten(arguments[name], fill)
-        if self.positions == "original":
-            short["position_ids"] = prompt.shorten(full_positions, 0)
-            spoken = full_positions.masked_fill(~mask.bool(), -1)
-            next_position = spoken.amax(dim=-1).reshape(-1, len(input_ids)).amax(dim=0) + 1
-            if full_positions.ndim == 3 and len(full_positions) == 4:
-                # Row 0 counts text for the masks: it goes without gaps.
-                next_position = spoken[1:].amax(dim=(0, -1)) + 1
-                short["position_ids"][0] = _count(short["attention_mask"])
-        else:
-            counted = _count(short["attention_mask"])
-            short["position_ids"] = counted.expand(*full_positions.shape[:-2], -1, -1).clone()
-            next_position = short["attention_mask"].sum(dim=1)
-        if self._family.mrope:
-            spoken_length = short["attention_mask"].sum(dim=1)
-            self._family.inner.rope_deltas = (next_position - spoken_length)[:, None]
-        return Shortened(input_ids, prompt, short, kept, rows_per_sample, next_position)
-
     def _select(
-        self, encoded: Encoded, placeholders: dict[str, Tensor], length: int
+        self, encoded: Encoded, placeholders: dict[str, Tensor]
     ) -> dict[str, list[Selection]]:
         """Choose the tokens of every item; `self.selections` gets them in prompt order."""
         result: dict[str, list[Selection]] = {}
-        in_prompt: list[tuple[int, Selection]] = []
+        in_prompt: list[tuple[list[int], Selection]] = []
         for modality, media in encoded.modalities.items():
             items = [item.tokens for item in media.items]
             result[modality] = select_many(items, self.selector, self.keep)
             for item, selection in zip(media.items, result[modality], strict=True):
-                sample, column = placeholders[modality][int(item.rows[0])].tolist()
-                in_prompt.append((sample * length + column, selection))
-        self.selections = [
-            selection for _, selection in sorted(in_prompt, key=lambda pair: pair[0])
-        ]
+                place: list[int] = placeholders[modality][int(item.rows[0])].tolist()
+                in_prompt.append((place, selection))
+        self.selections = [one for _, one in sorted(in_prompt, key=lambda pair: pair[0])]
         return result
 
-    def _full_positions(self, arguments: dict[str, Any], input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return the engine's own positions of the unpruned prompt, [B, L] or [3 or 4, B, L]."""
-        given = arguments.get("position_ids")
-        if given is not None:
-            shape = given.shape[:-2] + input_ids.shape
-            positions: Tensor = given.expand(shape) if given.shape != shape else given
-            return positions
-        # Everything the processor returned, whatever rope arguments a family reads from it.
-        known = {
-            name: value
-            for name, value in arguments.items()
-            if name not in ("input_ids", "past_key_values", "attention_mask")
-        }
-        names = {"image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids"}
-        known = {name: value for name, value in known.items() if name in names}
-        computed: Tensor = self.model._prepare_position_ids_for_generation(
-            input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
-        )
-        return computed
 
-    def _short_call(self, arguments: dict[str, Any], shortened: Shortened) -> dict[str, Any]:
-        """Return a call's arguments with the short prompt and the kept rows in their places."""
-        encoder_only = self._family.encoder_arguments()
-        result = {name: value for name, value in arguments.items() if name not in encoder_only}
-        result.update(shortened.arguments)
-        result["mm_encoder_outputs"] = shortened.encoder_outputs(len(shortened.input_ids))
-        if (wanted := arguments.get("logits_to_keep")) is not None:
-            result["logits_to_keep"] = _short_logits(wanted, shortened.prompt)
-        return result
-
-    # Going on from a cache ---------------------------------------------------------------------
-
-    def _continued_call(
-        self, named: dict[str, Any], shortened: Shortened, cache: Any
-    ) -> dict[str, Any]:
-        """Mend a forward call on a pruned cache: mask and positions of the short prompt."""
-        tokens = named.get("input_ids")
-        tokens = named.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None or len(tokens) != len(shortened.input_ids):
-            raise _other_batch(len(shortened.input_ids))
-        new, past = tokens.shape[1], cache.get_seq_length()
-        named["attention_mask"] = self._continued_mask(named, shortened, past + new)
-        if named.get("position_ids") is None:
-            since = past - shortened.prompt.length
-            positions = (
-                shortened.next_position[:, None]
-                + since
-                + torch.arange(new, device=shortened.next_position.device)
-            )
-            named["position_ids"] = positions.expand(3, -1, -1) if self._family.mrope else positions
-        elif self.positions == "compact":
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `generate` that cannot work on a pruned prompt."""
+    for name, reason in _REFUSED.items():
+        value = kwargs.get(name)
+        if value is None and kwargs.get("generation_config") is not None:
+            value = getattr(kwargs["generation_config"], name, None)
+        if value is not None:
             raise PromptError(
-                "position_ids count the full prompt, and this cache holds a pruned one with "
-                "compact positions. Leave them out: they are worked out from the cache."
+                f"generate({name}=...) is not supported with pruned images: {reason}. Leave it "
+                "out, or call it without pruning."
             )
-        return named
-
-    def _continued_prompt(self, kwargs: dict[str, Any], shortened: Shortened) -> dict[str, Any]:
-        """Return `generate` arguments in which the known prompt is replaced by its short form."""
-        input_ids: Tensor = kwargs["input_ids"]
-        full = shortened.input_ids.to(input_ids.device)
-        if len(input_ids) != len(full):
-            raise _other_batch(len(full))
-        length = full.shape[1]
-        if input_ids.shape[1] <= length or not torch.equal(input_ids[:, :length], full):
-            raise PromptError(
-                "this cache was filled by another prompt. Pass input_ids that begin with the "
-                f"prompt the cache was filled by ({length} tokens) and go on with new ones."
-            )
-        ids = torch.cat([shortened.arguments["input_ids"], input_ids[:, length:]], dim=1)
-        new = input_ids.shape[1] - length
-        steps = torch.arange(new, device=input_ids.device)
-        positions = shortened.next_position[:, None] + steps
-        short_positions = shortened.arguments["position_ids"]
-        result = {**kwargs, "input_ids": ids}
-        result["attention_mask"] = self._continued_mask(kwargs, shortened, ids.shape[1])
-        result["position_ids"] = torch.cat(
-            [short_positions, positions.expand(*short_positions.shape[:-1], -1)], dim=-1
-        )
-        for name in ("token_type_ids", "mm_token_type_ids"):
-            if isinstance(kwargs.get(name), Tensor):
-                result[name] = torch.cat(
-                    [shortened.arguments[name], kwargs[name][:, length:]], dim=1
-                )
-        return result
-
-    def _continued_mask(
-        self, arguments: dict[str, Any], shortened: Shortened, length: int
-    ) -> Tensor:
-        """Return the mask [B, length] of a short prompt and what came after it."""
-        short = shortened.arguments["attention_mask"]
-        after, full = length - short.shape[1], shortened.prompt.full_length
-        given = arguments.get("attention_mask")
-        if given is None:
-            given = short.new_ones(len(short), full + after)
-        if given.shape[1] != full + after:
-            raise PromptError(
-                f"attention_mask has {given.shape[1]} columns; on the cache of a pruned prompt it "
-                f"must cover the full prompt ({full}) and what came after it ({after})."
-            )
-        return torch.cat([short, given[:, full:].to(short)], dim=1)
 
 
 class _FullPromptStreamer:
@@ -565,13 +371,9 @@ def apply(
                 f"options {sorted(options)} came with a {type(method).__name__} object, which has "
                 "its options already. Set them there."
             )
-        PruningConfig("random", keep, positions)  # checks keep and positions
-        pruning = Pruning(model, method, keep, positions)
-    else:
-        config = PruningConfig(method, keep, positions, options)
-        pruning = Pruning(model, config.selector(), config.keep, positions)
-    pruning._attach()
-    return pruning
+        return Pruning(model, method, keep, positions)
+    config = PruningConfig(method, keep, positions, options)
+    return Pruning(model, config.selector(), config.keep, config.positions)
 
 
 def prune(
@@ -593,45 +395,3 @@ def remove(model: Any) -> None:
     pruning = _ATTACHED.get(model)
     if pruning is not None:
         pruning.remove()
-
-
-def _count(mask: Tensor) -> Tensor:
-    """Return positions without gaps: 0, 1, 2 … where the mask is 1, and 0 at padding."""
-    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0).masked_fill(mask == 0, 0)
-
-
-def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
-    """Turn `logits_to_keep`, which counts the full prompt, into the short prompt's terms.
-
-    Raises
-    ------
-    PromptError
-        If it asks for a dropped token, or for a token that stands elsewhere in each prompt.
-    """
-    full = prompt.full_length
-    if isinstance(wanted, int):
-        if wanted == 0:
-            return 0
-        columns = list(range(max(full - wanted, 0), full))
-    else:
-        columns = [int(column) % full for column in wanted]
-    moved = [prompt.new_column(column) for column in columns]
-    if any(bool((places != places[0]).any()) or int(places[0]) < 0 for places in moved):
-        raise PromptError(
-            f"logits_to_keep={wanted} asks for logits at a token that was dropped, or that stands "
-            "at different places in the batch. Ask for fewer of the last tokens, or for all (0)."
-        )
-    return torch.tensor([int(places[0]) for places in moved], device=prompt.columns.device)
-
-
-def _images_after_cache() -> PromptError:
-    return PromptError(
-        "images or videos cannot be added to a cache that is already filled. Leave out the pixel "
-        "values if the cache holds them, or call without past_key_values."
-    )
-
-
-def _other_batch(batch: int) -> PromptError:
-    return PromptError(
-        f"this cache was filled by a batch of {batch} prompts; go on with as many prompts."
-    )

@@ -16,6 +16,7 @@ import tokenprune
 from tokenprune import MLPProjector, VisualTokens
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.registry import build
+from tokenprune.selectors.zeroth_order import _with_exact_ties
 
 Array = NDArray[np.float64]
 C, H, D = 10, 40, 14
@@ -362,3 +363,10 @@ def test_a_projector_that_overflows_is_named() -> None:
     bad = VisualTokens(GRID, tokens.features, tokens.embeddings, projector=mlp, label="image 3")
     with pytest.raises(TokensError, match=r"image 3.*not finite"):
         tokenprune.select(bad, "zeroth-order", 4)
+
+
+def test_copies_tie_even_where_arithmetic_depends_on_position() -> None:
+    source = torch.tensor([0, 1, 0, 2, 1, 0])
+    rows = torch.randn(3, C, generator=torch.Generator().manual_seed(0))[source]
+    scores = _with_exact_ties(lambda x: torch.arange(len(x)) * 1e-7 + x.sum(-1), rows)
+    assert torch.equal(scores, scores[torch.tensor([0, 1, 0, 3, 1, 0])])

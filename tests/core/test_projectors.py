@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -138,6 +139,25 @@ def test_bfloat16_weights_are_worked_with_in_float32(norm: str) -> None:
             part.double()  # exactly the same weights
     torch.testing.assert_close(
         low.double(), made.lifted(torch.float64).jacobian_norm(points), rtol=1e-5, atol=0.0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, partial(nn.RMSNorm, eps=1e-5), OnePlusRMSNorm])
+def test_norms_are_told_apart_at_any_gain_and_dtype(
+    kind: Callable[[int], nn.Module], scale: float, dtype: torch.dtype
+) -> None:
+    norm = kind(C)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter, std=scale, generator=torch.Generator().manual_seed(0))
+    norm.to(dtype)
+    points = features().to(dtype)
+    lifted = MLPProjector(nn.Linear(C, 3).to(dtype), None, None, norm).lifted(torch.float64)
+    assert lifted._norm is not None
+    norm.double()
+    torch.testing.assert_close(
+        lifted._norm(points.double()), norm(points.double()), rtol=1e-4, atol=1e-4 * scale
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,9 +16,23 @@ from tests.hf.by_hand import greedy
 from tests.hf.models import IMAGE, TINY, prompt
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import TokenBatch
 
 MODELS = ["llava", "qwen2_5_vl"]  # ordinary RoPE, and M-RoPE
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
+
+
+@dataclass(frozen=True)
+class FirstTokens(Selector):
+    """Keeps the first tokens, so that it is known which are dropped."""
+
+    name: ClassVar[str] = "first"
+    summary: ClassVar[str] = "the first tokens"
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def score(self, tokens: TokenBatch) -> Tensor:
+        return -torch.arange(tokens.total).float().expand(tokens.size, -1)
 
 
 def setting(name: str, samples: list[str]) -> tuple[Any, dict[str, Any], int]:
@@ -165,6 +180,49 @@ def test_text_prompts_mixed_prompts_and_prompts_without_words() -> None:
         answers = model.generate(**mixed, **GREEDY)[:, length:]
         assert len(pruning.selections) == 2
     assert answers[0].tolist() == plain[0, text.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_that_ends_with_a_dropped_token(name: str, use_cache: bool) -> None:
+    """What follows is counted from the full prompt, though its last token is gone."""
+    model, inputs, _ = setting(name, ["ti"])
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if key in inputs:
+            inputs[key] = inputs[key][:, :-1]  # without the token that closes the image
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad(), tokenprune_hf.prune(model, FirstTokens(), 5):
+        output = model.generate(**inputs, **GREEDY, use_cache=use_cache)[:, length:]
+        step = model(**inputs)
+        logits = step.logits[:, -1]
+        logits[:, model.generation_config.suppress_tokens] = -torch.inf
+        assert logits.argmax(dim=-1).tolist() == output[:, 0].tolist()
+    positions = model._prepare_position_ids_for_generation(inputs["input_ids"], dict(inputs))
+    kept = torch.tensor([*range(length)])[inputs["input_ids"][0] != IMAGE]
+    image = (inputs["input_ids"][0] == IMAGE).nonzero()[:5, 0]
+    columns = torch.cat([kept, image])
+    rows = model.get_image_features(
+        **{k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")}
+    ).pooler_output[0][:5]
+    embeds = torch.cat([model.get_input_embeddings()(inputs["input_ids"][0, kept]), rows])
+    place = positions[..., columns]
+    following = positions[..., -1:] + 1
+    for token in output[0]:
+        place_now = place[1:] if place.ndim == 3 else place
+        hidden = model.model.language_model(
+            inputs_embeds=embeds[None],
+            position_ids=place_now,
+            attention_mask=torch.zeros(1, 1, len(embeds), len(embeds)).masked_fill(
+                ~torch.ones(len(embeds), len(embeds), dtype=torch.bool).tril(), -1e30
+            ),
+            use_cache=False,
+        ).last_hidden_state
+        logits = model.lm_head(hidden[0, -1])
+        logits[model.generation_config.suppress_tokens] = -torch.inf
+        assert int(logits.argmax()) == int(token)
+        embeds = torch.cat([embeds, model.get_input_embeddings()(token[None])])
+        place = torch.cat([place, following], dim=-1)
+        following = following + 1
 
 
 def test_prompt_lookup_decoding_equals_greedy() -> None:

@@ -287,9 +287,9 @@ class Family:
             torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []
         ]
         sizes = [len(part) for part in parts]
-        items = self.items(
-            media, rows, sizes, Captured(captured_features[0], attention_module, attention)
-        )
+        with torch.no_grad():
+            captured = Captured(captured_features[0], attention_module, attention)
+            items = self.items(media, rows, sizes, captured)
         return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items)
 
 

@@ -1,0 +1,333 @@
+"""Shortened: one batch of prompts without the dropped tokens, and how to go on from it.
+
+Callers count in tokens of their own, full prompt; the engine sees the short one. Everything that
+translates between the two is here: positions, masks, `logits_to_keep`, and calls that come back
+with the cache of a pruned prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.config import Positions
+from tokenprune.errors import PromptError
+from tokenprune.selection import Selection
+from tokenprune_hf.encoding import Encoded, KeptRows
+from tokenprune_hf.families.base import Family
+from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
+
+_ROPE_ARGUMENTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+"""What families with M-RoPE read, besides input_ids, to work out positions."""
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """A batch of prompts without the dropped tokens.
+
+    Attributes
+    ----------
+    input_ids
+        The caller's LongTensor [B, L].
+    prompt
+        How [B, L] became [B, S].
+    arguments
+        What the engine is given in place of the caller's: input_ids, attention_mask,
+        position_ids, and token type ids and labels where there are any; each [..., B, S].
+    kept
+        The rows that stay, per modality.
+    rows_per_sample
+        Per modality, how many rows each prompt had.
+    following
+        LongTensor [..., B], the position of the first token after the prompt, per axis.
+    """
+
+    input_ids: Tensor
+    prompt: ShortPrompt
+    arguments: dict[str, Tensor]
+    kept: dict[str, KeptRows]
+    rows_per_sample: dict[str, list[int]]
+    following: Tensor
+
+    def encoder_outputs(self, batch: int) -> dict[str, Any]:
+        """Return `mm_encoder_outputs` for a batch of `batch` prompts, a multiple of B."""
+        repeats = batch // len(self.input_ids)
+        return {
+            modality: kept.output(self.rows_per_sample[modality], repeats)
+            for modality, kept in self.kept.items()
+        }
+
+    def is_prompt_of(self, input_ids: Tensor) -> bool:
+        """Say whether [B * repeats, ...] begins with this prompt, and so needs the kept rows."""
+        short = self.arguments["input_ids"]
+        if input_ids.shape[1] < self.prompt.length:
+            return False
+        prompts = short.repeat_interleave(len(input_ids) // len(short), dim=0)
+        return torch.equal(input_ids[:, : self.prompt.length], prompts)
+
+    def positions_after(self, since: int, count: int, batch: int) -> Tensor:
+        """Return the positions [..., batch, count] of tokens that come after the prompt.
+
+        Parameters
+        ----------
+        since
+            How many tokens stand between the prompt and the first of them.
+        count
+            How many positions.
+        batch
+            Prompts of the call, a multiple of B.
+        """
+        following = self.following.repeat_interleave(batch // len(self.input_ids), dim=-1)
+        steps = torch.arange(since, since + count, device=following.device)
+        return following[..., None] + steps
+
+    @property
+    def ends_with_dropped(self) -> bool:
+        """Whether some prompt's last token was dropped, so that its position is not in the end."""
+        last = self.prompt.new_column(self.prompt.full_length - 1)
+        return bool((last < 0).any())
+
+    def call(self, arguments: Mapping[str, Any], encoder_only: set[str]) -> dict[str, Any]:
+        """Return a call's arguments with the short prompt and the kept rows in their places."""
+        result = {name: value for name, value in arguments.items() if name not in encoder_only}
+        result.update(self.arguments)
+        result["mm_encoder_outputs"] = self.encoder_outputs(len(self.input_ids))
+        if (wanted := arguments.get("logits_to_keep")) is not None:
+            result["logits_to_keep"] = _short_logits(wanted, self.prompt)
+        return result
+
+    def continued_call(
+        self, arguments: Mapping[str, Any], past: int, positions: Positions
+    ) -> dict[str, Any]:
+        """Mend a forward call on this prompt's cache: mask and positions.
+
+        Parameters
+        ----------
+        arguments
+            The call's, by name; masks count the full prompt.
+        past
+            Tokens in the cache.
+        positions
+            How this prompt's were counted.
+
+        Raises
+        ------
+        PromptError
+            If the call is of another batch, or its mask or positions do not fit.
+        """
+        result = dict(arguments)
+        tokens = result.get("input_ids")
+        tokens = result.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None or len(tokens) != len(self.input_ids):
+            raise _other_batch(len(self.input_ids))
+        new = tokens.shape[1]
+        result["attention_mask"] = self._continued_mask(arguments, past + new)
+        if result.get("position_ids") is None:
+            after = self.positions_after(past - self.prompt.length, new, len(tokens))
+            result["position_ids"] = after
+        elif positions == "compact":
+            raise PromptError(
+                "position_ids count the full prompt, and this cache holds a pruned one with "
+                "compact positions. Leave them out: they are worked out from the cache."
+            )
+        return result
+
+    def continued_prompt(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return arguments of `generate` in which the known prompt is replaced by its short form.
+
+        Raises
+        ------
+        PromptError
+            If `input_ids` do not begin with the caller's prompt and go on after it.
+        """
+        input_ids: Tensor = arguments["input_ids"]
+        full = self.input_ids.to(input_ids.device)
+        if len(input_ids) != len(full):
+            raise _other_batch(len(full))
+        length = full.shape[1]
+        if input_ids.shape[1] <= length or not torch.equal(input_ids[:, :length], full):
+            raise PromptError(
+                "this cache was filled by another prompt. Pass input_ids that begin with the "
+                f"prompt the cache was filled by ({length} tokens) and go on with new ones."
+            )
+        result = dict(arguments)
+        for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+            if isinstance(arguments.get(name), Tensor) and name in self.arguments:
+                rest = arguments[name][:, length:]
+                result[name] = torch.cat([self.arguments[name], rest], dim=1)
+        new = input_ids.shape[1] - length
+        result["attention_mask"] = self._continued_mask(arguments, self.prompt.length + new)
+        result["position_ids"] = torch.cat(
+            [self.arguments["position_ids"], self.positions_after(0, new, len(full))], dim=-1
+        )
+        return result
+
+    def _continued_mask(self, arguments: Mapping[str, Any], length: int) -> Tensor:
+        """Return the mask [B, length] of the short prompt and what came after it."""
+        short = self.arguments["attention_mask"]
+        after, full = length - short.shape[1], self.prompt.full_length
+        given = arguments.get("attention_mask")
+        if given is None:
+            given = short.new_ones(len(short), full + after)
+        if given.shape[1] != full + after:
+            raise PromptError(
+                f"attention_mask has {given.shape[1]} columns; on the cache of a pruned prompt it "
+                f"must cover the full prompt ({full}) and what came after it ({after})."
+            )
+        return torch.cat([short, given[:, full:].to(short)], dim=1)
+
+
+def find_placeholders(family: Family, input_ids: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+    """Return, per modality, where each row of the encoder belongs in the prompts.
+
+    Parameters
+    ----------
+    family
+        Knows the placeholders' ids.
+    input_ids
+        LongTensor [B, L].
+    encoded
+        What the encoder returned.
+
+    Returns
+    -------
+    dict
+        LongTensor [R, 2]: prompt and column of each row, in the order of rows.
+
+    Raises
+    ------
+    PromptError
+        If there are not as many placeholders as rows.
+    """
+    found = {}
+    for modality, media in encoded.modalities.items():
+        places = (input_ids == family.token_id(modality)).nonzero()
+        if len(places) != len(media.rows):
+            raise PromptError(
+                f"the prompt holds {len(places)} {modality} placeholders and its {modality}s make "
+                f"{len(media.rows)} tokens. Pass input_ids and pixel values of one and the same "
+                "processor call, neither truncated."
+            )
+        found[modality] = places
+    return found
+
+
+def shorten_prompt(
+    family: Family,
+    arguments: Mapping[str, Any],
+    encoded: Encoded,
+    placeholders: Mapping[str, Tensor],
+    selections: Mapping[str, list[Selection]],
+    positions: Positions,
+) -> Shortened:
+    """Drop the placeholders of every token that was not selected.
+
+    Parameters
+    ----------
+    family
+        The model's.
+    arguments
+        The call's, by name, with input_ids [B, L].
+    encoded
+        What the encoder returned.
+    placeholders
+        See `find_placeholders`.
+    selections
+        Per modality, one for each of `encoded`'s items.
+    positions
+        ``"original"`` or ``"compact"``.
+
+    Raises
+    ------
+    PromptError
+        If the attention mask is missing where it is needed, or does not fit.
+    """
+    model = family.model
+    input_ids: Tensor = arguments["input_ids"]
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
+    # A padding token that also ends sequences does not tell padding.
+    tells = None if pad in ends else pad
+    mask = check_attention_mask(input_ids, arguments.get("attention_mask"), tells)
+
+    staying = torch.ones_like(input_ids, dtype=torch.bool)
+    kept, rows_per_sample = {}, {}
+    for modality, media in encoded.modalities.items():
+        places = placeholders[modality]
+        kept[modality] = KeptRows.of(media, selections[modality])
+        dropped = places[~kept[modality].staying.to(places.device)]
+        staying[dropped[:, 0], dropped[:, 1]] = False
+        rows_per_sample[modality] = torch.bincount(places[:, 0], minlength=len(input_ids)).tolist()
+    prompt = shorten(staying, mask)
+
+    values = {**arguments, "attention_mask": mask}
+    short = {
+        name: prompt.shorten(values[name], fill)
+        for name, fill in {**FILL, "input_ids": pad or 0}.items()
+        if isinstance(values.get(name), Tensor)
+    }
+    full_positions = _full_positions(model, arguments, mask)
+    counted = (short["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
+    if positions == "original":
+        short["position_ids"] = prompt.shorten(full_positions, 0)
+        # Padding may stand on the right: the last real token is the one counted furthest.
+        last = mask.long().cumsum(dim=-1).argmax(dim=-1)
+        columns = last[:, None].expand(*full_positions.shape[:-1], 1)
+        following = full_positions.gather(-1, columns)[..., 0] + 1
+        if full_positions.ndim == 3 and len(full_positions) == 4:
+            # Row 0 counts text for the engine's masks, which take gaps for packed prompts.
+            short["position_ids"][0] = counted
+            following[0] = counted.amax(dim=-1) + 1
+    else:
+        shape = (*full_positions.shape[:-2], *counted.shape)
+        short["position_ids"] = counted.expand(shape).clone()
+        following = (counted.amax(dim=-1) + 1).expand(shape[:-1]).clone()
+    return Shortened(input_ids, prompt, short, kept, rows_per_sample, following)
+
+
+def _full_positions(model: Any, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
+    """Return the engine's own positions of the unpruned prompt, [B, L] or [3 or 4, B, L]."""
+    input_ids: Tensor = arguments["input_ids"]
+    given: Tensor | None = arguments.get("position_ids")
+    if given is not None:
+        return given.expand(*given.shape[:-2], *input_ids.shape)
+    known = {name: arguments[name] for name in _ROPE_ARGUMENTS if arguments.get(name) is not None}
+    computed: Tensor = model._prepare_position_ids_for_generation(
+        input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
+    )
+    return computed
+
+
+def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
+    """Turn `logits_to_keep`, which counts the full prompt, into the short prompt's terms.
+
+    Raises
+    ------
+    PromptError
+        If it asks for a dropped token, or for a token that stands elsewhere in each prompt.
+    """
+    full = prompt.full_length
+    if isinstance(wanted, int):
+        if wanted == 0:
+            return 0
+        columns = list(range(max(full - wanted, 0), full))
+    else:
+        columns = [int(column) % full for column in wanted]
+    moved = [prompt.new_column(column) for column in columns]
+    if any(bool((places != places[0]).any()) or int(places[0]) < 0 for places in moved):
+        raise PromptError(
+            f"logits_to_keep={wanted} asks for logits at a token that was dropped, or that stands "
+            "at different places in the batch. Ask for fewer of the last tokens, or for all (0)."
+        )
+    return torch.tensor([int(places[0]) for places in moved], device=prompt.columns.device)
+
+
+def _other_batch(batch: int) -> PromptError:
+    return PromptError(
+        f"this cache was filled by a batch of {batch} prompts; go on with as many prompts."
+    )

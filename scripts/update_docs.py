@@ -1,0 +1,169 @@
+#!/usr/bin/env python
+"""Write the measured numbers into README.md and docs/demo.md.
+
+    scripts/demo --out demo-out
+    .venv/bin/python scripts/bench_selectors.py > docs/bench_selectors.txt
+    .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
+    .venv/bin/python scripts/update_docs.py demo-out/results.json
+
+Text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of the README is
+replaced, and docs/demo.md is written anew. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SETS = {"scenes": "scenes", "easy-vqa": "easy-VQA"}
+Row = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of Markdown, numbers to the right."""
+    lines = [list(header), ["---", *["---:"] * (len(header) - 1)], *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_method(rows: Sequence[Row], cell: Any) -> str:
+    """Return methods down, visual tokens across."""
+    budgets = sorted({row["keep"] for row in rows if row["method"] != "oracle"}, reverse=True)
+    tokens = {row["keep"]: row["visual_tokens"] for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = []
+    for method in methods:
+        if method == "oracle":
+            continue
+        mine = {row["keep"]: row for row in rows if row["method"] == method}
+        lines.append([f"`{method}`", *[cell(mine[k]) if k in mine else "" for k in budgets]])
+    return markdown(["tokens kept", *[f"{tokens[k]:.0f}" for k in budgets]], lines)
+
+
+def accuracy(row: Row) -> str:
+    """Return a row's accuracy with its interval."""
+    return f"{row['accuracy']:.3f} ({row['ci_low']:.3f} to {row['ci_high']:.3f})"
+
+
+def oracle_line(rows: Sequence[Row]) -> str:
+    """Return the oracle's row as a sentence, or nothing where the set has none."""
+    lines = [
+        f"`oracle`, the evidence alone, {row['visual_tokens']:.1f} tokens on average: "
+        f"{accuracy(row)}."
+        for row in rows
+        if row["method"] == "oracle"
+    ]
+    return "\n".join(lines)
+
+
+def demo_page(results: dict[str, Any]) -> str:
+    """Return docs/demo.md."""
+    parts = [
+        "# The demo, number by number",
+        "Written by `scripts/update_docs.py` from the `results.json` of one run of `scripts/demo`. "
+        "The model is the one bundled with tokenprune, trained on these two sets; it is no public "
+        "model, and its accuracies say nothing about one. Intervals are 95 % Wilson intervals "
+        "over questions; they do not cover the choice of the one model.",
+    ]
+    for name, title in SETS.items():
+        rows = [row for row in results["rows"] if row["dataset"] == name]
+        if not rows:
+            continue
+        positions = rows[0]["positions"]
+        parts += [
+            f"## {title}, {rows[0]['questions']:,} questions, positions {positions}",
+            by_method(rows, accuracy),
+            oracle_line(rows),
+        ]
+        if rows[0]["evidence_kept"] is not None:
+            share = by_method(rows, lambda row: f"{row['evidence_kept']:.2f}")
+            parts += ["Share of the evidence's tokens that were kept:", share]
+        cost = by_method(rows, lambda row: f"{row['prefill_ms']:.1f} + {row['selection_ms']:.1f}")
+        parts += ["Prefill of one question and, after the plus sign, selection, in ms:", cost]
+    others = results["other_positions"]
+    if others:
+        name, how = others[0]["dataset"], others[0]["positions"]
+        parts += [
+            f"## {SETS.get(name, name)} with {how} positions",
+            by_method(others, accuracy),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def positions_table(results: dict[str, Any]) -> str:
+    """Return both ways to count positions side by side, where both were run."""
+    main = {(row["dataset"], row["method"], row["keep"]): row for row in results["rows"]}
+    lines = []
+    for other in results["other_positions"]:
+        row = main.get((other["dataset"], other["method"], other["keep"]))
+        if row is None or other["keep"] == 1.0:
+            continue
+        pair = {row["positions"]: row, other["positions"]: other}
+        lines.append(
+            [
+                f"`{row['method']}`, {SETS[row['dataset']]}",
+                f"{row['visual_tokens']:.0f}",
+                accuracy(pair["original"]),
+                accuracy(pair["compact"]),
+            ]
+        )
+    return markdown(["method, set", "tokens", "original", "compact"], lines)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Return the first paragraph's number."""
+    rows = [row for row in results["rows"] if row["dataset"] == "scenes"]
+    full = next(row for row in rows if row["keep"] == 1.0)
+    quarter = [row for row in rows if row["keep"] == 0.25 and row["method"] != "oracle"]
+    best = max(quarter, key=lambda row: row["accuracy"])
+    blind = next(row for row in quarter if row["method"] == "random")
+    return (
+        f"on the model and the questions bundled here, `{best['method']}` keeps "
+        f"{best['visual_tokens']:.0f} of {full['visual_tokens']:.0f} tokens and answers "
+        f"{best['accuracy']:.1%} right, where all of them give {full['accuracy']:.1%} and "
+        f"{blind['visual_tokens']:.0f} random ones {blind['accuracy']:.1%}."
+    )
+
+
+def main() -> None:
+    """Read the results and write the documents."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, help="results.json of a complete run")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    if not results["complete"]:
+        raise SystemExit(f"{arguments.results} is of a run that did not finish; run it again")
+
+    scenes = [row for row in results["rows"] if row["dataset"] == "scenes"]
+    table = (
+        f"Accuracy on scenes, {scenes[0]['questions']:,} questions, 95 % intervals:\n\n"
+        f"{by_method(scenes, accuracy)}\n\n{oracle_line(scenes)}"
+    )
+    benches = [
+        f"```text\n{(ROOT / 'docs' / name).read_text().strip()}\n```"
+        for name in ("bench_selectors.txt", "bench_generate.txt")
+    ]
+    texts = {
+        "headline": headline(results),
+        "table": f"\n{table}\n",
+        "positions": f"\n{positions_table(results)}\n",
+        "cost": "\n" + "\n\n".join(benches) + "\n",
+    }
+    readme = (ROOT / "README.md").read_text()
+    for name, text in texts.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        readme, count = re.subn(
+            f"{start}.*?{end}", lambda _, t=text, s=start, e=end: s + t + e, readme, flags=re.S
+        )
+        if count != 1:
+            raise SystemExit(f"README.md must hold the markers {start} and {end} once")
+    (ROOT / "README.md").write_text(readme)
+    (ROOT / "docs" / "demo.md").write_text(demo_page(results))
+
+
+if __name__ == "__main__":
+    main()
