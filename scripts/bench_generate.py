@@ -61,9 +61,9 @@ def build_model() -> Any:
 def prompt(visual: int) -> dict[str, torch.Tensor]:
     """Return input_ids and attention_mask [1, L] with `visual` placeholders in one run."""
     words = torch.arange(100, 100 + TEXT_BEFORE + TEXT_AFTER)
-    ids = torch.cat(
-        [words[:TEXT_BEFORE], torch.full((visual,), IMAGE_TOKEN), words[TEXT_BEFORE:]]
-    )[None]
+    ids = torch.cat([words[:TEXT_BEFORE], torch.full((visual,), IMAGE_TOKEN), words[TEXT_BEFORE:]])[
+        None
+    ]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

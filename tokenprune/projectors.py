@@ -472,8 +472,8 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
     own = device if weight is None else weight.device
     own_dtype = dtype if weight is None else weight.dtype
     epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if epsilon is None:  # torch.nn.RMSNorm without eps takes that of its input's dtype
-        epsilon = torch.finfo(own_dtype).eps
+    if epsilon is None:  # torch.nn.RMSNorm without eps takes that of the dtype it computes in
+        epsilon = torch.finfo(torch.promote_types(own_dtype, torch.float32)).eps
     gain = torch.ones(width, dtype=dtype, device=own) if weight is None else weight.detach()
     shift = None if bias is None else bias.detach().to(dtype)
     # Not symmetric about zero, so that centring shows.

@@ -203,7 +203,7 @@ def _position_table(arrays: dict[str, torch.Tensor], side: int) -> torch.Tensor:
 
 
 def encoder_weights(cache_dir: Path, image_size: int) -> dict[str, torch.Tensor]:
-    """The encoder's weights, converted from ONNX the first time and read from a cache after.
+    """Convert the encoder from ONNX the first time, read it from a cache after.
 
     Parameters
     ----------
@@ -236,5 +236,6 @@ def encoder_weights(cache_dir: Path, image_size: int) -> dict[str, torch.Tensor]
         handle, name = tempfile.mkstemp(dir=cache_dir, suffix=".part")
         os.close(handle)
         save_file(state, name, metadata={"format": "pt"})
+        os.chmod(name, 0o644)  # a temporary file starts readable by its owner only
         os.replace(name, target)
     return dict(load_file(target))

@@ -1,0 +1,189 @@
+"""The rows of a run, their intervals, and results.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.demo.answering import Answers
+from tokenprune_eval.demo.costs import Cost
+from tokenprune_eval.demo.output import write_whole
+
+UNPRUNED, ORACLE = "none", "oracle"
+"""What the rows of the unpruned model, and of the evidence alone, have for a method."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition: a set of questions, a method and a budget.
+
+    Attributes
+    ----------
+    dataset, method, positions
+        What was run. ``"none"`` is the unpruned model, ``"oracle"`` the evidence alone.
+    keep
+        Share of the visual tokens kept; of the oracle, whose number differs from question to
+        question, the mean.
+    accuracy, ci_low, ci_high
+        Share of right answers and its 95 % Wilson interval over questions.
+    questions, correct
+        How many were asked and how many answered right.
+    visual_tokens, of_visual_tokens
+        Visual tokens the language model read of each image (of the oracle the mean), and of how
+        many.
+    prefill_ms, selection_ms, peak_memory_mib
+        See `Cost`; of the oracle on a question with a typical number of tokens.
+    evidence_kept
+        Share of the tokens that show the answer that were kept, mean over questions; None where
+        the set does not say where that is.
+    by_type
+        Type of question -> accuracy and number of questions.
+    unpruned
+        True where this is the run of the unpruned model, shown for the method as its 1.0.
+    """
+
+    dataset: str
+    method: str
+    keep: float
+    accuracy: float
+    ci_low: float
+    ci_high: float
+    questions: int
+    correct: int
+    visual_tokens: float
+    of_visual_tokens: int
+    prefill_ms: float
+    selection_ms: float
+    peak_memory_mib: float
+    evidence_kept: float | None
+    positions: str
+    by_type: dict[str, dict[str, float]]
+    unpruned: bool = False
+
+
+def wilson(correct: int, questions: int) -> tuple[float, float]:
+    """Return the 95 % Wilson interval of a share.
+
+    Parameters
+    ----------
+    correct
+        Between 0 and `questions`.
+    questions
+        At least 1.
+
+    Returns
+    -------
+    tuple of float
+        Low and high, between 0 and 1.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    low, high = proportion_confint(correct, questions, alpha=0.05, method="wilson")
+    return max(0.0, float(low)), min(1.0, float(high))
+
+
+def make_row(
+    dataset: str,
+    method: str,
+    positions: str,
+    questions: Sequence[Question],
+    answers: Answers,
+    evidence: Tensor | None,
+    cost: Cost,
+) -> Row:
+    """Compare answers exactly with the right ones, and count what was kept.
+
+    Parameters
+    ----------
+    dataset, method, positions
+        See `Row`.
+    questions, answers
+        In the same order.
+    evidence
+        BoolTensor [Q, N] or None.
+    cost
+        What one question costs.
+    """
+    right = [
+        text == question.answer.lower()
+        for text, question in zip(answers.texts, questions, strict=True)
+    ]
+    by_type: dict[str, list[bool]] = {}
+    for question, is_right in zip(questions, right, strict=True):
+        by_type.setdefault(question.type, []).append(is_right)
+    low, high = wilson(sum(right), len(right))
+    total = answers.kept.shape[1]
+    tokens = float(answers.kept.sum(dim=1).double().mean())
+    shares = None
+    if evidence is not None:
+        found = (answers.kept & evidence).sum(dim=1).double() / evidence.sum(dim=1)
+        shares = float(found.mean())
+    return Row(
+        dataset=dataset,
+        method=method,
+        keep=tokens / total,
+        accuracy=sum(right) / len(right),
+        ci_low=low,
+        ci_high=high,
+        questions=len(right),
+        correct=sum(right),
+        visual_tokens=tokens,
+        of_visual_tokens=total,
+        prefill_ms=cost.prefill_ms,
+        selection_ms=cost.selection_ms,
+        peak_memory_mib=cost.peak_memory_mib,
+        evidence_kept=shares,
+        positions=positions,
+        by_type={
+            kind: {"accuracy": sum(values) / len(values), "questions": len(values)}
+            for kind, values in by_type.items()
+        },
+    )
+
+
+@dataclass
+class Results:
+    """What a run found so far.
+
+    Attributes
+    ----------
+    file
+        ``results.json``; `save` writes it after every row, so an interrupted run keeps its rows.
+    about
+        Settings, versions, machine and which questions were asked.
+    rows
+        The main rows.
+    other_positions
+        Rows with the other way to count positions.
+    complete
+        Whether all rows are there.
+    """
+
+    file: Path
+    about: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    other_positions: list[Row] = field(default_factory=list)
+    complete: bool = False
+
+    def save(self) -> None:
+        """Write the file as a whole.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        content = {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "other_positions": [dataclasses.asdict(row) for row in self.other_positions],
+            "complete": self.complete,
+            **self.about,
+        }
+        write_whole(self.file, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,425 @@
+"""The run itself: which conditions, in which order, and what is kept for the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import tokens_kept
+from tokenprune.config import Positions
+from tokenprune.registry import find
+from tokenprune_eval.bundled.model import bundled_model_path
+from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.demo.answering import Answerer, Answers, Chunk
+from tokenprune_eval.demo.costs import Cost, measure
+from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
+from tokenprune_eval.demo.questionsets import SCENES, QuestionSet, load_sets
+from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row, make_row
+from tokenprune_hf.families.registry import check_method
+from tokenprune_hf.images import load_image
+
+METHODS = ("cls-attention", "zeroth-order", "divprune", "random", "uniform", "feature-norm")
+KEEPS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
+"""Budgets besides 1.0, which is the unpruned model."""
+
+EXAMPLE_KEEP = 0.125
+EXAMPLES = {True: 9, False: 3}
+"""How many questions are shown of a set with evidence, and of one without."""
+
+POSITION_METHODS = ("zeroth-order", "cls-attention", "random")
+POSITION_KEEPS = (0.5, 0.25, 0.125)
+"""What is also run with the other way to count positions, on the scenes."""
+
+PLAIN_CHECKS = 8
+"""Questions of each set that the model also answers without anything of tokenprune."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run.
+
+    Attributes
+    ----------
+    out
+        Folder for the results.
+    methods
+        Names out of `tokenprune.methods()`.
+    questions
+        At least so many of each set; None for all.
+    positions
+        How positions are counted.
+    seed
+        Seed of the choice of questions and of those that are shown.
+    """
+
+    out: Path
+    methods: tuple[str, ...] = METHODS
+    questions: int | None = 1000
+    positions: Positions = "original"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one method kept for one question, and what the model then said.
+
+    Attributes
+    ----------
+    method
+        Its name; ``"none"`` and ``"oracle"`` as in `Row`.
+    answer
+        What the model said.
+    kept
+        BoolTensor [N].
+    """
+
+    method: str
+    answer: str
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question that the report shows.
+
+    Attributes
+    ----------
+    dataset
+        The set it is from.
+    question
+        With its image, its right answer and its evidence.
+    grid
+        Rows and columns of visual tokens.
+    panels
+        One a method.
+    """
+
+    dataset: str
+    question: Question
+    grid: tuple[int, int]
+    panels: tuple[Panel, ...]
+
+
+class Progress(Protocol):
+    """What the run tells of its progress."""
+
+    def step(self, text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Begin a step of `total` parts; the block gets the function that counts them."""
+
+    def say(self, text: str) -> None:
+        """Tell something that stays on the screen."""
+
+
+def run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]:
+    """Run everything; ``results.json`` is written as rows finish.
+
+    Parameters
+    ----------
+    settings
+        What to run; `out` is a folder that can be written to.
+    progress
+        Is told how far the run is.
+
+    Returns
+    -------
+    tuple
+        The results, and the questions to show.
+
+    Raises
+    ------
+    UnknownMethodError, UnsupportedModelError
+        For a method that is not there, or that the model cannot serve.
+    MissingPackageError, BundledModelError
+        If the model or a question set cannot be put together.
+    OutputError
+        If the results cannot be written.
+    """
+    started = time.perf_counter()
+    selectors = [find(method)() for method in settings.methods]
+    sets = load_sets(settings.questions, settings.seed)
+    with progress.step("loading the model", 1) as advance:
+        answerer = Answerer(bundled_model_path())
+        advance(1)
+    for selector in selectors:
+        check_method(selector, answerer.model)
+    about = _about(settings, sets, answerer)
+    results = Results(settings.out / "results.json", about)
+    results.save()
+    examples: list[Example] = []
+    needs = sorted({need for selector in selectors for need in selector.needs})
+    for questions in sets:
+        progress.say(
+            f"{questions.name}: {len(questions.questions):,} of {questions.of_questions:,} "
+            f"questions, about {len(questions.images):,} of {questions.of_images:,} images "
+            + ("(all)" if settings.questions is None else f"(drawn with seed {settings.seed})")
+        )
+        examples += _SetRun(settings, questions, answerer, results, progress).run(needs)
+    about["seconds"] = round(time.perf_counter() - started, 1)
+    results.complete = True
+    results.save()
+    return results, examples
+
+
+class _SetRun:
+    """The run of one question set."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        questions: QuestionSet,
+        answerer: Answerer,
+        results: Results,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.set = questions
+        self.answerer = answerer
+        self.results = results
+        self.progress = progress
+        self.chunks: list[Chunk] = []
+        self.evidence: Tensor | None = None
+        self.shown: dict[str, Answers] = {}
+
+    def run(self, needs: Sequence[str]) -> list[Example]:
+        """Run all conditions of the set and return the questions to show."""
+        questions = self.set.questions
+        with self.progress.step(f"{self.set.name}: encoding", len(self.set.images)) as advance:
+            self.chunks = self.answerer.encode(questions, needs, advance)
+        if self.set.has_evidence:
+            self.evidence = self._evidence()
+        methods = self.settings.methods
+        budgets = [(method, keep) for method in methods for keep in KEEPS]
+        costs = self._costs(budgets)
+
+        unpruned = self._row(UNPRUNED, 1.0, costs[UNPRUNED, 1.0])
+        self._check_against_plain()
+        self._add(unpruned, *(replace(unpruned, method=method) for method in methods))
+        for method, keep in budgets:
+            self._add(self._row(method, keep, costs[method, keep]))
+        if self.evidence is not None:
+            self._add(self._row(ORACLE, 0.0, costs[ORACLE, 0.0]))
+        if self.set.name == SCENES:
+            self._other_positions(costs)
+        return self._examples()
+
+    def _add(self, *rows: Row) -> None:
+        self.results.rows += rows
+        self.results.save()
+
+    def _row(self, method: str, keep: float, cost: Cost, positions: Positions | None = None) -> Row:
+        """Answer all questions under one condition."""
+        main = positions is None
+        positions = positions or self.settings.positions
+        name = {UNPRUNED: "all visual tokens", ORACLE: "the evidence alone"}.get(
+            method, f"{method}, keep {keep:g}"
+        )
+        other = "" if main else f", positions {positions}"
+        text = f"{self.set.name}: {name}{other}"
+        with self.progress.step(text, len(self.set.questions)) as advance:
+            if method == ORACLE:
+                evidence = self._known_evidence()
+                answers = self.answerer.answer_with_evidence(
+                    self.set.questions, self.chunks, evidence, positions, advance
+                )
+            else:
+                # At keep 1.0 nothing is scored and nothing is dropped, whatever the method.
+                answers = self.answerer.answer(
+                    self.set.questions,
+                    self.chunks,
+                    "uniform" if method == UNPRUNED else method,
+                    keep,
+                    positions,
+                    advance,
+                )
+        if main and (method in (UNPRUNED, ORACLE) or keep == EXAMPLE_KEEP):
+            self.shown[method] = answers
+        row = make_row(
+            self.set.name, method, positions, self.set.questions, answers, self.evidence, cost
+        )
+        return replace(
+            row,
+            unpruned=method == UNPRUNED,
+            keep=row.keep if method == ORACLE else keep,
+        )
+
+    def _known_evidence(self) -> Tensor:
+        if self.evidence is None:
+            raise RuntimeError(f"{self.set.name} does not say where its evidence is")
+        return self.evidence
+
+    def _evidence(self) -> Tensor:
+        """Return BoolTensor [Q, N]."""
+        sizes = {image: load_image(image).size for image in self.set.images}
+        return torch.stack(
+            [
+                evidence_mask(question.evidence, sizes[question.image], self.answerer.grid)
+                for question in self.set.questions
+            ]
+        )
+
+    def _costs(self, budgets: Sequence[tuple[str, float]]) -> dict[tuple[str, float], Cost]:
+        """Measure every condition on one question: its evidence is of a typical size."""
+        typical = 0
+        if self.evidence is not None:
+            counts = self.evidence.sum(dim=1).double()
+            typical = int((counts - counts.mean()).abs().argmin())
+        chunk, place = next(
+            (chunk, chunk.numbers.index(typical))
+            for chunk in self.chunks
+            if typical in chunk.numbers
+        )
+        keys: list[tuple[str, float]] = [(UNPRUNED, 1.0), *budgets]
+        conditions: list[tuple[Any, Any]] = [("uniform", 1.0), *budgets]
+        if self.evidence is not None:
+            places = self.evidence[typical].nonzero()[:, 0]
+            keys.append((ORACLE, 0.0))
+            conditions.append((Oracle(places[None]), len(places)))
+        text = f"{self.set.name}: timing, methods taking turns"
+        with self.progress.step(text, 1) as advance:
+            costs = measure(
+                self.answerer.model,
+                self.answerer.batch([self.set.questions[typical].question]),
+                chunk.encoded.take([chunk.image_of[place]]),
+                conditions,
+            )
+            advance(1)
+        return dict(zip(keys, costs, strict=True))
+
+    def _check_against_plain(self) -> None:
+        """Note whether the unpruned rows are what the model says without tokenprune."""
+        numbers = random.Random(self.settings.seed).sample(
+            range(len(self.set.questions)), min(PLAIN_CHECKS, len(self.set.questions))
+        )
+        same = 0
+        with self.progress.step(f"{self.set.name}: comparing with the plain model", 1) as advance:
+            for number in numbers:
+                plain = self.answerer.plain_answer(self.set.questions[number])
+                same += plain == self.shown[UNPRUNED].texts[number]
+            advance(1)
+        self.results.about["same_as_plain_model"][self.set.name] = {
+            "questions": len(numbers),
+            "same": same,
+        }
+
+    def _other_positions(self, costs: dict[tuple[str, float], Cost]) -> None:
+        """Run some conditions with the other way to count positions."""
+        other: Positions = "compact" if self.settings.positions == "original" else "original"
+        methods = [name for name in POSITION_METHODS if name in self.settings.methods]
+        for method in methods or self.settings.methods[:2]:
+            for keep in POSITION_KEEPS:
+                row = self._row(method, keep, costs[method, keep], other)
+                self.results.other_positions.append(row)
+                self.results.save()
+        if self.evidence is not None:
+            self.results.other_positions.append(self._row(ORACLE, 0.0, costs[ORACLE, 0.0], other))
+            self.results.save()
+
+    def _examples(self) -> list[Example]:
+        """Draw the questions to show: types take turns, and every image is another."""
+        questions = self.set.questions
+        order = random.Random(self.settings.seed + 1).sample(range(len(questions)), len(questions))
+        wanted = EXAMPLES[self.set.has_evidence]
+        chosen: list[int] = []
+        while order and len(chosen) < wanted:
+            types: set[str] = set()
+            for number in list(order):
+                question = questions[number]
+                fresh = all(questions[other].image != question.image for other in chosen)
+                if question.type not in types and fresh and len(chosen) < wanted:
+                    types.add(question.type)
+                    chosen.append(number)
+                    order.remove(number)
+            if not types:
+                break
+        methods = [UNPRUNED, *self.settings.methods]
+        if ORACLE in self.shown:
+            methods.append(ORACLE)
+        return [
+            Example(
+                self.set.name,
+                questions[number],
+                self.answerer.grid,
+                tuple(
+                    Panel(
+                        method,
+                        self.shown[method].texts[number],
+                        self.shown[method].kept[number],
+                    )
+                    for method in methods
+                ),
+            )
+            for number in chosen
+        ]
+
+
+def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) -> dict[str, Any]:
+    """Return everything a reader needs to run the same again."""
+    packages = ("tokenprune-vlm", "torch", "transformers", "numpy", "pillow", "statsmodels")
+    parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
+    return {
+        "settings": {
+            "methods": list(settings.methods),
+            "keep": [1.0, *KEEPS],
+            "positions": settings.positions,
+            "questions": "all" if settings.questions is None else settings.questions,
+            "seed": settings.seed,
+            "example_keep": EXAMPLE_KEEP,
+            "evidence": f"cells of the image covered by a box to at least {COVERED:.0%}",
+        },
+        "model": {
+            "name": "the bundled model, no public VLM",
+            "architecture": type(answerer.model).__name__,
+            "parameters": parameters,
+            "dtype": str(answerer.model.dtype).removeprefix("torch."),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "system": f"{platform.system()} {platform.machine()}",
+        },
+        "subsets": {
+            one.name: {
+                "questions": len(one.questions),
+                "of_questions": one.of_questions,
+                "images": len(one.images),
+                "of_images": one.of_images,
+                "ids": [question.id for question in one.questions],
+            }
+            for one in sets
+        },
+        "same_as_plain_model": {},
+        "seconds": None,
+    }
+
+
+def _processor() -> str:
+    """Return the processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def budgets_in_tokens(total: int) -> dict[float, int]:
+    """Return keep -> tokens kept of `total`, for all budgets of the demo."""
+    return {keep: tokens_kept(keep, total) for keep in (1.0, *KEEPS)}

@@ -1,0 +1,191 @@
+"""The run in the terminal: a progress bar, and the tables at its end."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Row
+
+
+class TerminalProgress:
+    """Shows a bar for the step at work; on a file or a pipe, one line a step.
+
+    Use it as a context manager.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TerminalProgress:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop drawing."""
+        self._bar.stop()
+
+    @contextmanager
+    def step(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show one step while the block runs."""
+        if not self.console.is_terminal:
+            self.console.print(text, highlight=False)
+        task = self._bar.add_task(text, total=total)
+        try:
+            yield lambda done: self._bar.advance(task, done)
+        finally:
+            self._bar.remove_task(task)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.console.print(text, highlight=False)
+
+
+def label(method: str) -> str:
+    """Return what a method's row is called for people."""
+    return {UNPRUNED: "unpruned", ORACLE: "oracle (the evidence)"}.get(method, method)
+
+
+def print_tables(console: Console, rows: Sequence[Row], positions: Sequence[Row]) -> None:
+    """Print, for each set, accuracy and what was kept of the evidence, and what it costs."""
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        of_set = [row for row in rows if row.dataset == dataset]
+        console.print(_accuracy(dataset, of_set))
+        if any(row.evidence_kept is not None for row in of_set):
+            console.print(_evidence(dataset, of_set))
+        console.print(_costs(dataset, of_set))
+    if positions:
+        console.print(_positions(rows, positions))
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+
+
+def _budgets(rows: Sequence[Row]) -> list[float]:
+    return sorted({row.keep for row in rows if row.method not in (UNPRUNED, ORACLE)}, reverse=True)
+
+
+def _tokens(rows: Sequence[Row], keep: float) -> str:
+    return f"{next(row.visual_tokens for row in rows if row.keep == keep):g}"
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.method for row in rows if row.method not in (UNPRUNED, ORACLE)))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _accuracy(dataset: str, rows: Sequence[Row]) -> Table:
+    total = rows[0].of_visual_tokens
+    table = _table(
+        f"{dataset}: right answers, %, of {rows[0].questions:,} questions, and 95 % interval, "
+        f"by visual tokens of {total}"
+    )
+    table.add_column("method")
+    budgets = _budgets(rows)
+    best = {
+        keep: max(row.accuracy for row in rows if row.keep == keep and row.method != ORACLE)
+        for keep in budgets
+    }
+    for keep in budgets:
+        table.add_column(_tokens(rows, keep), justify="right")
+    for method in _methods(rows):
+        cells = []
+        for keep in budgets:
+            row = next(row for row in rows if row.method == method and row.keep == keep)
+            style = "bold green" if row.accuracy == best[keep] and not row.unpruned else "bold"
+            cells.append(_with_interval(row, style))
+        table.add_row(method, *cells)
+    for row in rows:
+        if row.method == ORACLE:
+            table.add_section()
+            cell = _with_interval(row, "bold")
+            table.add_row(f"oracle, {row.visual_tokens:.1f} tokens", cell)
+    return table
+
+
+def _with_interval(row: Row, style: str) -> Text:
+    return Text.assemble(
+        (_percent(row.accuracy), style),
+        (f"\n{_percent(row.ci_low)}-{_percent(row.ci_high)}", "dim"),
+    )
+
+
+def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
+    table = _table(f"{dataset}: tokens of the evidence that were kept, %")
+    table.add_column("method")
+    budgets = _budgets(rows)
+    for keep in budgets:
+        table.add_column(_tokens(rows, keep), justify="right")
+    for method in _methods(rows):
+        shares = [
+            next(row.evidence_kept for row in rows if row.method == method and row.keep == keep)
+            for keep in budgets
+        ]
+        table.add_row(method, *(_percent(share or 0.0) for share in shares))
+    return table
+
+
+def _costs(dataset: str, rows: Sequence[Row]) -> Table:
+    table = _table(f"{dataset}: what one question costs, median over methods")
+    for title in ("visual tokens", "prefill, ms", "peak memory, MiB", "selection, ms (by method)"):
+        table.add_column(title, justify="left" if "method" in title else "right")
+    for keep in _budgets(rows):
+        at = [row for row in rows if row.keep == keep and row.method not in (UNPRUNED, ORACLE)]
+        selection = ", ".join(f"{row.method} {row.selection_ms:.1f}" for row in at)
+        table.add_row(
+            _tokens(rows, keep),
+            f"{statistics.median(row.prefill_ms for row in at):.1f}",
+            f"{statistics.median(row.peak_memory_mib for row in at):.2f}",
+            "none" if at[0].unpruned else selection,
+        )
+    return table
+
+
+def _positions(rows: Sequence[Row], others: Sequence[Row]) -> Table:
+    main, other = rows[0].positions, others[0].positions
+    table = _table(f"{others[0].dataset}: positions, right answers, %")
+    for title in ("method", "visual tokens", main, other):
+        table.add_column(title, justify="left" if title == "method" else "right")
+    for row in others:
+        same = next(
+            one
+            for one in rows
+            if (one.dataset, one.method, one.keep) == (row.dataset, row.method, row.keep)
+        )
+        table.add_row(
+            label(row.method),
+            f"{row.visual_tokens:.3g}",
+            _percent(same.accuracy),
+            _percent(row.accuracy),
+        )
+    return table

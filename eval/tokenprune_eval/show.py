@@ -1,0 +1,437 @@
+"""`tokenprune show`: an image, what each method makes of its tokens, and which of them it keeps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.errors import (
+    BudgetError,
+    ConfigError,
+    InputFileError,
+    OptionError,
+    UnsupportedModelError,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from tokenprune.budget import Keep
+    from tokenprune.selection import Selection
+    from tokenprune.selectors.base import Selector
+
+    Pixels = npt.NDArray[np.float64]
+    """[H, W, 3], 0 to 1."""
+
+HELP = "draw an image, the methods' score maps and the patches they keep"
+EXTRA = "demo"
+
+_FORMATS = (".png", ".pdf", ".svg")
+_METHODS_ACROSS = 6
+_MAX_NEW_TOKENS = 48
+_SOFT = "#5c6672"
+
+# Where the processor cuts an image into tiles, these put the whole image, small, after the tiles;
+# the other families put it first.
+_WHOLE_IMAGE_LAST = frozenset({"internvl", "idefics3", "smolvlm"})
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What one method did.
+
+    Attributes
+    ----------
+    method
+        Its name.
+    whole
+        The selection of the item that shows the whole image.
+    others
+        The selections of all other items: crops or tiles, which are counted and not drawn.
+    answer
+        What the model said with these tokens; None where nothing was asked.
+    """
+
+    method: str
+    whole: Selection
+    others: tuple[Selection, ...]
+    answer: str | None
+
+    def caption(self) -> str:
+        """Return how many tokens stayed."""
+        text = f"{len(self.whole)} of {self.whole.total} tokens"
+        if self.others:
+            kept = sum(len(other) for other in self.others)
+            total = sum(other.total for other in self.others)
+            crops = "1 more crop" if len(self.others) == 1 else f"{len(self.others)} more crops"
+            text += f"; {kept} of {total} in {crops}, not drawn"
+        return text
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
+    parser.add_argument(
+        "--model",
+        metavar="PATH_OR_NAME",
+        help="a checkpoint of transformers (default: the bundled model)",
+    )
+    parser.add_argument(
+        "--question", metavar="TEXT", help="also answer this, with all tokens and with those kept"
+    )
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        action="extend",
+        metavar="METHOD",
+        help="one panel each (default: zeroth-order cls-attention divprune)",
+    )
+    parser.add_argument(
+        "--keep",
+        default="0.25",
+        metavar="KEEP",
+        help="a number of tokens such as 16, or a fraction such as 0.25 (default)",
+    )
+    parser.add_argument(
+        "--positions",
+        default="original",
+        choices=("original", "compact"),
+        help="positions of the kept tokens: as in the full image, or renumbered",
+    )
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of those methods that have it, for example estimator=jvp; may be repeated",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("show.png"),
+        metavar="FILE",
+        help="the picture to write: .png, .pdf or .svg (default: show.png)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw the picture and say what was kept."""
+    from tokenprune.budget import check_keep
+
+    keep = check_keep(_number(arguments.keep))
+    methods = tuple(
+        dict.fromkeys(arguments.method or ("zeroth-order", "cls-attention", "divprune"))
+    )
+    selectors = _selectors(methods, arguments.option)
+    _check_out(arguments.out)
+
+    from tokenprune_hf.images import load_image
+
+    image = load_image(arguments.image)
+    picture, shown, plain = _look(
+        image, arguments.model, arguments.question, selectors, keep, arguments.positions
+    )
+
+    from tokenprune_eval.demo.output import write_whole
+
+    write_whole(
+        arguments.out,
+        _draw(picture, shown, arguments.question, plain, arguments.out.suffix.lower()),
+    )
+    if plain is not None:
+        print(f"unpruned: {plain}")
+    for one in shown:
+        answer = "" if one.answer is None else f": {one.answer}"
+        print(f"{one.method}, {one.caption()}{answer}")
+    print(arguments.out)
+    return 0
+
+
+def _number(text: str) -> Keep:
+    """Return `--keep` as a number: with a decimal point a fraction, without one a count."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise BudgetError(
+            f"--keep {text} is no number. Give a number of tokens (64) or a fraction (0.1)."
+        ) from None
+
+
+def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
+    """Return the methods, each with those options that it has."""
+    from tokenprune.registry import build, find
+
+    values: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name:
+            raise OptionError(f"--option {option} is not NAME=VALUE, for example seed=1.")
+        try:
+            values[name.replace("-", "_")] = json.loads(text)
+        except json.JSONDecodeError:
+            values[name.replace("-", "_")] = text
+    fields = {
+        method: {field.name for field in dataclasses.fields(find(method))} for method in methods
+    }
+    known = set().union(*fields.values())
+    for name in values:
+        if name not in known:
+            raise OptionError(
+                f"none of {', '.join(methods)} has an option {name!r}. {did_you_mean(name, known)}"
+            )
+    return [
+        build(method, {name: value for name, value in values.items() if name in fields[method]})
+        for method in methods
+    ]
+
+
+def _check_out(out: Path) -> None:
+    """Raise unless the picture can be written there."""
+    from tokenprune_eval.demo.output import OutputError
+
+    if out.suffix.lower() not in _FORMATS:
+        raise ConfigError(
+            f"{out}: a picture of the kind {out.suffix!r} cannot be written. Name the file "
+            f"{', '.join('*' + suffix for suffix in _FORMATS[:-1])} or *{_FORMATS[-1]}."
+        )
+    if out.is_dir():
+        raise OutputError(f"{out} is a directory. Name a file with -o.")
+    if not out.parent.is_dir():
+        raise OutputError(f"{out.parent} is no directory. Make it, or give another with -o.")
+
+
+# The model --------------------------------------------------------------------------------------
+
+
+def _look(
+    image: Image.Image,
+    model_name: str | None,
+    question: str | None,
+    selectors: Sequence[Selector],
+    keep: Keep,
+    positions: Any,
+) -> tuple[Pixels, list[Shown], str | None]:
+    """Return the picture the encoder saw, what each method did, and the unpruned answer."""
+    import torch
+
+    import tokenprune_hf
+    from tokenprune.selecting import select_many
+    from tokenprune_hf.families.registry import check_method
+
+    model, processor = _load(model_name)
+    for selector in selectors:
+        check_method(selector, model)
+    inputs = _inputs(processor, question or "What is in the image?", image).to(model.device)
+    with torch.inference_mode():
+        encoded = tokenprune_hf.encode(
+            model, needs=sorted({need for one in selectors for need in one.needs}), **inputs
+        )
+        items = [item.tokens for item in encoded.modalities["image"].items]
+        whole = len(items) - 1 if model.config.model_type in _WHOLE_IMAGE_LAST else 0
+        plain = None
+        if question is not None:
+            plain = _answer(model, processor, inputs)
+        shown = []
+        for selector in selectors:
+            answer = None
+            if question is None:
+                selections = select_many(items, selector, keep)
+            else:
+                with tokenprune_hf.prune(model, selector, keep, positions) as pruning:
+                    answer = _answer(model, processor, inputs, encoded=encoded)
+                selections = pruning.selections
+            others = tuple(one for place, one in enumerate(selections) if place != whole)
+            shown.append(Shown(selector.name, selections[whole], others, answer))
+    return _seen(inputs, processor, image, whole), shown, plain
+
+
+def _load(name: str | None) -> tuple[Any, Any]:
+    """Return model and processor; what cannot be pruned is refused before weights are read."""
+    import torch
+    import transformers
+
+    from tokenprune_hf import supported_models
+
+    if name is None:
+        from tokenprune_eval.bundled.model import bundled_model_path
+
+        name = str(bundled_model_path())
+    hf: Any = transformers  # much of it is not typed
+    hf.utils.logging.disable_progress_bar()
+    hf.utils.logging.set_verbosity_error()
+    try:
+        kind = hf.AutoConfig.from_pretrained(name).model_type
+        if kind not in supported_models():
+            raise UnsupportedModelError(
+                f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
+                f"{', '.join(sorted(supported_models()))}."
+            )
+        processor = hf.AutoProcessor.from_pretrained(name)
+        model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise InputFileError(
+            f"the model {name} cannot be loaded: {reason} Give the folder of a checkpoint with its "
+            "processor, or a name that transformers can find."
+        ) from None
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _inputs(processor: Any, question: str, image: Image.Image) -> Any:
+    """Return what the processor makes of a question about an image."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+    else:
+        text = f"{processor.image_token}\n{question}"
+    return processor(text=[text], images=[image], return_tensors="pt")
+
+
+def _answer(model: Any, processor: Any, inputs: Any, **more: Any) -> str:
+    """Return what the model says, on one line."""
+    output = model.generate(**inputs, **more, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
+    return " ".join(text.split()) or "(nothing)"
+
+
+def _seen(inputs: Any, processor: Any, image: Image.Image, whole: int) -> Pixels:
+    """Return the whole image as the encoder saw it, cropped and squeezed like its tokens."""
+    import numpy as np
+
+    pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
+    if pixels is None or pixels.ndim < 4:
+        # Packed patches (Qwen-VL): the image as it is, resized to a multiple of the patch.
+        return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
+    crop = pixels.flatten(0, -4)[whole].float().cpu().numpy().transpose(1, 2, 0)
+    settings = processor.image_processor
+    if getattr(settings, "do_normalize", True):
+        crop = crop * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
+    return np.asarray(np.clip(crop, 0.0, 1.0), dtype=np.float64)
+
+
+# The picture ------------------------------------------------------------------------------------
+
+
+def _draw(
+    picture: Pixels,
+    shown: Sequence[Shown],
+    question: str | None,
+    plain: str | None,
+    suffix: str,
+) -> bytes:
+    """Return the figure as a file's bytes: the image, then a column for each method."""
+    import io
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    bands = -(-len(shown) // _METHODS_ACROSS)
+    across = -(-len(shown) // bands)
+    height = min(2.5 * picture.shape[0] / picture.shape[1], 5.0)
+    below = max(len(_lines(one)) for one in shown)
+    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9.5}):
+        figure = Figure(
+            figsize=(2.7 * (across + 1), bands * (2 * height + 0.55 + 0.17 * below) + 0.1),
+            facecolor="white",
+        )
+        figure.set_layout_engine("constrained", w_pad=0.07, h_pad=0.05)
+        axes = figure.subplots(2 * bands, across + 1, squeeze=False)
+        for one in axes.flat:
+            one.set_axis_off()
+        axes[0, 0].imshow(picture)
+        _title(axes[0, 0], "image")
+        _words(axes[1, 0], question, plain)
+        for place, one in enumerate(shown):
+            band, column = divmod(place, across)
+            _column(axes[2 * band : 2 * band + 2, column + 1], picture, one)
+        return _saved(figure, suffix, io.BytesIO())
+
+
+def _saved(figure: Figure, suffix: str, stream: Any) -> bytes:
+    with warnings.catch_warnings():
+        # A question may have signs that the font has not.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(stream, format=suffix.lstrip("."), dpi=150)
+    content: bytes = stream.getvalue()
+    return content
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=10.5, fontweight="bold", loc="left", pad=5, parse_math=False)
+
+
+def _words(axes: Any, question: str | None, plain: str | None) -> None:
+    """Write the question and the unpruned answer under the image, and how to read the rest."""
+    lines = []
+    if question is not None:
+        lines += [*textwrap.wrap(question, 32)[:6], "", "with all tokens:"]
+        lines += textwrap.wrap(plain or "", 32)[:6]
+    axes.text(0, 1, "\n".join(lines), va="top", transform=axes.transAxes, parse_math=False)
+    note = "Above: each token's score, bright is\nhigh. Below: the tokens that are kept."
+    axes.text(0, 0, note, va="bottom", transform=axes.transAxes, color=_SOFT, fontsize="small")
+
+
+def _lines(shown: Shown) -> list[str]:
+    """Return what stands under the patches a method kept."""
+    answer = [] if shown.answer is None else textwrap.wrap(shown.answer, 32)[:6]
+    return [*textwrap.wrap(shown.caption(), 34), *answer]
+
+
+def _column(axes: Any, picture: Pixels, shown: Shown) -> None:
+    """Draw one method: its score map above, the patches it keeps below."""
+    import numpy as np
+
+    above, below = axes
+    height, width = picture.shape[:2]
+    _title(above, shown.method)
+    scores = shown.whole.grid_scores
+    grey = np.repeat((picture @ np.array([0.299, 0.587, 0.114]))[..., None], 3, axis=-1)
+    if scores is None:
+        above.imshow(0.12 * grey + 0.88 * 0.95)
+        above.text(
+            0.5,
+            0.5,
+            "no score per token",
+            ha="center",
+            va="center",
+            color=_SOFT,
+            transform=above.transAxes,
+        )
+    else:
+        above.imshow(grey)
+        values = scores[0].float().cpu().numpy()
+        # Attention has outliers; without them the rest can be told apart.
+        low, high = np.percentile(values, [2, 98])
+        above.imshow(
+            values,
+            cmap="viridis",
+            vmin=low,
+            vmax=max(high, low + 1e-12),
+            alpha=0.72,
+            extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+            interpolation="nearest",
+        )
+    mask = shown.whole.grid_mask[0].cpu().numpy()
+    rows, columns = mask.shape
+    stays = mask[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
+    below.imshow(np.where(stays[..., None], picture, 0.14 * picture + 0.86 * 0.95))
+    text = "\n".join(_lines(shown))
+    below.text(0, -0.03, text, va="top", transform=below.transAxes, parse_math=False)

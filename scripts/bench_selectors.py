@@ -1,0 +1,242 @@
+"""What selectors cost beside a CLIP-L/14-336 tower, how they grow, how the estimators agree.
+
+The tower has 24 layers of width 1024 and random weights, the projector is LLaVA-1.5's shape,
+1024 -> 4096 -> 4096 with GELU; everything is float32. The projected tokens are the engine's own
+work, which it does with or without pruning, and are not counted. Needs the extra ``demo`` and
+scipy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+import tokenprune
+from tokenprune import MLPProjector, VisualTokens
+from tokenprune.registry import build
+from tokenprune.tokens import stack
+from tokenprune_hf.attention import cls_row
+
+KEEP = 64
+HEADS = 16
+SHAPES = {  # name -> (C, H, D, layer norm in front)
+    "LLaVA-1.5-7B: 1024 -> 4096 -> 4096": (1024, 4096, 4096, False),
+    "InternVL-1B: norm 4096 -> 896 -> 896": (4096, 896, 896, True),
+}
+
+
+def make_projector(width: int, hidden: int, out: int, norm: bool) -> MLPProjector:
+    """Return a projector with the weights that torch gives new layers."""
+    return MLPProjector(
+        nn.Linear(width, hidden),
+        nn.GELU(),
+        nn.Linear(hidden, out),
+        nn.LayerNorm(width) if norm else None,
+    )
+
+
+def make_tokens(projector: MLPProjector, total: int, width: int) -> VisualTokens:
+    """Return an item of `total` tokens, N(0, 1) features, in one frame."""
+    rows = next(side for side in range(int(total**0.5), 0, -1) if total % side == 0)
+    features = torch.randn(total, width)
+    return VisualTokens(
+        grid=(1, rows, total // rows),
+        features=features,
+        embeddings=projector(features),
+        cls_attention=torch.randn(HEADS, total).softmax(-1),
+        projector=projector,
+    )
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def machine() -> str:
+    """Name the processor, as the system does where it can."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in _lines(Path("/proc/cpuinfo"))
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def cost(console: Console, runs: int) -> None:
+    """Print each selector's time as a share of the tower's own."""
+    config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=HEADS,
+        image_size=336,
+        patch_size=14,
+    )
+    tower = CLIPVisionModel(config)
+    tower.train(False)
+    image = torch.randn(1, 3, 336, 336)
+    projector = make_projector(*SHAPES["LLaVA-1.5-7B: 1024 -> 4096 -> 4096"])
+    tokens = make_tokens(projector, 576, 1024)
+    query, key = torch.randn(2, 1, HEADS, 577, 64).unbind()
+
+    def cls_attention() -> None:
+        attention = cls_row(query, key, 64**-0.5)[0, :, 1:]
+        seen = VisualTokens(grid=tokens.grid, cls_attention=attention)
+        tokenprune.select(seen, "cls-attention", KEEP)
+
+    def by_name(method: str) -> Callable[[], object]:
+        return lambda: tokenprune.select(tokens, method, KEEP)
+
+    work: dict[str, Callable[[], object]] = {
+        "tower": lambda: tower(pixel_values=image),
+        "cls-attention (with the CLS row from q and k)": cls_attention,
+        **{
+            method: by_name(method)
+            for method in ("zeroth-order", "divprune", "feature-norm", "uniform", "random")
+        },
+    }
+    once = seconds(by_name("zeroth-order"))
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for run in range(runs + 1):
+        for name, call in work.items():
+            spent = seconds(call)
+            if run:  # the first round warms up
+                times[name].append(spent)
+    table = Table(title=f"cost: N = 576, keep {KEEP}, float32, median of {runs} alternating runs")
+    for heading in ("", "ms", "fastest, ms", "% of the tower", "% of the tower, fastest of each"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    whole, best = statistics.median(times["tower"]), min(times["tower"])
+    for name, spents in times.items():
+        middle = statistics.median(spents)
+        table.add_row(
+            name,
+            f"{middle * 1e3:.2f}",
+            f"{min(spents) * 1e3:.2f}",
+            f"{middle / whole:.2%}",
+            f"{min(spents) / best:.2%}",
+        )
+    console.print(table)
+    console.print(
+        f"zeroth-order's first call, which computes the model's matrix: {once * 1e3:.0f} ms.\n"
+        "Not counted: the projected tokens, which the engine computes anyway.\n"
+    )
+
+
+def growth(console: Console, runs: int) -> None:
+    """Print time against N at a fixed K."""
+    counts = (576, 2880, 16384)
+    projector = make_projector(*SHAPES["LLaVA-1.5-7B: 1024 -> 4096 -> 4096"])
+    spent: dict[tuple[str, int], float] = {}
+    for total in counts:
+        tokens = make_tokens(projector, total, 1024)
+        for method in ("cls-attention", "zeroth-order", "feature-norm", "divprune"):
+            if method == "divprune" and total > 2880:
+                continue
+            tokenprune.select(tokens, method, KEEP)
+            times = [
+                seconds(lambda: tokenprune.select(tokens, method, KEEP))  # noqa: B023
+                for _ in range(runs)
+            ]
+            spent[method, total] = statistics.median(times)
+    table = Table(title=f"growth with N at K = {KEEP}, median of {runs} runs: ms (us a token)")
+    table.add_column("")
+    for total in counts:
+        table.add_column(f"N = {total}", justify="right")
+    table.add_column(f"time x{counts[-1] / counts[0]:.1f} tokens", justify="right")
+    for method in dict.fromkeys(name for name, _ in spent):
+        cells = [
+            f"{value * 1e3:.1f} ({value / total * 1e6:.1f})"
+            if (value := spent.get((method, total))) is not None
+            else "-"
+            for total in counts
+        ]
+        last = spent.get((method, counts[-1]))
+        ratio = "-" if last is None else f"x{last / spent[method, counts[0]]:.1f}"
+        table.add_row(method, *cells, ratio)
+    console.print(table)
+    console.print(
+        "divprune's first pick compares all pairs, by its definition, so it grows with N * N.\n"
+    )
+
+
+def correlations(console: Console, total: int) -> None:
+    """Print how each estimator orders tokens, against finite differences at 4,096 directions."""
+    table = Table(
+        title=f"Spearman with finite-difference at 4,096 directions, {total} random tokens"
+    )
+    for heading in ("projector", "finite-difference, 64", "jvp, 64", "frobenius", "spread of S"):
+        table.add_column(heading, justify="left" if heading == "projector" else "right")
+    for name, shape in SHAPES.items():
+        tokens = make_tokens(make_projector(*shape), total, shape[0])
+        batch = stack([tokens], ("features", "embeddings", "projector"))
+
+        def scores(estimator: str, directions: int, seed: int) -> Tensor:
+            options = {"estimator": estimator, "directions": directions, "seed": seed}
+            return build("zeroth-order", options).score(batch)[0]  # noqa: B023
+
+        # Directions of another seed, so that no estimator shares its draw with the reference.
+        reference = scores("finite-difference", 4096, 12345)
+        cells = []
+        for estimator, seeds in (("finite-difference", 3), ("jvp", 3), ("frobenius", 1)):
+            values = [
+                float(spearmanr(scores(estimator, 64, seed).numpy(), reference.numpy()).statistic)
+                for seed in range(seeds)
+            ]
+            cells.append(
+                f"{values[0]:.4f}" if seeds == 1 else f"{min(values):.4f} to {max(values):.4f}"
+            )
+        table.add_row(name, *cells, f"{float(reference.std() / reference.mean()):.2%}")
+    console.print(table)
+    console.print("64 directions: the lowest and the highest of three seeds.")
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=7, help="timed runs of each (default 7)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens for the correlations")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--correlations", action="store_true", help="the correlations alone")
+    only.add_argument("--cost", action="store_true", help="cost beside the tower alone")
+    only.add_argument("--growth", action="store_true", help="growth with N alone")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    console = Console()
+    console.print(
+        f"{machine()}\nPython {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}\n"
+    )
+    everything = not (arguments.correlations or arguments.cost or arguments.growth)
+    with torch.inference_mode():
+        if everything or arguments.cost:
+            cost(console, arguments.runs)
+        if everything or arguments.growth:
+            growth(console, min(arguments.runs, 3))
+        if everything or arguments.correlations:
+            correlations(console, arguments.tokens)
+
+
+if __name__ == "__main__":
+    main()
