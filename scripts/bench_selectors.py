@@ -213,7 +213,7 @@ def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each (default 7)")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens for the correlations")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens for the correlations")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--correlations", action="store_true", help="the correlations alone")

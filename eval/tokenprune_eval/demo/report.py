@@ -141,6 +141,8 @@ def _set_view(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "oracle": next((row for row in rows if row.method == ORACLE), None),
         "has_evidence": any(row.evidence_kept is not None for row in rows),
         "costs": [_cost_view(rows, keep) for keep in keeps],
+        "selection": [_at(rows, method, HEADLINE_KEEP) for method in methods],
+        "selection_tokens": _at(rows, methods[0], HEADLINE_KEEP).visual_tokens,
         "types": list(rows[0].by_type),
         "by_type": [
             next(row for row in rows if row.method == UNPRUNED),
@@ -176,7 +178,6 @@ def _cost_view(rows: Sequence[Row], keep: float) -> dict[str, Any]:
         "prefill_ms": prefill,
         "faster": full.prefill_ms / prefill,
         "peak_memory_mib": statistics.median(row.peak_memory_mib for row in at),
-        "selection": [] if at[0].unpruned else [(row.method, row.selection_ms) for row in at],
     }
 
 

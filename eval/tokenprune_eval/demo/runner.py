@@ -375,7 +375,7 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
             "questions": "all" if settings.questions is None else settings.questions,
             "seed": settings.seed,
             "example_keep": EXAMPLE_KEEP,
-            "evidence": f"cells of the image covered by a box to at least {COVERED:.0%}",
+            "evidence": f"cells of the image covered by a box to at least {100 * COVERED:.0f} %",
         },
         "model": {
             "name": "the bundled model, no public VLM",

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -85,7 +86,13 @@ def print_tables(console: Console, rows: Sequence[Row], positions: Sequence[Row]
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", pad_edge=False)
+    return Table(
+        title=f"\n{title}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
 
 
 def _budgets(rows: Sequence[Row]) -> list[float]:
@@ -156,17 +163,25 @@ def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
 
 
 def _costs(dataset: str, rows: Sequence[Row]) -> Table:
-    table = _table(f"{dataset}: what one question costs, median over methods")
-    for title in ("visual tokens", "prefill, ms", "peak memory, MiB", "selection, ms (by method)"):
-        table.add_column(title, justify="left" if "method" in title else "right")
-    for keep in _budgets(rows):
-        at = [row for row in rows if row.keep == keep and row.method not in (UNPRUNED, ORACLE)]
-        selection = ", ".join(f"{row.method} {row.selection_ms:.1f}" for row in at)
+    table = _table(f"{dataset}: what one question costs, by visual tokens")
+    table.add_column("")
+    budgets = _budgets(rows)
+    at = {
+        keep: [row for row in rows if row.keep == keep and row.method not in (UNPRUNED, ORACLE)]
+        for keep in budgets
+    }
+    for keep in budgets:
+        table.add_column(_tokens(rows, keep), justify="right")
+    prefill = [statistics.median(row.prefill_ms for row in at[keep]) for keep in budgets]
+    memory = [statistics.median(row.peak_memory_mib for row in at[keep]) for keep in budgets]
+    table.add_row("prefill, ms", *(f"{value:.1f}" for value in prefill))
+    table.add_row("peak memory, MiB", *(f"{value:.2f}" for value in memory))
+    table.add_section()
+    for method in _methods(rows):
+        own = [next(row for row in at[keep] if row.method == method) for keep in budgets]
         table.add_row(
-            _tokens(rows, keep),
-            f"{statistics.median(row.prefill_ms for row in at):.1f}",
-            f"{statistics.median(row.peak_memory_mib for row in at):.2f}",
-            "none" if at[0].unpruned else selection,
+            f"selection by {method}, ms",
+            *("" if row.unpruned else f"{row.selection_ms:.1f}" for row in own),
         )
     return table
 
