@@ -1,9 +1,19 @@
-"""The model at work: images are encoded once, questions answered in batches, pruned or not."""
+"""The model at work: images are encoded once, questions answered in batches, pruned or not.
+
+Batches are shared out among a few threads, each with one core and a copy of the model: a model
+this small gains nothing from several cores for one product. Which questions make a batch does not
+depend on the number of threads, so neither do the answers.
+"""
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +76,27 @@ class Answerer:
     ----------
     model, processor
         As transformers made them.
+    models
+        The model and its copies, one for each thread.
     grid
         Rows and columns of an image's visual tokens; known after `encode`.
+
+    Parameters
+    ----------
+    checkpoint
+        The folder of the model and its processor.
+    threads
+        How many batches are at work at a time, at least 1.
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, threads: int = 1) -> None:
         import transformers
 
         hf: Any = transformers  # much of it is not typed
         hf.utils.logging.disable_progress_bar()
         self.model: Any = hf.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
         self.processor: Any = hf.AutoProcessor.from_pretrained(checkpoint)
+        self.models = [self.model, *(copy.deepcopy(self.model) for _ in range(threads - 1))]
         self.grid = (0, 0)
         self._prompts: dict[str, list[int]] = {}
         self._blank: Any = None
@@ -111,19 +131,27 @@ class Answerer:
         by_image: dict[Path, list[int]] = {}
         for number, question in enumerate(questions):
             by_image.setdefault(question.image, []).append(number)
-        chunks = []
         images = list(by_image)
-        for start in range(0, len(images), IMAGES_AT_ONCE):
-            part = images[start : start + IMAGES_AT_ONCE]
+        parts = [
+            images[start : start + IMAGES_AT_ONCE]
+            for start in range(0, len(images), IMAGES_AT_ONCE)
+        ]
+        encoded: dict[int, tokenprune_hf.Encoded] = {}
+
+        def encode(place: int, worker: int) -> None:
             pixels = self.processor.image_processor(
-                images=[load_image(image) for image in part], return_tensors="pt"
+                images=[load_image(image) for image in parts[place]], return_tensors="pt"
             )
-            encoded = tokenprune_hf.encode(self.model, needs=needs, **pixels)
-            _, *grid = encoded.modalities["image"].items[0].tokens.grid
-            self.grid = (grid[0], grid[1])
+            encoded[place] = tokenprune_hf.encode(self.models[worker], needs=needs, **pixels)
+            advance(len(parts[place]))
+
+        self._share_out([partial(encode, place) for place in range(len(parts))])
+        _, rows, columns = encoded[0].modalities["image"].items[0].tokens.grid
+        self.grid = (rows, columns)
+        chunks = []
+        for place, part in enumerate(parts):
             pairs = [(number, at) for at, image in enumerate(part) for number in by_image[image]]
-            chunks.append(Chunk(encoded, [one for one, _ in pairs], [at for _, at in pairs]))
-            advance(len(part))
+            chunks.append(Chunk(encoded[place], [one for one, _ in pairs], [at for _, at in pairs]))
         return chunks
 
     def prompt(self, question: str) -> list[int]:
@@ -187,11 +215,23 @@ class Answerer:
         """
         texts = [""] * len(questions)
         kept = torch.zeros(len(questions), self.grid[0] * self.grid[1], dtype=torch.bool)
-        with tokenprune_hf.prune(self.model, method, keep, positions) as pruning:
-            for chunk in chunks:
-                for places in self._batches(questions, chunk, range(len(chunk.numbers))):
-                    self._answer_batch(questions, chunk, places, pruning, texts, kept)
-                    advance(len(places))
+        with ExitStack() as stack:
+            prunings = [
+                stack.enter_context(tokenprune_hf.prune(model, method, keep, positions))
+                for model in self.models
+            ]
+
+            def answer(chunk: Chunk, places: list[int], worker: int) -> None:
+                self._answer_batch(questions, chunk, places, prunings[worker], texts, kept)
+                advance(len(places))
+
+            self._share_out(
+                [
+                    partial(answer, chunk, places)
+                    for chunk in chunks
+                    for places in self._batches(questions, chunk, range(len(chunk.numbers)))
+                ]
+            )
         return Answers(texts, kept)
 
     def answer_with_evidence(
@@ -214,17 +254,25 @@ class Answerer:
         texts = [""] * len(questions)
         kept = torch.zeros_like(evidence)
         counts = evidence.sum(dim=1).tolist()
+
+        def answer(chunk: Chunk, places: list[int], count: int, worker: int) -> None:
+            rows = evidence[[chunk.numbers[place] for place in places]]
+            oracle = Oracle(rows.nonzero()[:, 1].view(len(places), count))
+            with tokenprune_hf.prune(self.models[worker], oracle, count, positions) as pruning:
+                self._answer_batch(questions, chunk, places, pruning, texts, kept)
+            advance(len(places))
+
+        tasks: list[Callable[[int], None]] = []
         for chunk in chunks:
             by_count: dict[int, list[int]] = {}
             for place, number in enumerate(chunk.numbers):
                 by_count.setdefault(counts[number], []).append(place)
-            for count, members in sorted(by_count.items()):
-                for places in self._batches(questions, chunk, members):
-                    rows = evidence[[chunk.numbers[place] for place in places]]
-                    oracle = Oracle(rows.nonzero()[:, 1].view(len(places), count))
-                    with tokenprune_hf.prune(self.model, oracle, count, positions) as pruning:
-                        self._answer_batch(questions, chunk, places, pruning, texts, kept)
-                    advance(len(places))
+            tasks += [
+                partial(answer, chunk, places, count)
+                for count, members in sorted(by_count.items())
+                for places in self._batches(questions, chunk, members)
+            ]
+        self._share_out(tasks)
         return Answers(texts, kept)
 
     def plain_answer(self, question: Question) -> str:
@@ -233,6 +281,29 @@ class Answerer:
         with torch.inference_mode():
             output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         return self._decode(output[:, inputs["input_ids"].shape[1] :])[0]
+
+    def _share_out(self, tasks: Sequence[Callable[[int], None]]) -> None:
+        """Do all tasks, each told which of the models is its own; the first error ends it."""
+        waiting = iter(tasks)
+        lock = threading.Lock()
+        failed = False
+
+        def work(worker: int) -> None:
+            while not failed:
+                with lock:
+                    task = next(waiting, None)
+                if task is None:
+                    return
+                task(worker)
+
+        with ThreadPoolExecutor(len(self.models)) as pool:
+            try:
+                for future in [pool.submit(work, worker) for worker in range(len(self.models))]:
+                    future.result()
+            except BaseException:
+                # Also when interrupted: the others stop after the task they are at.
+                failed = True
+                raise
 
     def _batches(
         self, questions: Sequence[Question], chunk: Chunk, places: Sequence[int]
@@ -257,7 +328,7 @@ class Answerer:
         numbers = [chunk.numbers[place] for place in places]
         inputs = self.batch([questions[number].question for number in numbers])
         with torch.inference_mode():
-            output = self.model.generate(
+            output = pruning.model.generate(
                 **inputs,
                 encoded=chunk.encoded.take([chunk.image_of[place] for place in places]),
                 max_new_tokens=MAX_NEW_TOKENS,

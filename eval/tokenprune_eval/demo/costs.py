@@ -53,6 +53,8 @@ def measure(
 ) -> list[Cost]:
     """Measure several conditions on one question, turn by turn, so that noise hits all alike.
 
+    torch's number of threads is the caller's to set.
+
     Parameters
     ----------
     model

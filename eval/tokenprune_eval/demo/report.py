@@ -37,6 +37,11 @@ _ABOUT_SETS = {
     ),
 }
 
+_UNIFORM_REMARK = (
+    " Items stand on a grid of three by three places; with eight tokens uniform's even grid is "
+    "nearly the same one, so its peak there is the set's doing."
+)
+
 
 def render(results: Results, examples: Sequence[Example]) -> str:
     """Return the report as HTML; everything that comes from data is escaped.
@@ -116,6 +121,7 @@ def _set_view(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "name": name,
         "title": title,
         "description": description,
+        "remark": _UNIFORM_REMARK if name == SCENES and "uniform" in methods else "",
         "questions": rows[0].questions,
         "plot": accuracy_plot(rows),
         "narrow_plot": accuracy_plot(rows, narrow=True),

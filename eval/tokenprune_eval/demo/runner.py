@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tokenprune.budget import tokens_kept
 from tokenprune.config import Positions
 from tokenprune.registry import find
 from tokenprune_eval.bundled.model import bundled_model_path
@@ -40,6 +39,8 @@ EXAMPLES = {True: 9, False: 3}
 POSITION_METHODS = ("zeroth-order", "cls-attention", "random")
 POSITION_KEEPS = (0.5, 0.25, 0.125)
 """What is also run with the other way to count positions, on the scenes."""
+
+MOST_THREADS = 8
 
 PLAIN_CHECKS = 8
 """Questions of each set that the model also answers without anything of tokenprune."""
@@ -145,11 +146,21 @@ def run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]
     OutputError
         If the results cannot be written.
     """
+    threads = torch.get_num_threads()
+    # Whole batches are shared out among the cores, see `Answerer`; no core waits for another.
+    torch.set_num_threads(1)
+    try:
+        return _run(settings, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]:
     started = time.perf_counter()
     selectors = [find(method)() for method in settings.methods]
     sets = load_sets(settings.questions, settings.seed)
     with progress.step("loading the model", 1) as advance:
-        answerer = Answerer(bundled_model_path())
+        answerer = Answerer(bundled_model_path(), min(_cores(), MOST_THREADS))
         advance(1)
     for selector in selectors:
         check_method(selector, answerer.model)
@@ -389,10 +400,8 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
         },
         "machine": {
             "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "cores": _cores(),
+            "threads": len(answerer.models),
             "system": f"{platform.system()} {platform.machine()}",
         },
         "subsets": {
@@ -410,6 +419,13 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
     }
 
 
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _processor() -> str:
     """Return the processor's name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -418,8 +434,3 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
-
-
-def budgets_in_tokens(total: int) -> dict[float, int]:
-    """Return keep -> tokens kept of `total`, for all budgets of the demo."""
-    return {keep: tokens_kept(keep, total) for keep in (1.0, *KEEPS)}

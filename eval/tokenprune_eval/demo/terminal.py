@@ -91,7 +91,10 @@ def _table(title: str) -> Table:
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
         pad_edge=False,
+        show_edge=False,
     )
 
 
@@ -117,14 +120,14 @@ def _accuracy(dataset: str, rows: Sequence[Row]) -> Table:
         f"{dataset}: right answers, %, of {rows[0].questions:,} questions, and 95 % interval, "
         f"by visual tokens of {total}"
     )
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     budgets = _budgets(rows)
     best = {
         keep: max(row.accuracy for row in rows if row.keep == keep and row.method != ORACLE)
         for keep in budgets
     }
     for keep in budgets:
-        table.add_column(_tokens(rows, keep), justify="right")
+        table.add_column(_tokens(rows, keep), justify="right", no_wrap=True)
     for method in _methods(rows):
         cells = []
         for keep in budgets:
@@ -143,16 +146,21 @@ def _accuracy(dataset: str, rows: Sequence[Row]) -> Table:
 def _with_interval(row: Row, style: str) -> Text:
     return Text.assemble(
         (_percent(row.accuracy), style),
-        (f"\n{_percent(row.ci_low)}-{_percent(row.ci_high)}", "dim"),
+        (f"\n{_interval(row)}", "dim"),
     )
+
+
+def _interval(row: Row) -> str:
+    low, high = _percent(row.ci_low), _percent(row.ci_high)
+    return f"{low}-{'100' if high == '100.0' else high}"
 
 
 def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
     table = _table(f"{dataset}: tokens of the evidence that were kept, %")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     budgets = _budgets(rows)
     for keep in budgets:
-        table.add_column(_tokens(rows, keep), justify="right")
+        table.add_column(_tokens(rows, keep), justify="right", no_wrap=True)
     for method in _methods(rows):
         shares = [
             next(row.evidence_kept for row in rows if row.method == method and row.keep == keep)
@@ -164,14 +172,14 @@ def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
 
 def _costs(dataset: str, rows: Sequence[Row]) -> Table:
     table = _table(f"{dataset}: what one question costs, by visual tokens")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     budgets = _budgets(rows)
     at = {
         keep: [row for row in rows if row.keep == keep and row.method not in (UNPRUNED, ORACLE)]
         for keep in budgets
     }
     for keep in budgets:
-        table.add_column(_tokens(rows, keep), justify="right")
+        table.add_column(_tokens(rows, keep), justify="right", no_wrap=True)
     prefill = [statistics.median(row.prefill_ms for row in at[keep]) for keep in budgets]
     memory = [statistics.median(row.peak_memory_mib for row in at[keep]) for keep in budgets]
     table.add_row("prefill, ms", *(f"{value:.1f}" for value in prefill))
