@@ -142,7 +142,7 @@ def main() -> None:
     scenes = [row for row in results["rows"] if row["dataset"] == "scenes"]
     widest = max(row["ci_high"] - row["ci_low"] for row in scenes)
     table = (
-        f"Right answers on scenes, in %, of {scenes[0]['questions']:,} questions (95 % intervals are "
+        f"Right answers on scenes in %, {scenes[0]['questions']:,} questions (95 % intervals are "
         f"at most {100 * widest:.1f} points wide):\n\n"
         f"{by_method(scenes, lambda row: format(100 * row['accuracy'], '.1f'))}\n\n"
         f"{oracle_line(scenes)}"

@@ -432,6 +432,8 @@ def _column(axes: Any, picture: Pixels, shown: Shown) -> None:
     mask = shown.whole.grid_mask[0].cpu().numpy()
     rows, columns = mask.shape
     stays = mask[np.arange(height) * rows // height][:, np.arange(width) * columns // width]
-    below.imshow(np.where(stays[..., None], picture, 0.14 * picture + 0.86 * 0.95))
+    # The veil has to differ from the picture.
+    veil = 0.25 if picture.mean() > 0.6 else 0.95
+    below.imshow(np.where(stays[..., None], picture, 0.14 * picture + 0.86 * veil))
     text = "\n".join(_lines(shown))
     below.text(0, -0.03, text, va="top", transform=below.transAxes, parse_math=False)

@@ -7,6 +7,7 @@ forward pre-hook, and a `generate` in front of its own.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import weakref
@@ -204,12 +205,20 @@ class Pruning:
 
     def _shift_lengths(self, kwargs: dict[str, Any], removed: int) -> None:
         """Let `max_length` and `min_length` count the caller's prompt and not the short one."""
-        defaults = kwargs.get("generation_config") or self.model.generation_config
+        given = kwargs.get("generation_config")
+        defaults = self.model.generation_config if given is None else given
         for name, by_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if kwargs.get(by_new) is None and getattr(defaults, by_new, None) is None:
-                length = kwargs.get(name, getattr(defaults, name, None))
-                if length:
-                    kwargs[name] = max(length - removed, 0)
+            if kwargs.get(by_new) is not None or getattr(defaults, by_new, None) is not None:
+                continue
+            length = kwargs.get(name, getattr(defaults, name, None))
+            if not length:
+                continue
+            if given is None or name in kwargs:
+                kwargs[name] = max(length - removed, 0)
+            else:
+                # transformers takes a config or arguments, not both; the caller's stays.
+                kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+                setattr(kwargs["generation_config"], name, max(length - removed, 0))
 
     # Shortening --------------------------------------------------------------------------------
 

@@ -25,10 +25,12 @@ from PIL import Image
 from tokenprune.budget import tokens_kept
 from tokenprune.cli import main
 from tokenprune.errors import TokensError
+from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.demo.answering import Answers
+from tokenprune_eval.demo.baselines import RandomPerImage
 from tokenprune_eval.demo.costs import Cost, peak_bytes
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
 from tokenprune_eval.demo.output import OutputError, write_whole
@@ -96,6 +98,17 @@ def test_oracle_keeps_the_evidence_and_nothing_else() -> None:
     assert torch.equal(oracle.select(batch, 2).kept, evidence)
     with pytest.raises(TokensError, match="Make one for each batch"):
         oracle.select(batch, 3)
+
+
+def test_random_draws_anew_for_every_image() -> None:
+    batch = TokenBatch(grid=(1, 8, 8), labels=("a", "b", "c"), device=torch.device("cpu"))
+    picks = RandomPerImage((5, 0, 5)).select(batch, 16).kept
+    one = TokenBatch(grid=(1, 8, 8), labels=("a",), device=torch.device("cpu"))
+    for row, seed in zip(picks, (5, 0, 5), strict=True):
+        assert torch.equal(row, build("random", {"seed": seed}).select(one, 16).kept[0])
+    assert not torch.equal(picks[0], picks[1])
+    with pytest.raises(TokensError, match="Give one for each"):
+        RandomPerImage((1, 2)).select(batch, 16)
 
 
 def test_rows_count_answers_and_evidence() -> None:

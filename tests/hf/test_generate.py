@@ -168,6 +168,7 @@ def test_lengths_count_the_callers_prompt() -> None:
         passed = type(model.generation_config).from_dict(config)
         output = model.generate(**inputs, generation_config=passed)
         assert output.shape[1] == length + 2
+        assert passed.max_length == length + 2
 
 
 def test_text_prompts_mixed_prompts_and_prompts_without_words() -> None:

@@ -25,7 +25,6 @@ from tokenprune.budget import Keep
 from tokenprune.config import Positions
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.bundled.questions import Question
-from tokenprune_eval.demo.evidence import Oracle
 from tokenprune_hf.images import load_image
 
 IMAGES_AT_ONCE = 32
@@ -234,42 +233,43 @@ class Answerer:
             )
         return Answers(texts, kept)
 
-    def answer_with_evidence(
+    def answer_each(
         self,
         questions: Sequence[Question],
         chunks: Sequence[Chunk],
-        evidence: Tensor,
+        selector_for: Callable[[list[int]], Selector],
+        keeps: Sequence[int],
         positions: Positions,
         advance: Callable[[int], None],
     ) -> Answers:
-        """Answer every question with just the tokens that show its answer.
+        """Answer every question with a selector made for its batch and a budget of its own.
 
         Parameters
         ----------
         questions, chunks, positions, advance
             As for `answer`.
-        evidence
-            BoolTensor [Q, N].
+        selector_for
+            Makes the selector of a batch, given the positions of its questions in the set.
+        keeps
+            Tokens to keep, one number a question; questions of one number share batches.
         """
         texts = [""] * len(questions)
-        kept = torch.zeros_like(evidence)
-        counts = evidence.sum(dim=1).tolist()
+        kept = torch.zeros(len(questions), self.grid[0] * self.grid[1], dtype=torch.bool)
 
-        def answer(chunk: Chunk, places: list[int], count: int, worker: int) -> None:
-            rows = evidence[[chunk.numbers[place] for place in places]]
-            oracle = Oracle(rows.nonzero()[:, 1].view(len(places), count))
-            with tokenprune_hf.prune(self.models[worker], oracle, count, positions) as pruning:
+        def answer(chunk: Chunk, places: list[int], keep: int, worker: int) -> None:
+            selector = selector_for([chunk.numbers[place] for place in places])
+            with tokenprune_hf.prune(self.models[worker], selector, keep, positions) as pruning:
                 self._answer_batch(questions, chunk, places, pruning, texts, kept)
             advance(len(places))
 
         tasks: list[Callable[[int], None]] = []
         for chunk in chunks:
-            by_count: dict[int, list[int]] = {}
+            by_keep: dict[int, list[int]] = {}
             for place, number in enumerate(chunk.numbers):
-                by_count.setdefault(counts[number], []).append(place)
+                by_keep.setdefault(keeps[number], []).append(place)
             tasks += [
-                partial(answer, chunk, places, count)
-                for count, members in sorted(by_count.items())
+                partial(answer, chunk, places, keep)
+                for keep, members in sorted(by_keep.items())
                 for places in self._batches(questions, chunk, members)
             ]
         self._share_out(tasks)

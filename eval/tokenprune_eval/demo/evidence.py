@@ -60,10 +60,10 @@ def _overlap(start: float, end: float, cells: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Oracle(Selector):
-    """Keep just the evidence of each question of one batch: no method, but a ceiling for methods.
+    """Keep just the evidence of each question of one batch: what a knowing method could reach.
 
-    It is told where the answer is to be seen, which no method knows. `keep` has to be the number
-    of tokens in each row of `evidence`.
+    It is told where the answer is to be seen, so it is no method itself. `keep` has to be the
+    number of tokens in each row of `evidence`.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ class Oracle(Selector):
     evidence: Tensor
 
     name: ClassVar[str] = "oracle"
-    summary: ClassVar[str] = "where the answer is to be seen (a ceiling, no method)"
+    summary: ClassVar[str] = "where the answer is to be seen (no method)"
     needs: ClassVar[tuple[str, ...]] = ()
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:

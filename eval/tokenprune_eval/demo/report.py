@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from PIL import ImageStat
 from torch import Tensor
 
 from tokenprune_eval.bundled.questions import Question
@@ -21,6 +22,7 @@ from tokenprune_hf.images import load_image
 
 BASELINES = ("random", "uniform", "feature-norm")
 HEADLINE_KEEP = 0.25
+LIGHT_VEIL, DARK_VEIL = "#f3f4f6", "#39424e"
 
 _ABOUT_SETS = {
     SCENES: (
@@ -32,8 +34,8 @@ _ABOUT_SETS = {
     EASY_VQA: (
         "easy-VQA",
         "One big shape an image and questions about it, a published set. The encoder spreads the "
-        "shape over every token, so even a few tokens drawn at random hold the answer; half of "
-        "the answers are yes or no. This set hardly separates methods.",
+        "shape over every token, so even a few tokens drawn at random hold most answers; most of "
+        "these are yes or no. This set separates methods far less.",
     ),
 }
 
@@ -188,24 +190,22 @@ def _cost_view(rows: Sequence[Row], keep: float) -> dict[str, Any]:
 
 
 def _positions_view(results: Results) -> dict[str, Any] | None:
+    """Return for each method and budget the main row and the one with the other positions."""
     others = results.other_positions
     if not others:
         return None
-    pairs = [
-        (
-            next(
-                main
-                for main in results.rows
-                if (main.dataset, main.method, main.keep) == (row.dataset, row.method, row.keep)
-            ),
-            row,
-        )
-        for row in others
-    ]
+    main = {(row.dataset, row.method, row.keep): row for row in results.rows}
+    pairs = [(main[row.dataset, row.method, row.keep], row) for row in others]
+    pruned = [pair for pair in pairs if pair[0].method != ORACLE]
     return {
         "title": _ABOUT_SETS.get(others[0].dataset, (others[0].dataset, ""))[0],
         "names": [pairs[0][0].positions, others[0].positions],
-        "pairs": pairs,
+        "tokens": list(dict.fromkeys(row.visual_tokens for row, _ in pruned)),
+        "methods": {
+            method: [pair for pair in pruned if pair[0].method == method]
+            for method in dict.fromkeys(row.method for row, _ in pruned)
+        },
+        "oracle": next((pair for pair in pairs if pair[0].method == ORACLE), None),
     }
 
 
@@ -223,6 +223,8 @@ def _example_view(place: int, example: Example) -> dict[str, Any]:
         "width": width,
         "height": height,
         "uri": _image_uri(picture),
+        # The veil has to differ from the picture.
+        "veil": DARK_VEIL if ImageStat.Stat(picture.convert("L")).mean[0] > 150 else LIGHT_VEIL,
         "boxes": [
             {"x": left, "y": top, "width": right - left, "height": bottom - top}
             for left, top, right, bottom in example.question.evidence

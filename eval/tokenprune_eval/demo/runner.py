@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tokenprune.budget import tokens_kept
 from tokenprune.config import Positions
 from tokenprune.registry import find
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.demo.answering import Answerer, Answers, Chunk
+from tokenprune_eval.demo.baselines import RandomPerImage
 from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
 from tokenprune_eval.demo.questionsets import SCENES, QuestionSet, load_sets
@@ -240,8 +242,27 @@ class _SetRun:
         with self.progress.step(text, len(self.set.questions)) as advance:
             if method == ORACLE:
                 evidence = self._known_evidence()
-                answers = self.answerer.answer_with_evidence(
-                    self.set.questions, self.chunks, evidence, positions, advance
+                answers = self.answerer.answer_each(
+                    self.set.questions,
+                    self.chunks,
+                    lambda numbers: Oracle(
+                        evidence[numbers].nonzero()[:, 1].view(len(numbers), -1)
+                    ),
+                    evidence.sum(dim=1).tolist(),
+                    positions,
+                    advance,
+                )
+            elif method == "random":
+                images = {image: place for place, image in enumerate(self.set.images)}
+                seeds = [images[question.image] for question in self.set.questions]
+                rows, columns = self.answerer.grid
+                answers = self.answerer.answer_each(
+                    self.set.questions,
+                    self.chunks,
+                    lambda numbers: RandomPerImage(tuple(seeds[number] for number in numbers)),
+                    [tokens_kept(keep, rows * columns)] * len(seeds),
+                    positions,
+                    advance,
                 )
             else:
                 # At keep 1.0 nothing is scored and nothing is dropped, whatever the method.
@@ -386,6 +407,7 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
             "questions": "all" if settings.questions is None else settings.questions,
             "seed": settings.seed,
             "example_keep": EXAMPLE_KEEP,
+            "random": "another draw for every image",
             "evidence": f"cells of the image covered by a box to at least {100 * COVERED:.0f} %",
         },
         "model": {
