@@ -17,6 +17,7 @@ from tokenprune.errors import (
     ConfigError,
     InputFileError,
     OptionError,
+    TokenPruneError,
     UnsupportedModelError,
     did_you_mean,
 )
@@ -284,11 +285,13 @@ def _load(name: str | None) -> tuple[Any, Any]:
             )
         processor = hf.AutoProcessor.from_pretrained(name)
         model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    except TokenPruneError:
+        raise
+    except Exception as error:  # what is wrong with a checkpoint can show in any way
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise InputFileError(
-            f"the model {name} cannot be loaded: {reason} Give the folder of a checkpoint with its "
-            "processor, or a name that transformers can find."
+            f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
+            "its processor, or a name that transformers can find."
         ) from None
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
 

@@ -358,22 +358,24 @@ class _SetRun:
             self.results.save()
 
     def _examples(self) -> list[Example]:
-        """Draw the questions to show: types take turns, and every image is another."""
+        """Draw the questions to show: types take turns, and so do images."""
         questions = self.set.questions
         order = random.Random(self.settings.seed + 1).sample(range(len(questions)), len(questions))
         wanted = EXAMPLES[self.set.has_evidence]
         chosen: list[int] = []
+        seen: set[Path] = set()
         while order and len(chosen) < wanted:
+            if seen.issuperset(questions[number].image for number in order):
+                seen.clear()
             types: set[str] = set()
             for number in list(order):
                 question = questions[number]
-                fresh = all(questions[other].image != question.image for other in chosen)
-                if question.type not in types and fresh and len(chosen) < wanted:
+                if question.type not in types and question.image not in seen:
                     types.add(question.type)
+                    seen.add(question.image)
                     chosen.append(number)
                     order.remove(number)
-            if not types:
-                break
+        chosen = chosen[:wanted]
         methods = [UNPRUNED, *self.settings.methods]
         if ORACLE in self.shown:
             methods.append(ORACLE)
