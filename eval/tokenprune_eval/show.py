@@ -355,7 +355,7 @@ def _draw(
             figsize=(2.7 * (across + 1), bands * (2 * height + 0.55 + 0.17 * below) + 0.1),
             facecolor="white",
         )
-        figure.set_layout_engine("constrained", w_pad=0.07, h_pad=0.05)
+        figure.set_layout_engine("constrained", w_pad=0.07, h_pad=0.08)
         axes = figure.subplots(2 * bands, across + 1, squeeze=False)
         for one in axes.flat:
             one.set_axis_off()

@@ -29,12 +29,13 @@ from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.demo import runner
 from tokenprune_eval.demo.answering import Answers
 from tokenprune_eval.demo.baselines import RandomPerImage
 from tokenprune_eval.demo.costs import Cost, peak_bytes
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
 from tokenprune_eval.demo.output import OutputError, write_whole
-from tokenprune_eval.demo.questionsets import choose
+from tokenprune_eval.demo.questionsets import choose, load_sets
 from tokenprune_eval.demo.report import render
 from tokenprune_eval.demo.results import Results, Row, make_row, wilson
 from tokenprune_eval.demo.runner import KEEPS, METHODS, Example, Panel
@@ -471,6 +472,12 @@ def test_demo_measures_pruning(ran: Ran) -> None:
 
 
 def test_demo_says_what_it_did(ran: Ran) -> None:
+    # One line a step, and as many steps as the progress bar counts on.
+    lines = ran.printed.splitlines()
+    steps = [line for line in lines[: lines.index("writing the report") + 1] if ": " in line]
+    steps = [line for line in steps if " questions, about " not in line]
+    expected = runner._steps(runner.Settings(ran.folder), load_sets(40, 0))
+    assert len(steps) == expected - 2  # loading and writing have no set in front
     assert f"scenes: {ran.content['subsets']['scenes']['questions']} of 2,600" in ran.printed
     assert "no public VLM" in ran.printed
     for method in METHODS:

@@ -117,6 +117,9 @@ class Example:
 class Progress(Protocol):
     """What the run tells of its progress."""
 
+    def plan(self, steps: int) -> None:
+        """Say how many steps there will be."""
+
     def step(self, text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Begin a step of `total` parts; the block gets the function that counts them."""
 
@@ -161,6 +164,7 @@ def _run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]
     started = time.perf_counter()
     selectors = [find(method)() for method in settings.methods]
     sets = load_sets(settings.questions, settings.seed)
+    progress.plan(_steps(settings, sets))
     with progress.step("loading the model", 1) as advance:
         answerer = Answerer(bundled_model_path(), min(_cores(), MOST_THREADS))
         advance(1)
@@ -182,6 +186,22 @@ def _run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]
     results.complete = True
     results.save()
     return results, examples
+
+
+def _steps(settings: Settings, sets: Sequence[QuestionSet]) -> int:
+    """Return how many steps a run and its report have."""
+    steps = 2  # loading the model, writing the report
+    for one in sets:
+        steps += 4 + len(settings.methods) * len(KEEPS) + one.has_evidence
+        if one.name == SCENES:
+            steps += len(_position_methods(settings)) * len(POSITION_KEEPS) + one.has_evidence
+    return steps
+
+
+def _position_methods(settings: Settings) -> Sequence[str]:
+    """Return the methods that are run with both ways to count positions."""
+    known = [name for name in POSITION_METHODS if name in settings.methods]
+    return known or settings.methods[:2]
 
 
 class _SetRun:
@@ -347,8 +367,7 @@ class _SetRun:
     def _other_positions(self, costs: dict[tuple[str, float], Cost]) -> None:
         """Run some conditions with the other way to count positions."""
         other: Positions = "compact" if self.settings.positions == "original" else "original"
-        methods = [name for name in POSITION_METHODS if name in self.settings.methods]
-        for method in methods or self.settings.methods[:2]:
+        for method in _position_methods(self.settings):
             for keep in POSITION_KEEPS:
                 row = self._row(method, keep, costs[method, keep], other)
                 self.results.other_positions.append(row)

@@ -13,6 +13,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -24,13 +25,14 @@ from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Row
 
 
 class TerminalProgress:
-    """Shows a bar for the step at work; on a file or a pipe, one line a step.
+    """Shows a bar for the whole run and one for the step at work; on a pipe, one line a step.
 
     Use it as a context manager.
     """
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._whole: TaskID | None = None
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -52,6 +54,10 @@ class TerminalProgress:
         """Stop drawing."""
         self._bar.stop()
 
+    def plan(self, steps: int) -> None:
+        """Say how many steps there will be."""
+        self._whole = self._bar.add_task("the whole run, in steps", total=steps)
+
     @contextmanager
     def step(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show one step while the block runs."""
@@ -62,10 +68,12 @@ class TerminalProgress:
             yield lambda done: self._bar.advance(task, done)
         finally:
             self._bar.remove_task(task)
+            if self._whole is not None:
+                self._bar.advance(self._whole)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
 
 def label(method: str) -> str:
