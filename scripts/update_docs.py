@@ -3,6 +3,7 @@
 
     scripts/demo --out demo-out
     .venv/bin/python scripts/bench_selectors.py > docs/bench_selectors.txt
+        (or its parts, --cost first, one after another)
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
     .venv/bin/python scripts/update_docs.py demo-out/results.json
 
