@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import TokensError
+from tokenprune.errors import TokensError, UnsupportedModelError
 
 Projector = Callable[[Tensor], Tensor]
 """Maps vision features [..., C] to what the language model reads [..., D]."""
@@ -241,3 +242,19 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
         projector=first.projector if "projector" in needs else None,
         **fields,
     )
+
+
+def square(count: int, what: str) -> int:
+    """Return the side of a square grid of `count` tokens.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If `count` is no square number.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise UnsupportedModelError(
+            f"{what} has {count} tokens, which is no square grid; tokenprune cannot lay it out."
+        )
+    return side

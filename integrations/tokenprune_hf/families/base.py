@@ -7,7 +7,6 @@ scores, and how the rows that the encoder returns are laid out in items; the res
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -307,19 +306,3 @@ def _encoder_layers(tower: Any) -> Sequence[Any]:
         "so methods that need attention cannot serve it. Use one that needs features or embeddings "
         "only (see `tokenprune methods`)."
     )
-
-
-def square(count: int, what: str) -> int:
-    """Return the side of a square grid of `count` tokens.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If `count` is no square number.
-    """
-    side = math.isqrt(count)
-    if side * side != count:
-        raise UnsupportedModelError(
-            f"{what} has {count} tokens, which is no square grid; tokenprune cannot lay it out."
-        )
-    return side

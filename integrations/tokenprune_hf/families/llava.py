@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune_hf.families.base import Captured, Family, Item, Media, square
+from tokenprune.tokens import square
+from tokenprune_hf.families.base import Captured, Family, Item, Media
 
 
 class Llava(Family):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.projectors import MLPProjector
-from tokenprune_hf.families.base import Captured, Family, Item, Media, square
+from tokenprune.tokens import square
+from tokenprune_hf.families.base import Captured, Family, Item, Media
 
 
 class MergedTiles(Family):
