@@ -55,6 +55,11 @@ def check_keep(keep: Keep) -> Keep:
     return float(keep)
 
 
+def keeps_all(keep: Keep) -> bool:
+    """Say whether `keep` drops nothing whatever there is: the fraction 1.0, not the number 1."""
+    return isinstance(keep, float) and keep == 1.0
+
+
 def tokens_kept(keep: Keep, total: int) -> int:
     """Return how many of `total` tokens stay.
 

@@ -6,6 +6,7 @@ A subcommand is a module registered in the entry point group ``tokenprune.comman
     EXTRA      the extra of this distribution that it needs, or ""
     configure  (parser) -> None, adds its arguments
     run        (arguments) -> int, the exit status
+    TAKES_MORE optional: True where arguments it does not know go to `run` as `arguments.more`
 
 and imports torch and the engines inside `run` only.
 """
@@ -53,7 +54,11 @@ def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("tokenprune-vlm"))
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in sorted(commands.items()):
-        command.configure(subparsers.add_parser(name, help=command.HELP, description=command.HELP))
+        command.configure(
+            subparsers.add_parser(
+                name, help=command.HELP, description=command.HELP, allow_abbrev=False
+            )
+        )
     return parser
 
 
@@ -64,8 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Load just the subcommand that is asked for; --help and a mistyped name need them all.
     wanted = [argv[0]] if argv and argv[0] in entries else sorted(entries)
     commands = {name: command for name in wanted if (command := _load(entries[name])) is not None}
-    arguments = _parser(commands).parse_args(argv)
+    parser = _parser(commands)
+    arguments, more = parser.parse_known_args(argv)
+    arguments.more = more
     command = commands[arguments.command]
+    if more and not getattr(command, "TAKES_MORE", False):
+        parser.error(f"{arguments.command} has no arguments {' '.join(more)}")
     try:
         return command.run(arguments)
     except TokenPruneError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
 from tokenprune.errors import (
-    BudgetError,
     ConfigError,
     InputFileError,
     OptionError,
@@ -98,25 +97,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="one panel each (default: zeroth-order cls-attention divprune)",
     )
-    parser.add_argument(
-        "--keep",
-        default="0.25",
-        metavar="KEEP",
-        help="a number of tokens such as 16, or a fraction such as 0.25 (default)",
-    )
-    parser.add_argument(
-        "--positions",
-        default="original",
-        choices=("original", "compact"),
-        help="positions of the kept tokens: as in the full image, or renumbered",
-    )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of those methods that have it, for example estimator=jvp; may be repeated",
-    )
+    add_keep(parser, default="0.25")
+    add_positions(parser)
+    add_options(parser, "an option of those methods that have it")
     parser.add_argument(
         "-o",
         "--out",
@@ -129,9 +112,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw the picture and say what was kept."""
-    from tokenprune.budget import check_keep
-
-    keep = check_keep(_number(arguments.keep))
+    keep = parse_keep(arguments.keep)
     methods = tuple(
         dict.fromkeys(arguments.method or ("zeroth-order", "cls-attention", "divprune"))
     )
@@ -160,33 +141,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _number(text: str) -> Keep:
-    """Return `--keep` as a number: with a decimal point a fraction, without one a count."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise BudgetError(
-            f"--keep {text} is no number. Give a number of tokens (64) or a fraction (0.1)."
-        ) from None
-
-
 def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
     """Return the methods, each with those options that it has."""
     from tokenprune.registry import build, find
 
-    values: dict[str, Any] = {}
-    for option in options:
-        name, equals, text = option.partition("=")
-        if not equals or not name:
-            raise OptionError(f"--option {option} is not NAME=VALUE, for example seed=1.")
-        try:
-            values[name.replace("-", "_")] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name.replace("-", "_")] = text
+    values = parse_options(options)
     fields = {
         method: {field.name for field in dataclasses.fields(find(method))} for method in methods
     }

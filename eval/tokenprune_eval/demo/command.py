@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tokenprune.arguments import add_positions
 from tokenprune.errors import ConfigError
 
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
@@ -35,12 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help="what to compare (default: all of tokenprune's own; see `tokenprune methods`)",
     )
-    parser.add_argument(
-        "--positions",
-        default="original",
-        choices=("original", "compact"),
-        help="positions of the kept tokens: as in the full image, or renumbered",
-    )
+    add_positions(parser)
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the choice of questions (default: 0)"
     )

@@ -1,0 +1,161 @@
+"""`engine_args`: what to hand to `vllm.LLM`, `AsyncLLM` or `vllm serve` so that it prunes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any
+
+from tokenprune.budget import Keep
+from tokenprune.config import Positions, PruningConfig
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune_vllm.architectures import architecture_of, check_method
+from tokenprune_vllm.settings import KEY, ServerSettings
+
+_GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
+
+
+def engine_args(
+    model: str | os.PathLike[str],
+    method: str,
+    keep: Keep,
+    *,
+    positions: Positions = "original",
+    options: Mapping[str, Any] | None = None,
+    request_methods: Sequence[str] = (),
+    **engine: Any,
+) -> dict[str, Any]:
+    """Return keyword arguments for `vllm.LLM` or `vllm.AsyncEngineArgs` under which it prunes.
+
+    Parameters
+    ----------
+    model
+        A folder or a name on the model hub.
+    method
+        A name out of `tokenprune.methods()` that does not look at the question.
+    keep
+        A number of tokens (int) or a fraction (float) of each image or video.
+    positions
+        ``"original"``: each kept token keeps the position it has in the full image, and the text
+        after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
+    options
+        The method's own options.
+    request_methods
+        Methods, beside `method`, that a request may name.
+    **engine
+        vLLM's own arguments; `hf_overrides` among them is merged with ours.
+
+    Returns
+    -------
+    dict
+        For ``vllm.LLM(**engine_args(...))``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model or the method cannot be served pruned.
+    ConfigError, BudgetError, UnknownMethodError, OptionError
+        For settings that cannot be used, and where vLLM would not load the plugin.
+    InputFileError
+        If the model has no config.json that can be read.
+    """
+    overrides = pruning_overrides(
+        read_config(model, engine.get("revision")),
+        str(model),
+        PruningConfig(method, keep, positions, dict(options or {})),
+        request_methods,
+    )
+    check_plugin()
+    given = engine.pop("hf_overrides", None)
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(
+            "hf_overrides must be a dict here: tokenprune adds its own keys to it, which it cannot "
+            f"do to a {type(given).__name__}."
+        )
+    return {"model": os.fspath(model), **engine, "hf_overrides": merge(given or {}, overrides)}
+
+
+def pruning_overrides(
+    config: dict[str, Any],
+    model: str,
+    pruning: PruningConfig,
+    request_methods: Sequence[str] = (),
+    only_tokenprune: bool = False,
+) -> dict[str, Any]:
+    """Return what has to stand in a model's config so that vLLM serves it pruned.
+
+    Parameters
+    ----------
+    config
+        The model's config.json.
+    model
+        What to call it in an error.
+    pruning
+        The server's default.
+    request_methods
+        Methods that a request may name, beside the default's.
+    only_tokenprune
+        See `ServerSettings`.
+    """
+    architecture = architecture_of(config, model)
+    settings = ServerSettings.build(pruning, tuple(request_methods), only_tokenprune)
+    for name in settings.methods:
+        check_method(name)
+    overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}
+    if pruning.positions == "original" and not architecture.mrope:
+        # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.
+        # The text config is left alone: the rotary embedding itself stays what it is.
+        overrides["mrope_section"] = [1, 1, 1]
+    return overrides
+
+
+def read_config(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
+    """Return a model's config.json.
+
+    Raises
+    ------
+    InputFileError
+        If there is none, or it cannot be read.
+    """
+    from transformers import PretrainedConfig
+
+    try:
+        config, _ = PretrainedConfig.get_config_dict(os.fspath(model), revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{model} has no config.json that can be read: {error}") from error
+    return dict(config)
+
+
+def check_plugin() -> None:
+    """Raise unless vLLM will load the plugin in its processes.
+
+    Raises
+    ------
+    ConfigError
+        Saying why it would not.
+    """
+    if not entry_points(group=_GROUP, name=_PLUGIN):
+        raise ConfigError(
+            f"the package tokenprune-vlm is not installed so that vLLM finds it: there is no entry "
+            f"point {_PLUGIN!r} in the group {_GROUP!r}. Install it with pip, also for a checkout: "
+            "pip install -e '.[vllm]'."
+        )
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and _PLUGIN not in allowed.split(","):
+        raise ConfigError(
+            f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin. Add {_PLUGIN!r} to it, "
+            "or unset it."
+        )
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `over` put on top, dicts inside dicts merged alike."""
+    merged = copy.deepcopy(dict(base))
+    for name, value in over.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping) and name != KEY:
+            merged[name] = merge(merged[name], value)
+        else:
+            merged[name] = value
+    return merged

@@ -1,0 +1,119 @@
+"""`tokenprune export`: a checkpoint that says itself how it is to be pruned.
+
+``vllm serve OUT`` serves it pruned with no further flag, wherever the plugin is installed, and
+refuses to start where it is not. transformers loads it as before, unpruned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenprune.config import PruningConfig
+from tokenprune.errors import InputFileError
+from tokenprune_vllm.engine import pruning_overrides, read_config
+
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"})
+
+
+def export(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    pruning: PruningConfig,
+    *,
+    request_methods: Sequence[str] = (),
+    copy: bool = False,
+) -> Path:
+    """Write a checkpoint that vLLM serves pruned.
+
+    Parameters
+    ----------
+    model
+        A folder, or a name on the model hub that is downloaded if need be.
+    out
+        The folder to make; it must not be there yet, or be empty.
+    pruning
+        How to prune.
+    request_methods
+        Methods that a request may name, beside the default's.
+    copy
+        Copy all files. Otherwise files are hard-linked where the file system can, so that
+        weights are on the disk once.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    InputFileError
+        If there is no checkpoint with safetensors, or `out` is in the way.
+    UnsupportedModelError, ConfigError and others
+        As for `engine_args`.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputFileError(f"{out} is there already. Name a folder that is not, or is empty.")
+    source = _folder(model)
+    config = read_config(source)
+    config.update(pruning_overrides(config, str(model), pruning, request_methods))
+    if not any(source.glob("*.safetensors")):
+        raise InputFileError(
+            f"{source} has no *.safetensors in it, and no other weights are read. Save the model "
+            "with safetensors first."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        for file in sorted(source.rglob("*")):
+            inside = file.relative_to(source)
+            if file.is_dir() or file.suffix in _PICKLES or inside == Path("config.json"):
+                continue
+            if any(part.startswith(".") for part in inside.parts):
+                continue
+            (made / inside).parent.mkdir(parents=True, exist_ok=True)
+            _place(file.resolve(), made / inside, copy)
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        made.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return out
+
+
+def _folder(model: str | os.PathLike[str]) -> Path:
+    """Return the folder of a checkpoint, downloading it where a name was given."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(
+            snapshot_download(os.fspath(model), ignore_patterns=sorted(f"*{s}" for s in _PICKLES))
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise InputFileError(
+            f"{model} is neither a folder nor a model that can be fetched: {error}"
+        ) from error
+
+
+def _place(source: Path, target: Path, copy: bool) -> None:
+    """Link or copy one file."""
+    if not copy:
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            pass
+        else:
+            return
+    shutil.copy2(source, target)

@@ -1,0 +1,44 @@
+"""`tokenprune export MODEL OUT`: the command line of `tokenprune_vllm.export`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tokenprune_vllm.serve import add_pruning, pruning_of
+
+HELP = "write a checkpoint that `vllm serve` serves pruned with no further flag"
+EXTRA = "vllm"
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.add_argument("model", metavar="MODEL", help="a folder or a name on the model hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    add_pruning(parser)
+    parser.add_argument(
+        "--request-method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="METHOD",
+        help="methods, beside --method, that a request may ask for",
+    )
+    parser.add_argument(
+        "--copy", action="store_true", help="copy the weights, also where they could be linked"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the folder and say how to serve it."""
+    from tokenprune_vllm.export import export
+
+    out = export(
+        arguments.model,
+        arguments.out,
+        pruning_of(arguments),
+        request_methods=arguments.request_method,
+        copy=arguments.copy,
+    )
+    print(f"{out}: serve it with `vllm serve {out}`, or with `tokenprune serve {out}`.")
+    return 0

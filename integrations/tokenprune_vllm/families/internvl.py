@@ -1,0 +1,133 @@
+"""InternVL in vLLM, in transformers' format and in its own (InternVLChatModel)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.models.interns1 import (
+    InternS1DummyInputsBuilder,
+    InternS1ForConditionalGeneration,
+    InternS1MultiModalProcessor,
+    InternS1ProcessingInfo,
+)
+from vllm.model_executor.models.internvl import (
+    InternVLChatModel,
+    InternVLDummyInputsBuilder,
+    InternVLMultiModalProcessor,
+    InternVLProcessingInfo,
+)
+
+from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import square
+from tokenprune_vllm.families.base import Family, Fields
+from tokenprune_vllm.model import PrunedModel
+from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits, register
+from tokenprune_vllm.regions import Region, Segment
+from tokenprune_vllm.scoring import plain_linear
+
+
+class InternVL(Family):
+    """InternVL: every tile of an image and every frame of a video is a segment of its own."""
+
+    flat_fields: ClassVar[Mapping[str, str]] = {
+        "pixel_values": "image_num_patches",
+        "pixel_values_videos": "video_num_patches",
+    }
+    shared_fields: ClassVar[frozenset[str]] = frozenset({"image_token_id", "video_token_id"})
+
+    def segments(self, modality: str, rows: int, fields: Fields) -> Sequence[Segment]:
+        """Return one segment for each tile or frame."""
+        tiles = int(fields[f"{modality}_num_patches"])
+        each = rows // tiles
+        side = square(each, "a tile")
+        return [
+            Segment(
+                torch.arange(tile * each, (tile + 1) * each), (1, side, side), f"tile {tile}", tile
+            )
+            for tile in range(tiles)
+        ]
+
+    def tiles(self, region: Region, fields: Fields) -> int:
+        """Return the number of tiles or frames: each is a segment."""
+        return len(region.segments)
+
+    def build_projector(self, model: Any) -> MLPProjector:
+        """Return the projector on the pixel-shuffled features."""
+        module: Any = model.multi_modal_projector
+        return MLPProjector(
+            first=plain_linear(module.linear_1),
+            activation=module.act,
+            second=plain_linear(module.linear_2),
+            norm=module.layer_norm,
+        )
+
+    def merge(self, model: Any, attention: Tensor) -> Tensor:
+        """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
+        heads, patches = attention.shape[1:]
+        side = square(patches, "a tile")
+        maps = attention.mT.unflatten(1, (side, side)).contiguous()
+        shuffled = model.pixel_shuffle(maps, scale_factor=model.downsample_ratio)
+        merged: Tensor = shuffled.flatten(1, 2).unflatten(-1, (-1, heads)).mean(dim=2).mT
+        return merged
+
+
+class InternVLChat(InternVL):
+    """InternVL in its own format."""
+
+    flat_fields: ClassVar[Mapping[str, str]] = {
+        "pixel_values_flat": "image_num_patches",
+        "pixel_values_flat_video": "video_num_patches",
+    }
+
+    def tower(self, model: Any) -> nn.Module:
+        """Return the vision encoder."""
+        module: nn.Module = model.vision_model
+        return module
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return the layers behind the pixel shuffle."""
+        module: nn.Module = model.mlp1
+        return module
+
+    def build_projector(self, model: Any) -> MLPProjector:
+        """Return those layers: norm, linear, GELU, linear."""
+        norm, first, activation, second = model.mlp1
+        return MLPProjector(
+            first=plain_linear(first),
+            activation=activation,
+            second=plain_linear(second),
+            norm=norm,
+        )
+
+
+class _InternVLInfo(UnprunedLimits, InternS1ProcessingInfo):
+    pass
+
+
+class _InternVLProcessor(PruningProcessor, InternS1MultiModalProcessor):
+    family_class = InternVL
+
+
+@register(_InternVLProcessor, _InternVLInfo, InternS1DummyInputsBuilder)
+class TokenPruneInternVLForConditionalGeneration(PrunedModel, InternS1ForConditionalGeneration):
+    """InternVL in transformers' format, pruned."""
+
+    family_class = InternVL
+
+
+class _InternVLChatInfo(UnprunedLimits, InternVLProcessingInfo):
+    pass
+
+
+class _InternVLChatProcessor(PruningProcessor, InternVLMultiModalProcessor):
+    family_class = InternVLChat
+
+
+@register(_InternVLChatProcessor, _InternVLChatInfo, InternVLDummyInputsBuilder)
+class TokenPruneInternVLChatModel(PrunedModel, InternVLChatModel):
+    """InternVL in its own format, pruned."""
+
+    family_class = InternVLChat

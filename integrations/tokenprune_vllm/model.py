@@ -1,0 +1,513 @@
+"""PrunedModel: mixed in front of vLLM's own model of each family.
+
+It does what no family does differently: run the encoder, choose, keep the chosen rows, and see to
+it that each row is read at its own position. vLLM's forward runs as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+
+from tokenprune.config import PruningConfig
+from tokenprune.errors import ConfigError, TokensError, UnsupportedModelError
+from tokenprune.projectors import MLPProjector
+from tokenprune.selecting import select_many
+from tokenprune.selection import Selection
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import VisualTokens
+from tokenprune_vllm import metrics
+from tokenprune_vllm.architectures import check_method
+from tokenprune_vllm.families.base import Family, Fields
+from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
+from tokenprune_vllm.processor import REGION, TICKET, Ticket
+from tokenprune_vllm.scoring import keep_weights_plain, scoring_layer, watch
+from tokenprune_vllm.settings import ServerSettings
+
+logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
+
+_POSITION_FIELDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "timestamps")
+"""What families with M-RoPE read of an item to work out positions."""
+
+
+@dataclass(frozen=True)
+class _Item:
+    """One image or video in the worker."""
+
+    ticket: Ticket
+    fields: Fields
+
+
+class PrunedModel:
+    """Mixed in front of vLLM's model of a family; see the top of this file."""
+
+    family_class: ClassVar[type[Family]]
+    supports_mrope: ClassVar[bool] = True
+    # A captured encoder would run past `embed_multimodal`, and so unpruned.
+    supports_encoder_cudagraph: ClassVar[bool] = False
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        settings = ServerSettings.from_config(config)
+        for method in settings.methods:
+            check_method(method)
+        family = self.family_class(config)
+        _check_engine(vllm_config, settings)
+        with _room_for_positions(config, settings):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._pruner = Pruner(self, family, settings, vllm_config)
+
+    # Rows --------------------------------------------------------------------------------------
+
+    def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
+        """Run the encoder; return each item's kept rows, with its position columns if any."""
+        return self._pruner.embed(super().embed_multimodal, kwargs)  # type: ignore[misc]
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+    ) -> Tensor:
+        """Embed a batch; the rows' positions are taken off and kept for `forward`."""
+        rows = self._pruner.take_positions(multimodal_embeddings, is_multimodal, len(input_ids))
+        embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
+            input_ids, rows, is_multimodal=is_multimodal
+        )
+        return embedded
+
+    # Positions ---------------------------------------------------------------------------------
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[Tensor, int]:
+        """Return positions [3, L] of a pruned prompt, and how far the next token is from L."""
+        return self._pruner.prompt_positions(input_tokens, mm_features)
+
+    def engine_positions(self, tokens: list[int], features: list[Any]) -> tuple[Tensor, int]:
+        """Return what vLLM itself would say about an unpruned prompt."""
+        if self.family_class.mrope:
+            found: tuple[Tensor, int] = super().get_mrope_input_positions(  # type: ignore[misc]
+                tokens, features
+            )
+            return found
+        return torch.arange(len(tokens)).expand(3, -1), 0
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: object,
+    ) -> Any:
+        """Run vLLM's forward with each kept token at its own position."""
+        return super().forward(  # type: ignore[misc]
+            input_ids,
+            self._pruner.positions(positions),
+            intermediate_tensors,
+            inputs_embeds,
+            **kwargs,
+        )
+
+
+class Pruner:
+    """The part of a `PrunedModel` that is no module.
+
+    Parameters
+    ----------
+    model
+        The model it belongs to.
+    family
+        Of that model.
+    settings
+        The server's.
+    vllm_config
+        vLLM's.
+    """
+
+    def __init__(
+        self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
+    ) -> None:
+        self._model = model
+        self._family = family
+        self._settings = settings
+        self._selectors: dict[str, Selector] = {
+            name: replace(settings.default, method=name, options=dict(options)).selector()
+            for name, options in settings.methods.items()
+        }
+        self._needs = {need for selector in self._selectors.values() for need in selector.needs}
+        self._projector: MLPProjector | None = None
+        self._attention: nn.Module | None = None
+        self._attention_name = "none"
+        if "cls_attention" in self._needs:
+            name, self._attention = scoring_layer(family.tower(model))
+            self._attention_name = name
+        if "projector" in self._needs:
+            keep_weights_plain(family.projector(model))
+        scheduler = vllm_config.scheduler_config
+        self._width = int(vllm_config.model_config.get_inputs_embeds_size())
+        self._most_rows = int(
+            max(scheduler.max_num_batched_tokens, scheduler.max_num_encoder_input_tokens)
+        )
+        self._axes = 3 if family.mrope else 1
+        self._offsets: PositionOffsets | None = None
+        if settings.default.positions == "original":
+            device = torch.get_default_device()
+            self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
+        self._said = False
+
+    # Encode, choose, keep ----------------------------------------------------------------------
+
+    def embed(self, encode: Callable[..., Any], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Encode the items of one call and return the rows of each that stay."""
+        tickets, regions = kwargs.pop(TICKET, None), kwargs.pop(REGION, None)
+        if tickets is None or regions is None:
+            raise ConfigError(
+                "vLLM handed over images without tokenprune's fields: they were prepared by "
+                "another processor, and would run unpruned. Start all parts of the server with "
+                "the same model and the same --hf-overrides."
+            )
+        items = [
+            _Item(Ticket.unpack(ticket, region), {name: one[i] for name, one in named.items()})
+            for named in [self._fields_per_item(kwargs)]
+            for i, (ticket, region) in enumerate(zip(tickets, regions, strict=True))
+        ]
+        kept: list[Tensor] = []
+        for part in self._parts(items):
+            chosen = items[part]
+            with watch(self._family.projector(self._model), self._attention) as watched:
+                rows = list(encode(**self._part_of(kwargs, items, part)))
+            kept += self._prune(chosen, rows, watched)
+        return kept
+
+    def _fields_per_item(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        skipped = (*self._family.flat_fields, *self._family.shared_fields)
+        return {name: value for name, value in kwargs.items() if name not in skipped}
+
+    def _parts(self, items: Sequence[_Item]) -> Iterator[slice]:
+        """Cut a call into runs of the encoder that are no larger than vLLM measured memory for.
+
+        vLLM counts the rows that stay when it puts images together; the encoder reads them all.
+        """
+        start = rows = 0
+        for index, item in enumerate(items):
+            size = item.ticket.region.total
+            if index > start and rows + size > self._most_rows:
+                yield slice(start, index)
+                start, rows = index, 0
+            rows += size
+        yield slice(start, len(items))
+
+    def _part_of(
+        self, kwargs: Mapping[str, Any], items: Sequence[_Item], part: slice
+    ) -> dict[str, Any]:
+        """Return the arguments of some of the items."""
+        if part == slice(0, len(items)):
+            return dict(kwargs)
+        taken = {}
+        for name, value in kwargs.items():
+            if name in self._family.shared_fields:
+                taken[name] = value
+            elif name in self._family.flat_fields:
+                size_field = self._family.flat_fields[name]
+                counts = [self._family.entries(item.fields[size_field]) for item in items]
+                edges = [0, *itertools.accumulate(counts)]
+                taken[name] = value[edges[part.start] : edges[part.stop]]
+            else:
+                taken[name] = value[part]
+        return taken
+
+    @torch.inference_mode()
+    def _prune(self, items: Sequence[_Item], rows: list[Tensor], watched: Any) -> list[Tensor]:
+        """Return the kept rows of each item."""
+        start = time.perf_counter()
+        selections = self._select(items, rows, watched)
+        kept = [
+            self._keep(item, own, chosen)
+            for item, own, chosen in zip(items, rows, selections, strict=True)
+        ]
+        pruned = [item for item in items if item.ticket.pruning is not None]
+        for item in pruned:
+            pruning = cast(PruningConfig, item.ticket.pruning)
+            seconds = (time.perf_counter() - start) / len(pruned)
+            metrics.count_time(item.ticket.modality, pruning.method, seconds)
+        self._say(items)
+        return kept
+
+    def _select(
+        self, items: Sequence[_Item], rows: Sequence[Tensor], watched: Any
+    ) -> list[list[Selection]]:
+        """Return one selection for each segment of each item; items of one budget go together."""
+        regions = [item.ticket.region for item in items]
+        groups: dict[str, list[tuple[int, VisualTokens]]] = {}
+        if any(item.ticket.pruning is not None for item in items):
+            found = self._family.tokens(
+                self._model, watched, regions, [item.fields for item in items]
+            )
+            projector = self._projector_if_needed()
+            for index, (item, parts) in enumerate(zip(items, found, strict=True)):
+                pruning = item.ticket.pruning
+                if pruning is None:
+                    continue
+                embeddings = rows[index][:, : self._width]
+                for segment, (features, attention) in zip(
+                    item.ticket.region.segments, parts, strict=True
+                ):
+                    tokens = VisualTokens(
+                        grid=segment.grid,
+                        features=features,
+                        embeddings=embeddings[segment.rows.to(embeddings.device)],
+                        cls_attention=attention,
+                        projector=projector,
+                        label=f"{item.ticket.modality} {index} {segment.label}".strip(),
+                    )
+                    groups.setdefault(pruning.to_json(), []).append((index, tokens))
+        selections: list[list[Selection]] = [[] for _ in items]
+        for members in groups.values():
+            pruning = cast(PruningConfig, items[members[0][0]].ticket.pruning)
+            chosen = self._choose([tokens for _, tokens in members], pruning)
+            for (index, _), selection in zip(members, chosen, strict=True):
+                selections[index].append(selection)
+        return selections
+
+    def _choose(self, tokens: list[VisualTokens], pruning: PruningConfig) -> list[Selection]:
+        selector = self._selectors[pruning.method]
+        try:
+            return select_many(tokens, selector, pruning.keep)
+        except TokensError as error:
+            # One image whose numbers overflowed must not end the server for everybody. Unpruned
+            # vLLM would read its NaNs, too; here some of its tokens are chosen and it says so.
+            logger.error("tokenprune: %s Their scores count as 0.", error)
+            return select_many([_finite(one) for one in tokens], selector, pruning.keep)
+
+    def _projector_if_needed(self) -> MLPProjector | None:
+        if "projector" in self._needs and self._projector is None:
+            self._projector = self._family.build_projector(self._model)
+        return self._projector
+
+    def _keep(self, item: _Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:
+        """Return one item's rows that stay, in the order of its region in the prompt."""
+        region = item.ticket.region
+        stays = torch.ones(region.total, dtype=torch.bool)
+        for segment, selection in zip(
+            region.segments if selections else (), selections, strict=True
+        ):
+            stays[segment.rows] = False
+            stays[segment.rows[selection.kept.cpu()]] = True
+        # Where rows move against text, the region's text comes with them.
+        moves = item.ticket.layout()[1] is None
+        columns = region.is_row.nonzero()[:, 0]
+        if moves:
+            in_prompt = torch.ones_like(region.is_row)
+            in_prompt[columns] = stays
+            filled = rows.new_zeros(region.length, rows.shape[1])
+            filled[columns.to(rows.device)] = rows
+            filled[:, : self._width][(~region.is_row).to(rows.device)] = self._text_rows(region)
+            kept = filled[in_prompt.to(rows.device)]
+            columns = in_prompt.nonzero()[:, 0]
+        else:
+            kept = rows[stays.nonzero()[:, 0].to(rows.device)]
+            columns = columns[stays]
+        if self._offsets is None:
+            return kept
+        offsets = self._offsets_in(item)[: self._axes, columns]
+        return torch.cat([kept, to_columns(offsets, kept.dtype).to(kept.device)], dim=1)
+
+    def _text_rows(self, region: Any) -> Tensor:
+        ids = region.token_ids[~region.is_row].to(self._device())
+        embedded: Tensor = self._model.get_language_model().embed_input_ids(ids)
+        return embedded
+
+    def _device(self) -> torch.device:
+        device: torch.device = next(self._model.parameters()).device
+        return device
+
+    def _offsets_in(self, item: _Item) -> Tensor:
+        """Return positions [3, L] of an item's unpruned region, from 0."""
+        region = item.ticket.region
+        data = MultiModalKwargsItem(
+            {
+                name: MultiModalFieldElem(
+                    data=item.fields[name], field=MultiModalBatchedField(keep_on_cpu=True)
+                )
+                for name in _POSITION_FIELDS
+                if name in item.fields
+            }
+        )
+        feature = MultiModalFeatureSpec(
+            data=data,
+            modality=item.ticket.modality,
+            identifier="",
+            mm_position=PlaceholderRange(offset=0, length=region.length),
+        )
+        positions, _ = self._model.engine_positions(region.token_ids.tolist(), [feature])
+        return cast(Tensor, positions)
+
+    def _say(self, items: Sequence[_Item]) -> None:
+        """Say once how this server prunes, when the first images (vLLM's own trial) went by."""
+        pruned = [item for item in items if item.ticket.pruning is not None]
+        if self._said or not pruned:
+            return
+        self._said = True
+        region, pruning = pruned[0].ticket.region, cast(PruningConfig, pruned[0].ticket.pruning)
+        logger.info(
+            "tokenprune: %s keeps %s of each %s (%s positions); scoring layer %s; "
+            "tokens of the largest %s: %d before, %d after.",
+            pruning.method,
+            pruning.keep,
+            "segment" if len(region.segments) > 1 else pruned[0].ticket.modality,
+            pruning.positions,
+            self._attention_name,
+            pruned[0].ticket.modality,
+            region.total,
+            region.kept(pruning.keep),
+        )
+
+    # Positions ---------------------------------------------------------------------------------
+
+    def take_positions(self, rows: Any, is_row: Tensor | None, tokens: int) -> Any:
+        """Take the position columns off the rows of a batch, and remember them for `positions`."""
+        if self._offsets is None:
+            return rows
+        if rows is None or len(rows) == 0:
+            self._offsets.write(None, None, tokens)
+            return rows
+        columns = self._axes * DIGITS
+        offsets = from_columns(torch.cat([one[:, -columns:] for one in rows]))
+        self._offsets.write(offsets, is_row, tokens)
+        return [one[:, :-columns] for one in rows]
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Return the positions with which vLLM's forward is called."""
+        if self._offsets is None:
+            return positions
+        moved = self._offsets.add(positions)
+        return moved if self._axes > 1 else moved[0]
+
+    def prompt_positions(self, tokens: list[int], features: Sequence[Any]) -> tuple[Tensor, int]:
+        """Return positions [3, L] of a pruned prompt and the distance of the next one from L.
+
+        They are the engine's own positions of the unpruned prompt, less the dropped tokens. The
+        kept tokens are all put where their item begins: the rest of the way comes with the rows.
+        """
+        if self._offsets is None:
+            return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
+        full: list[int] = []
+        full_features = []
+        spans: list[tuple[Any, Ticket, int]] = []
+        end = 0
+        for feature in sorted(features, key=lambda one: one.mm_position.offset):
+            ticket = Ticket.unpack(feature.data[TICKET].data, feature.data[REGION].data)
+            place = feature.mm_position
+            full += tokens[end : place.offset]
+            spans.append((place, ticket, len(full)))
+            region = ticket.region
+            moved = PlaceholderRange(len(full), region.length, region.is_row)
+            full_features.append(replace(feature, mm_position=moved))
+            full += region.token_ids.tolist()
+            end = place.offset + place.length
+        full += tokens[end:]
+        positions, delta = self._model.engine_positions(full, full_features)
+        parts = []
+        before = 0
+        for place, ticket, start in spans:
+            region = ticket.region
+            parts.append(positions[:, before:start])
+            own = positions[:, start : start + 1].repeat(1, place.length)
+            if place.is_embed is not None:
+                text = positions[:, start : start + region.length][:, ~region.is_row]
+                own[:, ~place.is_embed] = text
+            parts.append(own)
+            before = start + region.length
+        parts.append(positions[:, before:])
+        return torch.cat(parts, dim=1).contiguous(), len(full) + delta - len(tokens)
+
+
+def _finite(tokens: VisualTokens) -> VisualTokens:
+    return replace(
+        tokens,
+        **{
+            name: value.nan_to_num(0.0, 0.0, 0.0)
+            for name in ("features", "embeddings", "cls_attention")
+            if (value := getattr(tokens, name)) is not None
+        },
+    )
+
+
+def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
+    """Refuse settings of vLLM under which pruning would be wrong, or would not happen.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the setting.
+    """
+    multimodal = vllm_config.model_config.get_multimodal_config()
+    refused = []
+    if multimodal.video_pruning_rate:
+        refused.append("--video-pruning-rate (vLLM's own pruning of videos)")
+    if multimodal.mm_encoder_tp_mode == "data":
+        refused.append("--mm-encoder-tp-mode data (ranks would each choose for their own images)")
+    if vllm_config.compilation_config.compile_mm_encoder:
+        refused.append("compile_mm_encoder (the scoring layer could not be watched)")
+    if settings.default.positions == "original":
+        if vllm_config.parallel_config.pipeline_parallel_size > 1:
+            refused.append("--pipeline-parallel-size above 1 with --positions original")
+        speculative = vllm_config.speculative_config
+        if speculative is not None and speculative.method not in ("ngram", "ngram_gpu", "suffix"):
+            refused.append(
+                f"--speculative-config with method {speculative.method!r} and --positions original"
+            )
+    if refused:
+        raise UnsupportedModelError(
+            f"tokenprune does not work together with {'; '.join(refused)}. Leave that out, or "
+            "serve the model without tokenprune."
+        )
+
+
+@contextmanager
+def _room_for_positions(config: Any, settings: ServerSettings) -> Iterator[None]:
+    """Let the language model's rotary tables be twice as long while the model is built.
+
+    Tokens keep the positions of the unpruned prompt, which may be as long as the model's context;
+    what is generated comes after that, and may again be as long as the pruned prompt leaves room.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If longer tables would have other numbers in them.
+    """
+    text = config.get_text_config()
+    if settings.default.positions != "original":
+        yield
+        return
+    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise UnsupportedModelError(
+            f"this model's rotary embedding is of type {kind!r}, whose numbers depend on the "
+            "length of the prompt, so kept tokens cannot stay at their own positions in vLLM. Use "
+            "positions='compact'."
+        )
+    known = text.max_position_embeddings
+    text.max_position_embeddings = 2 * known
+    try:
+        yield
+    finally:
+        text.max_position_embeddings = known

@@ -1,0 +1,19 @@
+"""The plugin that vLLM runs in each of its processes: it makes our architectures known.
+
+vLLM's own architectures are left alone. A plugin that fails is only logged by vLLM; under a name of
+its own such a server refuses to start, where under an overwritten one it would run unpruned.
+"""
+
+from __future__ import annotations
+
+from tokenprune_vllm import metrics
+from tokenprune_vllm.architectures import ARCHITECTURES
+
+
+def register() -> None:
+    """Register every architecture; harmless when called again."""
+    from vllm import ModelRegistry
+
+    metrics.prepare()
+    for architecture in ARCHITECTURES.values():
+        ModelRegistry.register_model(architecture.name, architecture.home)

@@ -1,0 +1,93 @@
+"""Positions of kept tokens on their way from the selection to the rotary embedding.
+
+Where text stands is known as soon as the prompt is: it depends on the images' sizes, not on which
+of their tokens stay. Only the kept tokens' own positions wait for the selection. They ride behind
+each row as a few more columns, relative to where the item begins. Columns have the model's dtype,
+and bfloat16 knows whole numbers up to 256 only: a number travels as digits to the base 256.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BASE = 256
+DIGITS = 3
+"""Columns for each axis: offsets below 256 ** 3."""
+
+
+def to_columns(offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return offsets [A, n], whole and not negative, as columns [n, A * DIGITS] of `dtype`."""
+    digits: list[Tensor] = [(offsets // _BASE**power) % _BASE for power in range(DIGITS)]
+    columns = torch.stack(digits, dim=-1).transpose(0, 1).flatten(1)
+    return columns.to(dtype)
+
+
+def from_columns(columns: Tensor) -> Tensor:
+    """Return the LongTensor [A, n] that `to_columns` was given."""
+    digits = columns.long().unflatten(1, (-1, DIGITS))
+    powers = torch.tensor([_BASE**power for power in range(DIGITS)], device=columns.device)
+    offsets: Tensor = (digits * powers).sum(-1).T
+    return offsets
+
+
+class PositionOffsets:
+    """What is added to the positions of one batch: 0 for text, each kept token its own offset.
+
+    The buffers stay where they are and are written in place, so that a captured graph reads what
+    was written for the batch at hand.
+
+    Parameters
+    ----------
+    axes
+        Rows of positions that are added to.
+    tokens
+        Most tokens of a batch.
+    device
+        Where the model is.
+    """
+
+    def __init__(self, axes: int, tokens: int, device: torch.device) -> None:
+        # One column more than is used keeps a slice's strides what they are for any batch, as
+        # in the engine's own buffer: compiled code relies on it.
+        self._offsets = torch.zeros(axes, tokens + 1, dtype=torch.int64, device=device)
+        self._positions = torch.zeros_like(self._offsets)
+        self._written = 0
+
+    def write(self, offsets: Tensor | None, is_row: Tensor | None, tokens: int) -> None:
+        """Set the offsets of a batch.
+
+        Parameters
+        ----------
+        offsets
+            LongTensor [A, n] of all rows in the batch, or None where there are none.
+        is_row
+            BoolTensor [tokens] with n True.
+        tokens
+            Tokens of the batch.
+        """
+        self._grow(tokens)
+        self._offsets[:, : max(self._written, tokens)] = 0
+        self._written = 0
+        if offsets is not None and is_row is not None:
+            where = is_row.to(self._offsets.device).expand(len(self._offsets), -1)
+            self._offsets[:, :tokens].masked_scatter_(where, offsets)
+            self._written = tokens
+
+    def add(self, positions: Tensor) -> Tensor:
+        """Return positions [3, tokens] with the offsets added, as [A, tokens].
+
+        With one axis the first row is taken: the engine counts such a prompt alike on all three.
+        """
+        tokens = positions.shape[-1]
+        self._grow(tokens)
+        moved = self._positions[:, :tokens]
+        torch.add(positions[: len(self._offsets)], self._offsets[:, :tokens], out=moved)
+        return moved
+
+    def _grow(self, tokens: int) -> None:
+        if tokens >= self._offsets.shape[1]:
+            old = self._offsets
+            self._offsets = old.new_zeros(len(old), tokens + 1)
+            self._offsets[:, : old.shape[1]] = old
+            self._positions = torch.zeros_like(self._offsets)

@@ -1,0 +1,320 @@
+"""Where vLLM makes prompts: every image gets fewer placeholders, and its pruning goes with it.
+
+`PruningProcessor` is mixed into the engine's own processor of each family. It takes a request's
+settings out of ``mm_processor_kwargs``, shrinks the placeholders that the engine laid out, tells
+the caches apart, and gives each image or video two more fields for the worker (see `Ticket`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from tokenprune.config import PruningConfig
+from tokenprune.errors import ConfigError
+from tokenprune_vllm import metrics
+from tokenprune_vllm.families.base import Family, Fields
+from tokenprune_vllm.regions import Region
+from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
+
+TICKET, REGION = "tokenprune_ticket", "tokenprune_region"
+"""The fields that travel to the worker with each image or video."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the worker has to know about one image or video.
+
+    Attributes
+    ----------
+    modality
+        ``"image"`` or ``"video"``.
+    pruning
+        Method, budget and options, or None where every row stays.
+    region
+        Its part of the unpruned prompt.
+    """
+
+    modality: str
+    pruning: PruningConfig | None
+    region: Region
+
+    def pack(self) -> dict[str, Tensor]:
+        """Return the fields `TICKET` and `REGION`."""
+        text = json.dumps(
+            {
+                "modality": self.modality,
+                "pruning": None if self.pruning is None else self.pruning.to_dict(),
+                "grids": [segment.grid for segment in self.region.segments],
+                "labels": [segment.label for segment in self.region.segments],
+            }
+        )
+        return {
+            TICKET: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
+            REGION: self.region.pack(),
+        }
+
+    @classmethod
+    def unpack(cls, ticket: Tensor, region: Tensor) -> Ticket:
+        """Return what `pack` packed."""
+        values = json.loads(bytes(ticket.tolist()))
+        pruning = values["pruning"]
+        return cls(
+            values["modality"],
+            None if pruning is None else PruningConfig.from_dict(pruning),
+            Region.unpack(region, values["grids"], values["labels"]),
+        )
+
+    def layout(self) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and row mask as they stand in the prompt, see `Region.shrink`."""
+        if self.pruning is None:
+            return self.region.token_ids, self.region.is_row
+        return self.region.shrink(self.pruning.keep)
+
+
+@dataclass
+class PrunedDetails(PromptUpdateDetails):
+    """The engine's description of one region's tokens, with what was there before.
+
+    Attributes
+    ----------
+    before, after
+        Rows of the encoder before and after.
+    length_before
+        Prompt tokens before, text included.
+    method
+        What chose, ``"off"`` where nothing did.
+    """
+
+    before: int = 0
+    after: int = 0
+    length_before: int = 0
+    method: str = "off"
+
+
+class PruningProcessor:
+    """Mixed in front of the engine's processor of a family; see the top of this file."""
+
+    family_class: ClassVar[type[Family]]
+    info: Any
+    _TYPES: ClassVar[tuple[type, ...]] = (EmbeddingItems, DictEmbeddingItems)
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
+        config = info.get_hf_config()
+        self._server = ServerSettings.from_config(config)
+        self._family = self.family_class(config)
+        self._dummies: list[tuple[str, PrunedDetails]] | None = None
+        text = config.get_text_config()
+        self._longest = (
+            int(text.max_position_embeddings)
+            if self._server.default.positions == "original"
+            else None
+        )
+
+    # What is taken out of the request's settings, and put into the hashes -----------------------
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        request = self._server.request(inputs.hf_processor_mm_kwargs)
+        hashes = super()._get_mm_hashes(_without_ours(inputs))  # type: ignore[misc]
+        algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+        mark = request.fingerprint()
+        return {
+            modality: [
+                MultiModalHasher.hash_kwargs(algorithm, mm_hash=own, tokenprune=mark)
+                for own in hashes_of
+            ]
+            for modality, hashes_of in hashes.items()
+        }
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        missing = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]
+            _without_ours(inputs), mm_is_cached
+        )
+        asked = inputs.hf_processor_mm_kwargs.get(KEY)
+        return missing if asked is None else {**missing, KEY: asked}
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        return super()._apply_hf_processor_main(mm_items, _less(hf_kwargs))  # type: ignore[misc]
+
+    def _get_mm_fields_config(
+        self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Any:
+        return super()._get_mm_fields_config(  # type: ignore[misc]
+            hf_inputs, _less(hf_processor_mm_kwargs)
+        )
+
+    # Placeholders ------------------------------------------------------------------------------
+
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Any:
+        request = self._server.request(hf_processor_mm_kwargs)
+        updates = super()._get_mm_prompt_updates(  # type: ignore[misc]
+            mm_items, _less(hf_processor_mm_kwargs), out_mm_kwargs
+        )
+        return {
+            modality: [
+                self._shrink(modality, of_item, mm_items[modality], item, request)
+                for of_item, item in zip(of_modality, out_mm_kwargs[modality], strict=True)
+            ]
+            for modality, of_modality in updates.items()
+            if of_modality
+        }
+
+    def _shrink(
+        self, modality: str, updates: Sequence[Any], items: Any, item: Any, request: RequestSettings
+    ) -> list[Any]:
+        """Shrink one item's placeholders, and put its ticket beside its pixels."""
+        content = updates[0].content
+        if any(update.content.full != content.full for update in updates):
+            raise ConfigError(
+                f"the {modality} could be laid out in several ways, which tokenprune does not know "
+                "how to prune. Please report the model."
+            )
+        ids = torch.tensor(content.full)
+        is_row = torch.ones_like(ids, dtype=torch.bool)
+        if content.is_embed is not None:
+            is_row = content.is_embed(content.full)
+        pruning = request.config if request.prunes else None
+        if isinstance(items, self._TYPES):
+            pruning = None  # the caller's own embeddings: nothing of the encoder to choose by
+        rows = int(is_row.sum())
+        fields: Fields = {name: element.data for name, element in item.items()}
+        segments = () if pruning is None else self._family.segments(modality, rows, fields)
+        ticket = Ticket(modality, pruning, Region(ids, is_row, tuple(segments)))
+        field = MultiModalBatchedField(keep_on_cpu=True)
+        for name, value in ticket.pack().items():
+            item[name] = MultiModalFieldElem(data=value, field=field)
+        new_ids, new_is_row = ticket.layout()
+        details = PrunedDetails(
+            full=new_ids.tolist(),
+            is_embed=None if new_is_row is None else _Mask(new_is_row),
+            before=rows,
+            after=rows if pruning is None else ticket.region.kept(pruning.keep),
+            length_before=len(ids),
+            method="off" if pruning is None else pruning.method,
+        )
+        return [replace(update, content=details) for update in updates]
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        prompt_ids, placeholders = super()._maybe_apply_prompt_updates(  # type: ignore[misc]
+            mm_items, mm_res
+        )
+        found: list[tuple[str, PrunedDetails]] = [
+            (modality, updates[0].content)
+            for modality, of_modality in mm_res.prompt_updates.items()
+            for updates in of_modality
+        ]
+        if self._dummies is not None:
+            self._dummies += found
+            return prompt_ids, placeholders
+        dropped = sum(details.length_before - len(details.full) for _, details in found)
+        if self._longest is not None and len(prompt_ids) + dropped > self._longest:
+            raise RequestError(
+                f"before pruning this prompt has {len(prompt_ids) + dropped} tokens, and every "
+                f"kept token stays at its own position: the model knows {self._longest}. Send "
+                "fewer or smaller images, or start the server with --positions compact."
+            )
+        for modality, details in found:
+            metrics.count_tokens(modality, details.method, details.before, details.after)
+        return prompt_ids, placeholders
+
+    # Start-up ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watching_dummies(self) -> Iterator[list[tuple[str, PrunedDetails]]]:
+        self._dummies = []
+        try:
+            yield self._dummies
+        finally:
+            self._dummies = None
+
+    def get_dummy_mm_inputs(self, mm_counts: Mapping[str, int], **options: Any) -> Any:
+        """Make the largest inputs, with which vLLM measures memory.
+
+        Raises
+        ------
+        ConfigError
+            If the server's budget would drop nothing of them.
+        """
+        with self._watching_dummies() as dummies:
+            made = super().get_dummy_mm_inputs(mm_counts, **options)  # type: ignore[misc]
+        if dummies and all(details.after == details.before for _, details in dummies):
+            default = self._server.default
+            largest = max(details.before for _, details in dummies)
+            raise ConfigError(
+                f"keep={default.keep} prunes nothing: the largest {' or '.join(sorted(mm_counts))} "
+                f"of this model has {largest} tokens. Give a smaller keep, or serve the model "
+                "without tokenprune."
+            )
+        return made
+
+    def unpruned_dummies(self, mm_counts: Mapping[str, int]) -> dict[str, int]:
+        """Return how many rows the encoder makes of the largest inputs, by modality."""
+        with self._watching_dummies() as dummies:
+            super().get_dummy_mm_inputs(mm_counts)  # type: ignore[misc]
+        totals: dict[str, int] = {}
+        for modality, details in dummies:
+            totals[modality] = totals.get(modality, 0) + details.before
+        return totals
+
+
+class UnprunedLimits:
+    """Mixed in front of the engine's processing info: the size of the largest item, unpruned.
+
+    By it vLLM sizes its cache of encoded images and measures memory; a request may ask for no
+    pruning, and the encoder runs on whole images either way.
+    """
+
+    ctx: Any
+
+    def get_mm_max_tokens_per_item(
+        self, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> Mapping[str, int]:
+        """Return the most rows that one item can have, by modality."""
+        known: Mapping[str, int] | None = super().get_mm_max_tokens_per_item(  # type: ignore[misc]
+            seq_len, mm_counts
+        )
+        if known is None:
+            processor: Any = MULTIMODAL_REGISTRY.create_processor(self.ctx.model_config)
+            known = processor.unpruned_dummies(mm_counts)
+        return known
+
+
+def register(processor: type, info: type, dummy_inputs: type) -> Callable[[type[Any]], type[Any]]:
+    """Tell vLLM with which processor a model's prompts are made; a class decorator."""
+    decorate: Callable[[type[Any]], type[Any]] = MULTIMODAL_REGISTRY.register_processor(
+        processor, info=info, dummy_inputs=dummy_inputs
+    )
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Where rows go in a region: what vLLM asks for as a function of the region's ids."""
+
+    is_row: Tensor
+
+    def __call__(self, full: list[int]) -> Tensor:
+        return self.is_row
+
+
+def _less(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return a request's settings without ours, which the engine's processor does not know."""
+    return {name: value for name, value in kwargs.items() if name != KEY}
+
+
+def _without_ours(inputs: Any) -> Any:
+    return replace(inputs, hf_processor_mm_kwargs=_less(inputs.hf_processor_mm_kwargs))

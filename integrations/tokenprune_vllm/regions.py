@@ -1,0 +1,160 @@
+"""Region: what one image or video takes up in a prompt, before and after pruning.
+
+vLLM puts a region of token ids in the place of each image: placeholders, one for each row that
+the vision encoder will return, and for some models text around and between them (``<img>``, time
+stamps). This module says how such a region shrinks. It is worked out once, where the prompt is
+made, and travels to the worker with the image, so both ends count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import Keep, tokens_kept
+
+_TEXT, _STAYS = -1, -2
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one region that are pruned together, with a budget of their own.
+
+    Attributes
+    ----------
+    rows
+        LongTensor [N], which of the rows that the encoder returns for the image or video.
+    grid
+        (frames, rows, columns); N is their product.
+    label
+        What to call it in an error: ``"crop 2"``, or an empty string.
+    tile
+        Which of the pictures that the encoder was given for this item the rows come from.
+    cells
+        LongTensor [N], which of that picture's tokens they are, or None: all of them, in order.
+    """
+
+    rows: Tensor
+    grid: tuple[int, int, int]
+    label: str = ""
+    tile: int = 0
+    cells: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """One image's or video's part of the unpruned prompt.
+
+    Attributes
+    ----------
+    token_ids
+        LongTensor [L].
+    is_row
+        BoolTensor [L]: where the encoder's rows go; the rest is text.
+    segments
+        The rows that may be dropped. Rows in no segment (newlines, a CLS token) always stay.
+    """
+
+    token_ids: Tensor
+    is_row: Tensor
+    segments: tuple[Segment, ...]
+
+    @property
+    def length(self) -> int:
+        """L, the number of prompt tokens, text included."""
+        return len(self.token_ids)
+
+    @property
+    def total(self) -> int:
+        """Rows of the encoder."""
+        return int(self.is_row.sum())
+
+    def kept(self, keep: Keep) -> int:
+        """Return how many of the rows stay."""
+        dropped = sum(
+            len(segment.rows) - tokens_kept(keep, len(segment.rows)) for segment in self.segments
+        )
+        return self.total - dropped
+
+    def rows_move(self) -> bool:
+        """Say whether text stands between the rows of some segment.
+
+        Then nobody knows, before the scores are there, how many rows will stand on which side of
+        that text.
+        """
+        run = self._run_of_row()
+        return any(
+            bool((run[segment.rows] != run[segment.rows[0]]).any()) for segment in self.segments
+        )
+
+    def shrink(self, keep: Keep) -> tuple[Tensor, Tensor | None]:
+        """Return the pruned region: token ids, and where the rows go.
+
+        Returns
+        -------
+        token_ids
+            LongTensor [L'].
+        is_row
+            BoolTensor [L'], or None where the worker fills the whole region, text included,
+            because rows move against the text.
+        """
+        if self.rows_move():
+            # The worker writes over these ids; only their number counts.
+            first = int(self.is_row.nonzero()[0])
+            rows = self.token_ids[first].expand(self.kept(keep))
+            text = self.token_ids[~self.is_row]
+            return torch.cat([text[:first], rows, text[first:]]), None
+        run = self._run_of_row()
+        counts = torch.bincount(run)
+        staying = counts.clone()
+        for segment in self.segments:
+            count = len(segment.rows)
+            staying[run[segment.rows[0]]] -= count - tokens_kept(keep, count)
+        # The first tokens of each run stay; which rows they stand for is settled by the scores.
+        place_in_run = torch.arange(len(run)) - (counts.cumsum(0) - counts)[run]
+        stays = torch.ones_like(self.is_row)
+        stays[self.is_row] = place_in_run < staying[run]
+        return self.token_ids[stays], self.is_row[stays]
+
+    def _run_of_row(self) -> Tensor:
+        """Return LongTensor [rows], in which unbroken run of rows each row stands."""
+        before = torch.cat([torch.zeros(1, dtype=torch.bool), self.is_row[:-1]])
+        starts = self.is_row & ~before
+        return (starts.long().cumsum(0) - 1)[self.is_row]
+
+    # The way to the worker ---------------------------------------------------------------------
+
+    def pack(self) -> Tensor:
+        """Return the region as one int32 tensor [4, L]: id, segment, tile, cell of each token."""
+        packed = torch.zeros(4, self.length, dtype=torch.int32)
+        packed[0] = self.token_ids
+        columns = self.is_row.nonzero()[:, 0]
+        packed[1] = _TEXT
+        packed[1, columns] = _STAYS
+        for number, segment in enumerate(self.segments):
+            mine = columns[segment.rows]
+            packed[1, mine] = number
+            packed[2, mine] = segment.tile
+            cells = torch.arange(len(mine)) if segment.cells is None else segment.cells
+            packed[3, mine] = cells.int()
+        return packed
+
+    @classmethod
+    def unpack(
+        cls, packed: Tensor, grids: Sequence[Sequence[int]], labels: Sequence[str]
+    ) -> Region:
+        """Return what `pack` packed; grids and labels of the segments travel beside it."""
+        token_ids, number, tile, cell = packed.long()
+        is_row = number != _TEXT
+        number, tile, cell = number[is_row], tile[is_row], cell[is_row]
+        segments = []
+        for index, (grid, label) in enumerate(zip(grids, labels, strict=True)):
+            rows = (number == index).nonzero()[:, 0]
+            frames, height, width = grid
+            segments.append(
+                Segment(rows, (frames, height, width), label, int(tile[rows[0]]), cell[rows])
+            )
+        return cls(token_ids, is_row, tuple(segments))

@@ -1,0 +1,181 @@
+"""`tokenprune serve`: vLLM's own OpenAI-compatible server, with images and videos pruned."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
+from tokenprune.errors import ConfigError, MissingPackageError
+
+if TYPE_CHECKING:
+    from tokenprune.config import PruningConfig
+
+HELP = "serve a model through vLLM, pruned; arguments it does not know go to `vllm serve`"
+EXTRA = "vllm"
+TAKES_MORE = True
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments; all others are vLLM's."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder or a name on the model hub; comes first"
+    )
+    add_pruning(parser)
+    parser.add_argument(
+        "--allow-request-keep",
+        action="store_true",
+        help="let a request ask for its own keep, method or no pruning",
+    )
+    parser.add_argument(
+        "--request-method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="METHOD",
+        help="methods, beside --method, that a request may ask for",
+    )
+
+
+def add_pruning(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how to prune; `serve` and `export` share them."""
+    parser.add_argument("--method", metavar="METHOD", help="see `tokenprune methods`")
+    add_keep(parser)
+    add_positions(parser)
+    add_options(parser, "an option of the method")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start the server in the place of this process."""
+    command = server_command(arguments)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def server_command(arguments: argparse.Namespace) -> list[str]:
+    """Return the command line of vLLM's server.
+
+    Raises
+    ------
+    ConfigError, UnsupportedModelError and others
+        For whatever cannot be served pruned, before anything is started.
+    MissingPackageError
+        If vLLM is not installed.
+    """
+    from tokenprune.config import PruningConfig
+    from tokenprune_vllm.engine import check_plugin, merge, pruning_overrides, read_config
+    from tokenprune_vllm.settings import KEY
+
+    if importlib.util.find_spec("vllm") is None:
+        raise MissingPackageError(
+            "vLLM is not installed. Install it for a GPU with pip install 'tokenprune-vlm[vllm]'; "
+            "docs/serving.md says how to install its CPU build."
+        )
+    check_plugin()
+    overrides, more = _take_overrides(arguments.more)
+    if arguments.request_method and not arguments.allow_request_keep:
+        raise ConfigError("--request-method needs --allow-request-keep: requests ask for nothing.")
+    trusts = "--trust-request-mm-kwargs" in more
+    config = read_config(arguments.model, _value(more, "--revision"))
+    if arguments.method is None and arguments.keep is None and KEY in config:
+        written = config[KEY]
+        pruning = PruningConfig.from_dict(
+            {name: written[name] for name in ("method", "keep", "positions", "options")}
+        )
+    else:
+        pruning = pruning_of(arguments)
+    ours = pruning_overrides(
+        config,
+        arguments.model,
+        pruning,
+        arguments.request_method,
+        only_tokenprune=arguments.allow_request_keep and not trusts,
+    )
+    if arguments.allow_request_keep and not trusts:
+        more.append("--trust-request-mm-kwargs")
+    more += ["--hf-overrides", json.dumps(merge(overrides, ours))]
+    return [*_server(), *_model(arguments.model), *more]
+
+
+def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
+    """Return what `add_pruning`'s arguments say.
+
+    Raises
+    ------
+    ConfigError
+        If method or budget is missing.
+    """
+    from tokenprune.config import PruningConfig
+
+    for name in ("method", "keep"):
+        if getattr(arguments, name) is None:
+            raise ConfigError(
+                f"--{name} is missing. Say how to prune, for example --method cls-attention "
+                "--keep 64. For an unpruned server use vLLM's own command."
+            )
+    return PruningConfig(
+        arguments.method,
+        parse_keep(arguments.keep),
+        arguments.positions,
+        parse_options(arguments.option),
+    )
+
+
+def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """Take the user's own --hf-overrides out of vLLM's arguments."""
+    rest: list[str] = []
+    found: dict[str, object] = {}
+    left = iter(more)
+    for argument in left:
+        name, equals, text = argument.partition("=")
+        if name.replace("_", "-") != "--hf-overrides":
+            rest.append(argument)
+            continue
+        text = text if equals else next(left, "")
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--hf-overrides {text!r} is not JSON: {error}.") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"--hf-overrides {text} is not a JSON object.")
+        found.update(values)
+    return found, rest
+
+
+def _value(more: Sequence[str], name: str) -> str | None:
+    """Return the value of one of vLLM's arguments."""
+    for argument, following in zip(more, [*more[1:], ""], strict=True):
+        if argument == name:
+            return following
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _has_own_command() -> bool:
+    """Say whether `vllm serve` runs: it asks for a distribution called vllm.
+
+    The CPU build's distribution has another name.
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _server() -> list[str]:
+    if _has_own_command():
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    # What `vllm serve` comes to; the module behind it has no command of its own in every version.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+
+
+def _model(model: str) -> list[str]:
+    return [model] if _has_own_command() else ["--model", model]
