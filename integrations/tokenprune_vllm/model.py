@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import (
     MultiModalBatchedField,
@@ -35,7 +36,7 @@ from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import check_method
 from tokenprune_vllm.families.base import Family, Fields
 from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
-from tokenprune_vllm.processor import REGION, TICKET, Ticket
+from tokenprune_vllm.processor import REGION, TICKET, Ticket, largest_items
 from tokenprune_vllm.scoring import keep_weights_plain, scoring_layer, watch
 from tokenprune_vllm.settings import ServerSettings
 
@@ -71,6 +72,7 @@ class PrunedModel:
         with _room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._pruner = Pruner(self, family, settings, vllm_config)
+        self._pruner.say(largest_items(vllm_config.model_config))
 
     # Rows --------------------------------------------------------------------------------------
 
@@ -171,7 +173,37 @@ class Pruner:
         if settings.default.positions == "original":
             device = torch.get_default_device()
             self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
-        self._said = False
+
+    def say(self, largest: Mapping[str, tuple[int, int]]) -> None:
+        """Say at the start how this server prunes.
+
+        Parameters
+        ----------
+        largest
+            Modality -> rows of the largest item before and after.
+
+        Raises
+        ------
+        ConfigError
+            If nothing would be dropped of any.
+        """
+        default = self._settings.default
+        if all(before == after for before, after in largest.values()):
+            sizes = " and ".join(f"{name} has {rows}" for name, (rows, _) in largest.items())
+            raise ConfigError(
+                f"keep={default.keep} prunes nothing: of this model's tokens the largest "
+                f"{sizes or 'image or video is switched off'}. Give a smaller keep, or serve the "
+                "model without tokenprune."
+            )
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info(
+                "tokenprune: %s, keep %s, %s positions; scoring layer %s; tokens of the largest %s",
+                default.method,
+                default.keep,
+                default.positions,
+                self._attention_name,
+                ", ".join(f"{name}: {rows} -> {kept}" for name, (rows, kept) in largest.items()),
+            )
 
     # Encode, choose, keep ----------------------------------------------------------------------
 
@@ -248,7 +280,6 @@ class Pruner:
             pruning = cast(PruningConfig, item.ticket.pruning)
             seconds = (time.perf_counter() - start) / len(pruned)
             metrics.count_time(item.ticket.modality, pruning.method, seconds)
-        self._say(items)
         return kept
 
     def _select(
@@ -359,26 +390,6 @@ class Pruner:
         )
         positions, _ = self._model.engine_positions(region.token_ids.tolist(), [feature])
         return cast(Tensor, positions)
-
-    def _say(self, items: Sequence[_Item]) -> None:
-        """Say once how this server prunes, when the first images (vLLM's own trial) went by."""
-        pruned = [item for item in items if item.ticket.pruning is not None]
-        if self._said or not pruned:
-            return
-        self._said = True
-        region, pruning = pruned[0].ticket.region, cast(PruningConfig, pruned[0].ticket.pruning)
-        logger.info(
-            "tokenprune: %s keeps %s of each %s (%s positions); scoring layer %s; "
-            "tokens of the largest %s: %d before, %d after.",
-            pruning.method,
-            pruning.keep,
-            "segment" if len(region.segments) > 1 else pruned[0].ticket.modality,
-            pruning.positions,
-            self._attention_name,
-            pruned[0].ticket.modality,
-            region.total,
-            region.kept(pruning.keep),
-        )
 
     # Positions ---------------------------------------------------------------------------------
 

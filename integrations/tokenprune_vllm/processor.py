@@ -21,6 +21,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from tokenprune.budget import tokens_kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune_vllm import metrics
@@ -242,32 +243,35 @@ class PruningProcessor:
             self._dummies = None
 
     def get_dummy_mm_inputs(self, mm_counts: Mapping[str, int], **options: Any) -> Any:
-        """Make the largest inputs, with which vLLM measures memory.
+        """Make the largest inputs, with which vLLM measures memory; they are not counted."""
+        with self._watching_dummies():
+            return super().get_dummy_mm_inputs(mm_counts, **options)  # type: ignore[misc]
 
-        Raises
-        ------
-        ConfigError
-            If the server's budget would drop nothing of them.
+    def largest(self, mm_counts: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
+        """Return the rows of the largest image and video before and after the server's pruning.
+
+        Parameters
+        ----------
+        mm_counts
+            Modality -> number of items; by default one of each that the server takes.
         """
-        with self._watching_dummies() as dummies:
-            made = super().get_dummy_mm_inputs(mm_counts, **options)  # type: ignore[misc]
-        if dummies and all(details.after == details.before for _, details in dummies):
-            default = self._server.default
-            largest = max(details.before for _, details in dummies)
-            raise ConfigError(
-                f"keep={default.keep} prunes nothing: the largest {' or '.join(sorted(mm_counts))} "
-                f"of this model has {largest} tokens. Give a smaller keep, or serve the model "
-                "without tokenprune."
-            )
-        return made
-
-    def unpruned_dummies(self, mm_counts: Mapping[str, int]) -> dict[str, int]:
-        """Return how many rows the encoder makes of the largest inputs, by modality."""
+        if mm_counts is None:
+            limits = self.info.allowed_mm_limits
+            mm_counts = {modality: 1 for modality, limit in limits.items() if limit > 0}
+        known = self.info.known_limits(mm_counts)
+        if known is not None:
+            keep = self._server.default.keep
+            return {
+                modality: (rows, tokens_kept(keep, rows))
+                for modality, rows in known.items()
+                if rows
+            }
         with self._watching_dummies() as dummies:
             super().get_dummy_mm_inputs(mm_counts)  # type: ignore[misc]
-        totals: dict[str, int] = {}
+        totals: dict[str, tuple[int, int]] = {}
         for modality, details in dummies:
-            totals[modality] = totals.get(modality, 0) + details.before
+            before, after = totals.get(modality, (0, 0))
+            totals[modality] = (before + details.before, after + details.after)
         return totals
 
 
@@ -284,13 +288,25 @@ class UnprunedLimits:
         self, seq_len: int, mm_counts: Mapping[str, int]
     ) -> Mapping[str, int]:
         """Return the most rows that one item can have, by modality."""
-        known: Mapping[str, int] | None = super().get_mm_max_tokens_per_item(  # type: ignore[misc]
-            seq_len, mm_counts
-        )
+        known = self.known_limits(mm_counts)
         if known is None:
             processor: Any = MULTIMODAL_REGISTRY.create_processor(self.ctx.model_config)
-            known = processor.unpruned_dummies(mm_counts)
+            known = {name: before for name, (before, _) in processor.largest(mm_counts).items()}
         return known
+
+    def known_limits(self, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
+        """Return what the engine's own class says about it, which may be nothing."""
+        known: Mapping[str, int] | None = super().get_mm_max_tokens_per_item(  # type: ignore[misc]
+            self.ctx.model_config.max_model_len, mm_counts
+        )
+        return known
+
+
+def largest_items(model_config: Any) -> dict[str, tuple[int, int]]:
+    """Return the rows of the largest image and video before and after, see `largest`."""
+    processor: Any = MULTIMODAL_REGISTRY.create_processor(model_config)
+    found: dict[str, tuple[int, int]] = processor.largest()
+    return found
 
 
 def register(processor: type, info: type, dummy_inputs: type) -> Callable[[type[Any]], type[Any]]:

@@ -150,7 +150,7 @@ class ServerSettings:
                 "Ask for one or the other."
             )
         method = asked.get("method", self.default.method)
-        if method not in self.methods:
+        if not isinstance(method, str) or method not in self.methods:
             raise RequestError(
                 f"{KEY}.method={method!r} in mm_processor_kwargs is not loaded by this server. "
                 f"{did_you_mean(str(method), self.methods)}"
