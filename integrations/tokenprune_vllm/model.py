@@ -35,7 +35,14 @@ from tokenprune.tokens import VisualTokens
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import check_method
 from tokenprune_vllm.families.base import Family, Fields
-from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
+from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.positions import (
+    DIGITS,
+    PositionOffsets,
+    from_columns,
+    rope_type,
+    to_columns,
+)
 from tokenprune_vllm.processor import REGION, TICKET, Ticket, largest_items
 from tokenprune_vllm.scoring import keep_weights_plain, scoring_layer, watch
 from tokenprune_vllm.settings import ServerSettings
@@ -73,6 +80,10 @@ class PrunedModel:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._pruner = Pruner(self, family, settings, vllm_config)
         self._pruner.say(largest_items(vllm_config.model_config))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_overridden(cls, PrunedModel, ("embed_multimodal", "embed_input_ids", "forward"))
 
     # Rows --------------------------------------------------------------------------------------
 
@@ -224,7 +235,7 @@ class Pruner:
         kept: list[Tensor] = []
         for part in self._parts(items):
             chosen = items[part]
-            with watch(self._family.projector(self._model), self._attention) as watched:
+            with watch(self._family.entrance(self._model), self._attention) as watched:
                 rows = list(encode(**self._part_of(kwargs, items, part)))
             kept += self._prune(chosen, rows, watched)
         return kept
@@ -409,6 +420,12 @@ class Pruner:
         """Return the positions with which vLLM's forward is called."""
         if self._offsets is None:
             return positions
+        if positions.ndim != 2:
+            raise ConfigError(
+                "vLLM did not ask for the positions of pruned prompts: the model's config lacks "
+                "mrope_section. Start the server with `tokenprune serve`, or export the checkpoint "
+                "again."
+            )
         moved = self._offsets.add(positions)
         return moved if self._axes > 1 else moved[0]
 
@@ -479,6 +496,8 @@ def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
     if vllm_config.compilation_config.compile_mm_encoder:
         refused.append("compile_mm_encoder (the scoring layer could not be watched)")
     if settings.default.positions == "original":
+        if vllm_config.parallel_config.enable_dbo:
+            refused.append("--enable-dbo with --positions original")
         if vllm_config.parallel_config.pipeline_parallel_size > 1:
             refused.append("--pipeline-parallel-size above 1 with --positions original")
         speculative = vllm_config.speculative_config
@@ -509,7 +528,7 @@ def _room_for_positions(config: Any, settings: ServerSettings) -> Iterator[None]
     if settings.default.positions != "original":
         yield
         return
-    kind = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    kind = rope_type(text)
     if kind in ("dynamic", "longrope"):
         raise UnsupportedModelError(
             f"this model's rotary embedding is of type {kind!r}, whose numbers depend on the "

@@ -8,6 +8,8 @@ and bfloat16 knows whole numbers up to 256 only: a number travels as digits to t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -91,3 +93,20 @@ class PositionOffsets:
             self._offsets = old.new_zeros(len(old), tokens + 1)
             self._offsets[:, : old.shape[1]] = old
             self._positions = torch.zeros_like(self._offsets)
+
+
+def rope_type(text_config: Any) -> str:
+    """Return the type of a language model's rotary embedding, as its config names it."""
+    parameters = getattr(text_config, "rope_parameters", None) or {}
+    return str(parameters.get("rope_type", "default"))
+
+
+def rotary_length(text_config: Any) -> int:
+    """Return how many positions the rotary tables of a pruned model have.
+
+    They are twice as long as the model's context, but for YaRN's, whose length is part of it.
+    """
+    if rope_type(text_config) == "yarn":
+        parameters = text_config.rope_parameters
+        return int(parameters["original_max_position_embeddings"] * parameters["factor"])
+    return 2 * int(text_config.max_position_embeddings)

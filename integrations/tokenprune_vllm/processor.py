@@ -26,6 +26,8 @@ from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune_vllm import metrics
 from tokenprune_vllm.families.base import Family, Fields
+from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.positions import rotary_length
 from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
 
@@ -117,11 +119,10 @@ class PruningProcessor:
         self._server = ServerSettings.from_config(config)
         self._family = self.family_class(config)
         self._dummies: list[tuple[str, PrunedDetails]] | None = None
-        text = config.get_text_config()
-        self._longest = (
-            int(text.max_position_embeddings)
-            if self._server.default.positions == "original"
-            else None
+        self._text_config = config.get_text_config()
+        # M-RoPE counts an image by its sides: its positions are fewer than its tokens.
+        self._counts_tokens = (
+            self._server.default.positions == "original" and not self._family.mrope
         )
 
     # What is taken out of the request's settings, and put into the hashes -----------------------
@@ -222,15 +223,29 @@ class PruningProcessor:
             self._dummies += found
             return prompt_ids, placeholders
         dropped = sum(details.length_before - len(details.full) for _, details in found)
-        if self._longest is not None and len(prompt_ids) + dropped > self._longest:
-            raise RequestError(
-                f"before pruning this prompt has {len(prompt_ids) + dropped} tokens, and every "
-                f"kept token stays at its own position: the model knows {self._longest}. Send "
-                "fewer or smaller images, or start the server with --positions compact."
-            )
+        if self._counts_tokens:
+            self._check_length(len(prompt_ids), dropped)
         for modality, details in found:
             metrics.count_tokens(modality, details.method, details.before, details.after)
         return prompt_ids, placeholders
+
+    def _check_length(self, tokens: int, dropped: int) -> None:
+        """Refuse a prompt whose tokens, each at its own position, the model has no positions for.
+
+        Raises
+        ------
+        RequestError
+            Saying how long it is before pruning.
+        """
+        known = int(self._text_config.max_position_embeddings)
+        longest = int(self.info.ctx.model_config.max_model_len)
+        # What is generated follows the unpruned prompt's end, up to max_model_len tokens in all.
+        if tokens + dropped > known or dropped + longest > rotary_length(self._text_config):
+            raise RequestError(
+                f"before pruning this prompt has {tokens + dropped} tokens, and every kept token "
+                f"stays at its own position: the model knows {known}. Send fewer or smaller "
+                "images, or start the server with --positions compact."
+            )
 
     # Start-up ----------------------------------------------------------------------------------
 
@@ -310,7 +325,27 @@ def largest_items(model_config: Any) -> dict[str, tuple[int, int]]:
 
 
 def register(processor: type, info: type, dummy_inputs: type) -> Callable[[type[Any]], type[Any]]:
-    """Tell vLLM with which processor a model's prompts are made; a class decorator."""
+    """Tell vLLM with which processor a model's prompts are made; a class decorator.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If this vLLM lacks a method that is overridden here.
+    """
+    check_overridden(
+        processor,
+        PruningProcessor,
+        (
+            "_get_mm_hashes",
+            "_get_cache_missing_processor_kwargs",
+            "_apply_hf_processor_main",
+            "_get_mm_fields_config",
+            "_get_mm_prompt_updates",
+            "_maybe_apply_prompt_updates",
+            "get_dummy_mm_inputs",
+        ),
+    )
+    check_overridden(info, UnprunedLimits, ("get_mm_max_tokens_per_item",))
     decorate: Callable[[type[Any]], type[Any]] = MULTIMODAL_REGISTRY.register_processor(
         processor, info=info, dummy_inputs=dummy_inputs
     )

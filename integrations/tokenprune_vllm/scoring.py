@@ -73,7 +73,7 @@ def scoring_layer(tower: nn.Module) -> tuple[str, nn.Module]:
 
 
 @contextmanager
-def watch(projector: nn.Module, attention: nn.Module | None) -> Iterator[Watched]:
+def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]:
     """Collect the projector's input and the scoring layer's q and k while the block runs."""
     watched = Watched()
 
@@ -89,7 +89,7 @@ def watch(projector: nn.Module, attention: nn.Module | None) -> Iterator[Watched
         watched.scale = float(module.scale)
 
     with ExitStack() as hooks:
-        hooks.callback(projector.register_forward_pre_hook(keep_features).remove)
+        hooks.callback(entrance.register_forward_pre_hook(keep_features).remove)
         if attention is not None:
             handle = attention.register_forward_pre_hook(keep_query_and_key, with_kwargs=True)
             hooks.callback(handle.remove)

@@ -67,9 +67,16 @@ class Family:
         return module
 
     def projector(self, model: Any) -> nn.Module:
-        """Return the module whose input is the tokens' features."""
+        """Return the projector."""
         module: nn.Module = model.multi_modal_projector
         return module
+
+    def entrance(self, model: Any) -> nn.Module:
+        """Return the module whose input is the tokens' features: the projector, or its first part.
+
+        It must be one that runs its hooks: vLLM's modules marked for torch.compile do not.
+        """
+        return self.projector(model)
 
     def build_projector(self, model: Any) -> MLPProjector:
         """Return the projector as a callable of features [..., C] that knows its structure."""

@@ -27,6 +27,7 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionProcessingInfo,
 )
 
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.tokens import square
 from tokenprune_vllm.families.base import Family, Fields, sizes_of
 from tokenprune_vllm.model import PrunedModel
@@ -37,6 +38,15 @@ from tokenprune_vllm.scoring import Watched, picture_attention
 
 class Llava(Family):
     """LLaVA-1.5: one image, one square grid of patches, each a token."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        tower = config.vision_config.model_type
+        if tower == "pixtral":
+            raise UnsupportedModelError(
+                f"this LLaVA has a tower of the kind {tower!r}, whose images have rows of any "
+                "length; tokenprune prunes LLaVA with CLIP and SigLIP towers."
+            )
 
     def segments(self, modality: str, rows: int, fields: Fields) -> Sequence[Segment]:
         """Return the whole image; a CLS token among the rows ("full") always stays."""

@@ -60,8 +60,13 @@ class Qwen2VL(Family):
         return module
 
     def projector(self, model: Any) -> nn.Module:
-        """Return the merger, whose input is the patches [P, 1, C]."""
+        """Return the merger."""
         module: nn.Module = model.visual.merger
+        return module
+
+    def entrance(self, model: Any) -> nn.Module:
+        """Return the merger's norm, whose input is the patches [P, 1, C]."""
+        module: nn.Module = model.visual.merger.ln_q
         return module
 
     def build_projector(self, model: Any) -> MLPProjector:
@@ -126,6 +131,11 @@ class Qwen25VL(Qwen2VL):
 
 class Qwen3VL(Qwen2VL):
     """Qwen3-VL: as Qwen2-VL, with features for deeper layers beside each row, pruned alike."""
+
+    def entrance(self, model: Any) -> nn.Module:
+        """Return the merger's norm, which for some models comes after four patches are one."""
+        module: nn.Module = model.visual.merger.norm
+        return module
 
     def build_projector(self, model: Any) -> MLPProjector:
         """Return the merger on four patches side by side."""

@@ -1,0 +1,615 @@
+"""Tiny random checkpoints that transformers and the vLLM engine both load, and inputs for both.
+
+The configs and weights are those of the tiny models in ``tests/hf``. What is added is all that a
+folder on a disk needs: a tokenizer, a processor, a chat template, and the tensor names that both
+engines read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+
+from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, tf
+
+WORDS: list[int] = list(range(3, 90))
+"""The token ids that random weights may say; all others are placeholders or parts of words."""
+
+FPS = 2.0
+"""Frames per second of every video."""
+
+_UNKNOWN, _CHARACTERS, _VOCABULARY = 94, 96, 192
+"""The token id of whatever is unknown, that of the first character, and the number of all ids."""
+
+_TILES = 4
+"""Most tiles that InternVL cuts an image into, without the thumbnail."""
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": _VOCABULARY,
+    # vLLM's attention on a CPU takes heads of 32, 64, 80 ... and no smaller ones.
+    "head_dim": 32,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a family's folder and prompts differ from the others'.
+
+    Attributes
+    ----------
+    tokens
+        The text of the special tokens IMAGE, VIDEO, START and END.
+    image, video
+        What stands for one in a prompt, for both engines; no video where a family takes none.
+    processor
+        (tokenizer, config) -> transformers' processor.
+    changes
+        Attributes of the tiny model's config that have to be others here.
+    begins
+        Whether the tokenizer starts every text with BOS.
+    named
+        Special tokens that the processor wants to find as attributes of the tokenizer.
+    """
+
+    tokens: tuple[str, str, str, str]
+    image: str
+    processor: Any
+    video: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    begins: bool = False
+    named: dict[str, str] = field(default_factory=dict)
+
+
+def _square(config: Any) -> dict[str, int]:
+    size = config.vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    return {"height": height, "width": width}
+
+
+def _clip(config: Any) -> dict[str, Any]:
+    """Return how many tokens an image has: one for each patch, and CLS, which is not used."""
+    return {
+        "patch_size": config.vision_config.patch_size,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def _llava(tokenizer: Any, config: Any) -> Any:
+    size = _square(config)
+    images = tf.CLIPImageProcessor(size={"shortest_edge": size["height"]}, crop_size=size)
+    return tf.LlavaProcessor(images, tokenizer, **_clip(config))
+
+
+def _llava_next(tokenizer: Any, config: Any) -> Any:
+    size = _square(config)
+    images = tf.LlavaNextImageProcessor(
+        size={"shortest_edge": size["height"]},
+        crop_size=size,
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    return tf.LlavaNextProcessor(images, tokenizer, **_clip(config))
+
+
+def _llava_onevision(tokenizer: Any, config: Any) -> Any:
+    size = _square(config)
+    images = tf.LlavaOnevisionImageProcessor(
+        size=size, image_grid_pinpoints=config.image_grid_pinpoints
+    )
+    return tf.LlavaOnevisionProcessor(
+        images,
+        tokenizer,
+        tf.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=(size["height"] // config.vision_config.patch_size) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=config.vision_aspect_ratio,
+    )
+
+
+def _internvl(tokenizer: Any, config: Any) -> Any:
+    # The mean and deviation that vLLM has built in for the original format.
+    colours = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    size = _square(config)
+    images = tf.GotOcr2ImageProcessor(
+        size=size, crop_to_patches=True, min_patches=1, max_patches=_TILES, **colours
+    )
+    return tf.InternVLProcessor(
+        images,
+        tokenizer,
+        tf.InternVLVideoProcessor(size=size, **colours),
+        image_seq_length=config.image_seq_length,
+    )
+
+
+def _qwen(processor: str, videos: str, width: str, **rope: Any) -> _Family:
+    def make(tokenizer: Any, config: Any) -> Any:
+        vision = config.vision_config
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        arguments = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+            # vLLM normalizes inside the model, videos like images: they must not differ.
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        # The pixels of a video are those of a frame, but in Qwen3-VL those of all its frames.
+        return getattr(tf, processor)(
+            tf.Qwen2VLImageProcessor(
+                size={"shortest_edge": 4 * token, "longest_edge": 512 * token}, **arguments
+            ),
+            tokenizer,
+            getattr(tf, videos)(
+                size={"shortest_edge": 4 * token, "longest_edge": 1024 * token},
+                cap_pixels_per_frame=False,
+                **arguments,
+            ),
+        )
+
+    image, video, start, end = tokens = (
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    )
+    return _Family(
+        tokens=tokens,
+        image=f"{start}{image}{end}",
+        video=f"{start}{video}{end}",
+        processor=make,
+        changes={
+            "text_config": {"rope_parameters": rope},
+            "vision_config": {width: _TEXT["hidden_size"]},
+        },
+    )
+
+
+_INTERNVL = _Family(
+    tokens=("<IMG_CONTEXT>", "<video>", "<img>", "</img>"),
+    image="<IMG_CONTEXT>",
+    video="<video>",
+    processor=_internvl,
+    changes={
+        "tie_word_embeddings": False,
+        # The original format has no norm after the last layer.
+        "vision_config": {"use_mean_pooling": True},
+    },
+    named={
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    },
+)
+
+
+_FAMILIES: dict[str, _Family] = {
+    "llava": _Family(
+        tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
+        image="<image>",
+        processor=_llava,
+        begins=True,
+    ),
+    "llava_next": _Family(
+        tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
+        image="<image>",
+        processor=_llava_next,
+        begins=True,
+    ),
+    "llava_onevision": _Family(
+        tokens=("<image>", "<video>", "<|start|>", "<|end|>"),
+        image="<image>",
+        video="<video>",
+        processor=_llava_onevision,
+        # vLLM reads no other number than 9, whatever the config says.
+        changes={"vision_aspect_ratio": "anyres_max_9"},
+    ),
+    "internvl": _INTERNVL,
+    "internvl_chat": replace(
+        _INTERNVL,
+        # <image> and <video> are plain text in the original format, of several tokens.
+        tokens=("<IMG_CONTEXT>", "<|video_pad|>", "<img>", "</img>"),
+        image="<image>",
+        named={},
+    ),
+    "qwen2_vl": _qwen(
+        "Qwen2VLProcessor", "Qwen2VLVideoProcessor", "hidden_size", mrope_section=[4, 6, 6]
+    ),
+    "qwen2_5_vl": _qwen(
+        "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", "out_hidden_size", mrope_section=[4, 6, 6]
+    ),
+    "qwen3_vl": _qwen(
+        "Qwen3VLProcessor",
+        "Qwen3VLVideoProcessor",
+        "out_hidden_size",
+        mrope_section=[6, 5, 5],
+        # transformers interleaves whatever the config says, vLLM when it says so.
+        mrope_interleaved=True,
+    ),
+}
+
+FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
+"""Every family that can be saved."""
+
+VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if family.video)
+"""Those that take videos."""
+
+
+def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Write a tiny random checkpoint that both engines load.
+
+    Parameters
+    ----------
+    family
+        One of FAMILIES. ``internvl_chat`` is the original format of InternVL, made of the same
+        weights as ``internvl``; transformers has no class for it, and vLLM loads its config
+        through the Python file in the folder, so it has to be started with
+        ``trust_remote_code=True``.
+    folder
+        Where to write; made if it is not there.
+    seed
+        Of the weights.
+    changes
+        Attributes of the config. A dict changes those of the config of that name:
+        ``text_config={"max_position_embeddings": 4096}``.
+
+    Returns
+    -------
+    Path
+        The folder.
+    """
+    rules = _FAMILIES[family]
+    tiny = TINY[_in_transformers(family)]
+
+    def build() -> Any:
+        config = tiny.build()
+        for change in ({"text_config": _TEXT}, rules.changes, changes):
+            _change(config, change)
+        return config
+
+    model = replace(tiny, build=build).model(seed)
+    model.generation_config.suppress_tokens = sorted(set(range(_VOCABULARY)) - set(WORDS))
+    model.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    tokenizer = _tokenizer(rules)
+    if family == "internvl_chat":
+        save_file(dict(_original(load_file(weights))), weights, {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(_original_config(model.config), indent=2))
+        (folder / "configuration_internvl_chat.py").write_text(_CONFIGURATION)
+        tokenizer.save_pretrained(folder)
+    else:
+        if "llava" in family:
+            # transformers leaves a part of the name out that vLLM, like the published
+            # checkpoints, has.
+            named = {
+                re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): tensor
+                for name, tensor in load_file(weights).items()
+            }
+            save_file(named, weights, {"format": "pt"})
+        processor = rules.processor(tokenizer, model.config)
+        processor.chat_template = tokenizer.chat_template
+        processor.save_pretrained(folder)
+    return folder
+
+
+def _change(config: Any, changes: dict[str, Any]) -> None:
+    for name, value in changes.items():
+        before = getattr(config, name, None)
+        if isinstance(value, dict) and isinstance(before, dict):
+            setattr(config, name, before | value)
+        elif isinstance(value, dict) and before is not None:
+            _change(before, value)
+        else:
+            setattr(config, name, value)
+
+
+def _in_transformers(family: str) -> str:
+    return "internvl" if family == "internvl_chat" else family
+
+
+def _tokenizer(family: _Family) -> Any:
+    """Return a tokenizer of whole words (``w3`` to ``w89``), special tokens and characters.
+
+    Whatever is no word is split into characters, so that the times and frame numbers that
+    processors write into prompts are several tokens. Spaces and newlines are dropped.
+    """
+    special = {PAD: "<pad>", EOS: "</s>", BOS: "<s>", _UNKNOWN: "<unk>"}
+    special.update(zip((IMAGE, VIDEO, START, END), family.tokens, strict=True))
+    texts = {index: f"w{index}" for index in WORDS} | special
+    characters = string.digits + string.ascii_letters + string.punctuation
+    texts.update(enumerate(characters, _CHARACTERS))
+    vocabulary = {text: index for index, text in texts.items()}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[_UNKNOWN]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r"w[0-9]+|\S"), behavior="isolated"),
+        ]
+    )
+    tokenizer.add_special_tokens(list(special.values()))
+    if family.begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+        )
+    # Chats are tokenized without BOS, so the template has to say it.
+    template = (
+        ("{{ bos_token }}" if family.begins else "")
+        + "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
+        "{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+        + family.image
+        + "{% elif part.type == 'video' %}"
+        + (family.video or "")
+        + "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[PAD],
+        eos_token=special[EOS],
+        bos_token=special[BOS],
+        unk_token=special[_UNKNOWN],
+        extra_special_tokens=family.named or list(family.tokens),
+        chat_template=template,
+    )
+
+
+_CONFIGURATION = """\
+from transformers import PretrainedConfig, Qwen2Config
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **kwargs):
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        self.llm_config = Qwen2Config(**(llm_config or {}))
+        super().__init__(**kwargs)
+"""
+
+
+def _original_config(config: Any) -> dict[str, Any]:
+    """Return InternVL's config in the original format."""
+    vision, size = config.vision_config, _square(config)["height"]
+    return {
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "model_type": "internvl_chat",
+        "downsample_ratio": config.downsample_ratio,
+        "dynamic_image_size": True,
+        "force_image_size": size,
+        "max_dynamic_patch": _TILES,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": config.vision_feature_layer,
+        "use_thumbnail": True,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "llm_config": {**config.text_config.to_dict(), "architectures": ["Qwen2ForCausalLM"]},
+        "vision_config": {
+            "architectures": ["InternVisionModel"],
+            "model_type": "intern_vit_6b",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.intermediate_size,
+            "num_hidden_layers": vision.num_hidden_layers,
+            "num_attention_heads": vision.num_attention_heads,
+            "image_size": size,
+            "patch_size": vision.patch_size[0],
+            "hidden_act": vision.hidden_act,
+            "layer_norm_eps": vision.layer_norm_eps,
+            "norm_type": vision.norm_type,
+            "qkv_bias": vision.attention_bias,
+            "qk_normalization": vision.use_qk_norm,
+            "initializer_factor": 1.0,
+        },
+    }
+
+
+_ORIGINAL = {
+    "vision_tower": "vision_model",
+    "cls_token": "class_embedding",
+    "patch_embeddings.projection": "patch_embedding",
+    "position_embeddings": "position_embedding",
+    "encoder.layer": "encoder.layers",
+    "attention.projection_layer": "attn.proj",
+    "lambda_1": "ls1",
+    "lambda_2": "ls2",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "multi_modal_projector.layer_norm": "mlp1.0",
+    "multi_modal_projector.linear_1": "mlp1.1",
+    "multi_modal_projector.linear_2": "mlp1.3",
+}
+
+
+def _original(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield InternVL's weights under their names in the original format."""
+    for name, tensor in tensors.items():
+        if re.search(r"attention\.[kv]_proj", name):
+            continue  # comes with the query
+        if "attention.q_proj" in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            name, tensor = name.replace("attention.q_proj", "attn.qkv"), torch.cat(parts)
+        if not name.startswith("language_model."):
+            for ours, original in _ORIGINAL.items():
+                name = re.sub(rf"(^|\.){re.escape(ours)}(?=\.|$)", rf"\g<1>{original}", name)
+        yield name, tensor
+
+
+def image(number: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
+    """Return an image of coloured squares with some noise, always the same for a number.
+
+    Parameters
+    ----------
+    number
+        Which image.
+    size
+        Width and height in pixels.
+    """
+    return Image.fromarray(_pixels(np.random.default_rng([0, number]), size))
+
+
+def video(number: int, frames: int = 4, size: tuple[int, int] = (48, 32)) -> NDArray[np.uint8]:
+    """Return a video of unrelated frames, always the same for a number.
+
+    Parameters
+    ----------
+    number
+        Which video.
+    frames
+        Their number.
+    size
+        Width and height in pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 [T, H, W, 3].
+    """
+    generator = np.random.default_rng([1, number])
+    return np.stack([_pixels(generator, size) for _ in range(frames)])
+
+
+def _pixels(generator: np.random.Generator, size: tuple[int, int]) -> NDArray[np.uint8]:
+    width, height = size
+    squares = generator.integers(0, 224, (-(-height // 8), -(-width // 8), 3))
+    colours = squares.repeat(8, axis=0).repeat(8, axis=1)[:height, :width]
+    return (colours + generator.integers(0, 32, (height, width, 3))).astype(np.uint8)
+
+
+def prompt(family: str, kinds: str, words: int = 3) -> str:
+    """Return the text of a prompt, its placeholders not yet expanded.
+
+    Both engines take the same text. Only ``internvl_chat`` has one that transformers does not
+    know: there it is the text of ``internvl``, and the tokens come out the same.
+
+    Parameters
+    ----------
+    family
+        One of FAMILIES.
+    kinds
+        ``i`` an image, ``v`` a video, ``t`` a few words, each ``t`` other words.
+    words
+        How many words each ``t`` stands for.
+    """
+    rules = _FAMILIES[family]
+    parts: list[str] = []
+    for kind in kinds:
+        if kind == "t":
+            start = sum(part.startswith("w") for part in parts) + 7
+            parts += [f"w{WORDS[(start + word) % len(WORDS)]}" for word in range(words)]
+        elif kind == "i":
+            parts.append(rules.image)
+        elif rules.video is None:
+            raise ValueError(f"{family} takes no videos")
+        else:
+            parts.append(rules.video)
+    return " ".join(parts)
+
+
+def metadata(frames: int) -> dict[str, Any]:
+    """Return what vLLM and transformers want to know about a video of which they get all frames.
+
+    Qwen2.5-VL reads the seconds per step from it and Qwen3-VL the time of each frame; vLLM
+    refuses their videos without. The other families ignore it.
+    """
+    return {
+        "fps": FPS,
+        "duration": frames / FPS,
+        "total_num_frames": frames,
+        "frames_indices": list(range(frames)),
+        "video_backend": "opencv",
+    }
+
+
+def vllm_request(
+    family: str,
+    kinds: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[NDArray[np.uint8]] = (),
+    words: int = 3,
+) -> dict[str, Any]:
+    """Return a request for ``vllm.LLM.generate``.
+
+    Parameters
+    ----------
+    family, kinds, words
+        See `prompt`.
+    images, videos
+        As many as `kinds` has.
+    """
+    media: dict[str, Any] = {}
+    if images:
+        media["image"] = list(images)
+    if videos:
+        # do_sample_frames is vLLM's own key: these are all the frames, draw none from them.
+        media["video"] = [
+            (frames, {**metadata(len(frames)), "do_sample_frames": False}) for frames in videos
+        ]
+    return {"prompt": prompt(family, kinds, words), "multi_modal_data": media}
+
+
+def hf_processor(family: str, folder: Path) -> Any:
+    """Return transformers' processor of a folder.
+
+    For ``internvl_chat`` it is that of an ``internvl`` folder, with images resized by PIL as vLLM
+    does it there: torchvision rounds some pixels otherwise.
+    """
+    processor = tf.AutoProcessor.from_pretrained(folder)
+    if family == "internvl_chat":
+        processor.image_processor = tf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return processor
+
+
+def hf_inputs(
+    family: str,
+    processor: Any,
+    kinds: str,
+    images: Sequence[Image.Image] = (),
+    videos: Sequence[NDArray[np.uint8]] = (),
+    words: int = 3,
+) -> Any:
+    """Return the same request as inputs of the transformers model.
+
+    Parameters
+    ----------
+    family, kinds, words
+        See `prompt`.
+    processor
+        What `hf_processor` returns, or the folder.
+    images, videos
+        As many as `kinds` has.
+
+    Returns
+    -------
+    transformers.BatchFeature
+        A batch of one.
+    """
+    if isinstance(processor, Path):
+        processor = hf_processor(family, processor)
+    arguments: dict[str, Any] = {}
+    if images:
+        # Not a list per prompt: from that LLaVA-OneVision sees that images share one and crops
+        # none of them, whereas vLLM crops each as if it were alone.
+        arguments["images"] = list(images)
+    if videos:
+        arguments["videos"] = list(videos)
+        arguments["videos_kwargs"] = {
+            "do_sample_frames": False,
+            "video_metadata": [metadata(len(frames)) for frames in videos],
+        }
+    text = prompt(_in_transformers(family), kinds, words)
+    return processor(text=[text], return_tensors="pt", **arguments)

@@ -1,0 +1,76 @@
+"""Starting vLLM's real engine for tests, on the CPU, and asking it things."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenprune_vllm
+
+RECORDING = "tests.vllm.recording.Recording"
+
+
+@contextmanager
+def engine(
+    model: Path, method: str | None = None, keep: Any = None, **options: Any
+) -> Iterator[Any]:
+    """Start `vllm.LLM`, pruned where a method is given, and stop it after the block."""
+    import vllm
+
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "worker_extension_cls": RECORDING,
+        "disable_log_stats": True,
+        **options,
+    }
+    pruning = {
+        name: settings.pop(name)
+        for name in ("positions", "options", "request_methods")
+        if name in settings
+    }
+    if method is None:
+        arguments = {"model": str(model), **settings}
+    else:
+        arguments = tokenprune_vllm.engine_args(model, method, keep, **pruning, **settings)
+    llm = vllm.LLM(**arguments)
+    try:
+        if method is not None:
+            llm.collective_rpc("start_recording")
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def greedy(tokens: int = 8, words: Sequence[int] | None = None, **options: Any) -> Any:
+    """Return sampling parameters that take the likeliest token, of `words` where given."""
+    import vllm
+
+    return vllm.SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        allowed_token_ids=None if words is None else list(words),
+        **options,
+    )
+
+
+def answer(llm: Any, requests: Sequence[dict[str, Any]], sampling: Any) -> list[list[int]]:
+    """Return the tokens generated for each request, all requests handed over at once."""
+    outputs = llm.generate(list(requests), sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def kept(llm: Any) -> list[list[list[int]]]:
+    """Return what was kept since the last call, by item and segment; ranks agree."""
+    ranks = llm.collective_rpc("recorded")
+    assert all(rank == ranks[0] for rank in ranks)
+    llm.collective_rpc("start_recording")
+    return list(ranks[0])

@@ -1,0 +1,243 @@
+"""Every family on vLLM's real engine against the transformers adapter, in float32.
+
+The engine's budget of tokens for each step is smaller than an image, so every image and video is
+cut into chunks; its caches are on; and each request is asked again when the caches know it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tokenprune_hf
+from tests.vllm import checkpoints
+from tests.vllm.checkpoints import FAMILIES, VIDEOS, WORDS
+from tests.vllm.engines import answer, engine, greedy, kept
+
+tf: Any = transformers  # its auto classes are not typed
+
+METHODS = ("cls-attention", "zeroth-order", "divprune", "feature-norm", "uniform", "random")
+KEEP = 5
+STEP = 20  # tokens a step: less than any unpruned image, and than many a pruned one
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, and the pruning that it asks for.
+
+    Attributes
+    ----------
+    kinds
+        See `checkpoints.prompt`.
+    pictures
+        Numbers of its images, then of its videos.
+    asked
+        What stands under ``tokenprune`` in mm_processor_kwargs.
+    """
+
+    kinds: str
+    pictures: tuple[int, ...] = (0,)
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no token is dropped."""
+        keep = self.asked.get("keep", KEEP)
+        return bool(self.asked.get("off")) or (isinstance(keep, float) and keep == 1.0)
+
+    def media(self) -> tuple[list[Any], list[Any]]:
+        """Return images and videos."""
+        sizes = [(48, 32), (30, 70), (64, 40), (100, 24), (40, 40)]
+        images = self.kinds.count("i")
+        return (
+            [checkpoints.image(n, sizes[n % 5]) for n in self.pictures[:images]],
+            [checkpoints.video(n, 4 + 2 * (n % 2)) for n in self.pictures[images:]],
+        )
+
+
+def cases(family: str) -> list[Case]:
+    """Return requests whose media are all different, so that no cache knows them."""
+    found = [
+        Case("it", (0,)),
+        Case("tit", (1,), {"method": "zeroth-order"}),
+        Case("titi", (2, 3), {"method": "divprune", "keep": 0.3}),
+        Case("it", (4,), {"method": "feature-norm", "keep": 1}),
+        Case("tit", (5,), {"method": "uniform"}),
+        Case("tit", (6,), {"method": "random", "keep": 11}),
+        Case("tit", (7,), {"off": True}),
+        Case("tit", (8,), {"keep": 1.0}),
+        Case("ttt", ()),
+    ]
+    if family in VIDEOS:
+        found += [
+            Case("vt", (0,)),
+            Case("tivt", (9, 1), {"method": "divprune", "keep": 0.4}),
+            Case("tvtv", (2, 6), {"method": "zeroth-order", "keep": 9}),
+            Case("vt", (4,), {"off": True}),
+        ]
+    return found
+
+
+def again(family: str) -> list[Case]:
+    """Return the first image, and the first video, under many settings."""
+    settings: list[dict[str, Any]] = [
+        {},
+        {"keep": 9},
+        {"method": "feature-norm"},
+        {"off": True},
+        {"method": "feature-norm", "keep": 9},
+        {"keep": 0.5},
+    ]
+    found = [Case("it", (0,), asked) for asked in settings]
+    if family in VIDEOS:
+        found += [Case("vt", (0,), asked) for asked in settings]
+    return found
+
+
+@dataclass
+class Reference:
+    """The transformers side of one family."""
+
+    family: str
+    model: Any
+    processor: Any
+    positions: Any = "original"
+    seen: list[torch.Tensor] = field(default_factory=list)
+
+    def ask(self, case: Case) -> tuple[list[int], list[list[int]]]:
+        """Return generated tokens, and kept indices of each item."""
+        images, videos = case.media()
+        inputs = checkpoints.hf_inputs(self.family, self.processor, case.kinds, images, videos)
+        inputs = inputs.to(self.model.dtype)
+        length = inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": 8, "do_sample": False}
+        asked = {"method": METHODS[0], "keep": KEEP, **case.asked}
+        if asked.pop("off", False) or not (images or videos):
+            return self.model.generate(**inputs, **options)[0, length:].tolist(), []
+        with tokenprune_hf.prune(self.model, **asked, positions=self.positions) as pruning:
+            output = self.model.generate(**inputs, **options)
+        return output[0, length:].tolist(), [one.kept.tolist() for one in pruning.selections]
+
+    def watch_positions(self) -> None:
+        """Note the positions with which the language model is called."""
+
+        def note(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            positions = kwargs["position_ids"]
+            self.seen.append(positions[-3:, 0] if positions.ndim == 3 else positions)
+
+        language_model = self.model.model.language_model
+        language_model.register_forward_pre_hook(note, with_kwargs=True)
+
+
+def reference(family: str, folder: Path, **options: Any) -> Reference:
+    """Load a family's checkpoint in transformers; InternVL's own format has another folder."""
+    if family == "internvl_chat":
+        folder = checkpoints.save("internvl", folder.with_name("in-transformers"))
+    model = tf.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    return Reference(family, model, checkpoints.hf_processor(family, folder))
+
+
+def start(family: str, folder: Path, **options: Any) -> Any:
+    """Start the engine on a family's checkpoint."""
+    videos = {"video": 2} if family in VIDEOS else {}
+    return engine(
+        folder,
+        METHODS[0],
+        **{
+            "keep": KEEP,
+            "request_methods": METHODS[1:],
+            "max_num_batched_tokens": STEP,
+            "max_num_seqs": 8,
+            "limit_mm_per_prompt": {"image": 2, **videos},
+            "trust_remote_code": family == "internvl_chat",
+            **options,
+        },
+    )
+
+
+def request(family: str, case: Case) -> dict[str, Any]:
+    """Return a case as vLLM takes it."""
+    images, videos = case.media()
+    made = checkpoints.vllm_request(family, case.kinds, images, videos)
+    if case.asked:
+        made["mm_processor_kwargs"] = {"tokenprune": case.asked}
+    return made
+
+
+@dataclass
+class Pair:
+    """One family in both engines."""
+
+    family: str
+    llm: Any
+    hf: Reference
+
+    def request(self, case: Case) -> dict[str, Any]:
+        """Return a case as vLLM takes it."""
+        return request(self.family, case)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    family = request.param
+    folder = checkpoints.save(family, tmp_path_factory.mktemp(family) / "model")
+    with start(family, folder) as llm:
+        yield Pair(family, llm, reference(family, folder))
+
+
+def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
+    kept(pair.llm)
+    for case in cases(pair.family):
+        tokens, indices = pair.hf.ask(case)
+        (answered,) = answer(pair.llm, [pair.request(case)], greedy(words=WORDS))
+        chosen = [segment for item in kept(pair.llm) for segment in item]
+        if case.whole:
+            assert chosen == [], case
+        else:
+            assert chosen == indices, case
+        assert answered == tokens, case
+
+
+def test_caches_never_mix_budgets_or_methods(pair: Pair) -> None:
+    asked = again(pair.family)
+    expected = [pair.hf.ask(case)[0] for case in asked]
+    order = list(range(len(asked))) * 3
+    random.Random(0).shuffle(order)
+    for index in order:
+        (answered,) = answer(pair.llm, [pair.request(asked[index])], greedy(words=WORDS))
+        assert answered == expected[index], asked[index]
+
+
+def test_a_mixed_batch_equals_its_single_requests(pair: Pair) -> None:
+    every = [*cases(pair.family), *again(pair.family)]
+    expected = [pair.hf.ask(case)[0] for case in every]
+    random.Random(1).shuffle(order := list(range(len(every))))
+    requests = [pair.request(every[index]) for index in order]
+    answered = answer(pair.llm, requests, greedy(words=WORDS))
+    for index, tokens in zip(order, answered, strict=True):
+        assert tokens == expected[index], every[index]
+    held = pair.llm.collective_rpc("memory")[0]
+    assert held["requests"] <= len(every)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_compact_positions(family: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(family, tmp_path / "model")
+    hf = reference(family, folder)
+    hf.positions = "compact"
+    with start(family, folder, positions="compact") as llm:
+        for case in cases(family):
+            if case.whole:
+                continue  # nothing is renumbered in a whole prompt in transformers
+            tokens, _ = hf.ask(case)
+            (answered,) = answer(llm, [request(family, case)], greedy(words=WORDS))
+            assert answered == tokens, case

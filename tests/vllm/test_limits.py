@@ -1,0 +1,185 @@
+"""What is refused, before or when vLLM starts, and what is not there without being asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tokenprune_vllm
+from tests.vllm import checkpoints
+from tokenprune.config import PruningConfig
+from tokenprune.errors import (
+    ConfigError,
+    InputFileError,
+    OptionError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from tokenprune_vllm.export import export
+from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.model import _check_engine
+from tokenprune_vllm.settings import RequestError, ServerSettings
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save("llava", tmp_path_factory.mktemp("limits") / "llava")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keep": 1.0}, ConfigError, "prunes nothing"),
+        ({"method": "cls-atention"}, UnknownMethodError, "Did you mean 'cls-attention'"),
+        ({"options": {"depth": 3}}, OptionError, "depth"),
+        ({"request_methods": ["nothing"]}, UnknownMethodError, "nothing"),
+        ({"hf_overrides": print}, ConfigError, "must be a dict"),
+        ({"model": "/nowhere"}, InputFileError, "config.json"),
+    ],
+)
+def test_engine_args_refuse(
+    changes: dict[str, Any], error: type[Exception], message: str, llava: Path
+) -> None:
+    arguments: dict[str, Any] = {"model": llava, "method": "cls-attention", "keep": 4, **changes}
+    with pytest.raises(error, match=message):
+        tokenprune_vllm.engine_args(**arguments)
+
+
+def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["MllamaForConditionalGeneration"]}')
+    with pytest.raises(UnsupportedModelError, match="Supported: InternVLChatModel, "):
+        tokenprune_vllm.engine_args(tmp_path, "cls-attention", 4)
+
+
+def test_a_vllm_told_not_to_load_the_plugin(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS='another'"):
+        tokenprune_vllm.engine_args(llava, "cls-attention", 4)
+
+
+def test_own_overrides_are_kept(llava: Path) -> None:
+    overrides = {"text_config": {"max_position_embeddings": 64}, "torch_dtype": "float32"}
+    merged = tokenprune_vllm.engine_args(llava, "uniform", 4, hf_overrides=overrides)
+    assert merged["hf_overrides"].items() >= overrides.items()
+    assert merged["hf_overrides"]["tokenprune"]["method"] == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
+        ({"video_pruning_rate": 0.5}, "video-pruning-rate"),
+        ({"mm_encoder_tp_mode": "data"}, "mm-encoder-tp-mode"),
+        ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
+    ],
+)
+def test_settings_of_vllm_that_do_not_go_together(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from vllm import EngineArgs
+
+    folder = checkpoints.save("qwen2_5_vl", tmp_path / "model")
+    arguments = tokenprune_vllm.engine_args(folder, "uniform", 4, dtype="float32", **options)
+    config = EngineArgs(**arguments).create_engine_config()
+    settings = ServerSettings.build(PruningConfig("uniform", 4))
+    with pytest.raises(UnsupportedModelError, match=message):
+        _check_engine(config, settings)
+
+
+def test_a_method_that_vllm_no_longer_has_is_noticed() -> None:
+    class Engine:
+        def there(self) -> None: ...
+
+    class Mixin:
+        def there(self) -> None: ...
+
+        def gone(self) -> None: ...
+
+    class Made(Mixin, Engine): ...
+
+    check_overridden(Made, Mixin, ("there",))
+    with pytest.raises(UnsupportedModelError, match="has no gone for Made"):
+        check_overridden(Made, Mixin, ("there", "gone"))
+
+
+def test_what_a_request_may_ask_for() -> None:
+    default = PruningConfig("zeroth-order", 8, options={"seed": 3})
+    settings = ServerSettings.build(default, ("uniform",))
+    assert settings.request({}).config == default
+    asked = settings.request({"tokenprune": {"method": "uniform", "keep": 0.5}}).config
+    assert asked == PruningConfig("uniform", 0.5)
+    assert not settings.request({"tokenprune": {"off": True}}).prunes
+    assert not settings.request({"tokenprune": {"keep": 1.0}}).prunes
+    assert settings.request({"tokenprune": {"keep": 1}}).prunes
+    marks = [
+        settings.request({"tokenprune": asked}).fingerprint()
+        for asked in ({}, {"keep": 9}, {"method": "uniform"}, {"off": True})
+    ]
+    assert len(set(marks)) == len(marks)
+    explicit = settings.request({"tokenprune": {"keep": 8, "method": "zeroth-order"}})
+    assert explicit.fingerprint() == settings.request({}).fingerprint()
+    with pytest.raises(RequestError, match="Did you mean 'uniform'"):
+        settings.request({"tokenprune": {"method": "uniforn"}})
+
+
+def test_settings_survive_the_way_through_a_config() -> None:
+    class Config:
+        tokenprune: Any = None
+
+    settings = ServerSettings.build(PruningConfig("divprune", 0.2, "compact"), ("uniform",), True)
+    config = Config()
+    config.tokenprune = json.loads(json.dumps(settings.to_dict()))
+    assert ServerSettings.from_config(config) == settings
+    with pytest.raises(ConfigError, match="nothing to say how to prune"):
+        ServerSettings.from_config(Config())
+
+
+def test_export_refuses_and_leaves_nothing(llava: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").write_text("mine")
+    pruning = PruningConfig("cls-attention", 4)
+    with pytest.raises(InputFileError, match="is there already"):
+        export(llava, full, pruning)
+    assert (full / "notes.txt").read_text() == "mine"
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((llava / "config.json").read_bytes())
+    (bare / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputFileError, match=r"no \*\.safetensors"):
+        export(bare, tmp_path / "out", pruning)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "full"]
+
+
+def test_export_links_weights_and_leaves_the_source_alone(llava: Path, tmp_path: Path) -> None:
+    before = (llava / "config.json").read_bytes()
+    (llava / "old.bin").write_bytes(b"pickle")
+    out = export(llava, tmp_path / "out", PruningConfig("cls-attention", 4))
+    assert os.path.samefile(llava / "model.safetensors", out / "model.safetensors")
+    assert not (out / "old.bin").exists()
+    assert (llava / "config.json").read_bytes() == before
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["TokenPruneLlavaForConditionalGeneration"]
+    assert config["tokenprune"]["keep"] == 4
+    again = export(out, tmp_path / "again", PruningConfig("uniform", 2))
+    assert json.loads((again / "config.json").read_text())["tokenprune"]["method"] == "uniform"
+
+
+def test_the_command_says_what_is_missing(llava: Path) -> None:
+    command = [sys.executable, "-m", "tokenprune.cli", "serve", str(llava)]
+    for more, message in (
+        (["--keep=4"], "--method is missing"),
+        (["--method=uniform", "--keep=4", "--request-method=random"], "--allow-request-keep"),
+        (["--method=uniform", "--keep=lots"], "is no number"),
+        (["--method=uniform", "--keep=4", "--hf-overrides={"], "is not JSON"),
+    ):
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,73 @@
+"""How a region of the prompt shrinks, by hand; no engine."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenprune.config import PruningConfig
+from tokenprune_vllm.processor import Ticket
+from tokenprune_vllm.regions import Region, Segment
+
+ROW, NEWLINE, TEXT = 90, 91, 7
+
+
+def region(ids: list[int], segments: list[Segment]) -> Region:
+    token_ids = torch.tensor(ids)
+    return Region(token_ids, token_ids != TEXT, tuple(segments))
+
+
+def test_each_segment_gets_its_budget_and_other_rows_stay() -> None:
+    first = Segment(torch.arange(4), (1, 2, 2), "whole")
+    # A map of 2 x 3 with a newline behind each of its rows
+    second = Segment(torch.tensor([4, 5, 6, 8, 9, 10]), (1, 2, 3), "map")
+    one = region([TEXT, *[ROW] * 12, TEXT], [first, second])
+    assert one.total == 12
+    assert one.kept(3) == 3 + 3 + 2
+    assert one.kept(0.5) == 2 + 3 + 2
+    assert one.kept(100) == 12
+    ids, is_row = one.shrink(3)
+    assert ids.tolist() == [TEXT, *[ROW] * 8, TEXT]
+    assert is_row is not None
+    assert is_row.tolist() == [False, *[True] * 8, False]
+    assert not one.rows_move()
+
+
+def test_frames_apart_keep_their_text_between_them() -> None:
+    frames = [Segment(torch.arange(4) + 4 * n, (1, 2, 2), f"frame {n}", n) for n in range(2)]
+    one = region([TEXT, *[ROW] * 4, TEXT, TEXT, *[ROW] * 4], frames)
+    ids, is_row = one.shrink(1)
+    assert ids.tolist() == [TEXT, ROW, TEXT, TEXT, ROW]
+    assert is_row is not None
+    assert is_row.tolist() == [False, True, False, False, True]
+
+
+def test_a_video_over_several_stretches_moves_against_its_text() -> None:
+    video = Segment(torch.arange(8), (2, 2, 2))
+    one = region([TEXT, *[ROW] * 4, TEXT, *[ROW] * 4, TEXT], [video])
+    assert one.rows_move()
+    ids, is_row = one.shrink(3)
+    assert is_row is None
+    assert len(ids) == 3 + 3
+
+
+def test_a_ticket_comes_back_as_it_was() -> None:
+    segments = [
+        Segment(torch.arange(4), (1, 2, 2), "crop 0", 0, torch.tensor([0, 1, 2, 3])),
+        Segment(torch.tensor([4, 5, 7, 8]), (1, 2, 2), "crop 2", 2, torch.tensor([5, 6, 9, 10])),
+    ]
+    one = region([TEXT, *[ROW] * 9, TEXT], segments)
+    ticket = Ticket("image", PruningConfig("zeroth-order", 3, options={"seed": 4}), one)
+    again = Ticket.unpack(*ticket.pack().values())
+    assert again.modality == "image"
+    assert again.pruning == ticket.pruning
+    assert torch.equal(again.region.token_ids, one.token_ids)
+    assert torch.equal(again.region.is_row, one.is_row)
+    for ours, back in zip(segments, again.region.segments, strict=True):
+        assert torch.equal(ours.rows, back.rows)
+        assert ours.cells is not None
+        assert back.cells is not None
+        assert torch.equal(ours.cells, back.cells)
+        assert (ours.grid, ours.label, ours.tile) == (back.grid, back.label, back.tile)
+    off = Ticket.unpack(*Ticket("video", None, one).pack().values())
+    assert off.pruning is None
+    assert torch.equal(off.layout()[0], one.token_ids)

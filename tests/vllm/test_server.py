@@ -1,0 +1,253 @@
+"""`tokenprune serve` and `tokenprune export` over real HTTP, on the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vllm.servers import COMMON, PLAIN, TOKENPRUNE, Server, chat, serve
+from tokenprune_eval.bundled.model import bundled_model_path
+
+QUESTION = "what color is the shape?"
+
+
+def picture(number: int) -> Image.Image:
+    """Return a reproducible image of coloured squares."""
+    squares = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(squares).resize((224, 224), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [
+        *TOKENPRUNE,
+        "serve",
+        str(bundled_model_path()),
+        "--method=cls-attention",
+        "--keep=16",
+        "--allow-request-keep",
+        "--request-method=feature-norm",
+        *COMMON,
+        # A cache of 12 blocks: concurrent requests push each other out.
+        "--max-model-len=256",
+        "--num-gpu-blocks-override=12",
+        "--block-size=32",
+        "--max-num-batched-tokens=48",
+    ]
+    with serve(command, tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def tokens_of(response: httpx.Response) -> int:
+    """Return how many prompt tokens the server counted."""
+    assert response.status_code == 200, response.text
+    return int(response.json()["usage"]["prompt_tokens"])
+
+
+def said(response: httpx.Response) -> str:
+    """Return the answer's text."""
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def asking(**values: Any) -> dict[str, Any]:
+    """Return the part of a request's body that asks for a pruning of its own."""
+    return {"mm_processor_kwargs": {"tokenprune": values}}
+
+
+def test_usage_counts_the_pruned_prompt(server: Server) -> None:
+    image = picture(0)
+    text = tokens_of(server.ask(image, QUESTION, **asking(off=True))) - 64
+    assert tokens_of(server.ask(image, QUESTION)) == text + 16
+    assert tokens_of(server.ask(image, QUESTION, **asking(keep=5))) == text + 5
+    assert tokens_of(server.ask(image, QUESTION, **asking(keep=0.25))) == text + 16
+    assert tokens_of(server.ask(image, QUESTION, **asking(keep=1.0))) == text + 64
+    assert tokens_of(server.ask(image, QUESTION, **asking(method="feature-norm"))) == text + 16
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"keep": 0}, "keeps nothing"),
+        ({"keep": -3}, "keeps nothing"),
+        ({"keep": 1.5}, "is not a fraction"),
+        ({"keep": "many"}, "is not a budget"),
+        ({"keep": [4]}, "is not a budget"),
+        ({"kepe": 4}, "Did you mean 'keep'"),
+        ({"method": "divprune"}, "is not loaded by this server"),
+        ({"method": ["a"]}, "is not loaded by this server"),
+        ({"off": "yes"}, "is not true or false"),
+        ({"off": True, "keep": 4}, "one or the other"),
+    ],
+)
+def test_a_bad_request_is_a_400_and_the_server_lives(
+    values: dict[str, Any], message: str, server: Server
+) -> None:
+    response = server.ask(picture(1), QUESTION, **asking(**values))
+    assert response.status_code == 400, response.text
+    assert message in response.json()["error"]["message"]
+    assert said(server.ask(picture(1), QUESTION))
+
+
+def test_other_processor_settings_stay_closed(server: Server) -> None:
+    response = server.ask(picture(1), QUESTION, mm_processor_kwargs={"crop_to_patches": True})
+    assert response.status_code == 400, response.text
+    assert "crop_to_patches" in response.json()["error"]["message"]
+    bare = server.ask(picture(1), QUESTION, mm_processor_kwargs={"tokenprune": 4})
+    assert bare.status_code == 400, bare.text
+
+
+def test_metrics_count_tokens_and_time(server: Server) -> None:
+    def totals() -> tuple[float, float, float]:
+        page = server.metrics()
+        labels = '{method="cls-attention",modality="image"}'
+        seen = page.get(f"tokenprune_visual_tokens_seen_total{labels}", 0.0)
+        kept = page.get(f"tokenprune_visual_tokens_kept_total{labels}", 0.0)
+        spent = [
+            value
+            for name, value in page.items()
+            if name.startswith("tokenprune_selecting_seconds_total") and "cls-attention" in name
+        ]
+        return seen, kept, sum(spent)
+
+    server.ask(picture(100), QUESTION)
+    before = totals()
+    for number in range(3):
+        said(server.ask(picture(101 + number), QUESTION))
+    after = totals()
+    assert after[0] - before[0] == 3 * 64
+    assert after[1] - before[1] == 3 * 16
+    assert 0 < after[2] - before[2] < 60
+
+
+def test_it_says_at_the_start_how_it_prunes(server: Server) -> None:
+    lines = [line for line in server.log.read_text().splitlines() if "tokenprune: " in line]
+    assert len(lines) == 1, lines
+    for part in ("cls-attention", "16", "scoring layer", "image: 64 -> 16"):
+        assert part in lines[0]
+
+
+def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
+    bodies = []
+    for number in range(64):
+        values: dict[str, Any] = {}
+        match number % 5:
+            case 0:
+                values = asking(keep=1 + number % 11)
+            case 1:
+                values = asking(off=True)
+            case 2:
+                values = asking(method="feature-norm")
+        image = None if number % 5 == 4 else picture(number % 20)
+        bodies.append(chat(image, QUESTION, max_tokens=40, **values))
+    alone = [
+        said(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120))
+        for body in bodies[:20]
+    ]
+
+    async def at_once() -> list[str]:
+        async with httpx.AsyncClient(timeout=300) as client:
+
+            async def ask(body: dict[str, Any]) -> str:
+                answer = await client.post(f"{server.url}/v1/chat/completions", json=body)
+                return said(answer)
+
+            async def hang_up(body: dict[str, Any]) -> None:
+                streamed = {**body, "stream": True, "max_tokens": 200}
+                async with client.stream(
+                    "POST", f"{server.url}/v1/chat/completions", json=streamed
+                ) as stream:
+                    async for _ in stream.aiter_lines():
+                        return
+
+            hanging = [hang_up(body) for body in bodies[:8]]
+            together = await asyncio.gather(*[ask(body) for body in bodies], *hanging)
+            return [str(one) for one in together[: len(bodies)]]
+
+    together = asyncio.run(at_once())
+    assert together[:20] == alone
+    # Some of the others are the same requests again.
+    known = dict(zip(map(str, bodies[:20]), alone, strict=True))
+    repeated = [number for number, body in enumerate(bodies) if str(body) in known]
+    assert len(repeated) > 30
+    assert [together[number] for number in repeated] == [known[str(bodies[n])] for n in repeated]
+    again = [
+        said(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120))
+        for body in bodies[:20]
+    ]
+    assert again == alone
+    page = server.metrics()
+    preempted = [value for name, value in page.items() if "num_preemptions_total" in name]
+    assert sum(preempted) > 0, "the cache was meant to be too small"
+    running = [value for name, value in page.items() if "num_requests_running" in name]
+    assert sum(running) == 0
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "pruned"
+    command = [*TOKENPRUNE, "export", str(bundled_model_path()), str(out)]
+    done = subprocess.run(
+        [*command, "--method=divprune", "--keep=9", "--copy"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout
+    return out
+
+
+def test_an_exported_checkpoint_is_served_pruned_by_vllm_itself(
+    exported: Path, server: Server, tmp_path: Path
+) -> None:
+    whole = tokens_of(server.ask(picture(0), QUESTION, **asking(off=True)))
+    with serve([*PLAIN, "--model", str(exported), *COMMON], tmp_path) as running:
+        assert tokens_of(running.ask(picture(0), QUESTION)) == whole - 64 + 9
+        refused = running.ask(picture(0), QUESTION, **asking(keep=3))
+        assert refused.status_code == 400, refused.text
+        assert "--trust-request-mm-kwargs" in refused.json()["error"]["message"]
+
+
+def test_an_exported_checkpoint_does_not_start_without_the_plugin(
+    exported: Path, tmp_path: Path
+) -> None:
+    command = [*PLAIN, "--model", str(exported), *COMMON]
+    with (
+        pytest.raises(RuntimeError, match="the server did not start"),
+        serve(command, tmp_path, VLLM_PLUGINS=""),
+    ):
+        pass
+    log = (tmp_path / "server.log").read_text()
+    assert "['TokenPruneInternVLForConditionalGeneration'] are not supported" in log
+
+
+def test_transformers_loads_an_exported_checkpoint_as_before(exported: Path) -> None:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    plain, again = (
+        AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        for folder in (bundled_model_path(), exported)
+    )
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_a_keep_that_prunes_nothing_does_not_start(tmp_path: Path) -> None:
+    command = [*TOKENPRUNE, "serve", str(bundled_model_path()), "--method=cls-attention"]
+    with (
+        pytest.raises(RuntimeError, match="the server did not start"),
+        serve([*command, "--keep=64", *COMMON], tmp_path),
+    ):
+        pass
+    log = (tmp_path / "server.log").read_text()
+    assert "keep=64 prunes nothing: of this model's tokens the largest image has 64" in log
