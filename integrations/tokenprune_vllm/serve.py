@@ -150,7 +150,7 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
 
 def _value(more: Sequence[str], name: str) -> str | None:
     """Return the value of one of vLLM's arguments."""
-    for argument, following in zip(more, [*more[1:], ""], strict=True):
+    for argument, following in zip(more, [*more[1:], ""], strict=False):
         if argument == name:
             return following
         if argument.startswith(f"{name}="):

@@ -35,7 +35,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"keep": 1.0}, ConfigError, "prunes nothing"),
+        ({"keep": 1.0}, ConfigError, "would prune nothing"),
         ({"method": "cls-atention"}, UnknownMethodError, "Did you mean 'cls-attention'"),
         ({"options": {"depth": 3}}, OptionError, "depth"),
         ({"request_methods": ["nothing"]}, UnknownMethodError, "nothing"),
