@@ -1,14 +1,16 @@
 #!/usr/bin/env python
-"""Write the measured numbers into README.md and docs/demo.md.
+"""Write the measured numbers into README.md, docs/demo.md and docs/serving.md.
 
     scripts/demo --out demo-out
     .venv/bin/python scripts/bench_selectors.py > docs/bench_selectors.txt
         (or its parts, --cost first, one after another)
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
+    .venv/bin/python scripts/bench_vllm.py > docs/bench_vllm.txt
     .venv/bin/python scripts/update_docs.py demo-out/results.json
 
-Text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of the README is
-replaced, and docs/demo.md is written anew. Nothing is measured here.
+Text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of README.md and
+docs/serving.md is replaced, and docs/demo.md is written anew. Without the demo's results only the
+benchmarks are brought up to date. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -131,15 +133,8 @@ def headline(results: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Read the results and write the documents."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("results", type=Path, help="results.json of a complete run")
-    arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    if not results["complete"]:
-        raise SystemExit(f"{arguments.results} is of a run that did not finish; run it again")
-
+def demo_texts(results: dict[str, Any]) -> dict[str, str]:
+    """Return what the README shows of the demo, by marker."""
     scenes = [row for row in results["rows"] if row["dataset"] == "scenes"]
     widest = max(row["ci_high"] - row["ci_low"] for row in scenes)
     table = (
@@ -148,25 +143,48 @@ def main() -> None:
         f"{by_method(scenes, lambda row: format(100 * row['accuracy'], '.1f'))}\n\n"
         f"{oracle_line(scenes)}"
     )
-    # Of the selectors' benchmark the README shows the first table; docs/ has all of it.
-    texts = [(ROOT / "docs" / name).read_text() for name in _BENCHES]
-    benches = [f"```text\n{text.split(_GAP)[0].strip()}\n```" for text in texts]
-    texts = {
+    return {
         "headline": headline(results),
         "table": f"\n{table}\n",
         "positions": f"\n{positions_table(results)}\n",
-        "cost": "\n" + "\n\n".join(benches) + "\n",
     }
-    readme = (ROOT / "README.md").read_text()
+
+
+def fenced(name: str) -> str:
+    """Return the first part of a benchmark's output in docs/, as a block of text."""
+    text = (ROOT / "docs" / name).read_text().split(_GAP)[0].strip()
+    return f"```text\n{text}\n```"
+
+
+def fill(path: Path, texts: dict[str, str]) -> None:
+    """Replace the text between a document's markers."""
+    document = path.read_text()
     for name, text in texts.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        readme, count = re.subn(
-            f"{start}.*?{end}", lambda _, t=text, s=start, e=end: s + t + e, readme, flags=re.S
+        document, count = re.subn(
+            f"{start}.*?{end}", lambda _, t=text, s=start, e=end: s + t + e, document, flags=re.S
         )
         if count != 1:
-            raise SystemExit(f"README.md must hold the markers {start} and {end} once")
-    (ROOT / "README.md").write_text(readme)
-    (ROOT / "docs" / "demo.md").write_text(demo_page(results))
+            raise SystemExit(f"{path} must hold the markers {start} and {end} once")
+    path.write_text(document)
+
+
+def main() -> None:
+    """Read the results and write the documents."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "results", type=Path, nargs="?", help="results.json of a complete run of the demo"
+    )
+    arguments = parser.parse_args()
+    texts = {"cost": "\n" + "\n\n".join(map(fenced, _BENCHES)) + "\n"}
+    if arguments.results is not None:
+        results = json.loads(arguments.results.read_text())
+        if not results["complete"]:
+            raise SystemExit(f"{arguments.results} is of a run that did not finish; run it again")
+        texts.update(demo_texts(results))
+        (ROOT / "docs" / "demo.md").write_text(demo_page(results))
+    fill(ROOT / "README.md", texts)
+    fill(ROOT / "docs" / "serving.md", {"bench": f"\n{fenced('bench_vllm.txt')}\n"})
 
 
 if __name__ == "__main__":

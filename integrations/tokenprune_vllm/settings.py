@@ -7,6 +7,7 @@ bring ``mm_processor_kwargs={"tokenprune": {...}}``.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -188,4 +189,9 @@ class RequestSettings:
         """Return what tells selections apart in caches that know images by their hash."""
         if not self.prunes or self.config is None:
             return "off"
-        return json.dumps({"version": version("tokenprune-vlm"), **self.config.to_dict()})
+        return json.dumps({"version": _version(), **self.config.to_dict()})
+
+
+@functools.cache
+def _version() -> str:
+    return version("tokenprune-vlm")
