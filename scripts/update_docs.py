@@ -156,6 +156,23 @@ def fenced(name: str) -> str:
     return f"```text\n{text}\n```"
 
 
+def serving_line() -> str:
+    """Return the README's sentence on the serving benchmark."""
+    text = (ROOT / "docs" / "bench_vllm.txt").read_text()
+    gain = re.search(
+        r"more requests per second than plain at every .*?x([\d.]+) to x([\d.]+)", text
+    )
+    sizes = re.search(r"an image of (\d+) \(plain\), (\d+) \(pruned\)", text)
+    model = re.search(r"\((\d[\d.]*) M\)$", text, flags=re.M)
+    if gain is None or sizes is None or model is None:
+        raise SystemExit("docs/bench_vllm.txt is no output of a complete scripts/bench_vllm.py")
+    return (
+        f"With {sizes[2]} of {sizes[1]} tokens kept, a language model of {float(model[1]):.0f} M "
+        f"parameters (random weights) on two CPU cores answers {gain[1]} to {gain[2]} times as "
+        "many image requests per second, at 1 to 32 concurrent ones, as the same server unpruned."
+    )
+
+
 def fill(path: Path, texts: dict[str, str]) -> None:
     """Replace the text between a document's markers."""
     document = path.read_text()
@@ -176,7 +193,8 @@ def main() -> None:
         "results", type=Path, nargs="?", help="results.json of a complete run of the demo"
     )
     arguments = parser.parse_args()
-    texts = {"cost": "\n" + "\n\n".join(map(fenced, _BENCHES)) + "\n"}
+    texts = {"serving": serving_line()}
+    texts["cost"] = "\n" + "\n\n".join(map(fenced, _BENCHES)) + "\n"
     if arguments.results is not None:
         results = json.loads(arguments.results.read_text())
         if not results["complete"]:

@@ -108,6 +108,8 @@ def pruning_overrides(
         # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.
         # The text config is left alone: the rotary embedding itself stays what it is.
         overrides["mrope_section"] = [1, 1, 1]
+    elif not architecture.mrope and "mrope_section" in config:
+        overrides["mrope_section"] = None  # left by an export with original positions
     return overrides
 
 

@@ -227,9 +227,13 @@ class Pruner:
                 "another processor, and would run unpruned. Start all parts of the server with "
                 "the same model and the same --hf-overrides."
             )
+        by_item = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in self._family.flat_fields and name not in self._family.shared_fields
+        }
         items = [
-            _Item(Ticket.unpack(ticket, region), {name: one[i] for name, one in named.items()})
-            for named in [self._fields_per_item(kwargs)]
+            _Item(Ticket.unpack(ticket, region), {name: one[i] for name, one in by_item.items()})
             for i, (ticket, region) in enumerate(zip(tickets, regions, strict=True))
         ]
         kept: list[Tensor] = []
@@ -239,10 +243,6 @@ class Pruner:
                 rows = list(encode(**self._part_of(kwargs, items, part)))
             kept += self._prune(chosen, rows, watched)
         return kept
-
-    def _fields_per_item(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        skipped = (*self._family.flat_fields, *self._family.shared_fields)
-        return {name: value for name, value in kwargs.items() if name not in skipped}
 
     def _parts(self, items: Sequence[_Item]) -> Iterator[slice]:
         """Cut a call into runs of the encoder that are no larger than vLLM measured memory for.
@@ -287,10 +287,10 @@ class Pruner:
             for item, own, chosen in zip(items, rows, selections, strict=True)
         ]
         pruned = [item for item in items if item.ticket.pruning is not None]
+        spent = time.perf_counter() - start
         for item in pruned:
             pruning = cast(PruningConfig, item.ticket.pruning)
-            seconds = (time.perf_counter() - start) / len(pruned)
-            metrics.count_time(item.ticket.modality, pruning.method, seconds)
+            metrics.count_time(item.ticket.modality, pruning.method, spent / len(pruned))
         return kept
 
     def _select(
@@ -489,6 +489,9 @@ def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
     """
     multimodal = vllm_config.model_config.get_multimodal_config()
     refused = []
+    lora = vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        refused.append("--enable-tower-connector-lora (it counts an image's tokens by its rows)")
     if multimodal.video_pruning_rate:
         refused.append("--video-pruning-rate (vLLM's own pruning of videos)")
     if multimodal.mm_encoder_tp_mode == "data":

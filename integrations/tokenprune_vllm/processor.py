@@ -28,7 +28,7 @@ from tokenprune_vllm import metrics
 from tokenprune_vllm.families.base import Family, Fields
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.positions import rotary_length
-from tokenprune_vllm.regions import Region
+from tokenprune_vllm.regions import Region, Segment
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
 
 TICKET, REGION = "tokenprune_ticket", "tokenprune_region"
@@ -111,7 +111,6 @@ class PruningProcessor:
 
     family_class: ClassVar[type[Family]]
     info: Any
-    _TYPES: ClassVar[tuple[type, ...]] = (EmbeddingItems, DictEmbeddingItems)
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
@@ -190,11 +189,13 @@ class PruningProcessor:
         if content.is_embed is not None:
             is_row = content.is_embed(content.full)
         pruning = request.config if request.prunes else None
-        if isinstance(items, self._TYPES):
-            pruning = None  # the caller's own embeddings: nothing of the encoder to choose by
         rows = int(is_row.sum())
         fields: Fields = {name: element.data for name, element in item.items()}
-        segments = () if pruning is None else self._family.segments(modality, rows, fields)
+        segments: Sequence[Segment] = ()
+        if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
+            pruning = None  # the caller's own embeddings: nothing of the encoder to choose by
+        else:
+            segments = self._family.segments(modality, rows, fields)
         ticket = Ticket(modality, pruning, Region(ids, is_row, tuple(segments)))
         field = MultiModalBatchedField(keep_on_cpu=True)
         for name, value in ticket.pack().items():

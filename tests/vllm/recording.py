@@ -46,6 +46,10 @@ class Recording:
         """Return them, step by step: in each a list for each axis."""
         return self.positions
 
+    def encode_together(self) -> None:
+        """Run the encoder on as many images at once as vLLM hands over."""
+        self.model_runner.get_model()._pruner._most_rows = 10**9
+
     def memory(self) -> dict[str, int]:
         """Return how many encoded images the worker still holds, and how many requests."""
         runner = self.model_runner

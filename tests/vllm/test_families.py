@@ -1,7 +1,8 @@
 """Every family on vLLM's real engine against the transformers adapter, in float32.
 
 The engine's budget of tokens for each step is smaller than an image, so every image and video is
-cut into chunks; its caches are on; and each request is asked again when the caches know it.
+cut into chunks; its KV cache is so small that requests are preempted; its caches are on, and each
+request is asked again when they know it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ tf: Any = transformers  # its auto classes are not typed
 
 METHODS = ("cls-attention", "zeroth-order", "divprune", "feature-norm", "uniform", "random")
 KEEP = 5
+LONGEST = {"llava": 96, "llava_onevision": 512, "qwen2_5_vl": 128}  # tokens with the answer
+PREEMPTED = ("llava", "qwen2_5_vl")  # whose cache these prompts overfill, one of each kind of RoPE
 STEP = 20  # tokens a step: less than any unpruned image, and than many a pruned one
 
 
@@ -155,6 +158,11 @@ def start(family: str, folder: Path, **options: Any) -> Any:
             "request_methods": METHODS[1:],
             "max_num_batched_tokens": STEP,
             "max_num_seqs": 8,
+            # A cache that one or two prompts fill: requests push each other out and come back.
+            "max_model_len": LONGEST.get(family, 256),
+            "block_size": 32,
+            "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 + 2,
+            "disable_log_stats": False,
             "limit_mm_per_prompt": {"image": 2, **videos},
             "trust_remote_code": family == "internvl_chat",
             **options,
@@ -220,13 +228,22 @@ def test_caches_never_mix_budgets_or_methods(pair: Pair) -> None:
 def test_a_mixed_batch_equals_its_single_requests(pair: Pair) -> None:
     every = [*cases(pair.family), *again(pair.family)]
     expected = [pair.hf.ask(case)[0] for case in every]
-    random.Random(1).shuffle(order := list(range(len(every))))
-    requests = [pair.request(every[index]) for index in order]
-    answered = answer(pair.llm, requests, greedy(words=WORDS))
-    for index, tokens in zip(order, answered, strict=True):
-        assert tokens == expected[index], every[index]
+    order = list(range(len(every)))
+    for together in (False, True):
+        pair.llm.reset_prefix_cache()
+        pair.llm.llm_engine.reset_encoder_cache()
+        if together:
+            pair.llm.collective_rpc("encode_together")
+        random.Random(together).shuffle(order)
+        requests = [pair.request(every[index]) for index in order]
+        answered = answer(pair.llm, requests, greedy(words=WORDS))
+        for index, tokens in zip(order, answered, strict=True):
+            assert tokens == expected[index], every[index]
+    counted = {metric.name: metric for metric in pair.llm.get_metrics()}
+    if pair.family in PREEMPTED:
+        assert counted["vllm:num_preemptions"].value > 0, "the cache was meant to be too small"
     held = pair.llm.collective_rpc("memory")[0]
-    assert held["requests"] <= len(every)
+    assert held["requests"] <= 8, "requests that ended are still held"
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
@@ -241,3 +258,38 @@ def test_compact_positions(family: str, tmp_path: Path) -> None:
             tokens, _ = hf.ask(case)
             (answered,) = answer(llm, [request(family, case)], greedy(words=WORDS))
             assert answered == tokens, case
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+    "yarn": {"factor": 16.0, "original_max_position_embeddings": 128},
+}
+
+
+@pytest.mark.parametrize("rope", ["llama3", "yarn"])
+def test_scaled_rotary_embeddings_and_rows_of_the_callers_own(rope: str, tmp_path: Path) -> None:
+    scaled = {"rope_type": rope, "rope_theta": 10000.0, **ROPES[rope]}
+    folder = checkpoints.save("llava", tmp_path / "model", text_config={"rope_parameters": scaled})
+    hf = reference("llava", folder)
+    with start("llava", folder, enable_mm_embeds=True) as llm:
+        for case in cases("llava"):
+            tokens, _ = hf.ask(case)
+            (answered,) = answer(llm, [request("llava", case)], greedy(words=WORDS))
+            assert answered == tokens, case
+        # Rows that the caller brings are read whole, whatever the server's budget.
+        case = Case("tit", (40,), {"off": True})
+        tokens, _ = hf.ask(case)
+        images, _ = case.media()
+        inputs = checkpoints.hf_inputs("llava", hf.processor, "tit", images)
+        with torch.no_grad():
+            rows = hf.model.model.get_image_features(
+                inputs["pixel_values"], return_dict=True
+            ).pooler_output
+        own = {**request("llava", Case("tit", (40,))), "multi_modal_data": {"image": rows[0][None]}}
+        (answered,) = answer(llm, [own], greedy(words=WORDS))
+        assert answered == tokens

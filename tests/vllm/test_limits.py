@@ -167,8 +167,10 @@ def test_export_links_weights_and_leaves_the_source_alone(llava: Path, tmp_path:
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["TokenPruneLlavaForConditionalGeneration"]
     assert config["tokenprune"]["keep"] == 4
-    again = export(out, tmp_path / "again", PruningConfig("uniform", 2))
-    assert json.loads((again / "config.json").read_text())["tokenprune"]["method"] == "uniform"
+    again = export(out, tmp_path / "again", PruningConfig("uniform", 2, "compact"))
+    config = json.loads((again / "config.json").read_text())
+    assert config["tokenprune"]["method"] == "uniform"
+    assert config["mrope_section"] is None
 
 
 def test_the_command_says_what_is_missing(llava: Path) -> None:

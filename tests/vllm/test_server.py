@@ -187,6 +187,8 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
     page = server.metrics()
     preempted = [value for name, value in page.items() if "num_preemptions_total" in name]
     assert sum(preempted) > 0, "the cache was meant to be too small"
+    used = [value for name, value in page.items() if "kv_cache_usage_perc" in name]
+    assert sum(used) == 0
     running = [value for name, value in page.items() if "num_requests_running" in name]
     assert sum(running) == 0
 
