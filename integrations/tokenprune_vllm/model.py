@@ -294,9 +294,12 @@ class Pruner:
         return kept
 
     def _select(
-        self, items: Sequence[_Item], rows: Sequence[Tensor], watched: Any
+        self, items: Sequence[_Item], rows: list[Tensor], watched: Any
     ) -> list[list[Selection]]:
-        """Return one selection for each segment of each item; items of one budget go together."""
+        """Return one selection for each segment of each item; items of one budget go together.
+
+        Rows that hold NaN or infinite values where the method looks at them are made finite.
+        """
         regions = [item.ticket.region for item in items]
         groups: dict[str, list[tuple[int, VisualTokens]]] = {}
         if any(item.ticket.pruning is not None for item in items):
@@ -324,20 +327,20 @@ class Pruner:
         selections: list[list[Selection]] = [[] for _ in items]
         for members in groups.values():
             pruning = cast(PruningConfig, items[members[0][0]].ticket.pruning)
-            chosen = self._choose([tokens for _, tokens in members], pruning)
+            selector = self._selectors[pruning.method]
+            tokens_of = [tokens for _, tokens in members]
+            try:
+                chosen = select_many(tokens_of, selector, pruning.keep)
+            except TokensError as error:
+                # One image whose numbers overflowed must not end the server for everybody, nor
+                # leave NaNs in its KV cache.
+                logger.error("tokenprune: %s They count as 0 here.", error)
+                chosen = select_many([_finite(one) for one in tokens_of], selector, pruning.keep)
+                for index, _ in members:
+                    rows[index] = rows[index].nan_to_num(0.0, 0.0, 0.0)
             for (index, _), selection in zip(members, chosen, strict=True):
                 selections[index].append(selection)
         return selections
-
-    def _choose(self, tokens: list[VisualTokens], pruning: PruningConfig) -> list[Selection]:
-        selector = self._selectors[pruning.method]
-        try:
-            return select_many(tokens, selector, pruning.keep)
-        except TokensError as error:
-            # One image whose numbers overflowed must not end the server for everybody. Unpruned
-            # vLLM would read its NaNs, too; here some of its tokens are chosen and it says so.
-            logger.error("tokenprune: %s Their scores count as 0.", error)
-            return select_many([_finite(one) for one in tokens], selector, pruning.keep)
 
     def _projector_if_needed(self) -> MLPProjector | None:
         if "projector" in self._needs and self._projector is None:

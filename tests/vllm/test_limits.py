@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import tokenprune_vllm
 from tests.vllm import checkpoints
+from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import (
     ConfigError,
@@ -185,3 +187,21 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_an_image_that_overflows_does_not_end_the_engine(tmp_path: Path) -> None:
+    folder = checkpoints.save("llava", tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (name,) = [name for name in weights if name.endswith("layers.0.mlp.fc1.bias")]
+    weights[name].fill_(float("inf"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    text = checkpoints.vllm_request("llava", "t")
+    image = checkpoints.vllm_request("llava", "it", [checkpoints.image(0)])
+    with engine(folder, "zeroth-order", 5, request_methods=("cls-attention",)) as llm:
+        sampling = greedy(4, words=checkpoints.WORDS)
+        before = answer(llm, [text], sampling)
+        for method in ("zeroth-order", "cls-attention"):
+            asked = {"mm_processor_kwargs": {"tokenprune": {"method": method}}}
+            assert len(answer(llm, [{**image, **asked}], sampling)[0]) == 4
+            assert [len(segment) for segment in kept(llm)[0]] == [5]
+        assert answer(llm, [text], sampling) == before

@@ -67,6 +67,30 @@ def test_positions_are_exact_in_bfloat16(family: str, tmp_path: Path) -> None:
             assert torch.equal(given, expected[:, -given.shape[1] :])
 
 
+def test_prompts_near_the_end_of_the_context(tmp_path: Path) -> None:
+    """Three images fit the context unpruned, and answers go on behind it; four do not fit."""
+    folder = checkpoints.save(
+        "llava", tmp_path / "model", text_config={"max_position_embeddings": 128}
+    )
+    hf = reference("llava", folder)
+    images = [checkpoints.image(n) for n in range(4)]
+    inputs = checkpoints.hf_inputs("llava", hf.processor, "ititit", images[:3])
+    length = inputs["input_ids"].shape[1]
+    assert 110 < length <= 128
+    hf.watch_positions()
+    with tokenprune_hf.prune(hf.model, "cls-attention", 5):
+        output = hf.model.generate(**inputs, max_new_tokens=90, do_sample=False)
+    assert max(int(step.max()) for step in hf.seen) > 200
+    with engine(folder, "cls-attention", 5, max_model_len=128) as llm:
+        assert llm.collective_rpc("rotary_length") == [256]
+        request = checkpoints.vllm_request("llava", "ititit", images[:3])
+        (answered,) = answer(llm, [request], greedy(90, words=checkpoints.WORDS))
+        assert answered == output[0, length:].tolist()
+        long = checkpoints.vllm_request("llava", "itititit", images)
+        with pytest.raises(ValueError, match="before pruning this prompt has 157 tokens"):
+            answer(llm, [long], greedy(4, words=checkpoints.WORDS))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_offsets_survive_as_columns_of_any_dtype(dtype: torch.dtype) -> None:
     offsets = torch.tensor([[0, 255, 256, 257], [1203, 65535, 65536, 16777215], [1, 2, 3, 4]])
