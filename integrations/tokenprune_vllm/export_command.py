@@ -17,14 +17,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     add_pruning(parser)
     parser.add_argument(
-        "--request-method",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="METHOD",
-        help="methods, beside --method, that a request may ask for",
-    )
-    parser.add_argument(
         "--copy", action="store_true", help="copy the weights, also where they could be linked"
     )
 

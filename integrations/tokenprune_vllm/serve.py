@@ -33,14 +33,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let a request ask for its own keep, method or no pruning",
     )
-    parser.add_argument(
-        "--request-method",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="METHOD",
-        help="methods, beside --method, that a request may ask for",
-    )
 
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +41,14 @@ def add_pruning(parser: argparse.ArgumentParser) -> None:
     add_keep(parser)
     add_positions(parser)
     add_options(parser, "an option of the method")
+    parser.add_argument(
+        "--request-method",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="METHOD",
+        help="methods, beside --method, that a request may ask for",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -83,8 +83,10 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError("--request-method needs --allow-request-keep: requests ask for nothing.")
     trusts = "--trust-request-mm-kwargs" in more
     config = read_config(arguments.model, _value(more, "--revision"))
+    methods = list(arguments.request_method)
     if arguments.method is None and arguments.keep is None and KEY in config:
-        written = config[KEY]
+        written = config[KEY]  # an exported checkpoint says itself how to prune
+        methods += written.get("request_methods", {})
         pruning = PruningConfig.from_dict(
             {name: written[name] for name in ("method", "keep", "positions", "options")}
         )
@@ -94,7 +96,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         config,
         arguments.model,
         pruning,
-        arguments.request_method,
+        methods,
         only_tokenprune=arguments.allow_request_keep and not trusts,
     )
     if arguments.allow_request_keep and not trusts:

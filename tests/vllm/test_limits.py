@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from tokenprune.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
+from tokenprune_vllm import serve
 from tokenprune_vllm.export import export
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.model import _check_engine
@@ -187,6 +189,32 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         assert done.returncode == 2, done.stderr
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_serve_goes_by_an_exported_config_unless_told_otherwise(
+    llava: Path, tmp_path: Path
+) -> None:
+    pruning = PruningConfig("divprune", 0.25, "compact")
+    out = str(export(llava, tmp_path / "out", pruning, request_methods=["uniform"]))
+    parser = argparse.ArgumentParser()
+    serve.configure(parser)
+
+    def overrides(*arguments: str) -> dict[str, Any]:
+        known, more = parser.parse_known_args([out, *arguments])
+        known.more = more
+        command = serve.server_command(known)
+        made: dict[str, Any] = json.loads(command[command.index("--hf-overrides") + 1])
+        assert command[-4:-2] == ["--port", "80"]
+        return made
+
+    as_exported = overrides("--port", "80")
+    assert as_exported["tokenprune"]["method"] == "divprune"
+    assert as_exported["tokenprune"]["positions"] == "compact"
+    assert "uniform" in as_exported["tokenprune"]["request_methods"]
+    told = overrides("--method=uniform", "--keep=4", '--hf-overrides={"x": 1}', "--port", "80")
+    assert told["tokenprune"]["keep"] == 4
+    assert told["mrope_section"] == [1, 1, 1]
+    assert told["x"] == 1
 
 
 def test_an_image_that_overflows_does_not_end_the_engine(tmp_path: Path) -> None:
