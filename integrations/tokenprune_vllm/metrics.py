@@ -7,7 +7,9 @@ reader for several processes adds to the page.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from typing import Any
 
@@ -21,7 +23,8 @@ _seconds: dict[tuple[str, str], float] = {}
 def prepare() -> None:
     """Choose where workers write, before any is started; processes started later inherit it."""
     if _OF_PROMETHEUS not in os.environ and DIRECTORY not in os.environ:
-        os.environ[DIRECTORY] = tempfile.mkdtemp(prefix="tokenprune-metrics-")
+        folder = os.environ[DIRECTORY] = tempfile.mkdtemp(prefix="tokenprune-metrics-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def count_tokens(modality: str, method: str, seen: int, kept: int) -> None:

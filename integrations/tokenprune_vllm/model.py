@@ -311,6 +311,7 @@ class Pruner:
                 pruning = item.ticket.pruning
                 if pruning is None:
                     continue
+                budget = pruning.to_json()
                 embeddings = rows[index][:, : self._width]
                 for segment, (features, attention) in zip(
                     item.ticket.region.segments, parts, strict=True
@@ -323,7 +324,7 @@ class Pruner:
                         projector=projector,
                         label=f"{item.ticket.modality} {index} {segment.label}".strip(),
                     )
-                    groups.setdefault(pruning.to_json(), []).append((index, tokens))
+                    groups.setdefault(budget, []).append((index, tokens))
         selections: list[list[Selection]] = [[] for _ in items]
         for members in groups.values():
             pruning = cast(PruningConfig, items[members[0][0]].ticket.pruning)
@@ -357,7 +358,7 @@ class Pruner:
             stays[segment.rows] = False
             stays[segment.rows[selection.kept.cpu()]] = True
         # Where rows move against text, the region's text comes with them.
-        moves = item.ticket.layout()[1] is None
+        moves = item.ticket.pruning is not None and region.rows_move()
         columns = region.is_row.nonzero()[:, 0]
         if moves:
             in_prompt = torch.ones_like(region.is_row)

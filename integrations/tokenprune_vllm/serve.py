@@ -136,7 +136,14 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     left = iter(more)
     for argument in left:
         name, equals, text = argument.partition("=")
-        if name.replace("_", "-") != "--hf-overrides":
+        option, dot, _ = name.replace("_", "-").partition(".")
+        if option == "--hf-overrides" and dot:
+            # vLLM puts these into a second --hf-overrides, which would take the place of ours.
+            raise ConfigError(
+                f"{argument}: overrides are given here as one JSON object, "
+                "--hf-overrides '{...}', so that tokenprune's own can be added to it."
+            )
+        if option != "--hf-overrides":
             rest.append(argument)
             continue
         text = text if equals else next(left, "")

@@ -184,6 +184,7 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         (["--method=uniform", "--keep=4", "--request-method=random"], "--allow-request-keep"),
         (["--method=uniform", "--keep=lots"], "is no number"),
         (["--method=uniform", "--keep=4", "--hf-overrides={"], "is not JSON"),
+        (["--method=uniform", "--keep=4", "--hf_overrides.architectures", "x"], "one JSON object"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr
