@@ -137,13 +137,15 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
     for argument in left:
         name, equals, text = argument.partition("=")
         option, dot, _ = name.replace("_", "-").partition(".")
-        if option == "--hf-overrides" and dot:
+        # vLLM also takes the beginning of an option's name for the whole.
+        is_overrides = option.startswith("--hf-o") and "--hf-overrides".startswith(option)
+        if is_overrides and dot:
             # vLLM puts these into a second --hf-overrides, which would take the place of ours.
             raise ConfigError(
                 f"{argument}: overrides are given here as one JSON object, "
                 "--hf-overrides '{...}', so that tokenprune's own can be added to it."
             )
-        if option != "--hf-overrides":
+        if not is_overrides:
             rest.append(argument)
             continue
         text = text if equals else next(left, "")

@@ -185,6 +185,7 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         (["--method=uniform", "--keep=lots"], "is no number"),
         (["--method=uniform", "--keep=4", "--hf-overrides={"], "is not JSON"),
         (["--method=uniform", "--keep=4", "--hf_overrides.architectures", "x"], "one JSON object"),
+        (["--method=uniform", "--keep=4", "--hf-over.architectures=x"], "one JSON object"),
     ):
         done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=120)
         assert done.returncode == 2, done.stderr
