@@ -48,12 +48,17 @@ def add_options(parser: argparse.ArgumentParser, help_text: str) -> None:
 def parse_keep(text: str) -> Keep:
     """Return ``--keep`` as a number: with a decimal point a fraction, without one a count.
 
+    The name of a published budget becomes its number.
+
     Raises
     ------
     BudgetError
-        If it is no number, or no budget.
+        If it is no budget.
     """
-    from tokenprune.budget import check_keep
+    from tokenprune.budget import PUBLISHED, check_keep
+
+    if text in PUBLISHED:
+        return check_keep(text)
 
     try:
         return check_keep(int(text))

@@ -9,20 +9,27 @@ from __future__ import annotations
 import math
 import numbers
 
-from tokenprune.errors import BudgetError
+from tokenprune.errors import BudgetError, did_you_mean
 
-Keep = int | float
-"""A number of tokens (int, at least 1) or a fraction of them (float, above 0 and at most 1)."""
+Keep = int | float | str
+"""A number of tokens (int, at least 1), a fraction of them (float, above 0 and at most 1), or the
+name of a published budget (`PUBLISHED`)."""
+
+PUBLISHED = {"llava-video-7b": 6720, "qwen2.5-vl-7b": 7040, "internvl2.5-8b": 8256}
+"""Tokens of a video that FlexSelect (arXiv 2506.00993) keeps in its released scripts, by model.
+
+InternVL's number counts ``<img>`` and ``</img>`` of 32 frames, which here are text and stay.
+"""
 
 
-def check_keep(keep: Keep) -> Keep:
+def check_keep(keep: Keep) -> int | float:
     """Return `keep` as a plain int or float if it is a budget, and raise if it is not.
 
     Parameters
     ----------
     keep
-        An int of at least 1 (tokens) or a float in (0, 1] (fraction). ``1`` is one token and
-        ``1.0`` is all of them.
+        An int of at least 1 (tokens), a float in (0, 1] (fraction), or a name out of `PUBLISHED`.
+        ``1`` is one token and ``1.0`` is all of them.
 
     Returns
     -------
@@ -32,8 +39,16 @@ def check_keep(keep: Keep) -> Keep:
     Raises
     ------
     BudgetError
-        For zero, a negative number, NaN, a fraction above 1, a bool or anything not a number.
+        For zero, a negative number, NaN, a fraction above 1, an unknown name, a bool or anything
+        else.
     """
+    if isinstance(keep, str):
+        if keep not in PUBLISHED:
+            raise BudgetError(
+                f"keep={keep!r} is no published budget. {did_you_mean(keep, PUBLISHED)} Or give a "
+                "number of tokens (keep=64) or a fraction of them (keep=0.1)."
+            )
+        return PUBLISHED[keep]
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise BudgetError(
             f"keep={keep!r} ({type(keep).__name__}) is not a budget. Give a whole number of tokens "

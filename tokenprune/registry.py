@@ -21,6 +21,7 @@ _OWN = {
     "cls-attention": "tokenprune.selectors.cls_attention:ClsAttention",
     "divprune": "tokenprune.selectors.divprune:DivPrune",
     "feature-norm": "tokenprune.selectors.feature_norm:FeatureNorm",
+    "flexselect": "tokenprune.selectors.flexselect:FlexSelect",
     "random": "tokenprune.selectors.random:Random",
     "uniform": "tokenprune.selectors.uniform:Uniform",
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",

@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import TokensError, UnsupportedModelError
+from tokenprune.reading import QueryReader
 
 Projector = Callable[[Tensor], Tensor]
 """Maps vision features [..., C] to what the language model reads [..., D]."""
 
-INPUTS = ("features", "embeddings", "cls_attention", "projector", "query_attention")
+INPUTS = ("features", "embeddings", "cls_attention", "projector", "query_attention", "question")
 """What a selector may name in `needs`."""
 
-_TENSORS = ("features", "embeddings", "cls_attention", "query_attention")
+_TENSORS = ("features", "embeddings", "cls_attention", "query_attention", "question")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +43,11 @@ class VisualTokens:
     projector
         Callable [..., C] -> [..., D]. `tokenprune.MLPProjector` lets closed forms be used.
     query_attention
-        [H, Q, N], the attention of the question's Q tokens to each visual token.
+        [H, Q, N], the attention of the question's Q tokens to each visual token; or a
+        `tokenprune.reading.QueryReader`, which reads some of the tokens at a time, so that a long
+        video's attention need not exist at once.
+    question
+        LongTensor [Q], the ids of the text after the item, in the model's own vocabulary.
     label
         What to call this item in an error, for example ``"image 2"``.
 
@@ -56,7 +62,8 @@ class VisualTokens:
     embeddings: Tensor | None = None
     cls_attention: Tensor | None = None
     projector: Projector | None = None
-    query_attention: Tensor | None = None
+    query_attention: Tensor | QueryReader | None = None
+    question: Tensor | None = None
     label: str = "the item"
 
     def __post_init__(self) -> None:
@@ -75,8 +82,8 @@ class VisualTokens:
             ("cls_attention", (1, 2)),
             ("query_attention", (3,)),
         ):
-            tensor: Tensor | None = getattr(self, name)
-            if tensor is None:
+            tensor: Any = getattr(self, name)
+            if not isinstance(tensor, Tensor):
                 continue
             token_axis = 0 if name in ("features", "embeddings") else -1
             if tensor.ndim not in dims or tensor.shape[token_axis] != self.total:
@@ -90,6 +97,11 @@ class VisualTokens:
                     f"{self.label}: {name} has shape {list(tensor.shape)}; with grid={self.grid} "
                     f"it must be {layout} with N={self.total}."
                 )
+        if self.question is not None and (self.question.ndim != 1 or _is_float(self.question)):
+            raise TokensError(
+                f"{self.label}: question has shape {list(self.question.shape)} and dtype "
+                f"{self.question.dtype}; it must be whole numbers [Q], the ids of the text."
+            )
 
     @property
     def total(self) -> int:
@@ -122,7 +134,9 @@ class TokenBatch:
     projector
         One callable for all items, or None.
     query_attention
-        [B, H, Q, N] or None.
+        [B, H, Q, N], or the reader of the batch's only item, or None.
+    question
+        [B, Q] or None.
     """
 
     grid: tuple[int, int, int]
@@ -132,7 +146,8 @@ class TokenBatch:
     embeddings: Tensor | None = None
     cls_attention: Tensor | None = None
     projector: Projector | None = None
-    query_attention: Tensor | None = None
+    query_attention: Tensor | QueryReader | None = None
+    question: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -153,8 +168,8 @@ class TokenBatch:
         TokensError
             If the batch does not have it.
         """
-        tensor: Tensor | None = getattr(self, name)
-        if tensor is None:
+        tensor: Any = getattr(self, name)
+        if not isinstance(tensor, Tensor):
             raise TokensError(
                 f"{self.labels[0]}: {name} is missing. Pass VisualTokens({name}=...), and name "
                 f"{name!r} in the selector's `needs` so that adapters gather it."
@@ -211,6 +226,7 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
     """
     first = items[0]
     fields: dict[str, Tensor] = {}
+    readers: dict[str, Any] = {}
     device = next(
         (value.device for name in _TENSORS if isinstance(value := getattr(first, name), Tensor)),
         torch.device("cpu"),
@@ -224,7 +240,11 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
                 )
         if name == "projector":
             continue
-        stacked = torch.stack([getattr(item, name) for item in items])
+        tensors = [getattr(item, name) for item in items]
+        if not isinstance(tensors[0], Tensor):
+            readers[name] = tensors[0]  # `batch_key` puts each reader into a batch of its own
+            continue
+        stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None].contiguous()
         finite = stacked.isfinite().flatten(1).all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -241,7 +261,12 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
         device=device,
         projector=first.projector if "projector" in needs else None,
         **fields,
+        **readers,
     )
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def square(count: int, what: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
-from tokenprune_hf.families.base import PROVIDED, EncodedModality, Family, Item
+from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
 from tokenprune_hf.families.registry import family_of
 
 
@@ -74,7 +74,7 @@ class Encoded:
         return Encoded({"image": taken}, self.needs)
 
 
-def encode(model: Any, *, needs: Sequence[str] = PROVIDED, **inputs: Any) -> Encoded:
+def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Encoded:
     """Run a model's vision encoder on what its processor returned, without pruning.
 
     Parameters
@@ -110,9 +110,10 @@ def encode_media(family: Family, arguments: dict[str, Any], needs: Sequence[str]
         If they hold none.
     """
     media = family.media(arguments)
+    needs = tuple(need for need in needs if need in ENCODED)
     if not media:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
-    return Encoded({one.modality: family.encode(one, needs) for one in media}, tuple(needs))
+    return Encoded({one.modality: family.encode(one, needs) for one in media}, needs)
 
 
 @dataclass(frozen=True)

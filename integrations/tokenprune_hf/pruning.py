@@ -24,9 +24,17 @@ from tokenprune.errors import PromptError, TokenPruneError
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
+from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded, encode_media
+from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
-from tokenprune_hf.shortened import Shortened, find_placeholders, shorten_prompt
+from tokenprune_hf.reading import with_prompt
+from tokenprune_hf.shortened import (
+    Shortened,
+    attention_mask_of,
+    find_placeholders,
+    shorten_prompt,
+)
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -254,7 +262,8 @@ class Pruning:
             )
         if encoded is None:
             encoded = encode_media(self._family, arguments, self.selector.needs)
-        missing = [name for name in self.selector.needs if name not in encoded.needs]
+        from_encoder = [name for name in self.selector.needs if name in ENCODED]
+        missing = [name for name in from_encoder if name not in encoded.needs]
         if missing:
             raise PromptError(
                 f"encoded was made without {', '.join(missing)}, which method "
@@ -262,9 +271,18 @@ class Pruning:
             )
         with torch.no_grad():
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
-            selections = self._select(encoded, placeholders)
+            mask = attention_mask_of(self._family, arguments)
+            items = with_prompt(
+                self._family,
+                arguments["input_ids"],
+                mask,
+                encoded,
+                placeholders,
+                self.selector.needs,
+            )
+            selections = self._select(encoded, items, placeholders)
             shortened = shorten_prompt(
-                self._family, arguments, encoded, placeholders, selections, self.positions
+                self._family, arguments, mask, encoded, placeholders, selections, self.positions
             )
             if self._family.mrope:
                 # With it the engine counts on, in calls that come without positions.
@@ -287,14 +305,16 @@ class Pruning:
                 )
 
     def _select(
-        self, encoded: Encoded, placeholders: dict[str, Tensor]
+        self,
+        encoded: Encoded,
+        items: dict[str, list[VisualTokens]],
+        placeholders: dict[str, Tensor],
     ) -> dict[str, list[Selection]]:
         """Choose the tokens of every item; `self.selections` gets them in prompt order."""
         result: dict[str, list[Selection]] = {}
         in_prompt: list[tuple[list[int], Selection]] = []
         for modality, media in encoded.modalities.items():
-            items = [item.tokens for item in media.items]
-            result[modality] = select_many(items, self.selector, self.keep)
+            result[modality] = select_many(items[modality], self.selector, self.keep)
             for item, selection in zip(media.items, result[modality], strict=True):
                 place: list[int] = placeholders[modality][int(item.rows[0])].tolist()
                 in_prompt.append((place, selection))

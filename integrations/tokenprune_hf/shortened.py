@@ -216,9 +216,27 @@ def find_placeholders(family: Family, input_ids: Tensor, encoded: Encoded) -> di
     return found
 
 
+def attention_mask_of(family: Family, arguments: Mapping[str, Any]) -> Tensor:
+    """Return a call's attention mask [B, L], all ones where none is needed.
+
+    Raises
+    ------
+    PromptError
+        If it is missing where it is needed, or does not fit.
+    """
+    model = family.model
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
+    # A padding token that also ends sequences does not tell padding.
+    tells = None if pad in ends else pad
+    return check_attention_mask(arguments["input_ids"], arguments.get("attention_mask"), tells)
+
+
 def shorten_prompt(
     family: Family,
     arguments: Mapping[str, Any],
+    mask: Tensor,
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
     selections: Mapping[str, list[Selection]],
@@ -232,6 +250,8 @@ def shorten_prompt(
         The model's.
     arguments
         The call's, by name, with input_ids [B, L].
+    mask
+        See `attention_mask_of`.
     encoded
         What the encoder returned.
     placeholders
@@ -240,21 +260,10 @@ def shorten_prompt(
         Per modality, one for each of `encoded`'s items.
     positions
         ``"original"`` or ``"compact"``.
-
-    Raises
-    ------
-    PromptError
-        If the attention mask is missing where it is needed, or does not fit.
     """
     model = family.model
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    ends = eos if isinstance(eos, list) else [eos]
-    # A padding token that also ends sequences does not tell padding.
-    tells = None if pad in ends else pad
-    mask = check_attention_mask(input_ids, arguments.get("attention_mask"), tells)
-
     staying = torch.ones_like(input_ids, dtype=torch.bool)
     kept, rows_per_sample = {}, {}
     for modality, media in encoded.modalities.items():

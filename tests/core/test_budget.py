@@ -47,7 +47,7 @@ def test_rounding(keep: Any, total: int, kept: int) -> None:
         (float("nan"), "nan"),
         (float("inf"), "inf"),
         (True, "bool"),
-        ("64", "str"),
+        ("64", "no published budget"),
         (None, "NoneType"),
     ],
 )

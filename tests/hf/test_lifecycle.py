@@ -138,10 +138,10 @@ def test_models_that_cannot_be_pruned() -> None:
 
 def test_a_method_whose_needs_cannot_be_met() -> None:
     @dataclass(frozen=True)
-    class AsksTheQuestion(Selector):
+    class AsksForSound(Selector):
         name: ClassVar[str] = "asks"
-        summary: ClassVar[str] = "attention of the question"
-        needs: ClassVar[tuple[str, ...]] = ("query_attention",)
+        summary: ClassVar[str] = "what a microphone heard"
+        needs: ClassVar[tuple[str, ...]] = ("sound",)
 
-    with pytest.raises(UnsupportedModelError, match="query_attention"):
-        tokenprune_hf.prune(TINY["llava"].model(), AsksTheQuestion(), 3)
+    with pytest.raises(UnsupportedModelError, match="sound"):
+        tokenprune_hf.prune(TINY["llava"].model(), AsksForSound(), 3)

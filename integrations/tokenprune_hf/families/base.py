@@ -20,8 +20,15 @@ from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
 
-PROVIDED = ("features", "embeddings", "cls_attention", "projector")
-"""What this adapter can hand to a selector."""
+ENCODED = ("features", "embeddings", "cls_attention", "projector")
+"""What a run of the vision encoder can give to selectors."""
+
+PROVIDED = (*ENCODED, "query_attention", "question")
+"""What this adapter can hand to a selector; the last two come from the prompt."""
+
+
+VIDEO_FRAMES = "video_frames"
+"""The argument in which a caller says which pictures are the frames of one video."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class EncodedModality:
         Further features of the same rows for deeper layers, each [R, D] (Qwen3-VL).
     items
         The images or videos, in prompt order.
+    videos_told
+        Whether it is sure which pictures are the frames of one video.
     """
 
     rows: Tensor
@@ -64,6 +73,7 @@ class EncodedModality:
     stacked: bool
     deepstack: list[Tensor]
     items: list[Item]
+    videos_told: bool = True
 
 
 @dataclass
@@ -93,10 +103,13 @@ class Media:
         ``"image"`` or ``"video"``.
     arguments
         Arguments of ``get_image_features`` or ``get_video_features``.
+    video_frames
+        How many of the pictures, in order, make one video each; see `Family.tells_videos`.
     """
 
     modality: str
     arguments: dict[str, Any] = field(default_factory=dict)
+    video_frames: list[int] | None = None
 
 
 class Family:
@@ -107,6 +120,10 @@ class Family:
 
     mrope: ClassVar[bool] = False
     """Whether positions have three axes (time, row, column)."""
+
+    tells_videos: ClassVar[bool] = True
+    """Whether the model's inputs tell the frames of a video from images. Where they do not, the
+    caller may say so in the argument ``video_frames``."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
@@ -166,6 +183,44 @@ class Family:
         """Say whether the tower puts a CLS token in front of its patches."""
         embeddings = getattr(self.tower(modality), "embeddings", None)
         return hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
+
+    def language_model(self) -> Any:
+        """Return the language model without its head: embeddings, layers, norm."""
+        return self.inner.language_model
+
+    def merge_side(self) -> int:
+        """Return how many patches, along each side, positions with three axes count as one token.
+
+        Only families with `mrope` are asked.
+        """
+        raise NotImplementedError
+
+    def check_videos_told(self, media: EncodedModality, places: Tensor) -> None:
+        """Raise where a method ranks whole videos and nobody said which pictures make one.
+
+        Parameters
+        ----------
+        media
+            What the encoder returned.
+        places
+            LongTensor [R, 2]: prompt and column of each row.
+
+        Raises
+        ------
+        PromptError
+            If pictures stand apart in one prompt, as a video's frames do.
+        """
+        if media.videos_told or len(media.items) < 2:
+            return
+        places = places.cpu()
+        apart = (places[1:, 0] == places[:-1, 0]) & (places[1:, 1] != places[:-1, 1] + 1)
+        if bool(apart.any()):
+            raise PromptError(
+                f"{type(self.model).__name__} is given videos as images, and this method ranks a "
+                "video as a whole. Pass video_frames along with the processor's inputs: how many "
+                f"of the {len(media.items)} pictures make one video, and 1 for each picture of an "
+                f"image; for one video video_frames=[{len(media.items)}]."
+            )
 
     def token_id(self, modality: str) -> int:
         """Return the id of the placeholder token of `modality`."""
@@ -231,12 +286,13 @@ class Family:
             names = [name for name in inspect.signature(function).parameters if name != "kwargs"]
             given = {name: arguments[name] for name in names if arguments.get(name) is not None}
             if any(name.startswith("pixel_values") for name in given):
-                found.append(Media(modality, given))
+                told = None if self.tells_videos else arguments.get(VIDEO_FRAMES)
+                found.append(Media(modality, given, told))
         return found
 
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""
-        names: set[str] = set()
+        names: set[str] = set() if self.tells_videos else {VIDEO_FRAMES}
         for modality in ("image", "video"):
             function = getattr(self.inner, f"get_{modality}_features", None)
             if function is not None:
@@ -289,7 +345,8 @@ class Family:
         with torch.no_grad():
             captured = Captured(captured_features[0], attention_module, attention)
             items = self.items(media, rows, sizes, captured)
-        return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items)
+        told = self.tells_videos or media.video_frames is not None
+        return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items, told)
 
 
 def _encoder_layers(tower: Any) -> Sequence[Any]:

@@ -62,7 +62,7 @@ class Qwen2VL(Family):
         if captured.attention_module is not None and captured.attention is not None:
             patches = packed_attention(captured.attention_module, captured.attention)
             attention = patches.unflatten(-1, (-1, merged)).mean(dim=-1)[:, order]
-        side = int(self.inner.visual.spatial_merge_size)
+        side = self.merge_side()
         items = []
         start = 0
         for index, (size, (frames, height, width)) in enumerate(
@@ -83,9 +83,13 @@ class Qwen2VL(Family):
             start += size
         return items
 
+    def merge_side(self) -> int:
+        """Return the side of the group of patches that is one token."""
+        return int(self.inner.visual.spatial_merge_size)
+
     def _merged(self) -> int:
         """Return how many patches one token holds."""
-        return int(self.inner.visual.spatial_merge_size) ** 2
+        return self.merge_side() ** 2
 
     def _raster_order(self, grids: Tensor) -> Tensor | slice:
         """Return the index that puts the encoder's inner order of tokens into raster order."""

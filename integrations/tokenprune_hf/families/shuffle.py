@@ -8,32 +8,66 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import square
 from tokenprune_hf.families.base import Captured, Family, Item, Media
+from tokenprune_hf.families.llava import frames_side_by_side
 
 
 class MergedTiles(Family):
-    """A tile is a square of tokens, each of them several patches; every tile is an item."""
+    """A tile is a square of tokens, each of them several patches; every tile is an item.
+
+    The processors of these models turn a video into pictures. With the argument ``video_frames``,
+    as many pictures as it says are one item.
+    """
+
+    tells_videos: ClassVar[bool] = False
 
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
-        """Return one item per tile."""
+        """Return one item per tile or, where the caller told them, per video."""
         attention = self.patch_attention(captured, media.modality)
         scores = None if attention is None else self.merge(attention)
         tokens = sizes[0]
         side = square(tokens, "a tile")
-        return [
-            self.item(
-                media,
-                f"image {index}",
-                (1, side, side),
-                torch.arange(index * tokens, (index + 1) * tokens, device=rows.device),
-                rows,
-                captured.features[index],
-                None if scores is None else scores[index],
+        counts = self._pictures(media, len(sizes))
+        items = []
+        first = 0
+        for index, count in enumerate(counts):
+            mine = slice(first, first + count)
+            items.append(
+                self.item(
+                    media,
+                    f"{'video' if count > 1 else 'image'} {index}",
+                    (count, side, side),
+                    torch.arange(first * tokens, (first + count) * tokens, device=rows.device),
+                    rows,
+                    captured.features[mine].flatten(0, 1),
+                    None if scores is None else frames_side_by_side(scores[mine]),
+                )
             )
-            for index in range(len(sizes))
-        ]
+            first += count
+        return items
+
+    def _pictures(self, media: Media, total: int) -> list[int]:
+        """Return how many pictures each item has.
+
+        Raises
+        ------
+        PromptError
+            If ``video_frames`` does not add up.
+        """
+        told = media.video_frames
+        if told is None:
+            return [1] * total
+        counts = [int(count) for count in told]
+        if sum(counts) != total or min(counts, default=0) < 1:
+            raise PromptError(
+                f"video_frames={list(told)} adds up to {sum(counts)} pictures and the processor "
+                f"made {total}. Give the number of frames of each video and a 1 for each picture "
+                "of an image, in the order of the prompt."
+            )
+        return counts
 
     def merge(self, attention: Tensor) -> Tensor:
         """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token."""
@@ -76,6 +110,10 @@ class Idefics3(MergedTiles):
         """Return the SigLIP-like encoder."""
         return self.inner.vision_model
 
+    def language_model(self) -> Any:
+        """Return the language model without its head."""
+        return self.inner.text_model
+
     def projector_module(self, modality: str) -> nn.Module:
         """Return the linear layer behind the pixel shuffle."""
         module: nn.Module = self.inner.connector.modality_projection
@@ -102,6 +140,20 @@ class Gemma3(MergedTiles):
     """Gemma 3: average pooling, then RMS norm, then one linear layer."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+
+    def language_model(self) -> Any:
+        """Refuse: an image's tokens see each other there, which a prefix run would have to copy.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Always.
+        """
+        raise UnsupportedModelError(
+            "Gemma 3 lets an image's tokens see each other in both directions and slides its "
+            "attention window; flexselect does not read it. Use flexselect-lite, or a method that "
+            "needs no language model (see `tokenprune methods`)."
+        )
 
     def projector_module(self, modality: str) -> nn.Module:
         """Return the norm, whose input is the pooled features."""

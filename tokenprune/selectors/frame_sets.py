@@ -1,0 +1,142 @@
+"""Long videos in sets of frames: what FlexSelect and its trained selector share.
+
+A set is every G-th frame, so that each set spans the whole video; each is scored by itself and
+gets an equal share of the budget. Memory is that of the sets scored at one time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import OptionError, TokensError
+from tokenprune.selectors.base import Picks, Selector, top_k
+from tokenprune.tokens import TokenBatch
+
+
+@dataclass(frozen=True)
+class FrameSets(Selector):
+    """Base of the methods that score a video in sets of frames; subclasses define `score_sets`.
+
+    Parameters
+    ----------
+    frames_per_set
+        The most frames that are scored together.
+    sets_per_pass
+        How many sets one pass of the scoring model may hold: more is faster and takes more memory.
+    """
+
+    frames_per_set: int = 64
+    sets_per_pass: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("frames_per_set", "sets_per_pass"):
+            if getattr(self, option) < 1:
+                raise OptionError(
+                    f"option {option}={getattr(self, option)} of method {self.name!r} must be at "
+                    "least 1."
+                )
+
+    def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the scores of some sets, each higher for a token more worth keeping.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape.
+        sets
+            LongTensors [n]: the tokens of each set.
+
+        Returns
+        -------
+        sequence of Tensor
+            float32 [B, n] for each set.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define score_sets")
+
+    def select(self, tokens: TokenBatch, keep: int) -> Picks:
+        """Return the best tokens of each set, `keep` in all, in their original order.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape.
+        keep
+            K, between 1 and N.
+        """
+        sets = frame_sets(tokens.grid, self.frames_per_set)
+        scores = torch.empty(tokens.size, tokens.total, dtype=torch.float32, device=tokens.device)
+        for start in range(0, len(sets), self.sets_per_pass):
+            part = sets[start : start + self.sets_per_pass]
+            for own, found in zip(part, self.score_sets(tokens, part), strict=True):
+                scores[:, own.to(scores.device)] = found.to(scores.device)
+        finite = scores.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            raise TokensError(
+                f"{tokens.labels[bad]}: the scores of method {self.name!r} hold NaN or infinite "
+                "values. They come from the model: check the image, and the model's dtype "
+                "(float16 overflows; bfloat16 or float32 do not)."
+            )
+        picks = [
+            own.to(scores.device)[top_k(scores[:, own.to(scores.device)], share)]
+            for own, share in zip(sets, shares(keep, [len(own) for own in sets]), strict=True)
+            if share
+        ]
+        return Picks(torch.cat(picks, dim=1).sort(dim=1).values, scores)
+
+
+def frame_sets(grid: tuple[int, int, int], frames_per_set: int) -> list[Tensor]:
+    """Return the tokens of each set of frames: set g has the frames g, g + G, g + 2G, ...
+
+    Source: FlexSelect (arXiv 2506.00993), the released code; G = ceil(T / frames_per_set).
+
+    Parameters
+    ----------
+    grid
+        (T, R, W): frames, rows, columns.
+    frames_per_set
+        The most frames of a set.
+
+    Returns
+    -------
+    list of Tensor
+        G LongTensors, ascending; together each of the T * R * W tokens once.
+    """
+    frames, rows, columns = grid
+    count = -(-frames // frames_per_set)
+    tokens = torch.arange(frames * rows * columns, device="cpu").view(frames, rows * columns)
+    return [tokens[first::count].flatten() for first in range(count)]
+
+
+def shares(keep: int, sizes: Sequence[int]) -> list[int]:
+    """Split a budget equally over sets; the first sets get what does not divide.
+
+    A set with fewer tokens than its share keeps them all, and the others share the rest.
+
+    Parameters
+    ----------
+    keep
+        Tokens to keep in all, at most ``sum(sizes)``.
+    sizes
+        Tokens of each set.
+
+    Returns
+    -------
+    list of int
+        One share for each set; they add up to `keep`.
+    """
+    result = [0] * len(sizes)
+    left = keep
+    while left:
+        open_sets = [index for index, size in enumerate(sizes) if result[index] < size]
+        each, more = divmod(left, len(open_sets))
+        for place, index in enumerate(open_sets):
+            added = min(each + (place < more), sizes[index] - result[index])
+            result[index] += added
+            left -= added
+    return result
