@@ -14,10 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
 from tokenprune.errors import (
     ConfigError,
-    InputFileError,
     OptionError,
-    TokenPruneError,
-    UnsupportedModelError,
     did_you_mean,
 )
 
@@ -117,6 +114,11 @@ def run(arguments: argparse.Namespace) -> int:
         dict.fromkeys(arguments.method or ("zeroth-order", "cls-attention", "divprune"))
     )
     selectors = _selectors(methods, arguments.option)
+    asking = [one.name for one in selectors if {"query_attention", "question"} & set(one.needs)]
+    if asking and arguments.question is None:
+        raise ConfigError(
+            f"{', '.join(asking)} chooses by the question, and there is none: add --question TEXT."
+        )
     _check_out(arguments.out)
 
     from tokenprune_hf.images import load_image
@@ -192,12 +194,14 @@ def _look(
 
     import tokenprune_hf
     from tokenprune.selecting import select_many
+    from tokenprune_eval.bundled.model import bundled_model_path
     from tokenprune_hf.families.registry import check_method
+    from tokenprune_hf.loading import ask, load
 
-    model, processor = _load(model_name)
+    model, processor = load(model_name or str(bundled_model_path()))
     for selector in selectors:
         check_method(selector, model)
-    inputs = _inputs(processor, question or "What is in the image?", image).to(model.device)
+    inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
     with torch.inference_mode():
         encoded = tokenprune_hf.encode(
             model, needs=sorted({need for one in selectors for need in one.needs}), **inputs
@@ -219,51 +223,6 @@ def _look(
             others = tuple(one for place, one in enumerate(selections) if place != whole)
             shown.append(Shown(selector.name, selections[whole], others, answer))
     return _seen(inputs, processor, image, whole), shown, plain
-
-
-def _load(name: str | None) -> tuple[Any, Any]:
-    """Return model and processor; what cannot be pruned is refused before weights are read."""
-    import torch
-    import transformers
-
-    from tokenprune_hf import supported_models
-
-    if name is None:
-        from tokenprune_eval.bundled.model import bundled_model_path
-
-        name = str(bundled_model_path())
-    hf: Any = transformers  # much of it is not typed
-    hf.utils.logging.disable_progress_bar()
-    hf.utils.logging.set_verbosity_error()
-    try:
-        kind = hf.AutoConfig.from_pretrained(name).model_type
-        if kind not in supported_models():
-            raise UnsupportedModelError(
-                f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
-                f"{', '.join(sorted(supported_models()))}."
-            )
-        processor = hf.AutoProcessor.from_pretrained(name)
-        model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-    except TokenPruneError:
-        raise
-    except Exception as error:  # what is wrong with a checkpoint can show in any way
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise InputFileError(
-            f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
-            "its processor, or a name that transformers can find."
-        ) from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
-
-
-def _inputs(processor: Any, question: str, image: Image.Image) -> Any:
-    """Return what the processor makes of a question about an image."""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        message = {"role": "user", "content": content}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-    else:
-        text = f"{processor.image_token}\n{question}"
-    return processor(text=[text], images=[image], return_tensors="pt")
 
 
 def _answer(model: Any, processor: Any, inputs: Any, **more: Any) -> str:

@@ -1,27 +1,24 @@
 """Reading a video together with its question, by the language model's own first layers.
 
-`PromptReader` builds the prompt of a set of frames out of the caller's prompt, runs the decoder
-layers up to the reference layer on it, and hands over q and k of that layer. The model's modules
-run as they are and none is touched: the run goes through a copy of the language model's outermost
-module that holds fewer of the same layers.
+`PromptReader` builds the prompt of a set of frames out of the caller's prompt, and has
+`tokenprune_hf.prefix` run the decoder layers up to the reference layer on it.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.errors import PromptError
 from tokenprune.reading import QueryKeys, reference_layer
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
+from tokenprune_hf.prefix import read_layers
 
 PROMPT_SIDE = ("query_attention", "question")
 """What selectors may need that depends on the prompt, and so is no part of `Encoded`."""
@@ -251,15 +248,17 @@ class PromptReader:
         if media.deepstack:
             extra["visual_pos_masks"] = is_visual
             extra["deepstack_visual_embeds"] = [layer[rows] for layer in media.deepstack]
-        probes = [_Probe(prompt, values, hidden) for prompt in prompts]
-        prefix = _first_layers(self.family.language_model(), layers, probes)
-        prefix(
-            inputs_embeds=embeddings,
-            position_ids=self._positions(ids, is_visual, prompts[0].frames),
-            use_cache=False,
+        return read_layers(
+            self.family.language_model(),
+            embeddings,
+            self._positions(ids, is_visual, prompts[0].frames),
+            layers,
+            asked=[prompt.asked for prompt in prompts],
+            questions=prompts[0].questions,
+            values=values,
+            hidden=hidden,
             **extra,
         )
-        return [probe.seen for probe in probes]
 
     def _positions(self, ids: Tensor, is_visual: Tensor, frames: int) -> Tensor:
         """Return fresh positions of a set, as if it was a whole video."""
@@ -277,112 +276,3 @@ class PromptReader:
         )
         # The first of four rows numbers the tokens, for the engine's masks.
         return torch.cat([plain[None].to(positions), positions])
-
-
-class _Probe:
-    """Takes q and k of one set out of each watched layer.
-
-    Attributes
-    ----------
-    seen
-        Layer -> what was seen there.
-    """
-
-    def __init__(self, prompt: _SetPrompt, values: bool, hidden: bool) -> None:
-        self._prompt = prompt
-        self._values = values
-        self._hidden = hidden
-        self.seen: dict[int, QueryKeys] = {}
-
-    def take(
-        self, number: int, attention: Any, states: Tensor, normed: Tensor, rotary: Any
-    ) -> None:
-        """Compute q of the question and k of everything from one prompt's states [L, D]."""
-        prompt = self._prompt
-        cos, sin = rotary
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        query = _heads(attention, "q", normed[-prompt.questions :])
-        key = _heads(attention, "k", normed)
-        value_norm = None
-        if self._values:
-            value = _heads(attention, "v", normed[prompt.asked])
-            value_norm = value[0].float().abs().sum(dim=-1)
-        last = slice(-prompt.questions, None)
-        self.seen[number] = QueryKeys(
-            query=rotate(query, query, cos[:, last], sin[:, last])[0][0],
-            key=rotate(key, key, cos, sin)[0][0],
-            visual=prompt.asked,
-            scale=float(attention.scaling),
-            value_norm=value_norm,
-            hidden=states[prompt.asked] if self._hidden else None,
-        )
-
-
-def _heads(attention: Any, which: str, states: Tensor) -> Tensor:
-    """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
-    projected = getattr(attention, f"{which}_proj")(states[None])
-    split = projected.unflatten(-1, (-1, int(attention.head_dim)))
-    norm = getattr(attention, f"{which}_norm", None)
-    if norm is not None:
-        split = norm(split)
-    heads: Tensor = split.transpose(1, 2)
-    return heads
-
-
-class _Watched(nn.Module):
-    """Stands where a decoder layer stands: shows its input to the probes, then runs it or stops."""
-
-    def __init__(self, number: int, layer: Any, probes: Sequence[_Probe], last: bool) -> None:
-        super().__init__()
-        self._number = number
-        # In a list, so that the layer is not registered as a part of this module.
-        self._layer = [layer]
-        self._probes = probes
-        self._last = last
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Show the layer's input to the probes."""
-        layer = self._layer[0]
-        normed = layer.input_layernorm(hidden_states)
-        cos, sin = kwargs["position_embeddings"]
-        for index, probe in enumerate(self._probes):
-            one = slice(index, index + 1) if len(cos) > 1 else slice(None)
-            rotary = cos[one], sin[one]
-            probe.take(self._number, layer.self_attn, hidden_states[index], normed[index], rotary)
-        return hidden_states if self._last else layer(hidden_states, *args, **kwargs)
-
-
-def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_Probe]) -> Any:
-    """Return a copy of a language model's outermost module with its first layers, watched.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If its layers are not of a kind that can be watched.
-    """
-    last = max(layers)
-    kept: list[Any] = list(language_model.layers[: last + 1])
-    for number in layers:
-        attention = getattr(kept[number], "self_attn", None)
-        if not hasattr(attention, "k_proj") or not hasattr(kept[number], "input_layernorm"):
-            raise UnsupportedModelError(
-                f"the decoder layers of {type(language_model).__name__} have no q_proj and k_proj "
-                "to read the question's attention from. Use flexselect-lite, or a method that "
-                "needs no language model (see `tokenprune methods`)."
-            )
-        if (sliding := getattr(attention, "sliding_window", None)) is not None:
-            raise UnsupportedModelError(
-                f"layer {number} of {type(language_model).__name__} sees {sliding} tokens only, so "
-                "its attention cannot rank a video. Pass layer=... with a layer of full attention."
-            )
-        kept[number] = _Watched(number, kept[number], probes, last=number == last)
-    prefix = copy.copy(language_model)
-    prefix._modules = {
-        **language_model._modules,
-        "layers": nn.ModuleList(kept),
-        "norm": nn.Identity(),
-    }
-    # What was put in front of the original's forward (accelerate, torch.compile) would run that.
-    prefix.__dict__.pop("forward", None)
-    prefix._compiled_call_impl = None
-    return prefix

@@ -23,6 +23,7 @@ from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune_eval import show
 from tokenprune_eval.bundled.scenes import load_scenes
+from tokenprune_hf.loading import ask
 
 tf: Any = transformers  # its processors are not typed the way they are called
 
@@ -217,7 +218,7 @@ def test_other_families_show_the_whole_image(
     # The selection drawn is the one that selecting by hand from all items gives.
     processor = tf.AutoProcessor.from_pretrained(tmp_path / "model")
     model = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "model").eval()
-    inputs = show._inputs(processor, "w5 w6", image)
+    inputs = ask(processor, "w5 w6", image=image)
     items = tokenprune_hf.encode(model, **inputs).modalities["image"].items
     assert len(items) == others + 1
     selections = select_many([item.tokens for item in items], build("cls-attention", {}), 0.25)
@@ -268,6 +269,7 @@ def test_bad_images_are_one_line_on_stderr(
         (["--keep", "nan"], "must lie in (0, 1]"),
         (["--method", "divprun"], "Did you mean 'divprune'"),
         (["--option", "estimator"], "is not NAME=VALUE"),
+        (["--method", "flexselect"], "add --question"),
         (["--option", "estimater=jvp"], "Did you mean 'estimator'"),
         (["--option", "estimator=jpv"], "Did you mean 'jvp'"),
         (["-o", "picture.gif"], "cannot be written"),

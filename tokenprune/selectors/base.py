@@ -85,6 +85,21 @@ class Selector:
                 )
         return cls(**options)
 
+    def check_model(self, config: Any) -> None:
+        """Raise unless the method can serve a model; most can serve any.
+
+        Parameters
+        ----------
+        config
+            The vision-language model's, as transformers loads it.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming what does not fit.
+        """
+        return None
+
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 scores [B, N], higher for a token more worth keeping.
 

@@ -56,7 +56,7 @@ def family_of(model: Any) -> Family:
 
 
 def check_method(selector: Selector, model: Any) -> None:
-    """Raise unless this adapter can give the method what it needs.
+    """Raise unless this adapter can give the method what it needs, and the method can serve it.
 
     Raises
     ------
@@ -69,3 +69,4 @@ def check_method(selector: Selector, model: Any) -> None:
             f"method {selector.name!r} needs {', '.join(missing)}, which tokenprune_hf does not "
             f"gather from {type(model).__name__}. It gathers: {', '.join(PROVIDED)}."
         )
+    selector.check_model(model.config)

@@ -1,0 +1,1 @@
+"""FlexSelect-Lite: a small decoder that learns how a large model ranks visual tokens."""

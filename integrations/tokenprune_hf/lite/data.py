@@ -1,0 +1,254 @@
+"""What a selector is trained on: questions about videos and images, and how the teacher ranks them.
+
+The teacher's ranking is worked out once and kept on disk, one file for what the encoder made of a
+video and one for each question, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.reading import question_scores
+from tokenprune.selectors.flexselect import FlexSelect
+from tokenprune.selectors.frame_sets import frame_sets
+from tokenprune_hf.encoding import encode_media
+from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.images import load_image
+from tokenprune_hf.loading import ask
+from tokenprune_hf.reading import with_prompt
+from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.video import read_video
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question about one file.
+
+    Attributes
+    ----------
+    kind
+        ``"image"`` or ``"video"``.
+    file
+        The image or video.
+    question
+        The text.
+    """
+
+    kind: str
+    file: Path
+    question: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item with a question and the teacher's scores; tensors are read when they are used.
+
+    Attributes
+    ----------
+    media
+        The file in which the item's features lie.
+    ranking
+        The file in which question and scores lie.
+    item
+        Which item of the image or video it is.
+    """
+
+    media: Path
+    ranking: Path
+    item: int
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features float32 [N, C], question LongTensor [Q] and scores float32 [N]."""
+        from safetensors import safe_open
+
+        with safe_open(self.media, "pt") as media, safe_open(self.ranking, "pt") as ranking:
+            return (
+                media.get_tensor(f"features.{self.item}").float(),
+                ranking.get_tensor("question"),
+                ranking.get_tensor(f"scores.{self.item}"),
+            )
+
+
+def read_data(file: Path) -> list[Asked]:
+    """Read a JSON Lines file of ``{"video": path, "question": text}`` or ``{"image": ...}``.
+
+    Parameters
+    ----------
+    file
+        Paths in it are relative to its folder.
+
+    Raises
+    ------
+    InputFileError
+        If it cannot be read, a line is not as above, or a file is missing; the line is named.
+    """
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputFileError(f"the data file {file} cannot be read: {error}.") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise InputFileError(f"{file}, line {number}: not JSON ({error}).") from None
+        kinds = [kind for kind in ("image", "video") if isinstance(values, dict) and kind in values]
+        question = values.get("question") if kinds else None
+        if len(kinds) != 1 or not isinstance(question, str) or not question.strip():
+            raise InputFileError(
+                f'{file}, line {number}: a line is {{"video": PATH, "question": TEXT}} or '
+                f'{{"image": PATH, "question": TEXT}}, not {line[:120]}.'
+            )
+        path = file.parent / str(values[kinds[0]])
+        if not path.is_file():
+            raise InputFileError(f"{file}, line {number}: there is no file {path}.")
+        found.append(Asked(kinds[0], path, question))
+    if not found:
+        raise InputFileError(f"the data file {file} holds no questions.")
+    return found
+
+
+def rank(
+    model: Any,
+    processor: Any,
+    asked: Sequence[Asked],
+    folder: Path,
+    teacher: FlexSelect,
+    frames: int,
+    done: Callable[[], None],
+) -> list[list[Example]]:
+    """Have the teacher rank every question's tokens; what is in the folder already is kept.
+
+    Parameters
+    ----------
+    model, processor
+        The large model.
+    asked
+        The questions.
+    folder
+        Where rankings are kept.
+    teacher
+        Layer and reduction of the ranking.
+    frames
+        Frames of each video, at most those of one set.
+    done
+        Called after each question.
+
+    Returns
+    -------
+    list of list of Example
+        One list for each file, in the order in which they first come.
+
+    Raises
+    ------
+    ConfigError
+        If a video has more frames than are ranked as one set.
+    InputFileError
+        If an image or a video cannot be read; what was ranked before it stays on disk.
+    """
+    if frames > teacher.frames_per_set:
+        raise ConfigError(
+            f"--frames {frames} is more than the {teacher.frames_per_set} frames that are ranked "
+            "together. Train on at most that many; longer videos are scored in sets of them."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    by_file: dict[tuple[str, Path], list[str]] = {}
+    for one in asked:
+        by_file.setdefault((one.kind, one.file), []).append(one.question)
+    return [
+        list(_rank_file(model, processor, kind, file, questions, folder, teacher, frames, done))
+        for (kind, file), questions in by_file.items()
+    ]
+
+
+def _rank_file(
+    model: Any,
+    processor: Any,
+    kind: str,
+    file: Path,
+    questions: Sequence[str],
+    folder: Path,
+    teacher: FlexSelect,
+    frames: int,
+    done: Callable[[], None],
+) -> Iterator[Example]:
+    from safetensors import safe_open
+
+    stat = file.stat()
+    name = getattr(model, "name_or_path", "")
+    media_key = _key(name, file.resolve(), stat.st_size, stat.st_mtime_ns, frames)
+    media_file = folder / f"{media_key}.safetensors"
+    family = family_of(model)
+    encoded: Any = None
+    content: Any = None
+    for question in questions:
+        ranking_key = _key(media_key, question, repr(teacher))
+        ranking_file = folder / f"{media_key}-{ranking_key}.safetensors"
+        if not (media_file.is_file() and ranking_file.is_file()):
+            if content is None:
+                content = load_image(file) if kind == "image" else read_video(file, frames)
+            inputs = ask(processor, question, **{kind: content}).to(model.device)
+            with torch.inference_mode():
+                if encoded is None:
+                    encoded = encode_media(family, dict(inputs), ("features",))
+                    _save(
+                        media_file,
+                        {
+                            f"features.{index}": _small(item.tokens.features)
+                            for media in encoded.modalities.values()
+                            for index, item in enumerate(media.items)
+                        },
+                    )
+                ids = inputs["input_ids"]
+                items = with_prompt(
+                    family,
+                    ids,
+                    attention_mask_of(family, dict(inputs)),
+                    encoded,
+                    find_placeholders(family, ids, encoded),
+                    ("question", "query_attention"),
+                )
+                rows = [tokens for own in items.values() for tokens in own]
+                found = {"question": rows[0].question}
+                for index, tokens in enumerate(rows):
+                    (whole,) = frame_sets(tokens.grid, teacher.frames_per_set)
+                    reader: Any = tokens.query_attention
+                    (seen,) = reader.read([whole], teacher.layer, values=False, hidden=False)
+                    found[f"scores.{index}"] = question_scores(seen, teacher.reduction)
+                _save(ranking_file, found)
+        done()
+        with safe_open(ranking_file, "pt") as ranking:
+            names = [key for key in ranking.keys() if key.startswith("scores.")]  # noqa: SIM118
+        for index in range(len(names)):
+            yield Example(media_file, ranking_file, index)
+
+
+def _small(features: Any) -> Tensor:
+    """Return features in float16, which is half the disk, where they fit into it."""
+    fits = features.abs().max() < torch.finfo(torch.float16).max
+    small: Tensor = features.half() if fits else features.float()
+    return small
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _save(file: Path, tensors: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    part = file.with_suffix(f".{os.getpid()}.part")
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
+    part.replace(file)

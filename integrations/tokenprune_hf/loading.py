@@ -1,0 +1,139 @@
+"""A checkpoint and a question, ready to be pruned: what the commands share.
+
+`load` opens a model with its processor and says clearly why it cannot; `ask` lays out a question
+about an image or a video as the model's own chat template does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError
+from tokenprune_hf.families.base import VIDEO_FRAMES
+from tokenprune_hf.families.registry import supported_models
+from tokenprune_hf.video import Video
+
+_FPS = 2.0
+"""Frames per second of frames that come without their times: the rate at which most video models
+sample."""
+
+
+BUNDLED = "bundled"
+"""What stands for the bundled model on a command line."""
+
+
+def model_path(name: str) -> str:
+    """Return what `load` takes for a command line's MODEL, which may be the word ``bundled``."""
+    if name != BUNDLED:
+        return name
+    # eval/ stands above this room and may be absent; whoever writes "bundled" has it.
+    module = importlib.import_module("tokenprune_eval.bundled.model")
+    return str(module.bundled_model_path())
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Return a model in eval mode, on the GPU where there is one, and its processor.
+
+    Parameters
+    ----------
+    name
+        Folder of a checkpoint, or a name that transformers can find.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it cannot be pruned; said before weights are read.
+    InputFileError
+        If it cannot be loaded.
+    """
+    import torch
+    import transformers
+
+    hf: Any = transformers  # much of it is not typed
+    hf.utils.logging.disable_progress_bar()
+    hf.utils.logging.set_verbosity_error()
+    try:
+        kind = hf.AutoConfig.from_pretrained(name).model_type
+        if kind not in supported_models():
+            raise UnsupportedModelError(
+                f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
+                f"{', '.join(sorted(supported_models()))}."
+            )
+        processor = hf.AutoProcessor.from_pretrained(name)
+        model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+    except TokenPruneError:
+        raise
+    except Exception as error:  # what is wrong with a checkpoint can show in any way
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise InputFileError(
+            f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
+            "its processor, or a name that transformers can find."
+        ) from None
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def ask(
+    processor: Any,
+    question: str,
+    *,
+    image: Image.Image | None = None,
+    video: Video | NDArray[np.uint8] | None = None,
+) -> Any:
+    """Return what the processor makes of a question about one image or one video.
+
+    Parameters
+    ----------
+    processor
+        Of the model.
+    question
+        The text after the image or video.
+    image
+        The image, or None.
+    video
+        What `read_video` returned, or frames uint8 [T, H, W, 3], taken to be two a second.
+
+    Returns
+    -------
+    transformers.BatchFeature
+        A batch of one prompt that ends where the answer begins. For models that are given videos
+        as images it holds ``video_frames`` besides, which ``model.generate`` takes inside a
+        `tokenprune_hf.prune` block only.
+    """
+    kind = "image" if video is None else "video"
+    if getattr(processor, "chat_template", None):
+        content = [{"type": kind}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        text = processor.apply_chat_template([message], add_generation_prompt=True)
+    else:
+        text = f"{getattr(processor, f'{kind}_token')}\n{question}"
+    if video is None:
+        return processor(text=[text], images=[image], return_tensors="pt")
+    if isinstance(video, Video):
+        frames, indices = video.frames, video.indices.tolist()
+        # Time stamps follow from index and rate, so the rate is the one that gives these times.
+        rate = indices[-1] / video.times[-1] if video.times[-1] > 0 else _FPS
+        total, duration = video.total, video.duration
+    else:
+        frames, indices, rate = video, list(range(len(video))), _FPS
+        total, duration = len(video), len(video) / _FPS
+    metadata = {
+        "fps": float(rate),
+        "duration": duration,
+        "total_num_frames": total,
+        "frames_indices": indices,
+        "video_backend": "pyav",
+    }
+    inputs = processor(
+        text=[text],
+        videos=[frames],
+        videos_kwargs={"do_sample_frames": False, "video_metadata": [metadata]},
+        return_tensors="pt",
+    )
+    if not any(name.startswith("pixel_values_videos") for name in inputs):
+        inputs[VIDEO_FRAMES] = [len(frames)]
+    return inputs

@@ -1,0 +1,175 @@
+"""Running a decoder's first layers, and taking q and k out of those that are asked for.
+
+The decoder's modules run as they are and none is touched: the run goes through a copy of its
+outermost module that holds fewer of the same layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.reading import QueryKeys
+
+
+def read_layers(
+    language_model: Any,
+    embeddings: Tensor,
+    positions: Tensor,
+    layers: Sequence[int],
+    *,
+    asked: Sequence[Tensor],
+    questions: int,
+    values: bool = False,
+    hidden: bool = False,
+    **arguments: Any,
+) -> list[dict[int, QueryKeys]]:
+    """Run the layers up to the last one asked for; of that one, q and k only.
+
+    Parameters
+    ----------
+    language_model
+        A decoder of transformers without its head: embeddings, layers, norm.
+    embeddings
+        [S, L, D], S prompts of one length.
+    positions
+        LongTensor [S, L], or [4, S, L] for models with M-RoPE.
+    layers
+        Which layers, from 0.
+    asked
+        For each prompt LongTensor [n], the columns of the visual tokens asked about.
+    questions
+        Q; the last Q tokens of each prompt are the question.
+    values, hidden
+        Whether `QueryKeys.value_norm` and `QueryKeys.hidden` are wanted.
+    **arguments
+        Whatever else the decoder's forward takes.
+
+    Returns
+    -------
+    list of dict
+        Layer -> q and k, for each prompt.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the layers are not of a kind that can be read.
+    """
+    probes = [_Probe(columns, questions, values, hidden) for columns in asked]
+    prefix = _first_layers(language_model, layers, probes)
+    prefix(inputs_embeds=embeddings, position_ids=positions, use_cache=False, **arguments)
+    return [probe.seen for probe in probes]
+
+
+class _Probe:
+    """Takes q and k of one prompt out of each watched layer.
+
+    Attributes
+    ----------
+    seen
+        Layer -> what was seen there.
+    """
+
+    def __init__(self, asked: Tensor, questions: int, values: bool, hidden: bool) -> None:
+        self._asked = asked
+        self._questions = questions
+        self._values = values
+        self._hidden = hidden
+        self.seen: dict[int, QueryKeys] = {}
+
+    def take(
+        self, number: int, attention: Any, states: Tensor, normed: Tensor, rotary: Any
+    ) -> None:
+        """Compute q of the question and k of everything from one prompt's states [L, D]."""
+        cos, sin = rotary
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+        query = _heads(attention, "q", normed[-self._questions :])
+        key = _heads(attention, "k", normed)
+        value_norm = None
+        if self._values:
+            value = _heads(attention, "v", normed[self._asked])
+            value_norm = value[0].float().abs().sum(dim=-1)
+        last = slice(-self._questions, None)
+        self.seen[number] = QueryKeys(
+            query=rotate(query, query, cos[:, last], sin[:, last])[0][0],
+            key=rotate(key, key, cos, sin)[0][0],
+            visual=self._asked,
+            scale=float(attention.scaling),
+            value_norm=value_norm,
+            hidden=states[self._asked] if self._hidden else None,
+        )
+
+
+def _heads(attention: Any, which: str, states: Tensor) -> Tensor:
+    """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
+    projected = getattr(attention, f"{which}_proj")(states[None])
+    split = projected.unflatten(-1, (-1, int(attention.head_dim)))
+    norm = getattr(attention, f"{which}_norm", None)
+    if norm is not None:
+        split = norm(split)
+    heads: Tensor = split.transpose(1, 2)
+    return heads
+
+
+class _Watched(nn.Module):
+    """Stands where a decoder layer stands: shows its input to the probes, then runs it or stops."""
+
+    def __init__(self, number: int, layer: Any, probes: Sequence[_Probe], last: bool) -> None:
+        super().__init__()
+        self._number = number
+        # In a list, so that the layer is not registered as a part of this module.
+        self._layer = [layer]
+        self._probes = probes
+        self._last = last
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Show the layer's input to the probes."""
+        layer = self._layer[0]
+        normed = layer.input_layernorm(hidden_states)
+        cos, sin = kwargs["position_embeddings"]
+        for index, probe in enumerate(self._probes):
+            one = slice(index, index + 1) if len(cos) > 1 else slice(None)
+            rotary = cos[one], sin[one]
+            probe.take(self._number, layer.self_attn, hidden_states[index], normed[index], rotary)
+        return hidden_states if self._last else layer(hidden_states, *args, **kwargs)
+
+
+def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_Probe]) -> Any:
+    """Return a copy of a language model's outermost module with its first layers, watched.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If its layers are not of a kind that can be watched.
+    """
+    last = max(layers)
+    kept: list[Any] = list(language_model.layers[: last + 1])
+    for number in layers:
+        attention = getattr(kept[number], "self_attn", None)
+        if not hasattr(attention, "k_proj") or not hasattr(kept[number], "input_layernorm"):
+            raise UnsupportedModelError(
+                f"the decoder layers of {type(language_model).__name__} have no q_proj and k_proj "
+                "to read the question's attention from. Use flexselect-lite, or a method that "
+                "needs no language model (see `tokenprune methods`)."
+            )
+        if (sliding := getattr(attention, "sliding_window", None)) is not None:
+            raise UnsupportedModelError(
+                f"layer {number} of {type(language_model).__name__} sees {sliding} tokens only, so "
+                "its attention cannot rank a video. Pass layer=... with a layer of full attention."
+            )
+        kept[number] = _Watched(number, kept[number], probes, last=number == last)
+    prefix = copy.copy(language_model)
+    prefix._modules = {
+        **language_model._modules,
+        "layers": nn.ModuleList(kept),
+        "norm": nn.Identity(),
+    }
+    # What was put in front of the original's forward (accelerate, torch.compile) would run that.
+    prefix.__dict__.pop("forward", None)
+    prefix._compiled_call_impl = None
+    return prefix
