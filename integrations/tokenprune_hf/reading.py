@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import PromptError
 from tokenprune.reading import QueryKeys, reference_layer
+from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
@@ -65,120 +65,44 @@ def with_prompt(
         result[modality] = []
         for item in media.items:
             sample = int(places[item.rows[0], 0])
-            spoken = attention_mask[sample].bool()
-            prompt = _ItemPrompt(
-                input_ids[sample], spoken, any_placeholder[sample], media, item, places
-            )
+            text = (attention_mask[sample].bool() & ~any_placeholder[sample]).nonzero()[:, 0]
+            prompt, rows = _item_prompt(media, item, places, input_ids[sample], text)
             added: dict[str, Any] = {}
             if "question" in needs:
-                added["question"] = input_ids[sample][prompt.question]
+                added["question"] = prompt.question
             if "query_attention" in needs:
-                added["query_attention"] = PromptReader(family, modality, prompt)
+                added["query_attention"] = PromptReader(
+                    family, media, modality, item.tokens.grid, prompt, rows
+                )
             result[modality].append(replace(item.tokens, **added))
     return result
 
 
-class _ItemPrompt:
-    """One item's part in one prompt: what comes before it, inside it and after it.
+def _item_prompt(
+    media: EncodedModality, item: Item, places: Tensor, ids: Tensor, text: Tensor
+) -> tuple[ItemPrompt, Tensor]:
+    """Return an item's part in its prompt, and which rows of the encoder `SetPrompt.sources` means.
 
-    Attributes
+    Parameters
     ----------
-    question
-        LongTensor, the columns of the text after the item.
+    media, item
+        What the encoder returned.
+    places
+        LongTensor [R, 2]: prompt and column of each row.
+    ids, text
+        The prompt [L] and the columns of its text.
     """
-
-    def __init__(
-        self,
-        input_ids: Tensor,
-        spoken: Tensor,
-        is_placeholder: Tensor,
-        media: EncodedModality,
-        item: Item,
-        places: Tensor,
-    ) -> None:
-        self.input_ids = input_ids
-        self.media = media
-        self.item = item
-        rows = item.rows.to(places.device)
-        self._columns = places[rows, 1]
-        first, last = int(self._columns[0]), int(self._columns[-1])
-        text = (spoken & ~is_placeholder).nonzero()[:, 0]
-        self.question = text[text > last]
-        if not len(self.question):
-            raise PromptError(
-                f"{item.tokens.label}: no text comes after it, and this method ranks its tokens by "
-                "the text that does. Put the question after the image or video, or make the prompt "
-                "with add_generation_prompt=True."
-            )
-        self._before = text[text < first]
-        inside = text[(text > first) & (text < last)]
-        # Text inside a video (time stamps, frame numbers) is about the frame that comes next.
-        per_frame = item.tokens.grid[1] * item.tokens.grid[2]
-        following = torch.searchsorted(self._columns, inside)
-        self._labels, self._label_frames = inside, following // per_frame
-        # Rows of the encoder that belong to no item (newlines) stay wherever they stand in it.
-        loose = torch.ones(len(places), dtype=torch.bool, device=places.device)
-        for other in media.items:
-            loose[other.rows.to(places.device)] = False
-        sample = int(places[rows[0], 0])
-        near = (places[:, 1] > first) & (places[:, 1] <= last + 1)
-        self._loose = (loose & near & (places[:, 0] == sample)).nonzero()[:, 0]
-        self._loose_columns = places[self._loose, 1]
-
-    def of_set(self, tokens: Tensor) -> _SetPrompt:
-        """Return the prompt that holds some of the item's tokens and all of its text.
-
-        Parameters
-        ----------
-        tokens
-            LongTensor [n], ascending.
-        """
-        device = self.input_ids.device
-        tokens = tokens.to(device)
-        per_frame = self.item.tokens.grid[1] * self.item.tokens.grid[2]
-        frames = torch.unique(tokens // per_frame)
-        labels = self._labels[torch.isin(self._label_frames, frames)]
-        text = torch.cat([self._before, labels, self.question])
-        visual = torch.cat([self._columns[tokens], self._loose_columns])
-        rows = torch.cat([self.item.rows.to(device)[tokens], self._loose])
-        columns, order = torch.cat([text, visual]).sort()
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=device)
-        visual_places, by_place = place[len(text) :].sort()
-        return _SetPrompt(
-            ids=self.input_ids[columns],
-            visual=visual_places,
-            rows=rows[by_place],
-            asked=place[len(text) : len(text) + len(tokens)],
-            questions=len(self.question),
-            frames=len(frames),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _SetPrompt:
-    """The prompt of one set of frames.
-
-    Attributes
-    ----------
-    ids
-        LongTensor [L].
-    visual, rows
-        LongTensors [V]: the visual columns among L, and which of the encoder's rows goes in each.
-    asked
-        LongTensor [n], the columns of the set's own tokens.
-    questions
-        Q; the question is the last Q tokens.
-    frames
-        How many frames of the grid the set has.
-    """
-
-    ids: Tensor
-    visual: Tensor
-    rows: Tensor
-    asked: Tensor
-    questions: int
-    frames: int
+    rows = item.rows.to(places.device)
+    columns = places[rows, 1]
+    # Rows that belong to no item: newlines.
+    loose = torch.ones(len(places), dtype=torch.bool, device=places.device)
+    for other in media.items:
+        loose[other.rows.to(places.device)] = False
+    near = (places[:, 1] > columns[0]) & (places[:, 1] <= columns[-1] + 1)
+    loose_rows = (loose & near & (places[:, 0] == places[rows[0], 0])).nonzero()[:, 0]
+    tokens = item.tokens
+    prompt = ItemPrompt(ids, text, columns, places[loose_rows, 1], tokens.grid, tokens.label)
+    return prompt, torch.cat([rows, loose_rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,15 +111,24 @@ class PromptReader:
 
     Attributes
     ----------
-    family, modality
-        Whose language model reads what.
+    family
+        Whose language model reads.
+    media, modality
+        What the encoder returned, and ``"image"`` or ``"video"``.
+    grid
+        Of the item.
     prompt
         The item's part in the prompt.
+    rows
+        LongTensor, which of the encoder's rows each of `SetPrompt.sources` stands for.
     """
 
     family: Family
+    media: EncodedModality
     modality: str
-    prompt: _ItemPrompt
+    grid: tuple[int, int, int]
+    prompt: ItemPrompt
+    rows: Tensor
 
     def read(
         self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
@@ -224,34 +157,30 @@ class PromptReader:
         """
         prompts = [self.prompt.of_set(tokens) for tokens in sets]
         found: dict[int, dict[int, QueryKeys]] = {}
-        shapes = [(len(prompt.ids), prompt.frames) for prompt in prompts]
-        for shape in sorted(set(shapes)):
+        for length in sorted({len(prompt.ids) for prompt in prompts}):
             # Prompts of one length go through the layers together; no padding, so no mask.
-            mine = [index for index, own in enumerate(shapes) if own == shape]
+            mine = [index for index, prompt in enumerate(prompts) if len(prompt.ids) == length]
             seen = self._run([prompts[index] for index in mine], layers, values, hidden)
             found.update(zip(mine, seen, strict=True))
         return [found[index] for index in range(len(prompts))]
 
     def _run(
-        self, prompts: Sequence[_SetPrompt], layers: Sequence[int], values: bool, hidden: bool
+        self, prompts: Sequence[SetPrompt], layers: Sequence[int], values: bool, hidden: bool
     ) -> list[dict[int, QueryKeys]]:
-        model, media = self.family.model, self.prompt.media
         ids = torch.stack([prompt.ids for prompt in prompts])
-        embeddings = model.get_input_embeddings()(ids)
-        is_visual = torch.zeros_like(ids, dtype=torch.bool)
-        for index, prompt in enumerate(prompts):
-            is_visual[index, prompt.visual] = True
-        rows = torch.cat([prompt.rows for prompt in prompts])
-        embeddings = embeddings.clone()
-        embeddings[is_visual] = media.rows[rows.to(media.rows.device)].to(embeddings)
+        is_visual = torch.stack([prompt.is_visual for prompt in prompts])
+        rows = self.rows[torch.cat([prompt.sources for prompt in prompts])]
+        rows = rows.to(self.media.rows.device)
+        embeddings = self.family.model.get_input_embeddings()(ids).clone()
+        embeddings[is_visual] = self.media.rows[rows].to(embeddings)
         extra: dict[str, Any] = {}
-        if media.deepstack:
+        if self.media.deepstack:
             extra["visual_pos_masks"] = is_visual
-            extra["deepstack_visual_embeds"] = [layer[rows] for layer in media.deepstack]
+            extra["deepstack_visual_embeds"] = [layer[rows] for layer in self.media.deepstack]
         return read_layers(
             self.family.language_model(),
             embeddings,
-            self._positions(ids, is_visual, prompts[0].frames),
+            self._positions(is_visual),
             layers,
             asked=[prompt.asked for prompt in prompts],
             questions=prompts[0].questions,
@@ -260,19 +189,13 @@ class PromptReader:
             **extra,
         )
 
-    def _positions(self, ids: Tensor, is_visual: Tensor, frames: int) -> Tensor:
-        """Return fresh positions of a set, as if it was a whole video."""
-        plain = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+    def _positions(self, is_visual: Tensor) -> Tensor:
+        """Return fresh positions of sets [S, L], as if each was a whole video."""
+        plain = torch.arange(is_visual.shape[1], device=is_visual.device)
+        plain = plain[None].expand(len(is_visual), -1)
         if not self.family.mrope:
             return plain
-        _, height, width = self.prompt.item.tokens.grid
-        side = self.family.merge_side()
-        grid = torch.tensor([[frames, height * side, width * side]], device=ids.device)
-        kind = 1 if self.modality == "image" else 2
-        positions, _ = self.family.inner.get_rope_index(
-            ids,
-            mm_token_type_ids=is_visual.int() * kind,
-            **{f"{self.modality}_grid_thw": grid.expand(len(ids), -1).clone()},
-        )
+        interval = self.family.frame_interval(self.modality)
+        axes = [positions_on_axes(own, self.grid, interval) for own in is_visual]
         # The first of four rows numbers the tokens, for the engine's masks.
-        return torch.cat([plain[None].to(positions), positions])
+        return torch.cat([plain[None], torch.stack(axes, dim=1)])

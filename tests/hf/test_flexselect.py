@@ -41,13 +41,11 @@ def attention_by_hand(
     if name.startswith("qwen"):
         kind = 1 if bool((ids == IMAGE).any()) else 2
         key = "image_grid_thw" if kind == 1 else "video_grid_thw"
-        grid = inputs[key][:1].clone()
-        per_frame = int(grid[0, 1] * grid[0, 2]) // 4
-        grid[0, 0] = int(visual.sum()) // per_frame
-        positions, _ = model.model.get_rope_index(
-            ids, mm_token_type_ids=visual.int() * kind, **{key: grid}
+        _, height, width = (inputs[key][0] // 2).tolist()
+        interval = model.config.vision_config.tokens_per_second if name == "qwen2_5_vl" else 1
+        arguments["position_ids"] = axes_by_hand(
+            visual[0].tolist(), height, width, interval if kind == 2 else 1
         )
-        arguments["position_ids"] = positions
         arguments["attention_mask"] = torch.ones_like(ids)
     language_model = getattr(model.model, "language_model", None) or model.model.text_model
     if name == "qwen3_vl":
@@ -67,6 +65,28 @@ def attention_by_hand(
     finally:
         model.set_attn_implementation("sdpa")
     return [layer[0].float() for layer in output.attentions]
+
+
+def axes_by_hand(visual: list[bool], height: int, width: int, interval: int) -> Tensor:
+    """Count as Qwen2-VL's paper says: text on from the furthest position so far."""
+    positions: list[tuple[int, int, int]] = []
+    start, place = 0, 0
+    while place < len(visual):
+        if not visual[place]:
+            positions.append((start, start, start))
+            start, place = start + 1, place + 1
+            continue
+        frame, run = 0, []
+        while place < len(visual) and visual[place]:
+            run += [
+                (start + frame * interval, start + y, start + x)
+                for y in range(height)
+                for x in range(width)
+            ]
+            frame, place = frame + 1, place + height * width
+        positions += run
+        start = max(map(max, run)) + 1
+    return torch.tensor(positions).T[:, None]
 
 
 def encoder_rows(model: Any, inputs: dict[str, Any], modality: str) -> tuple[Tensor, list[int]]:

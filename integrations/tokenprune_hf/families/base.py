@@ -188,12 +188,12 @@ class Family:
         """Return the language model without its head: embeddings, layers, norm."""
         return self.inner.language_model
 
-    def merge_side(self) -> int:
-        """Return how many patches, along each side, positions with three axes count as one token.
+    def frame_interval(self, modality: str) -> int:
+        """Return how many steps of the first axis lie between frames whose times are not known.
 
         Only families with `mrope` are asked.
         """
-        raise NotImplementedError
+        return 1
 
     def check_videos_told(self, media: EncodedModality, places: Tensor) -> None:
         """Raise where a method ranks whole videos and nobody said which pictures make one.

@@ -62,7 +62,7 @@ class Qwen2VL(Family):
         if captured.attention_module is not None and captured.attention is not None:
             patches = packed_attention(captured.attention_module, captured.attention)
             attention = patches.unflatten(-1, (-1, merged)).mean(dim=-1)[:, order]
-        side = self.merge_side()
+        side = int(self.inner.visual.spatial_merge_size)
         items = []
         start = 0
         for index, (size, (frames, height, width)) in enumerate(
@@ -83,13 +83,9 @@ class Qwen2VL(Family):
             start += size
         return items
 
-    def merge_side(self) -> int:
-        """Return the side of the group of patches that is one token."""
-        return int(self.inner.visual.spatial_merge_size)
-
     def _merged(self) -> int:
         """Return how many patches one token holds."""
-        return self.merge_side() ** 2
+        return int(self.inner.visual.spatial_merge_size) ** 2
 
     def _raster_order(self, grids: Tensor) -> Tensor | slice:
         """Return the index that puts the encoder's inner order of tokens into raster order."""
@@ -100,6 +96,12 @@ class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL: as Qwen2-VL, but the encoder works on windows and undoes it after the merger."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+
+    def frame_interval(self, modality: str) -> int:
+        """Return the positions per second for a video, as if its frames were a second apart."""
+        if modality == "image":
+            return 1
+        return int(self.model.config.vision_config.tokens_per_second)
 
     def _raster_order(self, grids: Tensor) -> Tensor | slice:
         """Undo the order of windows as the encoder itself does."""
