@@ -1,0 +1,514 @@
+"""`find_layer`: which decoder layer of a model finds a needle in a video.
+
+FlexSelect ranks a video's tokens by the question's attention at one layer. Which one that should
+be is measured: one frame is replaced by a picture, the needle, the model is asked about it, and a
+layer is as good as the share of its top K tokens that lie in that frame, K being the tokens of one
+frame. Source: FlexSelect (arXiv 2506.00993) and the needle scripts of its released code.
+
+The released scripts reduce heads and question tokens by the mean for LLaVA and InternVL and by the
+maximum for Qwen, and then run with the maximum everywhere. Here the reduction that is measured is
+the one that is written into the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
+
+from tokenprune.errors import (
+    ConfigError,
+    InputFileError,
+    MissingPackageError,
+    TokensError,
+    UnsupportedModelError,
+    did_you_mean,
+)
+from tokenprune.reading import Reduction, question_scores
+from tokenprune.selectors.base import top_k
+from tokenprune.selectors.frame_sets import frame_sets
+from tokenprune_hf.encoding import encode_media
+from tokenprune_hf.families.base import Family
+from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.images import load_image
+from tokenprune_hf.loading import ask
+from tokenprune_hf.reading import PromptReader, with_prompt
+from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.video import Video
+
+FRAMES_PER_SET = 64
+"""The most frames that are ranked together: FlexSelect's own default."""
+
+_BORDER = 5
+"""Frames at either end of a video that are never replaced, as published."""
+
+_SIDE = 448
+_CARD = (232, 230, 224)
+_DRAWN = (
+    ("circle", "red", (214, 32, 32)),
+    ("square", "blue", (28, 66, 214)),
+    ("triangle", "green", (24, 150, 50)),
+    ("star", "yellow", (244, 196, 12)),
+    ("cross", "black", (16, 16, 16)),
+    ("rectangle", "pink", (240, 110, 170)),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Needle:
+    """A picture that takes the place of a frame, and what is asked about it.
+
+    Attributes
+    ----------
+    image
+        RGB, of any size.
+    question
+        The text after the video.
+    name
+        What to call it in a result.
+    """
+
+    image: Image.Image
+    question: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One needle in one video at one depth, seen by every layer.
+
+    Attributes
+    ----------
+    video, needle
+        Which of the videos, which of the needles.
+    frames
+        The frames that were replaced: those of one step of the grid, two in Qwen-VL.
+    grid
+        (T, R, W) of the video's tokens.
+    tokens
+        K, the tokens of one step: R * W.
+    ranked
+        The tokens they were ranked among: those of all steps, or of the needle's set of 64.
+    found
+        For each layer, how many of its top K tokens are the needle's.
+    """
+
+    video: int
+    needle: int
+    frames: tuple[int, ...]
+    grid: tuple[int, int, int]
+    tokens: int
+    ranked: int
+    found: tuple[int, ...]
+
+    @property
+    def recall(self) -> tuple[float, ...]:
+        """The share of each layer's top K tokens that are the needle's."""
+        return tuple(found / self.tokens for found in self.found)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecall:
+    """What `find_layer` measured.
+
+    Attributes
+    ----------
+    layers
+        The layers that were measured, rising, from 0: those of full attention.
+    runs
+        One for each video, needle and repeat, in this order.
+    planned
+        How many runs there are in all; in a finished result ``len(runs)``.
+    reduction
+        How heads and question tokens became one score per token.
+    seed
+        Of the depths.
+    """
+
+    layers: tuple[int, ...]
+    runs: tuple[Run, ...]
+    planned: int
+    reduction: Reduction
+    seed: int
+
+    @property
+    def recall(self) -> tuple[float, ...]:
+        """The mean recall of each of `layers`."""
+        # fsum: layers with the same recalls in another order tie to the last bit.
+        columns = zip(*(run.recall for run in self.runs), strict=True)
+        return tuple(math.fsum(column) / len(self.runs) for column in columns)
+
+    @property
+    def best(self) -> int:
+        """The layer with the highest recall, the lowest of those that share it."""
+        recall = self.recall
+        return self.layers[recall.index(max(recall))]
+
+    @property
+    def chance(self) -> float:
+        """The recall of a random ranking."""
+        return math.fsum(run.tokens / run.ranked for run in self.runs) / len(self.runs)
+
+    def intervals(self, level: float = 0.95) -> tuple[tuple[float, float] | None, ...]:
+        """Return a t interval of each layer's mean recall, cut off at 0 and 1.
+
+        Runs are taken to be independent of each other, also those in the same video.
+
+        Parameters
+        ----------
+        level
+            How sure the interval is.
+
+        Returns
+        -------
+        tuple
+            (low, high) of each of `layers`; None where there is a single run.
+
+        Raises
+        ------
+        MissingPackageError
+            If scipy is not installed.
+        """
+        if len(self.runs) < 2:
+            return (None,) * len(self.layers)
+        try:
+            from scipy import stats
+        except ImportError:
+            raise MissingPackageError(
+                "the intervals need scipy. Install it with: pip install scipy"
+            ) from None
+        values = np.array([run.recall for run in self.runs])  # [runs, layers]
+        reach = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values, axis=0)
+        return tuple(
+            (max(0.0, mean - float(by)), min(1.0, mean + float(by)))
+            for mean, by in zip(self.recall, reach, strict=True)
+        )
+
+    @property
+    def found(self) -> bool:
+        """Whether the best layer's interval, or single recall, lies above chance."""
+        place = self.layers.index(self.best)
+        bounds = self.intervals()[place]
+        return (self.recall[place] if bounds is None else bounds[0]) > self.chance
+
+
+def find_layer(
+    model: Any,
+    processor: Any,
+    videos: Sequence[Video | NDArray[np.uint8]],
+    needles: Sequence[Needle],
+    *,
+    reduction: Reduction = "max",
+    repeats: int = 1,
+    seed: int = 0,
+    on_run: Callable[[LayerRecall], None] | None = None,
+) -> LayerRecall:
+    """Measure Recall@K of needles at every decoder layer of a model.
+
+    For each video, needle and repeat, a frame at a random depth is replaced by the needle, the
+    video is encoded and read once, and every layer's top K tokens are counted. Up to 64 steps of
+    the grid are ranked together; of longer videos it is FlexSelect's set of every G-th step that
+    holds the needle, because sets are ranked apart.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers that takes videos.
+    processor
+        Its processor.
+    videos
+        What `read_video` returned, or frames uint8 [T, H, W, 3].
+    needles
+        What to hide; see `drawn_needles` and `read_needles`.
+    reduction
+        ``"max"`` or ``"mean"`` over heads and question tokens.
+    repeats
+        At how many depths each needle is hidden in each video.
+    seed
+        Of the depths; nothing else is drawn.
+    on_run
+        Called after each run with all that is measured until then.
+
+    Returns
+    -------
+    LayerRecall
+
+    Raises
+    ------
+    ConfigError
+        If an argument has a value it cannot take, or a video is too short; before anything is run.
+    UnsupportedModelError
+        If the model takes no videos or its layers cannot be read.
+    TokensError
+        If the model's attention is not finite.
+    """
+    _check_arguments(videos, needles, reduction, repeats, seed)
+    family = family_of(model)
+    layers = _full_attention_layers(family)
+    if getattr(processor, "video_processor", None) is None:
+        raise UnsupportedModelError(
+            f"{type(processor).__name__} takes no videos, and needles are hidden in videos. Name a "
+            "model that takes them; images alone need no reference layer of their own."
+        )
+    vision = getattr(model.config, "vision_config", None)
+    per_step = int(getattr(vision, "temporal_patch_size", None) or 1)
+    places = [_places(video, number, per_step) for number, video in enumerate(videos)]
+    planned = len(videos) * len(needles) * repeats
+    runs: list[Run] = []
+    for number, video in enumerate(videos):
+        for which, needle in enumerate(needles):
+            order = np.random.default_rng([seed, number, which]).permutation(places[number])
+            for repeat in range(repeats):
+                step = int(order[repeat % len(order)])
+                total = len(_frames(video))
+                frames = tuple(range(step * per_step, min((step + 1) * per_step, total)))
+                hidden = _hide(video, frames, needle.image)
+                inputs = ask(processor, needle.question, video=hidden).to(model.device)
+                grid, ranked, found = _read(
+                    family, inputs, total, per_step, step, layers, reduction
+                )
+                tokens = grid[1] * grid[2]
+                runs.append(Run(number, which, frames, grid, tokens, ranked, found))
+                if on_run is not None:
+                    on_run(LayerRecall(layers, tuple(runs), planned, reduction, seed))
+    return LayerRecall(layers, tuple(runs), planned, reduction, seed)
+
+
+def _check_arguments(
+    videos: Sequence[Any],
+    needles: Sequence[Needle],
+    reduction: str,
+    repeats: int,
+    seed: int,
+) -> None:
+    if reduction not in get_args(Reduction):
+        known = did_you_mean(reduction, get_args(Reduction))
+        raise ConfigError(f"reduction={reduction!r} is no reduction. {known}")
+    if not videos or not needles:
+        raise ConfigError("there is nothing to measure: give at least one video and one needle.")
+    for name, value, least in (("repeats", repeats, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"{name}={value} must be at least {least}.")
+
+
+def _full_attention_layers(family: Family) -> tuple[int, ...]:
+    """Return the layers whose attention can rank a whole video."""
+    layers = list(family.language_model().layers)
+    full = tuple(
+        number
+        for number, layer in enumerate(layers)
+        if getattr(getattr(layer, "self_attn", None), "sliding_window", None) is None
+    )
+    if not full:
+        raise UnsupportedModelError(
+            f"all {len(layers)} decoder layers of {type(family.model).__name__} have a sliding "
+            "window, so none of them can rank a video. Use flexselect-lite, or a method that needs "
+            "no language model (see `tokenprune methods`)."
+        )
+    return full
+
+
+# The needle in the video ------------------------------------------------------------------------
+
+
+def _frames(video: Video | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return [T, H, W, 3]."""
+    return video.frames if isinstance(video, Video) else video
+
+
+def _places(video: Video | NDArray[np.uint8], number: int, per_step: int) -> range:
+    """Return the steps of the grid in which a needle may lie.
+
+    As published, frames 5 to T - 6; in a video of fewer than 11 frames, any step but the first and
+    the last.
+    """
+    name = str(video.path) if isinstance(video, Video) else f"video {number}"
+    frames = _frames(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise ConfigError(
+            f"{name}: frames are uint8 [T, H, W, 3], and these are {frames.dtype} "
+            f"{list(frames.shape)}."
+        )
+    total = len(frames)
+    steps = -(-total // per_step)
+    if steps < 3:
+        raise ConfigError(
+            f"{name}: a video of {total} frames is too short to hide a needle between its first "
+            f"and its last. This model needs {2 * per_step + 1} frames or more."
+        )
+    if total <= 2 * _BORDER:
+        return range(1, steps - 1)
+    return range(_BORDER // per_step, (total - _BORDER - 1) // per_step + 1)
+
+
+def _hide(
+    video: Video | NDArray[np.uint8], frames: Sequence[int], needle: Image.Image
+) -> Video | NDArray[np.uint8]:
+    """Return the video with some of its frames replaced.
+
+    The needle is whole and undistorted; what it leaves free has the colour of its upper left
+    corner.
+    """
+    changed = _frames(video).copy()
+    height, width = changed.shape[1:3]
+    picture = needle.convert("RGB")
+    corner: Any = picture.getpixel((0, 0))
+    changed[list(frames)] = np.asarray(ImageOps.pad(picture, (width, height), color=corner))
+    return replace(video, frames=changed) if isinstance(video, Video) else changed
+
+
+# Reading it -------------------------------------------------------------------------------------
+
+
+def _read(
+    family: Family,
+    inputs: Any,
+    total: int,
+    per_step: int,
+    step: int,
+    layers: Sequence[int],
+    reduction: Reduction,
+) -> tuple[tuple[int, int, int], int, tuple[int, ...]]:
+    """Encode and read one video with its question, once for all layers.
+
+    Parameters
+    ----------
+    inputs
+        What the processor made of them.
+    total, per_step
+        Frames of the video, and of one step of the grid.
+    step
+        Where the needle is.
+
+    Returns
+    -------
+    grid
+        (T, R, W).
+    ranked
+        How many tokens were ranked together.
+    found
+        For each layer, how many of its top R * W tokens are in the needle's step.
+    """
+    arguments = dict(inputs)
+    with torch.no_grad():
+        encoded = encode_media(family, arguments, ())
+        placeholders = find_placeholders(family, arguments["input_ids"], encoded)
+        mask = attention_mask_of(family, arguments)
+        items = with_prompt(
+            family, arguments["input_ids"], mask, encoded, placeholders, ("query_attention",)
+        )
+        (item, *others) = [one for own in items.values() for one in own]
+        if others or item.grid[0] != -(-total // per_step):
+            raise UnsupportedModelError(
+                f"{type(family.model).__name__} reads {total} frames of a video as "
+                f"{1 + len(others)} items, the first of {item.grid[0]} steps, so a needle's tokens "
+                "cannot be told. Name a model that reads a video's frames one by one or in pairs."
+            )
+        reader = cast(PromptReader, item.query_attention)
+        tokens = item.grid[1] * item.grid[2]
+        sets = frame_sets(item.grid, FRAMES_PER_SET)
+        own = sets[step % len(sets)]
+        (seen,) = reader.read_layers([own], layers, False, False)
+        found = []
+        for layer in layers:
+            scores = question_scores(seen[layer], reduction)
+            if not bool(scores.isfinite().all()):
+                raise TokensError(
+                    f"{item.label}: the attention of layer {layer} holds NaN or infinite values. "
+                    "Check the model's dtype (float16 overflows; bfloat16 or float32 do not)."
+                )
+            best = own[top_k(scores[None], tokens)[0].to(own.device)]
+            found.append(int((best // tokens == step).sum()))
+    return item.grid, len(own), tuple(found)
+
+
+# Needles ----------------------------------------------------------------------------------------
+
+
+def drawn_needles() -> list[Needle]:
+    """Return six needles: a coloured shape on a plain card each, and the question for its colour.
+
+    The questions are short and in lower case, so that small tokenizers know their words.
+    """
+    return [
+        Needle(_card(shape, colour), f"what color is the {shape}?", f"a {name} {shape}")
+        for shape, name, colour in _DRAWN
+    ]
+
+
+def _card(shape: str, colour: tuple[int, int, int]) -> Image.Image:
+    image = Image.new("RGB", (_SIDE, _SIDE), _CARD)
+    draw = ImageDraw.Draw(image)
+    centre, low, high = _SIDE / 2, 0.18 * _SIDE, 0.82 * _SIDE
+    if shape == "circle":
+        draw.ellipse((low, low, high, high), fill=colour)
+    elif shape == "square":
+        draw.rectangle((low, low, high, high), fill=colour)
+    elif shape == "rectangle":
+        draw.rectangle((0.1 * _SIDE, 0.32 * _SIDE, 0.9 * _SIDE, 0.68 * _SIDE), fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(centre, low), (high, high), (low, high)], fill=colour)
+    elif shape == "cross":
+        draw.rectangle((low, 0.4 * _SIDE, high, 0.6 * _SIDE), fill=colour)
+        draw.rectangle((0.4 * _SIDE, low, 0.6 * _SIDE, high), fill=colour)
+    else:
+        points = []
+        for corner in range(10):
+            reach = (high - low) / 2 * (1.1 if corner % 2 == 0 else 0.44)
+            angle = math.pi * corner / 5
+            points.append((centre + reach * math.sin(angle), centre - reach * math.cos(angle)))
+        draw.polygon(points, fill=colour)
+    return image
+
+
+def read_needles(path: Path) -> list[Needle]:
+    """Read a JSONL file of needles.
+
+    Parameters
+    ----------
+    path
+        One object a line, ``{"image": "card.png", "question": "what is on the card?"}``; paths of
+        images are relative to the file.
+
+    Raises
+    ------
+    InputFileError
+        If the file, a line of it or an image cannot be read; the message names it.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        raise InputFileError(
+            f"{path}: the needles cannot be read ({reason}). Give a JSONL file with an image and a "
+            "question in each line."
+        ) from None
+    needles = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            values = None
+        fields = values if isinstance(values, dict) else {}
+        image, question = fields.get("image"), fields.get("question")
+        if not (
+            isinstance(image, str) and isinstance(question, str) and image and question.strip()
+        ):
+            raise InputFileError(
+                f"{path}: line {number} is no needle. A line is an object such as "
+                '{"image": "card.png", "question": "what is on the card?"}.'
+            )
+        needles.append(Needle(load_image(path.parent / image), question, image))
+    if not needles:
+        raise InputFileError(f"{path}: there is no needle in it. Write one a line.")
+    return needles
