@@ -11,7 +11,10 @@ from typing import Any
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
 
-PROVIDED = ("features", "embeddings", "cls_attention", "projector")
+PROMPT_SIDE = frozenset({"query_attention", "question"})
+"""What depends on the prompt's text, so that no cache may mistake one prompt's for another's."""
+
+PROVIDED = ("features", "embeddings", "cls_attention", "projector", *sorted(PROMPT_SIDE))
 """What the plugin can hand to a selector."""
 
 
@@ -79,6 +82,11 @@ def architecture_of(config: dict[str, Any], model: str) -> Architecture:
         f"{model} has the architecture {', '.join(names) or '(none in its config.json)'}, which "
         f"tokenprune cannot prune in vLLM. Supported: {', '.join(sorted(ARCHITECTURES))}."
     )
+
+
+def reads_prompt(method: str) -> bool:
+    """Say whether a method chooses by the text around an image or video."""
+    return bool(PROMPT_SIDE & set(find(method).needs))
 
 
 def check_method(method: str) -> None:

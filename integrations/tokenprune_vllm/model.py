@@ -28,12 +28,14 @@ from vllm.multimodal.inputs import (
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
+from tokenprune.registry import find
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
+from tokenprune.set_prompt import ItemPrompt
 from tokenprune.tokens import VisualTokens
 from tokenprune_vllm import metrics
-from tokenprune_vllm.architectures import check_method
+from tokenprune_vllm.architectures import check_method, reads_prompt
 from tokenprune_vllm.families.base import Family, Fields
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.positions import (
@@ -43,7 +45,16 @@ from tokenprune_vllm.positions import (
     rope_type,
     to_columns,
 )
-from tokenprune_vllm.processor import REGION, TICKET, Ticket, largest_items
+from tokenprune_vllm.processor import (
+    PROMPT,
+    REGION,
+    TICKET,
+    Ticket,
+    largest_items,
+    unpack_prompt,
+)
+from tokenprune_vllm.reading import EngineReader, LanguageModel
+from tokenprune_vllm.regions import Segment
 from tokenprune_vllm.scoring import keep_weights_plain, scoring_layer, watch
 from tokenprune_vllm.settings import ServerSettings
 
@@ -55,10 +66,12 @@ _POSITION_FIELDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "t
 
 @dataclass(frozen=True)
 class _Item:
-    """One image or video in the worker."""
+    """One image or video in the worker; `before` and `after` are ids of the text around it."""
 
     ticket: Ticket
     fields: Fields
+    before: Tensor | None = None
+    after: Tensor | None = None
 
 
 class PrunedModel:
@@ -174,6 +187,13 @@ class Pruner:
             self._attention_name = name
         if "projector" in self._needs:
             keep_weights_plain(family.projector(model))
+        self._language_model: LanguageModel | None = None
+        if "query_attention" in self._needs:
+            self._language_model = LanguageModel(model, family)
+            for selector in self._selectors.values():
+                self._language_model.layer(getattr(selector, "layer", None))
+        for selector in self._selectors.values():
+            selector.check_model(family.config)
         scheduler = vllm_config.scheduler_config
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
         self._most_rows = int(
@@ -221,6 +241,7 @@ class Pruner:
     def embed(self, encode: Callable[..., Any], kwargs: dict[str, Any]) -> list[Tensor]:
         """Encode the items of one call and return the rows of each that stay."""
         tickets, regions = kwargs.pop(TICKET, None), kwargs.pop(REGION, None)
+        prompts = kwargs.pop(PROMPT, None)
         if tickets is None or regions is None:
             raise ConfigError(
                 "vLLM handed over images without tokenprune's fields: they were prepared by "
@@ -233,7 +254,11 @@ class Pruner:
             if name not in self._family.flat_fields and name not in self._family.shared_fields
         }
         items = [
-            _Item(Ticket.unpack(ticket, region), {name: one[i] for name, one in by_item.items()})
+            _Item(
+                Ticket.unpack(ticket, region),
+                {name: one[i] for name, one in by_item.items()},
+                *(() if prompts is None else unpack_prompt(prompts[i])),
+            )
             for i, (ticket, region) in enumerate(zip(tickets, regions, strict=True))
         ]
         kept: list[Tensor] = []
@@ -324,6 +349,8 @@ class Pruner:
                         projector=projector,
                         label=f"{item.ticket.modality} {index} {segment.label}".strip(),
                     )
+                    if reads_prompt(pruning.method):
+                        tokens = self._with_prompt(tokens, item, segment, rows[index])
                     groups.setdefault(budget, []).append((index, tokens))
         selections: list[list[Selection]] = [[] for _ in items]
         for members in groups.values():
@@ -342,6 +369,44 @@ class Pruner:
             for (index, _), selection in zip(members, chosen, strict=True):
                 selections[index].append(selection)
         return selections
+
+    def _with_prompt(
+        self, tokens: VisualTokens, item: _Item, segment: Segment, rows: Tensor
+    ) -> VisualTokens:
+        """Return a segment's tokens with the question, and what reads them together."""
+        if item.before is None or item.after is None:
+            raise ConfigError(
+                "vLLM handed over an image without the text around it: it was prepared by another "
+                "processor. Start all parts of the server with the same model and settings."
+            )
+        region = item.ticket.region
+        ids = torch.cat([item.before, region.token_ids, item.after])
+        first = len(item.before)
+        is_text = torch.ones(len(ids), dtype=torch.bool)
+        is_text[first : first + region.length] = ~region.is_row
+        row_columns = region.is_row.nonzero()[:, 0] + first
+        columns = row_columns[segment.rows]
+        in_segment = torch.zeros(region.total, dtype=torch.bool)
+        for one in region.segments:
+            in_segment[one.rows] = True
+        near = (row_columns > columns[0]) & (row_columns <= columns[-1] + 1)
+        loose = (near & ~in_segment).nonzero()[:, 0]
+        prompt = ItemPrompt(
+            ids,
+            is_text.nonzero()[:, 0],
+            columns,
+            row_columns[loose],
+            segment.grid,
+            tokens.label,
+        )
+        reader = None
+        if self._language_model is not None:
+            interval = None
+            if self._family.mrope:
+                interval = self._family.frame_interval(item.ticket.modality)
+            order = torch.cat([segment.rows, loose]).to(rows.device)
+            reader = EngineReader(self._language_model, prompt, rows[order], segment.grid, interval)
+        return replace(tokens, question=prompt.question, query_attention=reader)
 
     def _projector_if_needed(self) -> MLPProjector | None:
         if "projector" in self._needs and self._projector is None:
@@ -473,8 +538,10 @@ class Pruner:
 
 
 def _finite(tokens: VisualTokens) -> VisualTokens:
+    reader: Any = tokens.query_attention
     return replace(
         tokens,
+        query_attention=None if reader is None else reader.made_finite(),
         **{
             name: value.nan_to_num(0.0, 0.0, 0.0)
             for name in ("features", "embeddings", "cls_attention")
@@ -502,6 +569,20 @@ def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
         refused.append("--mm-encoder-tp-mode data (ranks would each choose for their own images)")
     if vllm_config.compilation_config.compile_mm_encoder:
         refused.append("compile_mm_encoder (the scoring layer could not be watched)")
+    if settings.reads_prompt and multimodal.mm_processor_cache_type == "shm":
+        refused.append("--mm-processor-cache-type shm with a method that reads the question")
+    needs = {need for method in settings.methods for need in find(method).needs}
+    if "query_attention" in needs:
+        parallel = vllm_config.parallel_config
+        why = "together with flexselect, which runs the model's first layers itself"
+        if parallel.tensor_parallel_size > 1:
+            refused.append(f"--tensor-parallel-size above 1 {why}")
+        if parallel.pipeline_parallel_size > 1:
+            refused.append(f"--pipeline-parallel-size above 1 {why}")
+        if vllm_config.quant_config is not None:
+            refused.append(f"quantised weights {why}")
+        if lora is not None:
+            refused.append(f"--enable-lora {why}")
     if settings.default.positions == "original":
         if vllm_config.parallel_config.enable_dbo:
             refused.append("--enable-dbo with --positions original")

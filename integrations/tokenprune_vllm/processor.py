@@ -25,6 +25,7 @@ from tokenprune.budget import tokens_kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune_vllm import metrics
+from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.families.base import Family, Fields
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.positions import rotary_length
@@ -33,6 +34,11 @@ from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerS
 
 TICKET, REGION = "tokenprune_ticket", "tokenprune_region"
 """The fields that travel to the worker with each image or video."""
+
+PROMPT = "tokenprune_prompt"
+"""The field with the text around it, where the server loads methods that choose by it."""
+
+_DUMMY_QUESTION = [0] * 64
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,18 @@ class PrunedDetails(PromptUpdateDetails):
         Prompt tokens before, text included.
     method
         What chose, ``"off"`` where nothing did.
+    pruning
+        With which budget and options, or None where nothing did.
+    region
+        What was there before.
     """
 
     before: int = 0
     after: int = 0
     length_before: int = 0
     method: str = "off"
+    pruning: PruningConfig | None = None
+    region: Region | None = None
 
 
 class PruningProcessor:
@@ -131,10 +143,19 @@ class PruningProcessor:
         hashes = super()._get_mm_hashes(_without_ours(inputs))  # type: ignore[misc]
         algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
         mark = request.fingerprint()
+        prompt = ""
+        if request.reads_prompt:
+            # The text around an item is the prompt's and that of the other items' regions.
+            prompt = json.dumps({"prompt": list(inputs.prompt), "items": hashes})
         return {
             modality: [
-                MultiModalHasher.hash_kwargs(algorithm, mm_hash=own, tokenprune=mark)
-                for own in hashes_of
+                MultiModalHasher.hash_kwargs(
+                    algorithm,
+                    mm_hash=own,
+                    tokenprune=mark,
+                    **({"prompt": prompt, "place": place} if prompt else {}),
+                )
+                for place, own in enumerate(hashes_of)
             ]
             for modality, hashes_of in hashes.items()
         }
@@ -198,7 +219,10 @@ class PruningProcessor:
             segments = self._family.segments(modality, rows, fields)
         ticket = Ticket(modality, pruning, Region(ids, is_row, tuple(segments)))
         field = MultiModalBatchedField(keep_on_cpu=True)
-        for name, value in ticket.pack().items():
+        packed = ticket.pack()
+        if self._server.reads_prompt:
+            packed[PROMPT] = pack_prompt([], _DUMMY_QUESTION)  # until the prompt is laid out
+        for name, value in packed.items():
             item[name] = MultiModalFieldElem(data=value, field=field)
         new_ids, new_is_row = ticket.layout()
         details = PrunedDetails(
@@ -208,6 +232,8 @@ class PruningProcessor:
             after=rows if pruning is None else ticket.region.kept(pruning.keep),
             length_before=len(ids),
             method="off" if pruning is None else pruning.method,
+            pruning=pruning,
+            region=ticket.region,
         )
         return [replace(update, content=details) for update in updates]
 
@@ -226,9 +252,86 @@ class PruningProcessor:
         dropped = sum(details.length_before - len(details.full) for _, details in found)
         if self._counts_tokens:
             self._check_length(len(prompt_ids), dropped)
+        self._hand_over_prompt(prompt_ids, placeholders, mm_res)
         for modality, details in found:
             metrics.count_tokens(modality, details.method, details.before, details.after)
         return prompt_ids, placeholders
+
+    def _hand_over_prompt(self, prompt_ids: list[int], placeholders: Any, mm_res: Any) -> None:
+        """Put the text around each image or video beside it, if its method reads that.
+
+        What the worker has in its cache already has it: the prompt is part of the hash.
+
+        Raises
+        ------
+        RequestError
+            If no text comes after it, or too much for the model's positions is read at once.
+        """
+        found = sorted(
+            (
+                (place.start_idx, place.length, modality, index)
+                for modality, places in placeholders.items()
+                for index, place in enumerate(places)
+            ),
+        )
+        regions = {
+            (modality, index): updates[0].content
+            for modality, of_modality in mm_res.prompt_updates.items()
+            for index, updates in enumerate(of_modality)
+        }
+        # Text before the first item, and behind each; regions keep their own text apart.
+        texts: list[list[int]] = []
+        end = 0
+        for start, length, _, _ in found:
+            texts.append(prompt_ids[end:start])
+            end = start + length
+        texts.append(prompt_ids[end:])
+        inside = [
+            regions[modality, index].region.text().tolist() for _, _, modality, index in found
+        ]
+        for number, (_, _, modality, index) in enumerate(found):
+            details = regions[modality, index]
+            item = mm_res.kwargs[modality][index]
+            if details.pruning is None or not reads_prompt(details.method) or item is None:
+                continue
+            before = [*texts[0]]
+            for own, text in zip(inside[:number], texts[1 : number + 1], strict=True):
+                before += own + text
+            after = [*texts[number + 1]]
+            for own, text in zip(inside[number + 1 :], texts[number + 2 :], strict=True):
+                after += own + text
+            self._check_prompt(modality, details, before, after)
+            field = MultiModalBatchedField(keep_on_cpu=True)
+            item[PROMPT] = MultiModalFieldElem(data=pack_prompt(before, after), field=field)
+
+    def _check_prompt(
+        self, modality: str, details: PrunedDetails, before: list[int], after: list[int]
+    ) -> None:
+        region, pruning = details.region, details.pruning
+        if region is None or pruning is None:
+            return
+        if not after and not region.ends_in_text():
+            raise RequestError(
+                f"no text comes after the {modality}, and method {pruning.method!r} ranks its "
+                "tokens by the text that does. Put the question after it."
+            )
+        selector: Any = pruning.selector()
+        if "query_attention" not in selector.needs or self._family.mrope:
+            return
+        frames = getattr(selector, "frames_per_set", 1)
+        largest = max(
+            min(part.grid[0], frames) * part.grid[1] * part.grid[2] for part in region.segments
+        )
+        tokens = len(before) + len(region.text()) + largest + len(after)
+        known = int(self._text_config.max_position_embeddings)
+        if self._server.default.positions == "original":
+            known = rotary_length(self._text_config)
+        if tokens > known:
+            raise RequestError(
+                f"method {pruning.method!r} would read {tokens} tokens at once, and the model "
+                f"knows {known} positions. Start the server with a smaller "
+                f"--option frames_per_set={frames}, or send fewer frames."
+            )
 
     def _check_length(self, tokens: int, dropped: int) -> None:
         """Refuse a prompt whose tokens, each at its own position, the model has no positions for.
@@ -316,6 +419,17 @@ class UnprunedLimits:
             self.ctx.model_config.max_model_len, mm_counts
         )
         return known
+
+
+def pack_prompt(before: list[int], after: list[int]) -> Tensor:
+    """Return the text around an item as one int32 tensor; `unpack_prompt` takes it apart."""
+    return torch.tensor([len(before), *before, *after], dtype=torch.int32)
+
+
+def unpack_prompt(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return LongTensors: the ids of the text before an item, and of the text after it."""
+    text = packed[1:].long()
+    return text[: int(packed[0])], text[int(packed[0]) :]
 
 
 def largest_items(model_config: Any) -> dict[str, tuple[int, int]]:

@@ -72,6 +72,14 @@ class Region:
         """Rows of the encoder."""
         return int(self.is_row.sum())
 
+    def text(self) -> Tensor:
+        """Return LongTensor, the ids of the text inside."""
+        return self.token_ids[~self.is_row]
+
+    def ends_in_text(self) -> bool:
+        """Say whether text comes after the last row."""
+        return not bool(self.is_row[-1])
+
     def kept(self, keep: Keep) -> int:
         """Return how many of the rows stay."""
         dropped = sum(
@@ -105,7 +113,7 @@ class Region:
             # The worker writes over these ids; only their number counts.
             first = int(self.is_row.nonzero()[0])
             rows = self.token_ids[first].expand(self.kept(keep))
-            text = self.token_ids[~self.is_row]
+            text = self.text()
             return torch.cat([text[:first], rows, text[first:]]), None
         run = self._run_of_row()
         counts = torch.bincount(run)

@@ -17,6 +17,7 @@ from typing import Any
 from tokenprune.budget import keeps_all
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
+from tokenprune_vllm.architectures import reads_prompt
 
 KEY = "tokenprune"
 """Where the configuration lies in the model's config, and in a request's mm_processor_kwargs."""
@@ -71,6 +72,11 @@ class ServerSettings:
             methods.setdefault(name, {})
             replace(default, method=name, options=methods[name])  # raises for an unknown name
         return cls(default, methods, only_tokenprune)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether any method that requests may name chooses by the prompt's text."""
+        return any(reads_prompt(method) for method in self.methods)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as they stand in a config.json."""
@@ -184,6 +190,11 @@ class RequestSettings:
     def prunes(self) -> bool:
         """Whether any token may be dropped."""
         return self.config is not None and not keeps_all(self.config.keep)
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the selection depends on the prompt's text."""
+        return self.prunes and self.config is not None and reads_prompt(self.config.method)
 
     def fingerprint(self) -> str:
         """Return what tells selections apart in caches that know images by their hash."""

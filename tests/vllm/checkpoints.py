@@ -612,4 +612,15 @@ def hf_inputs(
             "video_metadata": [metadata(len(frames)) for frames in videos],
         }
     text = prompt(_in_transformers(family), kinds, words)
-    return processor(text=[text], return_tensors="pt", **arguments)
+    inputs = processor(text=[text], return_tensors="pt", **arguments)
+    if family.startswith("internvl"):
+        # transformers gives this model a video as images; it has to be told.
+        own_images, own_videos = iter(images), iter(videos)
+        inputs["video_frames"] = []
+        for kind in kinds:
+            if kind == "i":
+                tiles = processor.image_processor([next(own_images)], return_tensors="pt")
+                inputs["video_frames"] += [1] * len(tiles["pixel_values"])
+            elif kind == "v":
+                inputs["video_frames"].append(len(next(own_videos)))
+    return inputs

@@ -24,7 +24,15 @@ from tests.vllm.engines import answer, engine, greedy, kept
 
 tf: Any = transformers  # its auto classes are not typed
 
-METHODS = ("cls-attention", "zeroth-order", "divprune", "feature-norm", "uniform", "random")
+METHODS = (
+    "cls-attention",
+    "zeroth-order",
+    "divprune",
+    "feature-norm",
+    "uniform",
+    "random",
+    "flexselect",
+)
 KEEP = 5
 LONGEST = {"llava": 96, "llava_onevision": 512, "qwen2_5_vl": 128}  # tokens with the answer
 PREEMPTED = ("llava", "qwen2_5_vl")  # whose cache these prompts overfill, one of each kind of RoPE
@@ -74,6 +82,8 @@ def cases(family: str) -> list[Case]:
         Case("it", (4,), {"method": "feature-norm", "keep": 1}),
         Case("tit", (5,), {"method": "uniform"}),
         Case("tit", (6,), {"method": "random", "keep": 11}),
+        Case("tit", (10,), {"method": "flexselect"}),
+        Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
         Case("tit", (7,), {"off": True}),
         Case("tit", (8,), {"keep": 1.0}),
         Case("ttt", ()),
@@ -84,6 +94,8 @@ def cases(family: str) -> list[Case]:
             Case("tivt", (9, 1), {"method": "divprune", "keep": 0.4}),
             Case("tvtv", (2, 6), {"method": "zeroth-order", "keep": 9}),
             Case("vt", (4,), {"off": True}),
+            Case("tvt", (8,), {"method": "flexselect"}),
+            Case("tivtvt", (13, 10, 12), {"method": "flexselect", "keep": 9}),
         ]
     return found
 
@@ -123,6 +135,7 @@ class Reference:
         options = {"max_new_tokens": 8, "do_sample": False}
         asked = {"method": METHODS[0], "keep": KEEP, **case.asked}
         if asked.pop("off", False) or not (images or videos):
+            inputs.pop("video_frames", None)  # the plain model does not know it
             return self.model.generate(**inputs, **options)[0, length:].tolist(), []
         with tokenprune_hf.prune(self.model, **asked, positions=self.positions) as pruning:
             output = self.model.generate(**inputs, **options)

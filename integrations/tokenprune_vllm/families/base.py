@@ -95,6 +95,13 @@ class Family:
         """Return how many entries of a flat field belong to an item whose size field is `value`."""
         return int(value)
 
+    def frame_interval(self, modality: str) -> int:
+        """Return how many steps of the first axis lie between frames whose times are not known.
+
+        Only families with `mrope` are asked.
+        """
+        return 1
+
     def merge(self, model: Any, attention: Tensor) -> Tensor:
         """Return [B, H, N] of patch scores [B, H, P], where several patches become one token."""
         return attention

@@ -26,11 +26,11 @@ from tokenprune_vllm.families.base import Family, Fields
 from tokenprune_vllm.model import PrunedModel
 from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits, register
 from tokenprune_vllm.regions import Region, Segment
-from tokenprune_vllm.scoring import plain_linear
+from tokenprune_vllm.scoring import Watched, picture_attention, plain_linear
 
 
 class InternVL(Family):
-    """InternVL: every tile of an image and every frame of a video is a segment of its own."""
+    """InternVL: every tile of an image is a segment of its own, a video is one."""
 
     flat_fields: ClassVar[Mapping[str, str]] = {
         "pixel_values": "image_num_patches",
@@ -39,20 +39,44 @@ class InternVL(Family):
     shared_fields: ClassVar[frozenset[str]] = frozenset({"image_token_id", "video_token_id"})
 
     def segments(self, modality: str, rows: int, fields: Fields) -> Sequence[Segment]:
-        """Return one segment for each tile or frame."""
+        """Return one segment for each tile of an image, or one for a video."""
         tiles = int(fields[f"{modality}_num_patches"])
         each = rows // tiles
         side = square(each, "a tile")
+        if modality == "video":
+            return [Segment(torch.arange(rows), (tiles, side, side))]
         return [
-            Segment(
-                torch.arange(tile * each, (tile + 1) * each), (1, side, side), f"tile {tile}", tile
-            )
+            Segment(torch.arange(tile * each, (tile + 1) * each), (1, side, side), f"tile {tile}")
             for tile in range(tiles)
         ]
 
     def tiles(self, region: Region, fields: Fields) -> int:
-        """Return the number of tiles or frames: each is a segment."""
-        return len(region.segments)
+        """Return the number of tiles or frames."""
+        name = "video_num_patches" if "video_num_patches" in fields else "image_num_patches"
+        return int(fields[name])
+
+    def tokens(
+        self, model: Any, watched: Watched, regions: Sequence[Region], fields: Sequence[Fields]
+    ) -> list[list[tuple[Tensor, Tensor | None]]]:
+        """Return the features and attention of each tile, or of all frames of a video."""
+        attention = picture_attention(watched, self.heads, self.has_cls(model))
+        if attention is not None:
+            attention = self.merge(model, attention)
+        found = []
+        start = 0
+        for region, own in zip(regions, fields, strict=True):
+            mine = slice(start, start + self.tiles(region, own))
+            start = mine.stop
+            features = watched.features[mine].flatten(0, 1)
+            # [tiles, H, P] -> [H, tiles * P]
+            scores = None if attention is None else attention[mine].transpose(0, 1).flatten(1)
+            found.append(
+                [
+                    (features[part.rows], None if scores is None else scores[:, part.rows])
+                    for part in region.segments
+                ]
+            )
+        return found
 
     def build_projector(self, model: Any) -> MLPProjector:
         """Return the projector on the pixel-shuffled features."""

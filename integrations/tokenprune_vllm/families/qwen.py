@@ -117,6 +117,12 @@ class Qwen2VL(Family):
 class Qwen25VL(Qwen2VL):
     """Qwen2.5-VL: as Qwen2-VL, but the encoder works on windows and undoes it after the merger."""
 
+    def frame_interval(self, modality: str) -> int:
+        """Return the positions per second for a video, as if its frames were a second apart."""
+        if modality == "image":
+            return 1
+        return int(self.config.vision_config.tokens_per_second)
+
     def _raster_order(self, model: Any, grids: list[list[int]]) -> Tensor | slice:
         """Undo the order of windows as the encoder itself does."""
         parts = []
