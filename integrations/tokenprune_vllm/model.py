@@ -190,8 +190,6 @@ class Pruner:
         self._language_model: LanguageModel | None = None
         if "query_attention" in self._needs:
             self._language_model = LanguageModel(model, family)
-            for selector in self._selectors.values():
-                self._language_model.layer(getattr(selector, "layer", None))
         for selector in self._selectors.values():
             selector.check_model(family.config)
         scheduler = vllm_config.scheduler_config

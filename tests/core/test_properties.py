@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune
+from tests.hf.lites import saved
 from tokenprune import MLPProjector, Selection, VisualTokens
 from tokenprune.errors import TokensError
 from tokenprune.registry import build
@@ -18,6 +22,8 @@ from tokenprune.selecting import select_many
 
 METHODS = list(tokenprune.methods())
 LOOKING = [name for name, method in tokenprune.methods().items() if method.needs]
+PLACELESS = [name for name in LOOKING if name != "flexselect-lite"]
+"""Methods to which a token's place says nothing; a decoder counts positions."""
 GRIDS = [(1, 1, 1), (1, 3, 5), (2, 4, 9), (1, 23, 25)]
 C, D, HEADS = 13, 17, 16
 
@@ -31,6 +37,23 @@ def make_projector() -> MLPProjector:
 
 
 PROJECTOR = make_projector()
+QUESTION = torch.tensor([3, 1, 4, 1, 5])
+
+
+@functools.cache
+def lite_folder() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    saved(Path(folder.name), C, 10, "llava")
+    return folder
+
+
+def options_of(method: str) -> dict[str, Any]:
+    """Return the options without which a method cannot be had."""
+    return {"path": lite_folder().name} if method == "flexselect-lite" else {}
+
+
+def choose(tokens: VisualTokens, method: str, keep: Any, **options: Any) -> Selection:
+    return tokenprune.select(tokens, method, keep, **options_of(method), **options)
 
 
 def item(
@@ -56,6 +79,7 @@ def item(
         cls_attention=attention.to(dtype),
         projector=projector,
         query_attention=question.to(dtype),
+        question=QUESTION,
         label=label,
     )
 
@@ -80,7 +104,7 @@ def test_exactly_keep_ascending_and_twice_the_same(
     tokens = item(grid, dtype=dtype)
     total = tokens.total
     for keep in {1, max(1, total // 7), max(1, total - 1), total, total + 5, 0.3}:
-        selection = tokenprune.select(tokens, method, keep)
+        selection = choose(tokens, method, keep)
         kept = selection.kept
         assert kept.dtype == torch.int64
         assert len(kept) == tokenprune.tokens_kept(keep, total)
@@ -92,14 +116,14 @@ def test_exactly_keep_ascending_and_twice_the_same(
             assert selection.scores.dtype == torch.float32
             assert selection.scores.shape == (total,)
             assert selection.grid_scores is not None
-        assert same(tokenprune.select(tokens, method, keep), selection)
+        assert same(choose(tokens, method, keep), selection)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_of_mixed_sizes_equals_single_items(method: str, dtype: torch.dtype) -> None:
     items = [item(GRIDS[index % 4], seed=index, dtype=dtype) for index in (3, 1, 7, 0, 2, 5, 11)]
-    selector = build(method, {})
+    selector = build(method, options_of(method))
     for keep in (0.2, 5, 1.0):
         together = select_many(items, selector, keep)
         for tokens, selection in zip(items, together, strict=True):
@@ -108,7 +132,7 @@ def test_a_batch_of_mixed_sizes_equals_single_items(method: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", LOOKING)
+@pytest.mark.parametrize("method", PLACELESS)
 def test_of_equal_tokens_the_first_is_kept(method: str, dtype: torch.dtype) -> None:
     for seed, grid in ((0, (1, 23, 25)), (1, (1, 7, 11)), (2, (3, 2, 19))):
         total = grid[0] * grid[1] * grid[2]
@@ -117,22 +141,22 @@ def test_of_equal_tokens_the_first_is_kept(method: str, dtype: torch.dtype) -> N
         )
         tokens = item(grid, seed=seed, dtype=dtype, source=draws)
         for keep in (1, total // 6, total // 2, total - 1):
-            mask = tokenprune.select(tokens, method, keep).mask
+            mask = choose(tokens, method, keep).mask
             for token in draws.unique():
                 kept = mask[draws == token]
                 assert bool((kept.int().diff() <= 0).all()), "a later copy was kept before"
 
 
-@pytest.mark.parametrize("method", LOOKING)
+@pytest.mark.parametrize("method", PLACELESS)
 def test_of_tokens_all_equal_the_first_are_kept(method: str) -> None:
     for total in (1, 2, 7, 33, 577):
         source = torch.zeros(total, dtype=torch.int64)
         tokens = item((1, 1, total), source=source)
         for keep in {1, min(5, total), total}:
-            assert tokenprune.select(tokens, method, keep).kept.tolist() == list(range(keep))
+            assert choose(tokens, method, keep).kept.tolist() == list(range(keep))
 
 
-@pytest.mark.parametrize("method", LOOKING)
+@pytest.mark.parametrize("method", PLACELESS)
 def test_tokens_of_zeros(method: str) -> None:
     zeros = VisualTokens(
         grid=(1, 2, 3),
@@ -142,27 +166,28 @@ def test_tokens_of_zeros(method: str) -> None:
         projector=PROJECTOR,
         query_attention=torch.zeros(HEADS, 3, 6),
     )
-    assert tokenprune.select(zeros, method, 4).kept.tolist() == [0, 1, 2, 3]
+    assert choose(zeros, method, 4).kept.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", LOOKING)
 def test_what_is_not_finite_is_named(method: str, value: float) -> None:
-    tensors = [name for name in tokenprune.methods()[method].needs if name != "projector"]
+    whole = ("projector", "question")
+    tensors = [name for name in tokenprune.methods()[method].needs if name not in whole]
     for name in tensors:
         bad = item((1, 3, 5), seed=4, label="image 2")
         tensor: Tensor = getattr(bad, name)
         tensor[..., 1, 3] = value
         items = [item((1, 3, 5), label="image 1"), bad, item((1, 3, 5), label="image 3")]
         with pytest.raises(TokensError, match=rf"^image 2: {name} holds \d+ NaN"):
-            select_many(items, build(method, {}), 4)
+            select_many(items, build(method, options_of(method)), 4)
 
 
 @pytest.mark.parametrize("method", LOOKING)
 def test_what_is_missing_is_named(method: str) -> None:
     needs = tokenprune.methods()[method].needs
     with pytest.raises(TokensError, match=rf"image 7: this method needs {needs[0]}"):
-        tokenprune.select(VisualTokens((1, 1, 2), label="image 7"), method, 1)
+        choose(VisualTokens((1, 1, 2), label="image 7"), method, 1)
 
 
 def strange_surroundings() -> Iterator[Any]:
@@ -175,17 +200,17 @@ def strange_surroundings() -> Iterator[Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_surroundings_change_nothing(method: str) -> None:
     grid = (1, 23, 25)
-    expected = tokenprune.select(item(grid), method, 40)
+    expected = choose(item(grid), method, 40)
     for surroundings in strange_surroundings():
         tokens = item(grid)
         with surroundings:
-            assert same(tokenprune.select(tokens, method, 40), expected)
+            assert same(choose(tokens, method, 40), expected)
     with torch.inference_mode():  # everything made in it, weights too
         tokens = item(grid, projector=make_projector())
-        assert same(tokenprune.select(tokens, method, 40), expected)
+        assert same(choose(tokens, method, 40), expected)
     torch.set_default_dtype(torch.float64)
     try:
-        assert same(tokenprune.select(item_like(expected, grid), method, 40), expected)
+        assert same(choose(item_like(expected, grid), method, 40), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -207,8 +232,9 @@ def test_strides_and_gradients_change_nothing(method: str) -> None:
         for name in ("features", "embeddings", "cls_attention", "query_attention")
         if isinstance(tensor := getattr(plain, name), Tensor)
     }
-    selection = tokenprune.select(VisualTokens(grid, projector=PROJECTOR, **strided), method, 40)
-    assert same(selection, tokenprune.select(plain, method, 40))
+    moved = VisualTokens(grid, projector=PROJECTOR, question=QUESTION, **strided)
+    selection = choose(moved, method, 40)
+    assert same(selection, choose(plain, method, 40))
     assert selection.scores is None or not selection.scores.requires_grad
 
 
@@ -221,7 +247,7 @@ def test_the_global_generator_and_the_input_are_left_alone(method: str) -> None:
     if method == "zeroth-order":
         variants += [{"estimator": "jvp"}, {"estimator": "finite-difference"}]
     for options in variants:
-        tokenprune.select(tokens, method, 9, **options)
+        choose(tokens, method, 9, **options)
     assert torch.equal(torch.random.get_rng_state(), state)
     for name in (*selector.needs, "features"):
         if name != "projector":
@@ -253,7 +279,7 @@ def test_memory_is_linear_in_tokens(method: str) -> None:
     total = 3000
     tokens = item((1, 50, 60))
     with Largest() as largest:
-        tokenprune.select(tokens, method, 12)
+        choose(tokens, method, 12)
     assert total * D <= largest.elements <= total * 64 < total * total // 40
 
 
@@ -272,11 +298,9 @@ if torch.cuda.is_available():  # collected only where it can run
         cpu = item((1, 23, 25))
         moved: dict[str, Any] = {
             name: tensor.cuda()
-            for name in ("features", "embeddings", "cls_attention", "query_attention")
+            for name in ("features", "embeddings", "cls_attention", "query_attention", "question")
             if isinstance(tensor := getattr(cpu, name), Tensor)
         }
-        selection = tokenprune.select(
-            VisualTokens(cpu.grid, projector=on_cuda, **moved), method, 40
-        )
+        selection = choose(VisualTokens(cpu.grid, projector=on_cuda, **moved), method, 40)
         assert selection.kept.is_cuda
-        assert selection.kept.tolist() == tokenprune.select(cpu, method, 40).kept.tolist()
+        assert selection.kept.tolist() == choose(cpu, method, 40).kept.tolist()

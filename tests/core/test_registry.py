@@ -51,7 +51,8 @@ def test_own_methods() -> None:
         assert selector.summary
         assert selector.__doc__
         assert set(selector.needs) <= set(INPUTS)
-        assert selector.from_options({}) == selector()
+        if name != "flexselect-lite":  # which has no default: somebody has to train one
+            assert selector.from_options({}) == selector()
 
 
 def test_unknown_method() -> None:

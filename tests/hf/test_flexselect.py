@@ -13,6 +13,7 @@ from torch import Tensor
 import tokenprune_hf
 from tests.hf.by_hand import item_rows
 from tests.hf.models import IMAGE, TINY, VIDEO, prompt
+from tokenprune.errors import PromptError, UnsupportedModelError
 
 VIDEOS = ["llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 IMAGES = ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
@@ -177,3 +178,144 @@ def test_an_image_is_one_set(name: str) -> None:
             part = attention[:, -questions:][..., [columns.index(place[row]) for row in item]]
             assert selection.scores is not None
             torch.testing.assert_close(selection.scores, part.amax((0, 1)), atol=1e-6, rtol=1e-4)
+
+
+def kept_of(model: Any, inputs: dict[str, Any], **options: Any) -> list[list[int]]:
+    with torch.no_grad(), tokenprune_hf.prune(model, "flexselect", 6, **options) as pruning:
+        model(**inputs)
+    return [one.kept.tolist() for one in pruning.selections]
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
+def test_a_batch_equals_its_single_prompts(name: str) -> None:
+    """Also with several sets in one pass, padding, and an image and a video in one prompt."""
+    tiny = TINY[name]
+    model = tiny.model()
+    inputs = prompt(tiny, ["tvttt", "tvt"])
+    together = kept_of(model, inputs, frames_per_set=1, sets_per_pass=3)
+    for index in range(2):
+        single = {
+            key: value[index : index + 1]
+            for key, value in inputs.items()
+            if key in ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw")
+        }
+        pixels = inputs["pixel_values_videos"]
+        if name == "llava_onevision":
+            single["pixel_values_videos"] = pixels[index : index + 1]
+        else:
+            sizes = inputs["video_grid_thw"].prod(dim=1).tolist()
+            single["pixel_values_videos"] = pixels.split(sizes)[index]
+        assert kept_of(model, single, frames_per_set=1) == [together[index]]
+    both = prompt(tiny, ["titvt"])
+    assert kept_of(model, both)[0] != kept_of(model, prompt(tiny, ["tit"]))[0]
+
+
+def test_the_question_decides_and_what_comes_before_counts() -> None:
+    tiny = TINY["llava_onevision"]
+    model = tiny.model()
+    inputs = prompt(tiny, ["tvt"])
+    first = kept_of(model, inputs)
+    assert kept_of(model, inputs) == first
+    for column in (-1, 1):
+        other = {**inputs, "input_ids": inputs["input_ids"].clone()}
+        other["input_ids"][0, column] = 3 + (int(other["input_ids"][0, column]) + 40) % 80
+        assert kept_of(model, other) != first
+
+
+def test_the_scores_of_one_encoding_follow_the_prompt() -> None:
+    """`encoded` may be asked about twice; what it holds is no prompt's."""
+    tiny = TINY["qwen2_5_vl"]
+    model = tiny.model()
+    one, other = prompt(tiny, ["tvt"]), prompt(tiny, ["tvtt"])
+    encoded = tokenprune_hf.encode(model, **one)
+    names = ("input_ids", "attention_mask", "mm_token_type_ids", "video_grid_thw")
+    for inputs in (one, other):
+        expected = kept_of(model, inputs)
+        text = {name: inputs[name] for name in names}
+        with torch.no_grad(), tokenprune_hf.prune(model, "flexselect", 6) as pruning:
+            model.generate(**text, encoded=encoded, max_new_tokens=1)
+        assert [one.kept.tolist() for one in pruning.selections] == expected
+
+
+def test_the_model_is_as_it_was_also_after_an_error() -> None:
+    tiny = TINY["llava_onevision"]
+    model = tiny.model()
+    before = [(name, id(module)) for name, module in model.named_modules()]
+    inputs = prompt(tiny, ["tvt"])
+    plain = model(**inputs).logits
+    with pytest.raises(UnsupportedModelError, match=r"layer=2 is no layer .* 0 to 1"):
+        tokenprune_hf.prune(model, "flexselect", 6, layer=2)
+    with pytest.raises(PromptError), tokenprune_hf.prune(model, "flexselect", 6):
+        model(**{**inputs, "attention_mask": inputs["attention_mask"][:, 1:]})
+    kept_of(model, inputs)
+    assert [(name, id(module)) for name, module in model.named_modules()] == before
+    assert torch.equal(model(**inputs).logits, plain)
+    with tokenprune_hf.prune(model, "flexselect", 1.0):
+        torch.testing.assert_close(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_answers_are_read_at_the_positions_asked_for(positions: Any) -> None:
+    tiny = TINY["llava_onevision"]
+    model = tiny.model()
+    inputs = prompt(tiny, ["tvt"])
+    seen: list[Tensor] = []
+    with torch.no_grad(), tokenprune_hf.prune(model, "flexselect", 6, positions) as pruning:
+        # On the model's own language model, whose copy ranks: the last call is the final pass.
+        handle = model.model.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+        )
+        model(**inputs)
+        handle.remove()
+    (selection,) = pruning.selections
+    first = (inputs["input_ids"][0] == VIDEO).nonzero()[0, 0]
+    expected = selection.kept + first
+    if positions == "compact":
+        expected = torch.arange(len(selection.kept)) + first
+    assert seen[-1][0, first : first + 6].tolist() == expected.tolist()
+
+
+def test_no_text_behind_the_video() -> None:
+    tiny = TINY["qwen2_5_vl"]
+    inputs = prompt(tiny, ["tv"])
+    inputs = {
+        name: value[:, :-1]
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        else value
+        for name, value in inputs.items()
+    }
+    with pytest.raises(PromptError, match="video 0: no text comes after it"):
+        kept_of(tiny.model(), inputs)
+
+
+def frames_of_internvl() -> tuple[Any, dict[str, Any]]:
+    """An InternVL with a video of four frames, each with a word before it, and one image."""
+    tiny = TINY["internvl"]
+    inputs = prompt(tiny, ["iiiiit"])
+    return tiny.model(), inputs
+
+
+def test_videos_that_are_given_as_images() -> None:
+    model, inputs = frames_of_internvl()
+    with pytest.raises(PromptError, match=r"Pass video_frames .* video_frames=\[5\]"):
+        kept_of(model, inputs)
+    with torch.no_grad():
+        for told, grids in (([4, 1], [(4, 2, 2), (1, 2, 2)]), ([5], [(5, 2, 2)]), ([1] * 5, None)):
+            with tokenprune_hf.prune(model, "flexselect", 6) as pruning:
+                output = model.generate(**inputs, video_frames=told, max_new_tokens=2)
+            assert output.shape[1] == inputs["input_ids"].shape[1] + 2
+            sides = [one.grid for one in pruning.selections]
+            expected = grids or [(1, 2, 2)] * 5
+            assert [(t, h // 2, w // 2) for t, h, w in sides] == expected
+            with tokenprune_hf.prune(model, "cls-attention", 6) as pruning:
+                model(**inputs, video_frames=told)
+            assert [one.grid for one in pruning.selections] == sides
+    for wrong in ([4], [5, 0], [6]):
+        with pytest.raises(PromptError, match="the processor made 5"):
+            kept_of(model, {**inputs, "video_frames": wrong})
+
+
+def test_gemma_is_refused() -> None:
+    tiny = TINY["gemma3"]
+    with pytest.raises(UnsupportedModelError, match="flexselect does not read it"):
+        kept_of(tiny.model(), prompt(tiny, ["it"]))

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.numerics import folded_sum
-from tokenprune.reading import QueryKeys, Reduction, question_scores
+from tokenprune.reading import QueryKeys, Reduction, question_scores, reference_layer
 from tokenprune.selectors.frame_sets import FrameSets
 from tokenprune.tokens import TokenBatch
 
@@ -77,6 +77,11 @@ class FlexSelect(FrameSets):
                 f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} must be "
                 "'all' or numbers with commas between them, such as '1415,2533'."
             )
+
+    def check_model(self, config: Any) -> None:
+        """Raise unless the language model has the layer."""
+        text = config.get_text_config()
+        reference_layer(config.model_type, text.num_hidden_layers, text.hidden_size, self.layer)
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's `question_scores`; see the class."""

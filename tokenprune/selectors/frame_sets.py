@@ -26,7 +26,8 @@ class FrameSets(Selector):
     frames_per_set
         The most frames that are scored together.
     sets_per_pass
-        How many sets one pass of the scoring model may hold: more is faster and takes more memory.
+        How many sets one pass of the scoring model may hold. More takes more memory, and pays
+        where one set does not fill the device.
     """
 
     frames_per_set: int = 64
@@ -131,12 +132,15 @@ def shares(keep: int, sizes: Sequence[int]) -> list[int]:
         One share for each set; they add up to `keep`.
     """
     result = [0] * len(sizes)
-    left = keep
-    while left:
-        open_sets = [index for index, size in enumerate(sizes) if result[index] < size]
-        each, more = divmod(left, len(open_sets))
-        for place, index in enumerate(open_sets):
-            added = min(each + (place < more), sizes[index] - result[index])
-            result[index] += added
-            left -= added
+    still, left = list(range(len(sizes))), keep
+    while full := [index for index in still if sizes[index] <= left // len(still)]:
+        for index in full:
+            result[index] = sizes[index]
+            left -= sizes[index]
+        still = [index for index in still if index not in full]
+        if not still:
+            return result
+    each, more = divmod(left, len(still))
+    for place, index in enumerate(still):
+        result[index] = each + (place < more)
     return result
