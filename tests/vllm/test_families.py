@@ -124,6 +124,7 @@ class Reference:
     model: Any
     processor: Any
     positions: Any = "original"
+    options: dict[str, Any] = field(default_factory=dict)
     seen: list[torch.Tensor] = field(default_factory=list)
 
     def ask(self, case: Case) -> tuple[list[int], list[list[int]]]:
@@ -137,6 +138,7 @@ class Reference:
         if asked.pop("off", False) or not (images or videos):
             inputs.pop("video_frames", None)  # the plain model does not know it
             return self.model.generate(**inputs, **options)[0, length:].tolist(), []
+        asked |= self.options
         with tokenprune_hf.prune(self.model, **asked, positions=self.positions) as pruning:
             output = self.model.generate(**inputs, **options)
         return output[0, length:].tolist(), [one.kept.tolist() for one in pruning.selections]
@@ -160,12 +162,12 @@ def reference(family: str, folder: Path, **options: Any) -> Reference:
     return Reference(family, model, checkpoints.hf_processor(family, folder))
 
 
-def start(family: str, folder: Path, **options: Any) -> Any:
+def start(family: str, folder: Path, method: str = METHODS[0], **options: Any) -> Any:
     """Start the engine on a family's checkpoint."""
     videos = {"video": 2} if family in VIDEOS else {}
     return engine(
         folder,
-        METHODS[0],
+        method,
         **{
             "keep": KEEP,
             "request_methods": METHODS[1:],

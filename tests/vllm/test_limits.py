@@ -227,10 +227,10 @@ def test_an_image_that_overflows_does_not_end_the_engine(tmp_path: Path) -> None
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     text = checkpoints.vllm_request("llava", "t")
     image = checkpoints.vllm_request("llava", "it", [checkpoints.image(0)])
-    with engine(folder, "zeroth-order", 5, request_methods=("cls-attention",)) as llm:
+    with engine(folder, "zeroth-order", 5, request_methods=("cls-attention", "flexselect")) as llm:
         sampling = greedy(4, words=checkpoints.WORDS)
         before = answer(llm, [text], sampling)
-        for method in ("zeroth-order", "cls-attention"):
+        for method in ("zeroth-order", "cls-attention", "flexselect"):
             asked = {"mm_processor_kwargs": {"tokenprune": {"method": method}}}
             assert len(answer(llm, [{**image, **asked}], sampling)[0]) == 4
             assert [len(segment) for segment in kept(llm)[0]] == [5]
