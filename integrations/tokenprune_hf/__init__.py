@@ -16,18 +16,26 @@ if TYPE_CHECKING:
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
     from tokenprune_hf.families.registry import supported_models as supported_models
+    from tokenprune_hf.loading import ask as ask
+    from tokenprune_hf.loading import load as load
     from tokenprune_hf.pruning import Pruning as Pruning
     from tokenprune_hf.pruning import apply as apply
     from tokenprune_hf.pruning import prune as prune
     from tokenprune_hf.pruning import remove as remove
+    from tokenprune_hf.video import Video as Video
+    from tokenprune_hf.video import read_video as read_video
 
 _HOMES = {
     "Encoded": "encoding",
     "Pruning": "pruning",
+    "Video": "video",
     "apply": "pruning",
+    "ask": "loading",
     "encode": "encoding",
+    "load": "loading",
     "supported_models": "families.registry",
     "prune": "pruning",
+    "read_video": "video",
     "remove": "pruning",
 }
 

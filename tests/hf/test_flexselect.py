@@ -275,6 +275,20 @@ def test_answers_are_read_at_the_positions_asked_for(positions: Any) -> None:
     assert seen[-1][0, first : first + 6].tolist() == expected.tolist()
 
 
+def test_a_question_longer_than_the_video_and_a_budget_above_it() -> None:
+    tiny = TINY["qwen2_vl"]
+    model = tiny.model()
+    inputs = prompt(tiny, ["vt"], words=300)
+    total = int((inputs["input_ids"] == VIDEO).sum())
+    assert total < 300
+    (kept,) = kept_of(model, inputs)
+    assert len(kept) == 6
+    plain = model(**inputs).logits
+    with tokenprune_hf.prune(model, "flexselect", total + 50) as pruning:
+        torch.testing.assert_close(model(**inputs).logits, plain)
+    assert len(pruning.selections[0].kept) == total
+
+
 def test_no_text_behind_the_video() -> None:
     tiny = TINY["qwen2_5_vl"]
     inputs = prompt(tiny, ["tv"])
