@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tokenprune.errors import ConfigError, InputFileError
+from tokenprune_hf.files import check_file
 
 LARGEST = 178_000_000
 """Pixels above which a file is refused: decoding them would take a gigabyte."""
@@ -89,7 +90,7 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
     if max_pixels < 1:
         raise ConfigError(f"max_pixels={max_pixels} leaves no picture. Give at least 1.")
     file = Path(path)
-    _check_file(file)
+    check_file(file, "image")
     with warnings.catch_warnings():
         # Size is judged below, and damaged metadata does not matter where the pixels are whole.
         warnings.simplefilter("ignore")
@@ -114,26 +115,6 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
                 f"{file}: there is not enough memory to decode the image. Make it smaller first."
             ) from None
     return picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
-
-
-def _check_file(file: Path) -> None:
-    """Raise unless `file` is a regular file with something in it."""
-    try:
-        if not file.exists():
-            raise InputFileError(f"{file}: there is no such file. Check the path.")
-        if file.is_dir():
-            raise InputFileError(f"{file}: this is a directory. Give the path of an image file.")
-        if not file.is_file():
-            raise InputFileError(f"{file}: this is no regular file. Give the path of an image.")
-        if file.stat().st_size == 0:
-            raise InputFileError(f"{file}: the file is empty. Copy or download it again.")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputFileError):
-            raise
-        raise InputFileError(
-            f"{file}: the file cannot be read ({_reason(error)}). Check the path and its "
-            "permissions."
-        ) from None
 
 
 def _open(file: Path) -> Image.Image:

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.errors import ConfigError, InputFileError, MissingPackageError, did_you_mean
+from tokenprune_hf.files import check_file
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -149,7 +150,7 @@ def read_video(
     """
     _check_arguments(frames, fps, max_side, backend)
     file = Path(path)
-    _check_file(file)
+    check_file(file, "video")
     _import_av()
     decord = _import_decord() if backend == "decord" else None
     if backend == "auto":
@@ -208,26 +209,6 @@ def _check_arguments(
         raise ConfigError(f"fps={fps!r} must be a number above 0, {_FASTEST} at most, or None.")
     if backend not in _BACKENDS:
         raise ConfigError(f"backend={backend!r} is unknown. {did_you_mean(backend, _BACKENDS)}")
-
-
-def _check_file(file: Path) -> None:
-    """Raise unless `file` is a regular file with something in it."""
-    try:
-        if not file.exists():
-            raise InputFileError(f"{file}: there is no such file. Check the path.")
-        if file.is_dir():
-            raise InputFileError(f"{file}: this is a directory. Give the path of a video file.")
-        if not file.is_file():
-            raise InputFileError(f"{file}: this is no regular file. Give the path of a video.")
-        if file.stat().st_size == 0:
-            raise InputFileError(f"{file}: the file is empty. Copy or download it again.")
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputFileError):
-            raise
-        raise InputFileError(
-            f"{file}: the file cannot be read ({_reason(error)}). Check the path and its "
-            "permissions."
-        ) from None
 
 
 def _import_av() -> ModuleType:
