@@ -20,7 +20,7 @@ FRAMES = 32
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[VideoQuestion]:
-    return needle_set(tmp_path_factory.mktemp("needles"), videos=3)
+    return needle_set(tmp_path_factory.mktemp("needles"), videos=3, fashion=None)
 
 
 def request(processor: Any, question: VideoQuestion, video: Video) -> dict[str, Any]:
