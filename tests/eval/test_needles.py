@@ -216,7 +216,7 @@ def test_how_often_a_sampled_video_shows_a_card() -> None:
 
 
 def test_the_bundled_model_reads_videos(tmp_path: Path) -> None:
-    """From H.264 files, through transformers' own processor, its and `generate`."""
+    """From H.264 files, through transformers' own processor and `generate`."""
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
