@@ -50,8 +50,7 @@ from tokenprune.selecting import select_many
 from tokenprune_hf import Encoded
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.lite.model import LiteConfig, LiteModel
-from tokenprune_hf.reading import with_prompt
-from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.reading import prompt_items
 
 TEXT_BEFORE, TEXT_AFTER, VIDEO_TOKEN = 8, 32, 2
 SIDE, PATCH = 40, 4  # pixels: 10 x 10 patches a frame, 5 x 5 tokens after pooling
@@ -213,10 +212,7 @@ def selection(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Ca
     family = family_of(model)
 
     def run() -> Any:
-        ids = inputs["input_ids"]
-        places = find_placeholders(family, ids, encoded)
-        mask = attention_mask_of(family, inputs)
-        items = with_prompt(family, ids, mask, encoded, places, selector.needs)
+        items = prompt_items(family, inputs, encoded, selector.needs)
         return select_many(items["video"], selector, keep)
 
     return run

@@ -40,8 +40,7 @@ from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import ask
-from tokenprune_hf.reading import PromptReader, with_prompt
-from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.reading import PromptReader, prompt_items
 from tokenprune_hf.video import Video
 
 FRAMES_PER_SET = 64
@@ -400,11 +399,7 @@ def _read(
     arguments = dict(inputs)
     with torch.no_grad():
         encoded = encode_media(family, arguments, ())
-        placeholders = find_placeholders(family, arguments["input_ids"], encoded)
-        mask = attention_mask_of(family, arguments)
-        items = with_prompt(
-            family, arguments["input_ids"], mask, encoded, placeholders, ("query_attention",)
-        )
+        items = prompt_items(family, arguments, encoded, ("query_attention",))
         (item, *others) = [one for own in items.values() for one in own]
         if others or item.grid[0] != -(-total // per_step):
             raise UnsupportedModelError(

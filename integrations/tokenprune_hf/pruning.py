@@ -28,13 +28,8 @@ from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
-from tokenprune_hf.reading import with_prompt
-from tokenprune_hf.shortened import (
-    Shortened,
-    attention_mask_of,
-    find_placeholders,
-    shorten_prompt,
-)
+from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.shortened import Shortened, find_placeholders, shorten_prompt
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -271,18 +266,10 @@ class Pruning:
             )
         with torch.no_grad():
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
-            mask = attention_mask_of(self._family, arguments)
-            items = with_prompt(
-                self._family,
-                arguments["input_ids"],
-                mask,
-                encoded,
-                placeholders,
-                self.selector.needs,
-            )
+            items = prompt_items(self._family, arguments, encoded, self.selector.needs)
             selections = self._select(encoded, items, placeholders)
             shortened = shorten_prompt(
-                self._family, arguments, mask, encoded, placeholders, selections, self.positions
+                self._family, arguments, encoded, placeholders, selections, self.positions
             )
             if self._family.mrope:
                 # With it the engine counts on, in calls that come without positions.

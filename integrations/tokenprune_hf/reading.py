@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,18 +19,14 @@ from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
 from tokenprune_hf.prefix import read_layers
+from tokenprune_hf.shortened import attention_mask_of, find_placeholders
 
 PROMPT_SIDE = ("query_attention", "question")
 """What selectors may need that depends on the prompt, and so is no part of `Encoded`."""
 
 
-def with_prompt(
-    family: Family,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    encoded: Encoded,
-    placeholders: dict[str, Tensor],
-    needs: Sequence[str],
+def prompt_items(
+    family: Family, arguments: Mapping[str, Any], encoded: Encoded, needs: Sequence[str]
 ) -> dict[str, list[VisualTokens]]:
     """Return every item's tokens, with what `needs` names of the prompt added.
 
@@ -38,23 +34,25 @@ def with_prompt(
     ----------
     family
         The model's.
-    input_ids, attention_mask
-        [B, L] of the caller.
+    arguments
+        A call's, by name, with input_ids [B, L].
     encoded
         What the encoder returned.
-    placeholders
-        See `find_placeholders`.
     needs
         A selector's.
 
     Raises
     ------
     PromptError
-        If no text comes after an item, or if it is not known which tiles make a video.
+        If the prompt does not match what was encoded, if no text comes after an item, or if it is
+        not known which tiles make a video.
     """
+    input_ids: Tensor = arguments["input_ids"]
+    placeholders = find_placeholders(family, input_ids, encoded)
     items = {modality: media.items for modality, media in encoded.modalities.items()}
     if not set(needs) & set(PROMPT_SIDE):
         return {modality: [item.tokens for item in own] for modality, own in items.items()}
+    attention_mask = attention_mask_of(family, arguments)
     any_placeholder = torch.zeros_like(input_ids, dtype=torch.bool)
     for modality in ("image", "video"):
         any_placeholder |= input_ids == family.token_id(modality)

@@ -236,7 +236,6 @@ def attention_mask_of(family: Family, arguments: Mapping[str, Any]) -> Tensor:
 def shorten_prompt(
     family: Family,
     arguments: Mapping[str, Any],
-    mask: Tensor,
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
     selections: Mapping[str, list[Selection]],
@@ -250,8 +249,6 @@ def shorten_prompt(
         The model's.
     arguments
         The call's, by name, with input_ids [B, L].
-    mask
-        See `attention_mask_of`.
     encoded
         What the encoder returned.
     placeholders
@@ -260,8 +257,14 @@ def shorten_prompt(
         Per modality, one for each of `encoded`'s items.
     positions
         ``"original"`` or ``"compact"``.
+
+    Raises
+    ------
+    PromptError
+        See `attention_mask_of`.
     """
     model = family.model
+    mask = attention_mask_of(family, arguments)
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     staying = torch.ones_like(input_ids, dtype=torch.bool)

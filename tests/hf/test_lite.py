@@ -145,7 +145,7 @@ def examples(folder: Path, count: int) -> list[list[Example]]:
     return found
 
 
-@pytest.mark.parametrize(("loss", "least"), [("spearman", 0.6), ("l1", -1.0)])
+@pytest.mark.parametrize(("loss", "least"), [("spearman", 0.4), ("l1", -1.0)])
 def test_it_learns_a_ranking(tmp_path: Path, loss: Any, least: float) -> None:
     files = examples(tmp_path / "data", 48)
     learnt, held_out = split(files, 0.125, seed=0)

@@ -25,8 +25,7 @@ from tokenprune_hf.encoding import encode_media
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import ask
-from tokenprune_hf.reading import with_prompt
-from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.video import read_video
 
 
@@ -211,15 +210,8 @@ def _rank_file(
                             for index, item in enumerate(media.items)
                         },
                     )
-                ids = inputs["input_ids"]
-                items = with_prompt(
-                    family,
-                    ids,
-                    attention_mask_of(family, dict(inputs)),
-                    encoded,
-                    find_placeholders(family, ids, encoded),
-                    ("question", "query_attention"),
-                )
+                needs = ("question", "query_attention")
+                items = prompt_items(family, inputs, encoded, needs)
                 rows = [tokens for own in items.values() for tokens in own]
                 found = {"question": rows[0].question}
                 for index, tokens in enumerate(rows):
