@@ -19,6 +19,9 @@ Projector = Callable[[Tensor], Tensor]
 INPUTS = ("features", "embeddings", "cls_attention", "projector", "query_attention", "question")
 """What a selector may name in `needs`."""
 
+FROM_PROMPT = frozenset({"query_attention", "question"})
+"""Those of them that depend on the prompt's text: another prompt, another selection."""
+
 _TENSORS = ("features", "embeddings", "cls_attention", "query_attention", "question")
 
 

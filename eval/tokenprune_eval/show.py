@@ -114,7 +114,9 @@ def run(arguments: argparse.Namespace) -> int:
         dict.fromkeys(arguments.method or ("zeroth-order", "cls-attention", "divprune"))
     )
     selectors = _selectors(methods, arguments.option)
-    asking = [one.name for one in selectors if {"query_attention", "question"} & set(one.needs)]
+    from tokenprune.tokens import FROM_PROMPT
+
+    asking = [one.name for one in selectors if FROM_PROMPT & set(one.needs)]
     if asking and arguments.question is None:
         raise ConfigError(
             f"{', '.join(asking)} chooses by the question, and there is none: add --question TEXT."

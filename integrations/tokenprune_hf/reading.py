@@ -15,14 +15,11 @@ from torch import Tensor
 
 from tokenprune.reading import QueryKeys, reference_layer
 from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
 from tokenprune_hf.prefix import read_layers
 from tokenprune_hf.shortened import attention_mask_of, find_placeholders
-
-PROMPT_SIDE = ("query_attention", "question")
-"""What selectors may need that depends on the prompt, and so is no part of `Encoded`."""
 
 
 def prompt_items(
@@ -47,11 +44,13 @@ def prompt_items(
         If the prompt does not match what was encoded, if no text comes after an item, or if it is
         not known which tiles make a video.
     """
+    if not FROM_PROMPT & set(needs):
+        return {
+            modality: [item.tokens for item in media.items]
+            for modality, media in encoded.modalities.items()
+        }
     input_ids: Tensor = arguments["input_ids"]
     placeholders = find_placeholders(family, input_ids, encoded)
-    items = {modality: media.items for modality, media in encoded.modalities.items()}
-    if not set(needs) & set(PROMPT_SIDE):
-        return {modality: [item.tokens for item in own] for modality, own in items.items()}
     attention_mask = attention_mask_of(family, arguments)
     any_placeholder = torch.zeros_like(input_ids, dtype=torch.bool)
     for modality in ("image", "video"):

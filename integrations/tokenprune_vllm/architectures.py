@@ -10,11 +10,9 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
+from tokenprune.tokens import FROM_PROMPT
 
-PROMPT_SIDE = frozenset({"query_attention", "question"})
-"""What depends on the prompt's text, so that no cache may mistake one prompt's for another's."""
-
-PROVIDED = ("features", "embeddings", "cls_attention", "projector", *sorted(PROMPT_SIDE))
+PROVIDED = ("features", "embeddings", "cls_attention", "projector", *sorted(FROM_PROMPT))
 """What the plugin can hand to a selector."""
 
 
@@ -86,7 +84,7 @@ def architecture_of(config: dict[str, Any], model: str) -> Architecture:
 
 def reads_prompt(method: str) -> bool:
     """Say whether a method chooses by the text around an image or video."""
-    return bool(PROMPT_SIDE & set(find(method).needs))
+    return bool(FROM_PROMPT & set(find(method).needs))
 
 
 def check_method(method: str) -> None:

@@ -291,8 +291,7 @@ class PruningProcessor:
         ]
         for number, (_, _, modality, index) in enumerate(found):
             details = regions[modality, index]
-            item = mm_res.kwargs[modality][index]
-            if details.pruning is None or not reads_prompt(details.method) or item is None:
+            if details.pruning is None or not reads_prompt(details.method):
                 continue
             before = [*texts[0]]
             for own, text in zip(inside[:number], texts[1 : number + 1], strict=True):
@@ -300,7 +299,11 @@ class PruningProcessor:
             after = [*texts[number + 1]]
             for own, text in zip(inside[number + 1 :], texts[number + 2 :], strict=True):
                 after += own + text
+            # Also where it is cached: vLLM takes an item for sent that was refused here before.
             self._check_prompt(modality, details, before, after)
+            item = mm_res.kwargs[modality][index]
+            if item is None:
+                continue
             field = MultiModalBatchedField(keep_on_cpu=True)
             item[PROMPT] = MultiModalFieldElem(data=pack_prompt(before, after), field=field)
 

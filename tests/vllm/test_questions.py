@@ -121,9 +121,11 @@ def test_no_text_behind_it(pair: Questioned) -> None:
     request = pair.request(Case("ti", (30,)))
     prompt = request["prompt"]
     end = prompt.rfind("<image>") + len("<image>")
-    with pytest.raises(RequestError, match="no text comes after the image"):
-        answer(pair.llm, [{**request, "prompt": prompt[:end]}], greedy())
+    for _ in range(2):  # the second time vLLM's cache knows the image
+        with pytest.raises(RequestError, match="no text comes after the image"):
+            answer(pair.llm, [{**request, "prompt": prompt[:end]}], greedy())
     kept(pair.llm)
+    assert ask_both(pair, Case("tit", (30,)))
 
 
 @pytest.mark.parametrize(
