@@ -46,7 +46,9 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 # Arithmetic -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("correct", "count"), [(0, 7), (7, 7), (1, 3), (480, 1000), (996, 1003)])
+@pytest.mark.parametrize(
+    ("correct", "count"), [(0, 7), (7, 7), (102, 102), (1, 3), (480, 1000), (996, 1003)]
+)
 def test_wilson_solves_its_equation(correct: int, count: int) -> None:
     """The ends are the shares p whose score (x/n - p) / sqrt(p (1 - p) / n) is +-1.96."""
 
@@ -64,6 +66,7 @@ def test_wilson_solves_its_equation(correct: int, count: int) -> None:
 
     observed = correct / count
     low, high = wilson(correct, count)
+    assert low <= observed <= high
     # Searched from the edge, where the excess is positive, towards the observed share.
     assert low == pytest.approx(0.0 if correct == 0 else crossing(0.0, observed), abs=1e-9)
     mirrored = 1.0 if correct == count else crossing(1.0, observed)
@@ -485,5 +488,5 @@ def test_demo_says_what_it_did(ran: Ran) -> None:
     html = (ran.folder / "report.html").read_text("utf-8")
     _check_self_contained(html)
     assert html.count('class="card"') == 12
-    assert html.count('class="tile"') == 9 * 8 + 3 * 7
+    assert html.count('class="tile"') == 9 * 9 + 3 * 8
     assert sorted(entry.name for entry in ran.folder.iterdir()) == ["report.html", "results.json"]

@@ -34,7 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--method=cls-attention",
         "--keep=16",
         "--allow-request-keep",
-        "--request-method=feature-norm",
+        "--request-method",
+        "feature-norm",
+        "flexselect",
         *COMMON,
         # A cache of 12 blocks: concurrent requests push each other out.
         "--max-model-len=256",
@@ -126,6 +128,42 @@ def test_metrics_count_tokens_and_time(server: Server) -> None:
     assert after[0] - before[0] == 3 * 64
     assert after[1] - before[1] == 3 * 16
     assert 0 < after[2] - before[2] < 60
+
+
+def test_flexselect_answers_each_question_as_transformers_does(server: Server) -> None:
+    import tokenprune_hf
+
+    def selecting() -> float:
+        return sum(
+            value
+            for name, value in server.metrics().items()
+            if name.startswith("tokenprune_selecting_seconds_total") and "flexselect" in name
+        )
+
+    image = picture(200)
+    model, processor = tokenprune_hf.load(str(bundled_model_path()))
+    questions = (QUESTION, "what is the blue item?", "where is the circle?")
+    for question in questions:
+        text = tokens_of(server.ask(image, question, **asking(off=True))) - 64
+        spent = []
+        answers = []
+        for _ in range(2):
+            before = selecting()
+            response = server.ask(image, question, **asking(method="flexselect", keep=8))
+            spent.append(selecting() - before)
+            assert tokens_of(response) == text + 8
+            answers.append(said(response).strip())
+        assert spent[0] > 0, "no question shares another's selection"
+        assert spent[1] == 0, "and the same question again is known"
+        inputs = tokenprune_hf.ask(processor, question, image=image)
+        with tokenprune_hf.prune(model, "flexselect", keep=8):
+            output = model.generate(
+                **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, eos_token_id=None
+            )
+        (answered,) = processor.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert answers == [answered.strip()] * 2
 
 
 def test_it_says_at_the_start_how_it_prunes(server: Server) -> None:

@@ -19,6 +19,8 @@ from tokenprune.budget import Keep
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune.selectors.base import Selector
+from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.reading import prompt_items
 
 ROUNDS = 9
 MEBIBYTE = 2**20
@@ -76,7 +78,7 @@ def measure(
     prefill: list[list[float]] = [[] for _ in conditions]
     selection: list[list[float]] = [[] for _ in conditions]
     peaks = [0.0 for _ in conditions]
-    tokens = [item.tokens for item in encoded.modalities["image"].items]
+    family = family_of(model)
 
     def call() -> None:
         model(**inputs, encoded=encoded, logits_to_keep=1)
@@ -97,6 +99,7 @@ def measure(
                 if keep != 1.0:
                     selector = build(method, {}) if isinstance(method, str) else method
                     start = time.perf_counter()
+                    tokens = prompt_items(family, inputs, encoded, selector.needs)["image"]
                     select_many(tokens, selector, keep)
                     selection[place].append(time.perf_counter() - start)
     return [

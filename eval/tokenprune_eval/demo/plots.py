@@ -32,12 +32,13 @@ class Style:
 STYLES = {
     "zeroth-order": Style("#0072B2", "o"),
     "cls-attention": Style("#D55E00", "s"),
+    "flexselect": Style("#E69F00", "D"),
     "divprune": Style("#009E73", "^"),
     "random": Style("#6b7280", "X", "--", 1.5),
     "uniform": Style("#6b7280", "P", ":", 1.5),
     "feature-norm": Style("#A4708F", "v", "-.", 1.5),
 }
-_OTHERS = (Style("#E69F00", "D"), Style("#56B4E9", "h"), Style("#000000", "d"))
+_OTHERS = (Style("#56B4E9", "h"), Style("#000000", "d"))
 
 
 def style_of(method: str, methods: Sequence[str]) -> Style:

@@ -86,7 +86,9 @@ def wilson(correct: int, questions: int) -> tuple[float, float]:
     from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(correct, questions, alpha=0.05, method="wilson")
-    return max(0.0, float(low)), min(1.0, float(high))
+    # Rounding may leave the share itself outside, where none or all are correct.
+    share = correct / questions
+    return min(max(0.0, float(low)), share), max(min(1.0, float(high)), share)
 
 
 def make_row(

@@ -30,7 +30,15 @@ from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row, make_ro
 from tokenprune_hf.families.registry import check_method
 from tokenprune_hf.images import load_image
 
-METHODS = ("cls-attention", "zeroth-order", "divprune", "random", "uniform", "feature-norm")
+METHODS = (
+    "cls-attention",
+    "zeroth-order",
+    "flexselect",
+    "divprune",
+    "random",
+    "uniform",
+    "feature-norm",
+)
 KEEPS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
 """Budgets besides 1.0, which is the unpruned model."""
 
