@@ -1,0 +1,1 @@
+"""Data sets: what is asked about which image or video, and which answers are right."""

@@ -1,0 +1,62 @@
+"""One question of a data set, and the data set itself."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+LETTERS = string.ascii_uppercase
+"""Names of the choices, in their order."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question about one image or one video.
+
+    Attributes
+    ----------
+    id
+        Unique within its data set.
+    kind
+        ``"image"`` or ``"video"``.
+    path
+        The file.
+    question
+        The text put to the model, without the choices.
+    answer
+        The right answer: its text, or, where there are choices, the letter of the right one.
+    choices
+        Texts of the choices A, B, …; empty for an open question.
+    type
+        What is asked about, for the tables by type; may be empty.
+    times
+        Seconds of the frames to look at, where the data set says so; rising. Empty: sampled.
+    """
+
+    id: str
+    kind: Literal["image", "video"]
+    path: Path
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    type: str = ""
+    times: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Questions under a name.
+
+    Attributes
+    ----------
+    name
+        As it stands in tables.
+    items
+        In the data set's own order; ids are unique.
+    """
+
+    name: str
+    items: Sequence[Item]

@@ -1,0 +1,142 @@
+"""What a run keeps on disk: one line of JSON for each question answered under each condition.
+
+`Condition` says how the model was pruned, `Record` what it then said and what that took. Both are
+written to ``records.jsonl`` of a run's folder as soon as they are there, and everything that is
+reported is worked out from them afterwards.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tokenprune.config import Positions
+
+UNPRUNED = "unpruned"
+"""Method of the condition that keeps every token; run once, whatever the number of methods."""
+
+
+class Condition(BaseModel):
+    """One way to prune.
+
+    Attributes
+    ----------
+    method
+        A name out of `tokenprune.methods()`, or ``"unpruned"``.
+    keep
+        Number of tokens (int) or fraction (float) of each image or video; 1.0 where unpruned.
+    positions
+        How the positions of kept tokens are counted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    keep: int | float = Field(union_mode="smart")
+    positions: Positions = "original"
+
+    @property
+    def key(self) -> str:
+        """Short text that names the condition, for example ``"cls-attention@0.25"``."""
+        if self.method == UNPRUNED:
+            return UNPRUNED
+        ending = "" if self.positions == "original" else f",{self.positions}"
+        return f"{self.method}@{self.keep}{ending}"
+
+
+class Seconds(BaseModel):
+    """Seconds that one question took; a batch's are divided by its questions.
+
+    Attributes
+    ----------
+    encode
+        Vision encoder; shared by all conditions, so the same in each; None where an engine does
+        not tell.
+    select
+        Scoring and choosing tokens, the language model's prefix included where a method has one.
+    prefill
+        Language model until the first answer token, without `select`.
+    decode
+        All further answer tokens.
+    first_token
+        From the encoded or sent input to the first answer token, as the caller sees it. Where an
+        engine tells the parts it is their sum, else it is measured as a whole.
+    total
+        From handing the question to the engine until the answer is there.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    encode: float | None = None
+    select: float | None = None
+    prefill: float | None = None
+    decode: float | None = None
+    first_token: float | None = None
+    total: float | None = None
+
+
+class Record(BaseModel):
+    """The answer to one question under one condition.
+
+    Attributes
+    ----------
+    item
+        Id of the question.
+    condition
+        `Condition.key`.
+    error
+        Why there is no answer; None where there is one. All that follows is then None.
+    text
+        What the model said.
+    choice
+        The letter that `text` was read as, for questions with choices; ``""`` where none was found.
+    likelihoods
+        Letter -> log-probability as the first answer token, for questions with choices.
+    correct_by_text, correct_by_likelihood
+        Whether it is right, read either way; None where it was not read that way.
+    correct
+        The one of both that the run counts, see `Settings.choose_by`.
+    visual_tokens, of_visual_tokens
+        Visual tokens the language model read, and how many there were.
+    prompt_tokens
+        All tokens of the prompt that it read.
+    answer_tokens
+        Tokens generated.
+    mass_kept
+        Share of the method's scores (attention, where it scores by it) on the tokens it kept; None
+        where it has no scores of one sign.
+    kv_bytes
+        Bytes of keys and values in the language model's cache when the answer began.
+    peak_bytes
+        Most bytes that torch held at one time beyond the weights; measured on some questions only.
+    batch
+        How many questions were answered together.
+    seconds
+        See `Seconds`.
+    kept
+        Indices of the kept tokens where the run was asked to note them.
+    grid
+        Frames, rows, columns of the visual tokens, where `kept` is noted.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    item: str
+    condition: str
+    error: str | None = None
+    text: str | None = None
+    choice: str | None = None
+    likelihoods: dict[str, float] | None = None
+    correct_by_text: bool | None = None
+    correct_by_likelihood: bool | None = None
+    correct: bool | None = None
+    visual_tokens: int | None = None
+    of_visual_tokens: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    mass_kept: float | None = None
+    kv_bytes: int | None = None
+    peak_bytes: int | None = None
+    batch: int | None = None
+    seconds: Seconds = Seconds()
+    kept: list[int] | None = None
+    grid: tuple[int, int, int] | None = None
