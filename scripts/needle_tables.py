@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Needles in long videos: what each method answers with few tokens, on the bundled model.
 
-    python scripts/needle_tables.py --work WORK --lite SELECTOR
+    python scripts/needle_tables.py --work WORK
 
 Two sets of H.264 files of the test split are rendered in WORK (once) and read with `read_video`:
 files of 128 frames, of which 32 are sampled, and files of 512 frames in which each card is shown
@@ -85,7 +85,7 @@ class Answerer:
         if method == "flexselect" and self.options.layer is not None:
             own["layer"] = self.options.layer
         if method == "flexselect-lite":
-            own["path"] = str(self.options.lite)
+            own["path"] = self.options.lite
         if method == "random":
             own["seed"] = video
         return build(method, own)
@@ -155,7 +155,9 @@ def main() -> None:
     """Render, answer, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of rendered videos")
-    parser.add_argument("--lite", type=Path, help="a trained selector; without, it is left out")
+    parser.add_argument(
+        "--lite", default="bundled", help="a selector's folder (default: the bundled one)"
+    )
     parser.add_argument("--model", type=Path, help="a checkpoint (default: the bundled model)")
     parser.add_argument("--layer", type=int, help="flexselect's reference layer")
     parser.add_argument("--videos", type=int, default=100, help="of 128 frames")
@@ -165,7 +167,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    methods = [one for one in METHODS if options.lite or one != "flexselect-lite"]
     model, processor = load(str(options.model or bundled_model_path()))
     console = Console(width=110)
     console.print(
@@ -177,7 +178,7 @@ def main() -> None:
     answerer = Answerer(model, processor, options)
     asked = [
         (method, fraction, positions)
-        for method in methods
+        for method in METHODS
         for fraction in FRACTIONS
         for positions in ("original", "compact")
     ]
@@ -196,15 +197,15 @@ def main() -> None:
         f"{total:,} visual tokens; unpruned {plain}",
         title_justify="left",
     )
-    for method in methods:
+    for method in METHODS:
         for positions in ("original", "compact"):
             cells = [answerer.cells[32, method, fraction, positions] for fraction in FRACTIONS]
             table.add_row(method, positions, *map(str, cells), " / ".join(c.share for c in cells))
     console.print(table)
-    table = Table("question", "unpruned", *methods, title=f"by type, {counts[0]} tokens, original")
+    table = Table("question", "unpruned", *METHODS, title=f"by type, {counts[0]} tokens, original")
     types = [question.type for question in questions]
     for kind in dict.fromkeys(types):
-        rows = [plain, *(answerer.cells[32, one, FRACTIONS[0], "original"] for one in methods)]
+        rows = [plain, *(answerer.cells[32, one, FRACTIONS[0], "original"] for one in METHODS)]
         shares = []
         for cell in rows:
             hits = [hit for hit, own in zip(cell.right, types, strict=True) if own == kind]
@@ -217,7 +218,7 @@ def main() -> None:
     answerer = Answerer(model, processor, options)
     asked = [
         (method, options.budget, positions)
-        for method in methods
+        for method in METHODS
         for positions in ("original", "compact")
     ]
     questions = needle_set(options.work, videos=options.long_videos, frames=512)
@@ -232,7 +233,7 @@ def main() -> None:
         f"{options.budget} tokens kept whatever the frames",
         title_justify="left",
     )
-    for method in ("unpruned", *methods):
+    for method in ("unpruned", *METHODS):
         for positions in ("original", "compact"):
             keep = 1.0 if method == "unpruned" else options.budget
             found = [answerer.cells.get((n, method, keep, positions)) for n in options.frames]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
+    from tokenprune_hf.encoding import join as join
     from tokenprune_hf.families.registry import supported_models as supported_models
     from tokenprune_hf.loading import ask as ask
     from tokenprune_hf.loading import load as load
@@ -32,6 +33,7 @@ _HOMES = {
     "apply": "pruning",
     "ask": "loading",
     "encode": "encoding",
+    "join": "encoding",
     "load": "loading",
     "supported_models": "families.registry",
     "prune": "pruning",

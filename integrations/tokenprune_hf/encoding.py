@@ -6,6 +6,7 @@ run of the encoder.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,49 @@ class Encoded:
             torch.cat([rows[index] for index in indices]), sizes, image.stacked, deepstack, items
         )
         return Encoded({"image": taken}, self.needs)
+
+
+def join(parts: Sequence[Encoded]) -> Encoded:
+    """Return one batch made of several, for prompts in the same order.
+
+    Parameters
+    ----------
+    parts
+        At least one. The same one may come several times: images encoded once, asked about often.
+
+    Raises
+    ------
+    PromptError
+        If they were made with different needs, or a modality is there in some of them only: it
+        would no longer be known which prompt an image belongs to.
+    """
+    first = parts[0]
+    for part in parts:
+        if set(part.modalities) != set(first.modalities) or part.needs != first.needs:
+            raise PromptError(
+                "only batches with the same modalities and needs can be joined, not "
+                f"{sorted(first.modalities)} with {first.needs} and {sorted(part.modalities)} "
+                f"with {part.needs}. Encode them alike, or ask about them apart."
+            )
+    joined: dict[str, EncodedModality] = {}
+    for modality in first.modalities:
+        own = [part.modalities[modality] for part in parts]
+        starts = list(itertools.accumulate((len(one.rows) for one in own), initial=0))
+        joined[modality] = EncodedModality(
+            rows=torch.cat([one.rows for one in own]),
+            sizes=[size for one in own for size in one.sizes],
+            stacked=own[0].stacked,
+            deepstack=[
+                torch.cat(layers) for layers in zip(*(one.deepstack for one in own), strict=True)
+            ],
+            items=[
+                Item(item.rows + start, item.tokens)
+                for one, start in zip(own, starts, strict=False)
+                for item in one.items
+            ],
+            videos_told=all(one.videos_told for one in own),
+        )
+    return Encoded(joined, first.needs)
 
 
 def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Encoded:

@@ -7,6 +7,7 @@ about an image or a video as the model's own chat template does.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,15 @@ def model_path(name: str) -> str:
     # eval/ stands above this room and may be absent; whoever writes "bundled" has it.
     module = importlib.import_module("tokenprune_eval.bundled.model")
     return str(module.bundled_model_path())
+
+
+def selector_path(path: str) -> Path:
+    """Return the folder of a trained selector, which may be the word ``bundled``."""
+    if path != BUNDLED:
+        return Path(path)
+    module = importlib.import_module("tokenprune_eval.bundled.model")
+    folder: Path = module.SELECTOR
+    return folder
 
 
 def load(name: str) -> tuple[Any, Any]:

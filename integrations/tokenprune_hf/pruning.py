@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import time
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -48,6 +49,9 @@ class Pruning:
         What was asked for.
     selections
         One `Selection` per item (image, video or crop) of the last call, in prompt order.
+    selecting_seconds
+        How long scoring and choosing them took; the encoder is not in it. On a GPU it is the time
+        of handing over the work, unless the method itself waits for its scores.
     """
 
     def __init__(self, model: Any, selector: Selector, keep: Keep, positions: Positions) -> None:
@@ -56,6 +60,7 @@ class Pruning:
         self.keep = check_keep(keep)
         self.positions = check_positions(positions)
         self.selections: list[Selection] = []
+        self.selecting_seconds = 0.0
         self._family = family_of(model)
         check_method(selector, model)
         self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
@@ -266,8 +271,10 @@ class Pruning:
             )
         with torch.no_grad():
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
+            started = time.perf_counter()
             items = prompt_items(self._family, arguments, encoded, self.selector.needs)
             selections = self._select(encoded, items, placeholders)
+            self.selecting_seconds = time.perf_counter() - started
             shortened = shorten_prompt(
                 self._family, arguments, encoded, placeholders, selections, self.positions
             )

@@ -15,7 +15,7 @@ import importlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -103,11 +103,12 @@ def read_video(
     frames: int | None = 32,
     *,
     fps: float | None = None,
+    times: Sequence[float] | None = None,
     max_side: int | None = None,
     backend: Backend = "auto",
     allow_truncated: bool = False,
 ) -> Video:
-    """Read frames of a video, sampled evenly in time.
+    """Read frames of a video, sampled evenly in time or at given times.
 
     `frames` are spread from the first to the last frame of the file like ``np.linspace``, by their
     times: with a variable frame rate too, the steps between them are as even as the file allows.
@@ -123,6 +124,9 @@ def read_video(
         How many frames, at least 1, or with `fps` the most there may be. None is no bound.
     fps
         Frames per second of video, above 0.
+    times
+        Seconds from the first frame, rising, in place of `frames` and `fps`: the frame nearest to
+        each is taken, once.
     max_side
         Frames are shrunk as they are decoded until neither side is longer. None keeps their size.
         Pixels are taken for square, as they are stored.
@@ -139,8 +143,8 @@ def read_video(
     Raises
     ------
     ConfigError
-        If an argument has a value it cannot take, or the frames would fill more than `LARGEST`
-        bytes.
+        If an argument has a value it cannot take, `times` lie behind the file's end, or the frames
+        would fill more than `LARGEST` bytes.
     InputFileError
         If the file is missing, a directory, empty, no video, without frames, cut off or damaged,
         or, with ``backend="decord"``, one that decord cannot be trusted with. The message names
@@ -148,7 +152,7 @@ def read_video(
     MissingPackageError
         If PyAV is not installed, or decord is not and was asked for.
     """
-    _check_arguments(frames, fps, max_side, backend)
+    _check_arguments(frames, fps, times, max_side, backend)
     file = Path(path)
     check_file(file, "video")
     _import_av()
@@ -164,7 +168,7 @@ def read_video(
         try:
             listing = _list_packets(file)
             _check_whole(file, listing, allow_truncated)
-            video = _sized(file, listing, frames, fps, max_side)
+            video = _sized(file, listing, frames, fps, times, max_side)
             if decord is not None:
                 reason = listing.unfit or _decode_with_decord(decord, video, listing)
                 if reason is None:
@@ -178,7 +182,7 @@ def read_video(
                 raise _not_for_decord(file, str(doubt)) from None
             listing = _list_frames(file, note)
             _check_whole(file, listing, allow_truncated)
-            video = _sized(file, listing, frames, fps, max_side)
+            video = _sized(file, listing, frames, fps, times, max_side)
             _decode_in_order(video, listing, note)
     except MemoryError:
         raise InputFileError(
@@ -192,9 +196,20 @@ def read_video(
 
 
 def _check_arguments(
-    frames: int | None, fps: float | None, max_side: int | None, backend: str
+    frames: int | None,
+    fps: float | None,
+    times: Sequence[float] | None,
+    max_side: int | None,
+    backend: str,
 ) -> None:
-    if frames is None and fps is None:
+    if times is not None:
+        given = np.asarray(times, np.float64)
+        rising = given.ndim == 1 and len(given) > 0 and bool((np.diff(given) > 0).all())
+        if not rising or not np.isfinite(given).all() or given[0] < 0:
+            raise ConfigError(f"times={times!r} must be rising seconds from 0, at least one.")
+        if fps is not None:
+            raise ConfigError("times and fps both say which frames to read. Give one of them.")
+    elif frames is None and fps is None:
         raise ConfigError("frames=None and fps=None leave open how many frames to read. Give one.")
     for name, value in (("frames", frames), ("max_side", max_side)):
         if value is None:
@@ -626,10 +641,23 @@ def _nearest(times: NDArray[np.float64], targets: NDArray[np.float64]) -> NDArra
 
 
 def _sized(
-    file: Path, listing: _Listing, frames: int | None, fps: float | None, max_side: int | None
+    file: Path,
+    listing: _Listing,
+    frames: int | None,
+    fps: float | None,
+    times: Sequence[float] | None,
+    max_side: int | None,
 ) -> Video:
     """Return the video with its frames chosen and their pixels still to be filled in."""
-    chosen = _sample(listing.times, frames, fps)
+    if times is None:
+        chosen = _sample(listing.times, frames, fps)
+    else:
+        if times[-1] > listing.duration:
+            raise ConfigError(
+                f"{file}: there is no frame at {times[-1]} s, it ends at {listing.duration:.2f} s. "
+                "Correct times."
+            )
+        chosen = np.unique(_nearest(listing.times, np.asarray(times, np.float64)))
     longest = max(listing.size)
     shrink = min(1.0, max_side / longest) if max_side is not None else 1.0
     width, height = (max(1, round(side * shrink)) for side in listing.size)

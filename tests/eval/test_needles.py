@@ -13,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tokenprune_hf
 from tokenprune.errors import MissingPackageError
 from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.model import WEIGHTS, bundled_model_path
+from tokenprune_hf.video import read_video
 
 FASHION = scenes.FASHION_FOLDER if scenes.FASHION_FOLDER.is_dir() else None
+BUNDLED: dict[str, Any] = {"path": "bundled"}
 SPLITS: tuple[scenes.Split, ...] = ("train", "validation", "test")
 
 
@@ -247,6 +250,21 @@ def test_the_bundled_model_reads_videos(tmp_path: Path) -> None:
         answer = processor.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         hits.append(answer.strip() == q.answer)
     assert np.mean(hits) >= 0.75
+
+
+def test_the_bundled_selector_ranks_as_its_teacher_does(tmp_path: Path) -> None:
+    """On videos of the test split; chance is 1/16."""
+    model, processor = tokenprune_hf.load(str(bundled_model_path()))
+    overlaps = []
+    for q in needles.needle_set(tmp_path, videos=3, frames=32, types=("kind",), fashion=None):
+        inputs = tokenprune_hf.ask(processor, q.question, video=read_video(q.video, 16))
+        kept = []
+        for method, options in (("flexselect", {"layer": 3}), ("flexselect-lite", BUNDLED)):
+            with tokenprune_hf.prune(model, method, 1 / 16, **options) as pruning:
+                model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            kept.append(set(pruning.selections[0].kept.tolist()))
+        overlaps.append(len(kept[0] & kept[1]) / len(kept[0]))
+    assert np.mean(overlaps) > 0.4, overlaps
 
 
 def test_a_long_video_fits_the_bundled_model() -> None:

@@ -216,7 +216,7 @@ def test_seeking_and_decoding_in_order_agree(folder: Path) -> None:
         for frames in (3, 10):
             video = _read(file, frames, backend="pyav")
             assert np.allclose(listing.times[video.indices], video.times)
-            again = module._sized(file, listing, frames, None, None)
+            again = module._sized(file, listing, frames, None, None, None)
             module._decode_in_order(again, listing, "")
             assert np.array_equal(again.frames, video.frames), file
 
@@ -345,6 +345,15 @@ def test_uneven_rate_is_sampled_in_time(folder: Path) -> None:
     every = _read(folder / "uneven.mp4", COUNT).times
     targets = np.linspace(0, every[-1], 6)
     assert video.indices.tolist() == [int(np.abs(every - t).argmin()) for t in targets]
+
+
+def test_times_take_the_frame_nearest_to_each(folder: Path) -> None:
+    uneven = _read(folder / "uneven.mp4", None, fps=1e6)
+    wanted = [0.0, 0.31, 0.32, 1.05]
+    video = _read(folder / "uneven.mp4", times=wanted)
+    nearest = {int(np.abs(uneven.times - time).argmin()) for time in wanted}
+    assert video.indices.tolist() == sorted(nearest)
+    assert np.array_equal(video.frames, uneven.frames[video.indices])
 
 
 def test_fps_takes_the_frame_nearest_to_each_tick(folder: Path) -> None:
@@ -623,6 +632,11 @@ def test_any_cut_of_a_file_is_a_video_or_an_input_error(folder: Path, tmp_path: 
         ({"frames": 2.5}, "frames=2.5"),
         ({"frames": True}, "frames=True"),
         ({"frames": None}, "Give one"),
+        ({"times": []}, "must be rising seconds"),
+        ({"times": [1.0, 1.0]}, "must be rising seconds"),
+        ({"times": [-1.0]}, "must be rising seconds"),
+        ({"times": [1.0], "fps": 2}, "Give one of them"),
+        ({"times": [1.0, 1000.0]}, "there is no frame at 1000.0 s"),
         ({"fps": 0}, "fps=0 must be a number above 0"),
         ({"fps": -1.0}, "fps=-1.0"),
         ({"fps": float("nan")}, "fps=nan"),

@@ -22,6 +22,9 @@ from tokenprune_eval.bundled.errors import BundledModelError
 WEIGHTS = Path(__file__).with_name("weights")
 """Folder of the committed files."""
 
+SELECTOR = Path(__file__).with_name("selector")
+"""Folder of a flexselect-lite selector trained for this model, see docs/flexselect.md."""
+
 TRAINED_FILE = "projector_and_language_model.safetensors"
 """The trained tensors inside that folder; everything else there is copied as it is."""
 

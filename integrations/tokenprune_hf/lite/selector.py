@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,8 @@ class FlexSelectLite(FrameSets):
     Parameters
     ----------
     path
-        The folder that ``tokenprune train-selector`` wrote.
+        The folder that ``tokenprune train-selector`` wrote, or ``"bundled"`` for the one that was
+        trained for the bundled model.
     """
 
     name: ClassVar[str] = "flexselect-lite"
@@ -45,14 +45,16 @@ class FlexSelectLite(FrameSets):
                 "`tokenprune train-selector` trained for the model."
             )
         from tokenprune_hf.lite.model import read_config
+        from tokenprune_hf.loading import selector_path
 
-        read_config(Path(self.path))
+        read_config(selector_path(self.path))
 
     def check_model(self, config: Any) -> None:
         """Raise unless the selector was trained for a model with this config."""
         from tokenprune_hf.lite.model import read_config
+        from tokenprune_hf.loading import selector_path
 
-        own = read_config(Path(self.path))
+        own = read_config(selector_path(self.path))
         text = config.get_text_config()
         # vLLM also knows InternVL in its own format, whose features and vocabulary are the same.
         kinds = {kind.removesuffix("_chat") for kind in (config.model_type, own.model_type)}
@@ -66,9 +68,10 @@ class FlexSelectLite(FrameSets):
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the trained selector's scores; sets of one size go through it together."""
         from tokenprune_hf.lite.model import load_on
+        from tokenprune_hf.loading import selector_path
 
         features, questions = tokens.require("features"), tokens.require("question")
-        model = load_on(Path(self.path), features.device)
+        model = load_on(selector_path(self.path), features.device)
         scores: dict[int, Tensor] = {}
         for size in sorted({len(own) for own in sets}):
             mine = [index for index, own in enumerate(sets) if len(own) == size]
