@@ -1,0 +1,145 @@
+"""tokenprune's own format: one question a line of a JSON lines file, see docs/data.md."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tokenprune_eval.data.errors import Problems
+from tokenprune_eval.data.files import (
+    check_choices,
+    finish,
+    inside,
+    letter_of,
+    media_folder,
+    read_jsonl,
+)
+from tokenprune_eval.data.item import DataSet, Item
+
+NAME = "jsonl"
+COLUMNS = frozenset({"question", "answer"})
+"""What every line has, besides ``image`` or ``video``."""
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Line(BaseModel):
+    """One line of the file.
+
+    Attributes
+    ----------
+    image, video
+        The file; exactly one of both.
+    question
+        Put to the model.
+    answer
+        Where there are `choices` a letter or the exact text of a choice, else any text.
+    choices
+        Texts, all different.
+    id
+        By default the file's name and the line's number.
+    type
+        For tables by type.
+    times
+        Seconds of the frames to look at, each later than the one before; videos only.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image: str | None = None
+    video: str | None = None
+    question: str
+    answer: str
+    choices: list[str] | None = None
+    id: str | None = None
+    type: str = ""
+    times: list[Seconds] | None = None
+
+    @field_validator("answer", mode="before")
+    @classmethod
+    def _no_index(cls, answer: object) -> object:
+        if isinstance(answer, int) and not isinstance(answer, bool):
+            raise ValueError(
+                f"text is needed, got the number {answer}. Choices count neither from 0 nor from "
+                'one here: give the letter of the choice or its text. A number as text is "3"'
+            )
+        return answer
+
+    @field_validator("question", "answer", "id", "image", "video")
+    @classmethod
+    def _not_empty(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("is empty")
+        return text
+
+    @field_validator("choices")
+    @classmethod
+    def _different(cls, choices: list[str] | None) -> list[str] | None:
+        if choices is not None:
+            check_choices(choices)
+            twice = sorted({choice for choice in choices if choices.count(choice) > 1})
+            if twice:
+                raise ValueError(f"{', '.join(map(repr, twice))} is there more than once")
+        return choices
+
+    @field_validator("times")
+    @classmethod
+    def _rising(cls, times: list[float] | None) -> list[float] | None:
+        if times is not None and any(b <= a for a, b in pairwise(times)):
+            raise ValueError(f"each must be later than the one before, got {times}")
+        return times
+
+    @model_validator(mode="after")
+    def _one_medium(self) -> Line:
+        if (self.image is None) == (self.video is None):
+            both = "both are there" if self.image is not None else "neither is there"
+            raise ValueError(f"one of the keys 'image' and 'video' is needed, and {both}")
+        if self.times and self.video is None:
+            raise ValueError("'times' are for videos, and this is an image")
+        return self
+
+
+def load(file: Path, media: Path | None = None) -> DataSet:
+    """Read a file in tokenprune's own format.
+
+    Parameters
+    ----------
+    file
+        Its name without the ending is the data set's name.
+    media
+        Folder that the paths in it are relative to; by default the file's folder.
+
+    Raises
+    ------
+    DataSetError
+        With everything that is wrong, by line.
+    """
+    folder = media_folder(media, [file.absolute().parent])
+    problems = Problems(file)
+    items: list[tuple[str, Item]] = []
+    for place, record in read_jsonl(file, problems):
+        try:
+            line = Line.model_validate(record)
+        except ValidationError as error:
+            problems.add_all(place, error, list(Line.model_fields))
+            continue
+        choices = tuple(line.choices or ())
+        try:
+            item = Item(
+                id=line.id or f"{file.stem}-{place.removeprefix('line ')}",
+                kind="image" if line.image is not None else "video",
+                path=inside(folder, line.image or line.video or ""),
+                question=line.question,
+                answer=letter_of(line.answer, choices) if choices else line.answer,
+                choices=choices,
+                type=line.type,
+                times=tuple(line.times or ()),
+            )
+        except ValueError as error:
+            problems.add(place, str(error))
+            continue
+        items.append((place, item))
+    return finish(file.stem, file, items, problems)

@@ -1,0 +1,277 @@
+"""What `tokenprune eval` does: run, list, check, put shards together, compare."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.results.summary import REPORT, TABLE, Results
+
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
+
+
+def evaluate(console: Console, settings: Settings) -> int:
+    """Run, print the tables, and say where the report is."""
+    from tokenprune_eval.evaluation.runner import run
+    from tokenprune_eval.results.table import print_tables
+
+    with RunProgress(console) as progress:
+        results = run(settings, progress)
+    print_tables(console, results)
+    _say_where(console, settings.out, results)
+    return 0
+
+
+def _say_where(console: Console, out: Path, results: Results) -> None:
+    errors = sum(row.errors for row in results.rows)
+    if errors:
+        console.print(f"{errors:,} answers are missing because of errors; the report lists them.")
+    if results.bundled:
+        console.print(
+            "The bundled model is a test object and no public VLM: these accuracies say nothing "
+            "about public models.",
+            highlight=False,
+        )
+    console.print(f"report: {out / REPORT}, table: {out / TABLE}", highlight=False, soft_wrap=True)
+
+
+def ls(console: Console) -> int:
+    """List what can be named."""
+    from tokenprune.registry import methods
+    from tokenprune_eval.data.load import data_sets
+
+    for title, rows in (
+        ("--data", data_sets()),
+        ("--method", {name: method.summary for name, method in methods().items()}),
+        (
+            "--engine",
+            {
+                "hf": "transformers, in this process",
+                "vllm": "vLLM, in this process",
+                "openai": "a server with OpenAI's protocol, at --base-url",
+            },
+        ),
+    ):
+        table = Table(
+            box=None, show_header=False, title=title, title_justify="left", pad_edge=False
+        )
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, text in rows.items():
+            table.add_row(name, text)
+        console.print(table)
+        console.print()
+    return 0
+
+
+def validate(console: Console, settings: Settings) -> int:
+    """Check settings, data and model; nothing is run and nothing is written."""
+    from tokenprune_eval.data.load import missing_media
+    from tokenprune_eval.evaluation.reading import by_media
+    from tokenprune_eval.evaluation.runner import load_sets
+
+    settings.check_methods()
+    conditions = settings.conditions()
+    asked = 0
+    missing: list[Path] = []
+    for data_set in load_sets(settings):
+        missing += missing_media(data_set)
+        asked += len(data_set.items)
+        kinds = sorted({item.type for item in data_set.items if item.type})
+        console.print(
+            f"{data_set.name}: {len(data_set.items):,} questions about "
+            f"{len(by_media(data_set.items)):,} images or videos"
+            + (f"; types: {', '.join(kinds)}" if kinds else ""),
+            highlight=False,
+        )
+    _check_model(settings)
+    console.print(
+        f"{settings.engine}, {settings.model}: {asked:,} questions under {len(conditions)} "
+        f"conditions: {', '.join(one.key for one in conditions)}",
+        highlight=False,
+    )
+    if missing:
+        shown = ", ".join(map(str, missing[:3]))
+        raise ConfigError(
+            f"{len(missing)} images or videos are not there, for example {shown}. Put them there, "
+            "or say where they lie with --media; a run records questions about them as errors."
+        )
+    console.print("everything is there")
+    return 0
+
+
+def _check_model(settings: Settings) -> None:
+    if settings.engine == "openai":
+        from tokenprune_eval.evaluation.engines.openai import check_server
+
+        check_server(settings)
+        return
+    from transformers import AutoConfig
+
+    from tokenprune.errors import InputFileError, UnsupportedModelError
+    from tokenprune_hf.families.registry import supported_models
+    from tokenprune_hf.loading import model_path
+
+    name = model_path(settings.model)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"the model {name} cannot be loaded: {error}") from None
+    if config.model_type not in supported_models():
+        raise UnsupportedModelError(
+            f"{name} is a model of the type {config.model_type!r}, which cannot be pruned. "
+            f"Supported: {', '.join(sorted(supported_models()))}."
+        )
+    for condition in settings.conditions():
+        settings.pruning(condition).selector().check_model(config)
+
+
+def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
+    """Put the folders of shards together into one, and write its results."""
+    from tokenprune_eval.evaluation.runner import results_of
+    from tokenprune_eval.evaluation.store import Store
+    from tokenprune_eval.results.files import RUN, read_run
+    from tokenprune_eval.results.summary import write_results
+    from tokenprune_eval.results.table import print_tables
+
+    runs = [read_run(shard) for shard in shards]
+    settings = [Settings.model_validate(run.about["settings"]) for run in runs]
+    first = settings[0].model_copy(update={"shard": None, "out": out})
+    for shard, other in zip(shards, settings, strict=True):
+        if differing := [name for name in first.differences(other) if name != "shard"]:
+            raise ConfigError(
+                f"{shard} was run with another {', '.join(differing)} than {shards[0]}: they are "
+                "no parts of one run. Leave it out."
+            )
+    seen: dict[tuple[str, str], Path] = {}
+    for shard, run in zip(shards, runs, strict=True):
+        for key in {(record.condition, record.item) for record in run.records}:
+            if key in seen:
+                raise ConfigError(
+                    f"{key[1]} under {key[0]} is in {seen[key]} and in {shard}. Give each part "
+                    "once."
+                )
+            seen[key] = shard
+    if (out / RUN).exists():
+        raise ConfigError(f"{out} holds a run already. Give a new folder.")
+    conditions = list({one.key: one for run in runs for one in run.conditions}.values())
+    items = list({one.id: one for run in runs for one in run.items}.values())
+    about = {
+        **runs[0].about,
+        "data": [],
+        "complete": all(run.about.get("complete") for run in runs),
+        "seconds": sum(run.about.get("seconds") or 0.0 for run in runs),
+        "shards": [run.about["settings"]["shard"] for run in runs],
+    }
+    for name in ("settings", "conditions"):
+        del about[name]
+    with Store(out) as store:
+        store.begin(first, about, items, conditions)
+        for run in runs:
+            store.append(run.records)
+    results = results_of(out)
+    write_results(out, results)
+    print_tables(console, results)
+    _say_where(console, out, results)
+    return 0
+
+
+def compare(console: Console, a: Path, b: Path, as_markdown: bool) -> int:
+    """Print what two runs have in common and where they differ."""
+    from tokenprune_eval.results.compare import compare as compare_runs
+    from tokenprune_eval.results.compare import comparison_markdown, print_comparison
+
+    comparison = compare_runs(a, b)
+    if as_markdown:
+        print(comparison_markdown(comparison))
+    else:
+        print_comparison(console, comparison)
+    return 0
+
+
+class RunProgress:
+    """A bar with rate and time left; without a terminal, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._total = self._done = self._before = 0
+        self._said = self._started = time.monotonic()
+
+    def __enter__(self) -> RunProgress:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop drawing; after an error, say what is not lost."""
+        self._bar.stop()
+        if kind is not None and not issubclass(kind, TokenPruneError) and self._done:
+            self._console.print(
+                f"{self._done:,} answers are on disk; the same command goes on behind them.",
+                highlight=False,
+            )
+
+    def plan(self, total: int, done: int) -> None:
+        """Say how many answers there will be, and how many there were before."""
+        self._total, self._done, self._before = total, done, done
+        self._task = self._bar.add_task("starting", total=total, completed=done)
+        self._console.print(
+            f"{total:,} answers" + (f", {done:,} of them known" if done else ""), highlight=False
+        )
+
+    def at(self, text: str) -> None:
+        """Say what is at work."""
+        if self._task is not None:
+            width = max(20, shutil.get_terminal_size().columns - 80)
+            self._bar.update(self._task, description=text[:width])
+
+    def advance(self, answers: int) -> None:
+        """Count answers."""
+        self._done += answers
+        if self._task is not None:
+            self._bar.advance(self._task, answers)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._said >= EVERY:
+            self._said = now
+            rate = (self._done - self._before) / (now - self._started)
+            left = (self._total - self._done) / rate if rate else 0.0
+            self._console.print(
+                f"{self._done:,} of {self._total:,}, {rate:.1f} a second, {left:,.0f} s left",
+                highlight=False,
+            )

@@ -1,0 +1,168 @@
+"""`tokenprune eval`: data sets through a model, for several methods and budgets, and a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.arguments import add_positions, parse_keep, parse_options
+from tokenprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenprune_eval.evaluation.settings import Settings
+
+HELP = "run question answering over data sets, for several methods and budgets, and write a report"
+EXTRA = "eval"
+
+_ACTIONS = "ls, validate, merge and compare are described by `tokenprune eval ACTION --help`."
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.epilog = _ACTIONS
+    _add_settings(parser)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    actions.add_parser("ls", help="list data sets, methods and engines")
+    validate = actions.add_parser(
+        "validate", help="check settings, data and model without running anything"
+    )
+    _add_settings(validate)
+    merge = actions.add_parser("merge", help="put the folders of shards together")
+    merge.add_argument("out", type=Path, help="folder for the whole")
+    merge.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="folders of runs")
+    compare = actions.add_parser("compare", help="compare two runs, question by question")
+    compare.add_argument("a", type=Path, metavar="A", help="folder of a run")
+    compare.add_argument("b", type=Path, metavar="B", help="folder of another")
+    compare.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add what `Settings` holds; nothing has a default here, so that a YAML file can give it."""
+    parser.set_defaults(action=None)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="YAML with these settings; arguments win"
+    )
+    what = parser.add_argument_group("what is run")
+    what.add_argument(
+        "--model", help="a checkpoint, `bundled`, or with --engine openai the served name"
+    )
+    what.add_argument(
+        "--data", nargs="+", metavar="DATA", help="names or files, see `tokenprune eval ls`"
+    )
+    what.add_argument("--media", type=Path, metavar="DIR", help="where the data's files lie")
+    what.add_argument("--split", help="of a named data set (default: test)")
+    what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
+    what.add_argument("--method", nargs="+", metavar="METHOD", help="see `tokenprune methods`")
+    what.add_argument(
+        "--keep",
+        nargs="+",
+        metavar="KEEP",
+        help="numbers of tokens, or fractions (default: 1.0 0.5 0.25 0.125 0.0625); the unpruned "
+        "model is run in any case",
+    )
+    what.add_argument(
+        "--option",
+        action="append",
+        metavar="METHOD.NAME=VALUE",
+        help="an option of a method, for example flexselect.layer=3; may be repeated",
+    )
+    add_positions(what)  # type: ignore[arg-type]
+    what.set_defaults(positions=None)
+    what.add_argument("--limit", type=int, metavar="N", help="questions of each data set")
+    what.add_argument("--seed", type=int, help="of the draw of these questions (default: 0)")
+    what.add_argument("--shard", metavar="I/N", help="take the I-th of N parts of the data")
+    asking = parser.add_argument_group("how it is asked")
+    asking.add_argument("--frames", type=int, help="of each video (default: 32)")
+    asking.add_argument("--fps", type=float, help="frames a second, --frames at most")
+    asking.add_argument("--max-side", type=int, metavar="PIXELS", help="of a video's frames")
+    asking.add_argument("--instruction", metavar="TEXT", help="put behind every open question")
+    asking.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 16")
+    asking.add_argument(
+        "--choose-by",
+        choices=("likelihood", "text"),
+        help="what counts for questions with choices (default: likelihood; text with openai)",
+    )
+    engine = parser.add_argument_group("the engine")
+    engine.add_argument("--engine", choices=("hf", "vllm", "openai"), help="default: hf")
+    engine.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 1)")
+    engine.add_argument("--workers", type=int, metavar="N", help="hf: copies of a small model")
+    engine.add_argument("--cache", type=Path, metavar="DIR", help="hf: keep what was encoded")
+    engine.add_argument("--memory", type=int, metavar="N", help="hf: questions with peak memory")
+    engine.add_argument("--dominance", type=int, metavar="N", help="hf: questions with MDI and AEI")
+    engine.add_argument("--base-url", metavar="URL", help="openai: http://HOST:PORT/v1")
+    engine.add_argument("--api-key", metavar="NAME", help="openai: environment variable of the key")
+    engine.add_argument("--concurrency", type=int, metavar="N", help="openai: requests at a time")
+    engine.add_argument("--timeout", type=float, metavar="SECONDS", help="openai: of a request")
+    engine.add_argument("--retries", type=int, metavar="N", help="openai: of a request")
+    engine.add_argument(
+        "--engine-arg", action="append", metavar="NAME=VALUE", help="vllm: of vllm.LLM"
+    )
+    running = parser.add_argument_group("the run")
+    running.add_argument("--out", type=Path, metavar="DIR", help="folder; a run goes on in its own")
+    running.add_argument("--strict", action="store_true", default=None, help="end at an error")
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """Return the settings that the command line and its YAML file give.
+
+    Raises
+    ------
+    TokenPruneError
+        If they are not usable.
+    """
+    from tokenprune_eval.evaluation.settings import Settings, read_settings
+
+    values: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in Settings.model_fields
+        if getattr(arguments, name, None) is not None
+    }
+    if arguments.keep:
+        values["keep"] = [parse_keep(text) for text in arguments.keep]
+    if arguments.shard:
+        values["shard"] = _shard(arguments.shard)
+    if arguments.option:
+        values["options"] = _options(arguments.option)
+    if arguments.engine_arg:
+        values["engine_args"] = parse_options(arguments.engine_arg)
+    return read_settings(values, arguments.config)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdigit() and parts.isdigit()):
+        raise ConfigError(f"--shard {text} is not I/N, for example 1/4.")
+    return int(part), int(parts)
+
+
+def _options(given: list[str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for one in given:
+        method, dot, option = one.partition(".")
+        if not dot or "=" in method:
+            raise ConfigError(
+                f"--option {one} does not say of which method. Write METHOD.NAME=VALUE, for "
+                "example flexselect.layer=3."
+            )
+        found.setdefault(method, {}).update(parse_options([option]))
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what is asked for."""
+    from rich.console import Console
+
+    from tokenprune_eval.evaluation import actions
+
+    console = Console()
+    if arguments.action == "ls":
+        return actions.ls(console)
+    if arguments.action == "merge":
+        return actions.merge(console, arguments.out, arguments.shards)
+    if arguments.action == "compare":
+        return actions.compare(console, arguments.a, arguments.b, arguments.markdown)
+    settings = settings_of(arguments)
+    if arguments.action == "validate":
+        return actions.validate(console, settings)
+    return actions.evaluate(console, settings)

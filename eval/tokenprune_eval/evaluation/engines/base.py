@@ -1,0 +1,116 @@
+"""What an engine is to the runner: it prepares an image or video, and answers questions about it.
+
+`Engine.prepare` runs in threads beside the model, so that decoding and preprocessing overlap with
+it; `Engine.answer` gets a few prepared media at a time and all their questions under one condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.evaluation.records import Condition, Seconds
+from tokenprune_hf.video import Video
+
+
+@dataclass(frozen=True)
+class Said:
+    """What an engine said to one question; the fields are those of `Record`.
+
+    Attributes
+    ----------
+    error
+        Why there is no answer; then the rest is empty.
+    kept
+        Indices of the kept tokens, where the engine tells them.
+    """
+
+    text: str = ""
+    likelihoods: dict[str, float] | None = None
+    error: str | None = None
+    visual_tokens: int | None = None
+    of_visual_tokens: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    mass_kept: float | None = None
+    kv_bytes: int | None = None
+    batch: int | None = None
+    seconds: Seconds = field(default_factory=Seconds)
+    kept: NDArray[np.int64] | None = None
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass
+class Asked:
+    """One image or video and the questions about it.
+
+    Attributes
+    ----------
+    items
+        The questions.
+    prompts
+        Text put to the model for each, choices included.
+    content
+        The picture or the sampled frames; None once they are not needed any more.
+    prepared
+        What `Engine.prepare` made of it.
+    error
+        Why the image or video cannot be read; then it has no content.
+    """
+
+    items: Sequence[Item]
+    prompts: Sequence[str]
+    content: Image.Image | Video | None = None
+    prepared: Any = None
+    error: str | None = None
+
+
+Done = Callable[[Item, Said], None]
+"""Called with each answer as soon as it is there."""
+
+
+class Engine(Protocol):
+    """A model that can be asked.
+
+    Attributes
+    ----------
+    media_at_once
+        How many images and how many videos `answer` may get at a time.
+    """
+
+    media_at_once: dict[str, int]
+
+    def about(self) -> dict[str, Any]:
+        """Return what run.json says of it: architecture, parameters, dtype."""
+
+    def prepare(self, asked: Asked) -> None:
+        """Fill in `asked.prepared`; called in a thread beside the model.
+
+        Raises
+        ------
+        TokenPruneError
+            If this image or video cannot be put to this model.
+        """
+
+    def begin(self, media: Sequence[Asked]) -> None:
+        """Do once what all conditions share, such as encoding."""
+
+    def answer(
+        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+    ) -> None:
+        """Answer the wanted ones of the media's questions under one condition.
+
+        A question that cannot be answered is told as `Said.error`; it ends nothing.
+        """
+
+    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+        """Return the most bytes held beyond the weights until the first answer token, if known."""
+
+    def close(self) -> None:
+        """Free what it holds."""

@@ -1,0 +1,414 @@
+"""The engine ``hf``: a model of transformers, pruned by `tokenprune_hf`.
+
+Every image and video is encoded once, whatever the number of questions and conditions. Questions
+are answered in batches, and batches may be shared out among copies of the model, each on one core:
+a small model gains nothing from several cores for one product.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tokenprune_hf
+from tokenprune.config import PruningConfig
+from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.selection import Selection
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.demo.costs import peak_bytes
+from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.evaluation.records import Condition, Seconds
+from tokenprune_eval.evaluation.scoring import letters_of
+from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_hf.encoding import Encoded
+from tokenprune_hf.families.registry import check_method
+from tokenprune_hf.loading import load, model_path
+from tokenprune_hf.video import Video
+
+_PIXELS = "pixel"
+"""How the names of the processor's arguments begin that only the encoder reads."""
+
+
+@dataclass
+class _Prepared:
+    """One image or video, encoded, and the prompts about it.
+
+    Attributes
+    ----------
+    prompts
+        What the processor made of each question, pixels taken out of all but the first.
+    encoded
+        What the encoder made of the pixels; None until `begin`.
+    encode_seconds
+        How long that took.
+    """
+
+    prompts: list[dict[str, Any]]
+    encoded: Encoded | None = None
+    encode_seconds: float = 0.0
+
+    def known(self) -> Encoded:
+        """Return what was encoded."""
+        if self.encoded is None:
+            raise RuntimeError("begin comes before answer")
+        return self.encoded
+
+
+@dataclass(frozen=True)
+class _Question:
+    """A question of a batch."""
+
+    item: Item
+    prompt: dict[str, Any]
+    prepared: _Prepared
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.prompt["input_ids"].shape[1])
+
+
+class TransformersEngine:
+    """A model of transformers; see `tokenprune_eval.evaluation.engines.base.Engine`.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+
+    Raises
+    ------
+    InputFileError, UnsupportedModelError
+        If the model cannot be loaded, or a method cannot serve it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.media_at_once = {"image": max(16, settings.batch), "video": 1}
+        self.media_at_once["video"] = max(1, settings.batch // 4)
+        self.model, self.processor = load(model_path(settings.model))
+        self.prunings = {one.key: settings.pruning(one) for one in settings.conditions()}
+        self.needs = sorted(
+            {need for one in self.prunings.values() for need in one.selector().needs}
+        )
+        for pruning in self.prunings.values():
+            check_method(pruning.selector(), self.model)
+        self._threads = torch.get_num_threads()
+        if settings.workers > 1:
+            torch.set_num_threads(1)
+        copies = (copy.deepcopy(self.model) for _ in range(settings.workers - 1))
+        self._pool = ThreadPoolExecutor(settings.workers)
+        self._free: SimpleQueue[Any] = SimpleQueue()
+        for model in (self.model, *copies):
+            self._free.put(model)
+
+    def about(self) -> dict[str, Any]:
+        """Return what run.json says of it."""
+        return {
+            "architecture": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "attention": self.model.config._attn_implementation,
+        }
+
+    def prepare(self, asked: Asked) -> None:
+        """Have the processor lay out every question."""
+        content = asked.content
+        kind = "video" if isinstance(content, Video) else "image"
+        prompts: list[dict[str, Any]] = []
+        for text in asked.prompts:
+            inputs: Any = tokenprune_hf.ask(self.processor, text, **{kind: content})  # type: ignore[arg-type]
+            prompt = dict(inputs)
+            if prompts:
+                prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
+            prompts.append(prompt)
+        asked.prepared = _Prepared(prompts)
+
+    def begin(self, media: Sequence[Asked]) -> None:
+        """Encode every image and video."""
+
+        def encode(one: Asked, model: Any) -> None:
+            prepared: _Prepared = one.prepared
+            started = time.perf_counter()
+            first = {name: self._on_device(value) for name, value in prepared.prompts[0].items()}
+            with torch.inference_mode():
+                prepared.encoded = tokenprune_hf.encode(model, needs=self.needs, **first)
+                if self.model.device.type == "cuda":
+                    torch.cuda.synchronize()
+            prepared.encode_seconds = time.perf_counter() - started
+            prepared.prompts[0] = {
+                name: value
+                for name, value in prepared.prompts[0].items()
+                if not name.startswith(_PIXELS)
+            }
+
+        self._share_out([partial(encode, one) for one in media])
+
+    def answer(
+        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+    ) -> None:
+        """Answer in batches of prompts of about one length."""
+        ids = {item.id for item in wanted}
+        questions = [
+            _Question(item, prompt, one.prepared)
+            for one in media
+            for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
+            if item.id in ids
+        ]
+        questions.sort(key=lambda one: one.length)
+        size = self.settings.batch
+        pruning = self.prunings[condition.key]
+        self._share_out(
+            [
+                partial(self._answer_batch, questions[start : start + size], pruning, done)
+                for start in range(0, len(questions), size)
+            ]
+        )
+
+    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+        """Return the most bytes held beyond the weights and the encoded image or video."""
+        (prepared,) = (one.prepared for one in media if item in one.items)
+        place = next(one.items.index(item) for one in media if item in one.items)
+        prompt = {name: self._on_device(v) for name, v in prepared.prompts[place].items()}
+        pruning = self.prunings[condition.key]
+
+        def call() -> None:
+            with torch.inference_mode():
+                self.model(**prompt, encoded=prepared.known(), logits_to_keep=1)
+
+        with tokenprune_hf.prune(self.model, pruning.selector(), pruning.keep, pruning.positions):
+            if self.model.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                call()
+                return torch.cuda.max_memory_allocated() - before
+            return peak_bytes(call)
+
+    def close(self) -> None:
+        """Free the threads and give torch its cores back."""
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)
+
+    def _share_out(self, tasks: Sequence[Callable[[Any], None]]) -> None:
+        """Do all tasks, each with a model of its own."""
+
+        def work(task: Callable[[Any], None]) -> None:
+            model = self._free.get()
+            try:
+                task(model)
+            finally:
+                self._free.put(model)
+
+        futures = [self._pool.submit(work, task) for task in tasks]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _on_device(self, value: Any) -> Any:
+        return value.to(self.model.device) if isinstance(value, Tensor) else value
+
+    def _answer_batch(
+        self, questions: Sequence[_Question], pruning: PruningConfig, done: Done, model: Any
+    ) -> None:
+        try:
+            said = self.ask(questions, pruning, model)
+        except TokenPruneError as error:
+            if len(questions) == 1:
+                done(questions[0].item, Said(error=str(error)))
+                return
+            # One of them is the reason; the others have an answer.
+            for question in questions:
+                self._answer_batch([question], pruning, done, model)
+            return
+        for question, one in zip(questions, said, strict=True):
+            done(question.item, one)
+
+    def ask(self, questions: Sequence[_Question], pruning: PruningConfig, model: Any) -> list[Said]:
+        """Return what a model says to a batch of questions."""
+        inputs = {
+            name: self._on_device(value)
+            for name, value in _batch([one.prompt for one in questions], self._padding()).items()
+        }
+        encoded = tokenprune_hf.join([one.prepared.known() for one in questions])
+        letters = [letters_of(one.item) for one in questions]
+        first = _FirstToken([self._letter_tokens(own) for own in letters])
+        started = time.perf_counter()
+        with (
+            torch.inference_mode(),
+            tokenprune_hf.prune(
+                model, pruning.selector(), pruning.keep, pruning.positions
+            ) as running,
+        ):
+            output = model.generate(
+                **inputs,
+                encoded=encoded,
+                max_new_tokens=self.settings.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=[first],
+                return_dict_in_generate=True,
+            )
+            selecting = running.selecting_seconds
+            selections = list(running.selections)
+        total = time.perf_counter() - started
+        count = len(questions)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        result = []
+        for row, question in enumerate(questions):
+            own = selections[: _items_of(question.prepared.known())]
+            selections = selections[len(own) :]
+            before, after = sum(one.total for one in own), sum(len(one.kept) for one in own)
+            prompt_tokens = int(inputs["attention_mask"][row].sum()) - before + after
+            encode = question.prepared.encode_seconds
+            prefill = first.at - started - selecting
+            result.append(
+                Said(
+                    text=str(texts[row]).strip(),
+                    likelihoods=first.likelihoods(row, letters[row]),
+                    visual_tokens=after,
+                    of_visual_tokens=before,
+                    prompt_tokens=prompt_tokens,
+                    answer_tokens=self._answer_tokens(new[row]),
+                    mass_kept=_mass_kept(own),
+                    kv_bytes=_cache_bytes(output.past_key_values, prompt_tokens),
+                    batch=count,
+                    seconds=Seconds(
+                        encode=encode,
+                        select=selecting / count,
+                        prefill=prefill / count,
+                        decode=(total - (first.at - started)) / count,
+                        first_token=encode + (selecting + prefill) / count,
+                        total=encode + total / count,
+                    ),
+                    kept=own[0].kept.cpu().numpy() if len(own) == 1 else None,
+                    grid=own[0].grid if len(own) == 1 else None,
+                )
+            )
+        return result
+
+    def _padding(self) -> int:
+        tokenizer = self.processor.tokenizer
+        pad = tokenizer.pad_token_id
+        return int(tokenizer.eos_token_id if pad is None else pad)
+
+    def _answer_tokens(self, new: Tensor) -> int:
+        """Return how many tokens were generated, the end among them."""
+        ends = self.model.generation_config.eos_token_id
+        known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
+        at = torch.isin(new, known.flatten()).nonzero()
+        return int(at[0]) + 1 if len(at) else len(new)
+
+    def _letter_tokens(self, letters: str) -> list[list[int]]:
+        """Return the tokens that begin an answer with each letter, with and without a space."""
+        result = []
+        for letter in letters:
+            ways = [
+                self.processor.tokenizer.encode(text, add_special_tokens=False)
+                for text in (letter, f" {letter}")
+            ]
+            tokens = sorted({way[0] for way in ways if len(way) == 1})
+            if not tokens:
+                raise ConfigError(
+                    f"this model's tokenizer has no token for the letter {letter}, so its "
+                    "likelihood is not known. Use --choose-by text."
+                )
+            result.append(tokens)
+        return result
+
+
+class _FirstToken:
+    """A logits processor that changes nothing: it notes when the first token's logits came.
+
+    Attributes
+    ----------
+    at
+        That moment, by `time.perf_counter`.
+    """
+
+    def __init__(self, tokens: Sequence[Sequence[Sequence[int]]]) -> None:
+        self._tokens = tokens
+        self._letters: list[list[float]] = []
+        self.at = 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not self.at:
+            if scores.is_cuda:
+                torch.cuda.synchronize()
+            self.at = time.perf_counter()
+            for row, tokens in enumerate(self._tokens):
+                if not tokens:
+                    self._letters.append([])
+                    continue
+                known = scores[row].float().log_softmax(dim=-1)
+                self._letters.append([float(known[list(own)].logsumexp(0)) for own in tokens])
+        return scores
+
+    def likelihoods(self, row: int, letters: str) -> dict[str, float] | None:
+        """Return letter -> log-probability of one prompt; None where it has no choices."""
+        return dict(zip(letters, self._letters[row], strict=True)) if letters else None
+
+
+def _batch(prompts: Sequence[dict[str, Any]], padding: int) -> dict[str, Any]:
+    """Put prompts together: text padded on the left, the rest one behind the other."""
+    length = max(int(prompt["input_ids"].shape[1]) for prompt in prompts)
+    result: dict[str, Any] = {}
+    for name, value in prompts[0].items():
+        own = [prompt[name] for prompt in prompts]
+        if isinstance(value, Tensor) and value.shape == prompts[0]["input_ids"].shape:
+            fill = padding if name == "input_ids" else 0
+            result[name] = torch.cat(
+                [
+                    torch.nn.functional.pad(one, (length - one.shape[1], 0), value=fill)
+                    for one in own
+                ]
+            )
+        elif isinstance(value, Tensor):
+            result[name] = torch.cat(own)
+        else:
+            result[name] = [entry for one in own for entry in one]
+    return result
+
+
+def _items_of(encoded: Encoded) -> int:
+    """Return how many selections one prompt gets."""
+    return sum(len(media.items) for media in encoded.modalities.values())
+
+
+def _mass_kept(selections: Sequence[Selection]) -> float | None:
+    """Return the share of all scores on the tokens that were kept, if scores have one sign."""
+    kept = whole = 0.0
+    for selection in selections:
+        scores = selection.scores
+        if scores is None or bool((scores < 0).any()):
+            return None
+        kept += float(scores[selection.kept].double().sum())
+        whole += float(scores.double().sum())
+    return kept / whole if whole > 0 else None
+
+
+def _cache_bytes(cache: Any, prompt_tokens: int) -> int:
+    """Return the bytes of keys and values that one prompt takes in the cache."""
+    total = 0.0
+    for layer in cache.layers:
+        batch, _, positions, _ = layer.keys.shape
+        held = layer.keys.nbytes + layer.values.nbytes
+        total += held / batch / positions * min(positions, prompt_tokens)
+    return round(total)

@@ -1,0 +1,359 @@
+"""The run: every question under every condition, each answer on disk as soon as it is there."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune_eval.data.item import DataSet, Item
+from tokenprune_eval.data.load import choose, load_data
+from tokenprune_eval.demo.runner import _cores, _processor
+from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
+from tokenprune_eval.evaluation.reading import by_media, read_ahead
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
+from tokenprune_eval.evaluation.scoring import likeliest, normalised, prompt_of, read_choice
+from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.evaluation.store import Store
+from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.summary import ItemInfo, Results, summarise, write_results
+from tokenprune_hf.loading import BUNDLED
+
+LOSSES_SHOWN = 20
+"""Lost questions of each data set and condition whose kept tokens are noted, for the report."""
+
+_PACKAGES = ("tokenprune-vlm", "torch", "transformers", "vllm", "openai", "numpy", "av", "decord")
+
+
+class EvaluationError(TokenPruneError, RuntimeError):
+    """A question could not be answered, and the run was asked to be strict."""
+
+
+class Progress(Protocol):
+    """What a run tells of its progress."""
+
+    def plan(self, total: int, done: int) -> None:
+        """Say how many answers there will be, and how many there were before."""
+
+    def at(self, text: str) -> None:
+        """Say what is at work."""
+
+    def advance(self, answers: int) -> None:
+        """Count answers."""
+
+
+def load_sets(settings: Settings) -> list[DataSet]:
+    """Return the data sets of a run, drawn and sharded.
+
+    Raises
+    ------
+    TokenPruneError
+        See `tokenprune_eval.data.load.load_data`.
+    """
+    found: list[DataSet] = []
+    for spec in settings.data:
+        whole = load_data(
+            spec, media=settings.media, split=settings.split, answers=settings.answers
+        )
+        if whole.name in {one.name for one in found}:
+            raise ConfigError(
+                f"two data sets are called {whole.name!r}, and their rows could not be told apart. "
+                "Rename one of the files."
+            )
+        found.append(choose(whole, settings.limit, settings.seed, settings.shard))
+    return found
+
+
+def build_engine(settings: Settings) -> Engine:
+    """Return the engine that the settings name.
+
+    Raises
+    ------
+    TokenPruneError
+        If the model cannot be loaded or served, see the engines.
+    """
+    if settings.engine == "vllm":
+        from tokenprune_eval.evaluation.engines.vllm import VllmEngine
+
+        return VllmEngine(settings)
+    if settings.engine == "openai":
+        from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
+
+        return OpenAIEngine(settings)
+    from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
+
+    return TransformersEngine(settings)
+
+
+def run(settings: Settings, progress: Progress) -> Results:
+    """Answer what is not answered yet, and write the results.
+
+    Parameters
+    ----------
+    settings
+        What to run.
+    progress
+        Is told how far the run is.
+
+    Raises
+    ------
+    TokenPruneError
+        For settings, data or a model that cannot be used, for a folder that holds another run or
+        cannot be written, and with `strict` for the first question without an answer. What was
+        answered stays in the folder.
+    """
+    settings.check_methods()
+    sets = load_sets(settings)
+    conditions = settings.conditions()
+    infos = [ItemInfo.of(one.name, item) for one in sets for item in one.items]
+    sets = [
+        replace(one, items=[replace(item, id=f"{one.name}/{item.id}") for item in one.items])
+        for one in sets
+    ]
+    started = time.perf_counter()
+    with Store(settings.out) as store:
+        known = store.begin(
+            settings,
+            {
+                "data": [{"name": one.name, "items": len(one.items)} for one in sets],
+                "bundled": settings.model == BUNDLED,
+                "versions": _versions(),
+                "machine": _machine(),
+                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "seconds": None,
+                "complete": False,
+            },
+            infos,
+            conditions,
+        )
+        wanted = {(one.key, info.id) for one in conditions for info in infos}
+        progress.plan(len(wanted), len(wanted & store.done))
+        if wanted - store.done:
+            progress.at("loading the model")
+            engine = build_engine(settings)
+            try:
+                known.about["model"] = engine.about()
+                store.write_about(known.about)
+                work = _Run(settings, engine, store, progress, known.records)
+                for data_set in sets:
+                    work.run(data_set)
+            finally:
+                engine.close()
+        progress.at("working out the results")
+        known.about["seconds"] = round(time.perf_counter() - started, 1)
+        everything = {(one.key, info.id) for one in known.conditions for info in known.items}
+        known.about["complete"] = everything <= store.done
+        store.write_about(known.about)
+        results = results_of(settings.out)
+        write_results(settings.out, results)
+    return results
+
+
+def results_of(folder: Path) -> Results:
+    """Return what the records of a run's folder come to.
+
+    Raises
+    ------
+    InputFileError
+        If it is no such folder, or damaged.
+    """
+    known = read_run(folder)
+    return summarise(known.about, known.items, known.conditions, known.records)
+
+
+class _Run:
+    """The run of one data set after the other through one engine."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        engine: Engine,
+        store: Store,
+        progress: Progress,
+        records: Sequence[Record],
+    ) -> None:
+        self.settings = settings
+        self.engine = engine
+        self.store = store
+        self.progress = progress
+        self.conditions = settings.conditions()
+        self._lock = threading.Lock()
+        self._right_unpruned: set[str] = set()
+        self._losses: Counter[str] = Counter()
+        for record in records:
+            self._note(record)
+
+    def run(self, data_set: DataSet) -> None:
+        """Answer what is not answered yet of one data set."""
+        groups = [
+            [item for item in group if self._pending(item)] for group in by_media(data_set.items)
+        ]
+        self._losses.clear()
+        measured: Counter[str] = Counter()
+        reading = read_ahead(
+            [group for group in groups if group],
+            self.settings,
+            partial(prompt_of, instruction=self.settings.instruction),
+            self.engine.prepare,
+        )
+        for chunk in _chunks(reading, self.engine.media_at_once):
+            self.progress.at(data_set.name)
+            for one in chunk:
+                if one.error is not None:
+                    self._fail(one.items, one.error)
+            good = [one for one in chunk if one.error is None]
+            if not good:
+                continue
+            self.engine.begin(good)
+            for condition in self.conditions:
+                self._answer(good, condition, measured, data_set.name)
+
+    def _pending(self, item: Item) -> bool:
+        return any((one.key, item.id) not in self.store.done for one in self.conditions)
+
+    def _answer(
+        self, media: Sequence[Asked], condition: Condition, measured: Counter[str], name: str
+    ) -> None:
+        wanted = [
+            item
+            for one in media
+            for item in one.items
+            if (condition.key, item.id) not in self.store.done
+        ]
+        if not wanted:
+            return
+        self.progress.at(f"{name}: {condition.key}")
+        peaks: dict[str, int | None] = {}
+        while measured[condition.key] < self.settings.memory and len(peaks) < len(wanted):
+            item = wanted[len(peaks)]
+            peaks[item.id] = self.engine.peak_bytes(media, item, condition)
+            measured[condition.key] += 1
+
+        def done(item: Item, said: Said) -> None:
+            record = score(item, condition, said, self.settings.counted_by)
+            record.peak_bytes = peaks.get(item.id)
+            with self._lock:
+                lost = record.correct is False and item.id in self._right_unpruned
+                if lost and said.kept is not None and self._losses[condition.key] < LOSSES_SHOWN:
+                    record.kept, record.grid = said.kept.tolist(), said.grid
+                self._note(record)
+                self.store.append([record])
+                self.progress.advance(1)
+            if self.settings.strict and record.error is not None:
+                raise EvaluationError(
+                    f"{item.id}, {condition.key}: {record.error} Run without --strict to record "
+                    "such questions and go on."
+                )
+
+        self.engine.answer(media, wanted, condition, done)
+
+    def _note(self, record: Record) -> None:
+        if record.condition == UNPRUNED and record.correct:
+            self._right_unpruned.add(record.item)
+        if record.kept is not None:
+            self._losses[record.condition] += 1
+
+    def _fail(self, items: Sequence[Item], error: str) -> None:
+        records = [
+            Record(item=item.id, condition=one.key, error=error)
+            for item in items
+            for one in self.conditions
+            if (one.key, item.id) not in self.store.done
+        ]
+        self.store.append(records)
+        self.progress.advance(len(records))
+        if self.settings.strict:
+            raise EvaluationError(
+                f"{items[0].path}: {error} Run without --strict to record such files and go on."
+            )
+
+
+def score(item: Item, condition: Condition, said: Said, counted_by: ChooseBy) -> Record:
+    """Return the record of an answer, read against the right one.
+
+    An open answer is right if it equals the right one but for case, spaces and outer punctuation.
+
+    Parameters
+    ----------
+    item
+        The question.
+    condition
+        How the model was pruned.
+    said
+        What it said.
+    counted_by
+        What counts for questions with choices.
+    """
+    record = Record(item=item.id, condition=condition.key, error=said.error)
+    if said.error is not None:
+        return record
+    for name in (
+        "text",
+        "likelihoods",
+        "visual_tokens",
+        "of_visual_tokens",
+        "prompt_tokens",
+        "answer_tokens",
+        "mass_kept",
+        "kv_bytes",
+        "batch",
+        "seconds",
+    ):
+        setattr(record, name, getattr(said, name))
+    if not item.choices:
+        record.correct_by_text = normalised(said.text) == normalised(item.answer)
+        record.correct = record.correct_by_text
+        return record
+    record.choice = read_choice(said.text, item)
+    record.correct_by_text = record.choice == item.answer
+    if said.likelihoods is not None:
+        record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
+    record.correct = (
+        record.correct_by_text if counted_by == "text" else record.correct_by_likelihood
+    )
+    return record
+
+
+def _chunks(reading: Iterator[Asked], at_once: dict[str, int]) -> Iterator[list[Asked]]:
+    """Yield images, or videos, a few at a time."""
+    for kind, run_of_kind in groupby(reading, key=lambda one: one.items[0].kind):
+        chunk: list[Asked] = []
+        for one in run_of_kind:
+            chunk.append(one)
+            if len(chunk) == at_once[kind]:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}",
+    }

@@ -1,0 +1,237 @@
+"""What to evaluate: one value, from the command line or a YAML file, checked before the work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tokenprune.budget import check_keep, keeps_all
+from tokenprune.config import Positions, PruningConfig
+from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean
+from tokenprune.registry import find
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition
+
+EngineName = Literal["hf", "vllm", "openai"]
+ChooseBy = Literal["likelihood", "text"]
+
+GROWING = frozenset({"method", "keep", "data", "limit", "positions"})
+"""What may differ when a run goes on in its folder: it adds questions or conditions."""
+
+FREE = frozenset(
+    {"out", "strict", "batch", "workers", "concurrency", "timeout", "retries", "ahead"}
+)
+"""What may differ because no answer depends on it."""
+
+
+class Settings(BaseModel):
+    """What to evaluate, and how.
+
+    Attributes
+    ----------
+    model
+        Folder or name of a checkpoint, ``"bundled"``, or the served name for ``openai``.
+    data
+        Data sets, see `tokenprune_eval.data.load.load_data`.
+    method, keep
+        Every method is run with every budget; 1.0 is the unpruned model and is run once, always.
+    options
+        Method -> its own options.
+    positions
+        How the positions of kept tokens are counted.
+    engine
+        ``"hf"``, ``"vllm"``, or ``"openai"`` for any server that speaks its protocol.
+    out
+        Folder of the run.
+    media
+        Folder with the pictures and videos of `data`, where they do not lie in the usual place.
+    split, answers
+        See `load_data`.
+    frames, fps, max_side
+        Of each video, see `tokenprune_hf.read_video`.
+    instruction
+        Put behind every open question, on a line of its own.
+    choose_by
+        What counts for questions with choices: the likeliest letter, or the text. None:
+        likelihood where the engine gives it, text with ``openai``.
+    max_new_tokens
+        Of an answer.
+    limit
+        Questions of each data set, drawn with `seed`; None for all.
+    seed
+        Of the draw; ``random`` draws from a seed of its own for each image or video.
+    shard
+        (i, n): this run takes the i-th of n parts, i from 1.
+    batch
+        Questions answered together.
+    workers
+        Copies of the model at work side by side, each on one core; for small models.
+    ahead
+        Images or videos read while the model is at work.
+    cache
+        Folder where encoded images and videos are kept for other runs; engine ``hf``.
+    memory
+        Questions of each data set and condition whose peak memory is measured; engine ``hf``.
+    dominance
+        Questions whose Modality Dominance and Attention Efficiency Index are measured, of each data
+        set and condition; engine ``hf``.
+    strict
+        Whether the first question that cannot be answered ends the run.
+    base_url, api_key, concurrency, timeout, retries
+        Engine ``openai``: the server, the name of the environment variable with the key, requests
+        at a time, seconds until one is given up, and how often it is tried again.
+    engine_args
+        Engine ``vllm``: further arguments of `vllm.LLM`.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str
+    data: list[str] = Field(min_length=1)
+    method: list[str] = []
+    keep: list[int | float | str] = [1.0, 0.5, 0.25, 0.125, 0.0625]
+    options: dict[str, dict[str, Any]] = {}
+    positions: Positions = "original"
+    engine: EngineName = "hf"
+    out: Path
+    media: Path | None = None
+    split: str = "test"
+    answers: Path | None = None
+    frames: int = Field(default=32, ge=1)
+    fps: float | None = Field(default=None, gt=0)
+    max_side: int | None = Field(default=None, ge=16)
+    instruction: str = ""
+    choose_by: ChooseBy | None = None
+    max_new_tokens: int = Field(default=16, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    shard: tuple[int, int] | None = None
+    batch: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1)
+    ahead: int = Field(default=4, ge=1)
+    cache: Path | None = None
+    memory: int = Field(default=1, ge=0)
+    dominance: int = Field(default=0, ge=0)
+    strict: bool = False
+    base_url: str | None = None
+    api_key: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=16, ge=1)
+    timeout: float = Field(default=120.0, gt=0)
+    retries: int = Field(default=4, ge=0)
+    engine_args: dict[str, Any] = {}
+
+    @field_validator("shard")
+    @classmethod
+    def _shard(cls, shard: tuple[int, int] | None) -> tuple[int, int] | None:
+        if shard is not None and not 1 <= shard[0] <= shard[1]:
+            raise ValueError("a shard is i/n with i from 1 to n")
+        return shard
+
+    @field_validator("keep")
+    @classmethod
+    def _keep(cls, keep: list[int | float | str]) -> list[int | float | str]:
+        try:
+            return [check_keep(one) for one in keep]
+        except TokenPruneError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        for method in self.options:
+            if method not in self.method:
+                raise ValueError(
+                    f"options are given for {method!r}, which is not among the methods"
+                )
+        if self.engine == "openai" and self.base_url is None:
+            raise ValueError("engine openai needs base_url, for example http://127.0.0.1:8000/v1")
+        if self.engine == "openai" and self.choose_by == "likelihood":
+            raise ValueError("choose_by likelihood needs the engine hf or vllm")
+        for name, value in (("cache", self.cache), ("dominance", self.dominance)):
+            if value and self.engine != "hf":
+                raise ValueError(f"{name} needs the engine hf")
+        return self
+
+    def check_methods(self) -> None:
+        """Raise for a method, an option or a budget that is not there.
+
+        Raises
+        ------
+        UnknownMethodError, OptionError, ConfigError
+            As `PruningConfig`.
+        """
+        for condition in self.conditions():
+            if condition.method != UNPRUNED:
+                find(condition.method)
+                self.pruning(condition)
+
+    def conditions(self) -> list[Condition]:
+        """Return what is run: the unpruned model first, then every method with every budget."""
+        keeps = [check_keep(keep) for keep in dict.fromkeys(self.keep)]
+        pruned = [
+            Condition(method=method, keep=keep, positions=self.positions)
+            for method in dict.fromkeys(self.method)
+            for keep in keeps
+            if not keeps_all(keep)
+        ]
+        return [Condition(method=UNPRUNED, keep=1.0), *pruned]
+
+    def pruning(self, condition: Condition) -> PruningConfig:
+        """Return a condition's pruning with the method's options."""
+        method = "uniform" if condition.method == UNPRUNED else condition.method
+        options = self.options.get(condition.method, {})
+        return PruningConfig(method, condition.keep, condition.positions, options)
+
+    @property
+    def counted_by(self) -> ChooseBy:
+        """What counts for questions with choices."""
+        return self.choose_by or ("text" if self.engine == "openai" else "likelihood")
+
+    def differences(self, other: Settings) -> list[str]:
+        """Return the names of settings that keep two runs from being one."""
+        mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return [name for name in mine if name not in GROWING | FREE and mine[name] != theirs[name]]
+
+
+def read_settings(values: dict[str, Any], file: Path | None = None) -> Settings:
+    """Return settings out of a YAML file and what was given besides, which wins.
+
+    Parameters
+    ----------
+    values
+        Settings by name.
+    file
+        YAML, an object with the names of `Settings`.
+
+    Raises
+    ------
+    InputFileError
+        If the file cannot be read.
+    ConfigError
+        For a name or a value that is not allowed; all of them are named.
+    """
+    source = "the settings"
+    if file is not None:
+        source = str(file)
+        try:
+            known = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputFileError(f"the settings in {file} cannot be read: {error}") from None
+        if not isinstance(known, dict):
+            raise InputFileError(f"{file} is not an object of settings, such as `model: bundled`.")
+        values = {**known, **values}
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for one in error.errors():
+            name = ".".join(map(str, one["loc"]))
+            if one["type"] == "extra_forbidden":
+                lines.append(f"{name} is no setting. {did_you_mean(name, Settings.model_fields)}")
+            elif one["type"] == "missing":
+                lines.append(f"{name} is missing. Give --{name.replace('_', '-')}.")
+            else:
+                where = f"{name}={one['input']!r}: " if name else ""
+                lines.append(f"{where}{one['msg'].removeprefix('Value error, ')}.")
+        raise ConfigError(f"{source}: " + " ".join(lines)) from None

@@ -1,0 +1,358 @@
+"""Two runs side by side: the conditions and questions that both have, compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from tokenprune_eval.evaluation.records import Record
+from tokenprune_eval.results import words
+from tokenprune_eval.results.files import Run, read_run
+from tokenprune_eval.results.statistics import (
+    Accuracy,
+    Answer,
+    Paired,
+    accuracy_of,
+    answer_of,
+    paired,
+)
+from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.results.table import Columns, escape, markdown_table, rich_table
+
+_ABOUT = ("settings", "versions", "machine")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One data set under one condition, in both runs.
+
+    Attributes
+    ----------
+    data_set, condition
+        Its name, and `Condition.key`.
+    method, positions, keep
+        Of the condition, as they stand in tables.
+    a, b
+        Accuracy of each run over the questions that both answered; None where there are none.
+    b_against_a
+        B against A as reference: positive is B better. None where no question was answered by both.
+    errors_a, errors_b
+        Errors of each on the questions that both have.
+    """
+
+    data_set: str
+    condition: str
+    method: str
+    positions: str
+    keep: str
+    a: Accuracy | None
+    b: Accuracy | None
+    b_against_a: Paired | None
+    errors_a: int
+    errors_b: int
+
+
+@dataclass(frozen=True)
+class DataDifference:
+    """Questions of one data set that cannot be compared.
+
+    Attributes
+    ----------
+    data_set
+        Its name.
+    both
+        Questions that are the same in both runs.
+    only_a, only_b
+        Questions that one alone has.
+    changed
+        Questions with the same id and another text, answer, choices or kind of file; left out.
+    """
+
+    data_set: str
+    both: int
+    only_a: int
+    only_b: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs side by side.
+
+    Attributes
+    ----------
+    a, b
+        Their folders.
+    pairs
+        Conditions that both have, for each data set with a question that both have.
+    only_a, only_b
+        Keys of the conditions that one alone has.
+    data
+        For each data set of either, what both have of it.
+    differences
+        Name, value in A and value in B of each setting, version or property of the machine that
+        differs; None where one has no such entry.
+    incomplete
+        The folders of those that are not finished.
+    """
+
+    a: Path
+    b: Path
+    pairs: tuple[Pair, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    data: tuple[DataDifference, ...]
+    differences: tuple[tuple[str, str | None, str | None], ...]
+    incomplete: tuple[Path, ...]
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """Compare two runs on what both have.
+
+    Parameters
+    ----------
+    a, b
+        Folders of runs, finished or not.
+
+    Raises
+    ------
+    InputFileError
+        If a file of a run is missing or damaged.
+    ConfigError
+        If a record holds neither an error nor whether it is right.
+    """
+    first, second = read_run(a), read_run(b)
+    ours, theirs = _Lookup(first), _Lookup(second)
+    names = list(dict.fromkeys(item.data_set for item in (*first.items, *second.items)))
+    data = []
+    pairs = []
+    shared = [one for one in first.conditions if one.key in theirs.given]
+    for name in names:
+        left, right = ours.items_of(name), theirs.items_of(name)
+        known = left.keys() & right.keys()
+        same = [item for item in left if item in known and _alike(left[item], right[item])]
+        data.append(
+            DataDifference(
+                data_set=name,
+                both=len(same),
+                only_a=len(left) - len(known),
+                only_b=len(right) - len(known),
+                changed=len(known) - len(same),
+            )
+        )
+        if not same:
+            continue
+        for condition in shared:
+            answers_a, errors_a = ours.answers(condition.key, same)
+            answers_b, errors_b = theirs.answers(condition.key, same)
+            both = [item for item in same if item in answers_a and item in answers_b]
+            pairs.append(
+                Pair(
+                    data_set=name,
+                    condition=condition.key,
+                    method=condition.method,
+                    positions=condition.positions,
+                    keep=words.keep_text(condition.method, condition.keep),
+                    a=accuracy_of([answers_a[item].correct for item in both]),
+                    b=accuracy_of([answers_b[item].correct for item in both]),
+                    b_against_a=paired(answers_b, answers_a),
+                    errors_a=errors_a,
+                    errors_b=errors_b,
+                )
+            )
+    return Comparison(
+        a=a,
+        b=b,
+        pairs=tuple(pairs),
+        only_a=tuple(one.key for one in first.conditions if one.key not in theirs.given),
+        only_b=tuple(one.key for one in second.conditions if one.key not in ours.given),
+        data=tuple(data),
+        differences=_differences(first.about, second.about),
+        incomplete=tuple(run.folder for run in (first, second) if not run.about.get("complete")),
+    )
+
+
+def comparison_markdown(comparison: Comparison) -> str:
+    """Return a comparison as Markdown."""
+    lines = [
+        "# Two runs compared",
+        "",
+        f"A: {escape(str(comparison.a))}  ",
+        f"B: {escape(str(comparison.b))}",
+        "",
+    ]
+    lines += [f"- {escape(remark)}" for remark in _remarks(comparison)]
+    for name, columns in _tables(comparison):
+        lines += ["", f"## {escape(name)}", "", *markdown_table(columns)]
+    if not comparison.pairs:
+        lines += ["", _NOTHING_SHARED]
+    else:
+        lines += ["", _NOTE]
+    if comparison.differences:
+        lines += ["", "## Differences between the runs", ""]
+        lines += markdown_table(_difference_columns(comparison))
+    return "\n".join([*lines, ""])
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Print a comparison.
+
+    Parameters
+    ----------
+    console
+        Of at least 110 columns, to show every column whole.
+    comparison
+        What to print.
+    """
+    console.print(Text(f"A: {comparison.a}\nB: {comparison.b}"), soft_wrap=True)
+    for remark in _remarks(comparison):
+        console.print(Text(f"- {words.plain(remark)}"))
+    if comparison.differences:
+        console.print(
+            rich_table("Differences between the runs", _difference_columns(comparison, 40))
+        )
+    for name, columns in _tables(comparison):
+        console.print(rich_table(words.plain(name), columns))
+    console.print(Text(_NOTE if comparison.pairs else _NOTHING_SHARED, style="dim"))
+
+
+_NOTE = (
+    "A, B: share of right answers with its 95 % Wilson interval, over the questions that both runs "
+    "answered. B - A: in percentage points, 95 % paired bootstrap interval; p: exact McNemar test, "
+    "not adjusted for the number of conditions. same: same answer in both. Questions are taken as "
+    "independent."
+)
+_NOTHING_SHARED = "No condition and question is in both runs, so there is nothing to compare."
+
+
+class _Lookup:
+    """A run's items by data set, and its records by condition and question."""
+
+    def __init__(self, run: Run) -> None:
+        self._choose_by = (run.about.get("settings") or {}).get("choose_by")
+        self._items: dict[str, dict[str, ItemInfo]] = {}
+        for item in run.items:
+            self._items.setdefault(item.data_set, {})[item.id] = item
+        self.given: dict[str, dict[str, Record]] = {one.key: {} for one in run.conditions}
+        for record in run.records:
+            # The last record of a question counts.
+            self.given.setdefault(record.condition, {})[record.item] = record
+
+    def items_of(self, name: str) -> dict[str, ItemInfo]:
+        """Return the questions of a data set by id."""
+        return self._items.get(name, {})
+
+    def answers(self, key: str, items: Sequence[str]) -> tuple[dict[str, Answer], int]:
+        """Return the answers to these questions under a condition, and how many are errors."""
+        records = [self.given[key][item] for item in items if item in self.given[key]]
+        answers = {
+            record.item: answer
+            for record in records
+            if (answer := answer_of(record, self._choose_by)) is not None
+        }
+        return answers, len(records) - len(answers)
+
+
+def _alike(one: ItemInfo, other: ItemInfo) -> bool:
+    """Return whether two items with the same id ask the same; where the file lies may differ."""
+    left, right = (
+        (item.question, item.answer, item.choices, item.kind, item.path.name, item.times)
+        for item in (one, other)
+    )
+    return left == right
+
+
+def _differences(
+    a: Mapping[str, Any], b: Mapping[str, Any]
+) -> tuple[tuple[str, str | None, str | None], ...]:
+    left = {name: value for part in _ABOUT for name, value in _flat(a.get(part) or {}, part)}
+    right = {name: value for part in _ABOUT for name, value in _flat(b.get(part) or {}, part)}
+    return tuple(
+        (name, left.get(name), right.get(name))
+        for name in dict.fromkeys((*left, *right))
+        if left.get(name) != right.get(name)
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}.{name}")
+        else:
+            flat.append((f"{prefix}.{name}", str(value)))
+    return flat
+
+
+def _remarks(comparison: Comparison) -> list[str]:
+    """Return, a line each, what the reader must know before the numbers."""
+    remarks = [f"{folder} is not complete." for folder in comparison.incomplete]
+    if comparison.only_a:
+        remarks.append(f"Only A has {', '.join(comparison.only_a)}.")
+    if comparison.only_b:
+        remarks.append(f"Only B has {', '.join(comparison.only_b)}.")
+    for one in comparison.data:
+        parts = []
+        if one.only_a:
+            parts.append(f"{one.only_a:,} in A alone")
+        if one.only_b:
+            parts.append(f"{one.only_b:,} in B alone")
+        if one.changed:
+            parts.append(f"{one.changed:,} that differ under the same id and are left out")
+        if parts:
+            remarks.append(
+                f"{one.data_set}: {one.both:,} questions are in both, {', '.join(parts)}."
+            )
+    if comparison.differences:
+        names = [name for name, _, _ in comparison.differences]
+        remarks.append(f"The runs differ in {', '.join(names)}.")
+    return remarks
+
+
+def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
+    tables: list[tuple[str, Columns]] = []
+    for one in comparison.data:
+        pairs = [pair for pair in comparison.pairs if pair.data_set == one.data_set]
+        if not pairs:
+            continue
+        errors = any(pair.errors_a or pair.errors_b for pair in pairs)
+        columns: list[tuple[str, list[str]]] = [
+            ("method", [words.plain(words.label(pair.method, pair.positions)) for pair in pairs]),
+            ("keep", [pair.keep for pair in pairs]),
+            (
+                "both",
+                [f"{pair.b_against_a.questions if pair.b_against_a else 0:,}" for pair in pairs],
+            ),
+            ("A, %", [words.share_with_interval(pair.a) for pair in pairs]),
+            ("B, %", [words.share_with_interval(pair.b) for pair in pairs]),
+            ("B - A", [words.difference_with_interval(pair.b_against_a) for pair in pairs]),
+            (
+                "p",
+                [words.p_value(pair.b_against_a) for pair in pairs],
+            ),
+            (
+                "same, %",
+                [words.agreement(pair.b_against_a) for pair in pairs],
+            ),
+        ]
+        if errors:
+            columns.append(("errors", [f"{pair.errors_a}/{pair.errors_b}" for pair in pairs]))
+        tables.append((f"{one.data_set}: {one.both:,} questions in both", columns))
+    return tables
+
+
+def _difference_columns(comparison: Comparison, longest: int | None = None) -> Columns:
+    def short(value: str | None) -> str:
+        text = words.NOTHING if value is None else words.plain(value)
+        return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+
+    return [
+        ("name", [words.plain(name) for name, _, _ in comparison.differences]),
+        ("A", [short(left) for _, left, _ in comparison.differences]),
+        ("B", [short(right) for _, _, right in comparison.differences]),
+    ]

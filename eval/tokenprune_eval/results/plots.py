@@ -1,0 +1,250 @@
+"""Accuracy against what it costs, one curve a method, as an SVG."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from tokenprune_eval.demo.plots import FAINT, GRID, INK, Style, style_of
+from tokenprune_eval.evaluation.records import UNPRUNED
+from tokenprune_eval.results import words
+from tokenprune_eval.results.statistics import Accuracy
+from tokenprune_eval.results.summary import Row
+
+Cost = Literal["visual_tokens", "first_token"]
+
+_CLOSE = 1.25
+"""Token numbers nearer than this factor share one tick, which would otherwise overlap."""
+
+_LONGEST_NAME = 24
+"""Signs of a name in the legend."""
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One condition: what it costs and how accurate it is."""
+
+    cost: float
+    accuracy: Accuracy
+
+
+def curves(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Return method and positions -> the rows of its curve, the unpruned condition left out."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.method != UNPRUNED:
+            found.setdefault((row.method, row.positions), []).append(row)
+    return found
+
+
+def styles(rows: Sequence[Row]) -> dict[tuple[str, str], Style]:
+    """Return how each curve of `curves` is drawn; compact positions are dashed and paler."""
+    keys = list(curves(rows))
+    methods = list(dict.fromkeys(method for method, _ in keys))
+    return {
+        (method, positions): (
+            style
+            if positions == "original" or (method, "original") not in keys
+            else replace(style, line=(0, (5, 2)), width=1.2)  # type: ignore[arg-type]
+        )
+        for method, positions in keys
+        for style in [style_of(method, methods)]
+    }
+
+
+def cost_plot(rows: Sequence[Row], cost: Cost, narrow: bool = False) -> str | None:
+    """Draw one data set's accuracy against a cost, with 95 % intervals.
+
+    Parameters
+    ----------
+    rows
+        All rows of the data set.
+    cost
+        Visual tokens kept (mean), or the time to the first answer token (median); drawn on a
+        logarithmic axis.
+    narrow
+        True for a telephone's screen.
+
+    Returns
+    -------
+    str or None
+        A ``data:image/svg+xml`` URI; None where no pruned condition has both.
+    """
+    drawn = {
+        key: points
+        for key, of_key in curves(rows).items()
+        if (points := [point for row in of_key if (point := _point(row, cost))])
+    }
+    if not drawn:
+        return None
+    unpruned = next((row for row in rows if row.method == UNPRUNED), None)
+    size = 9.5 if narrow else 10.5
+    with matplotlib.rc_context(
+        {
+            "font.family": "sans-serif",
+            "font.sans-serif": ["Liberation Sans", "Arial", "Helvetica", "DejaVu Sans"],
+            "font.size": size,
+            "svg.hashsalt": "tokenprune",
+            # Outlines would be most of the file, and the report's own text is in these fonts too.
+            "svg.fonttype": "none",
+            "text.parse_math": False,
+            "text.color": INK,
+            "axes.labelcolor": FAINT,
+            "xtick.color": FAINT,
+            "ytick.color": FAINT,
+        }
+    ):
+        figure = Figure(figsize=(3.9, 4.6) if narrow else (5.6, 4.5), layout="constrained")
+        axes = figure.subplots()
+        looks = styles(rows)
+        for place, (key, points) in enumerate(drawn.items()):
+            # A little to the left or right, so that intervals do not hide each other.
+            middle = place - (len(drawn) - 1) / 2
+            shift = 2 ** (0.035 * middle) if cost == "visual_tokens" else 1.0
+            _line(axes, points, shift, looks[key], _short(words.plain(words.label(*key))))
+        everything = [point for points in drawn.values() for point in points]
+        if unpruned is not None:
+            everything += _unpruned(axes, unpruned, cost)
+        _decorate(axes, everything, cost, unpruned)
+        figure.legend(
+            loc="outside lower center",
+            ncols=2 if narrow else 3,
+            frameon=False,
+            handlelength=2.4,
+            columnspacing=1.4,
+            fontsize=size - 0.5,
+        )
+        stream = io.BytesIO()
+        figure.savefig(
+            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
+
+
+def _point(row: Row, cost: Cost) -> _Point | None:
+    if cost == "visual_tokens":
+        value = row.visual_tokens
+    else:
+        seconds = row.seconds.first_token
+        value = None if seconds is None else 1000 * seconds
+    # A logarithmic axis has no place for zero.
+    return _Point(value, row.accuracy) if value and row.accuracy else None
+
+
+def _line(axes: Axes, points: Sequence[_Point], shift: float, style: Style, name: str) -> None:
+    ordered = sorted(points, key=lambda point: point.cost)
+    axes.errorbar(
+        [point.cost * shift for point in ordered],
+        [100 * point.accuracy.share for point in ordered],
+        yerr=[
+            [100 * (point.accuracy.share - point.accuracy.low) for point in ordered],
+            [100 * (point.accuracy.high - point.accuracy.share) for point in ordered],
+        ],
+        color=style.color,
+        marker=style.marker,
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        linestyle=style.line,
+        linewidth=style.width,
+        elinewidth=1.1,
+        capsize=2.2,
+        # matplotlib leaves a name that begins with an underscore out of the legend.
+        label=f" {name}" if name.startswith("_") else name,
+        zorder=4 if style.width > 1.5 else 3,
+    )
+
+
+def _unpruned(axes: Axes, row: Row, cost: Cost) -> list[_Point]:
+    """Draw the unpruned condition's band and, at its cost, a diamond; return its point."""
+    if row.accuracy is None:
+        return []
+    share = 100 * row.accuracy.share
+    axes.axhspan(100 * row.accuracy.low, 100 * row.accuracy.high, color="#f0e6c8", zorder=1, lw=0)
+    axes.axhline(share, color="#8a6d1f", linewidth=1.2, zorder=2)
+    axes.annotate(
+        f"unpruned: {share:.1f} %",
+        (0.012, share),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 4),
+        textcoords="offset points",
+        color="#6f5716",
+        fontsize="small",
+        va="bottom",
+        zorder=6,
+    )
+    point = _point(row, cost)
+    if point is None:
+        return [_Point(float("nan"), row.accuracy)]
+    axes.plot(
+        [point.cost],
+        [share],
+        color="#8a6d1f",
+        marker="d",
+        markersize=8,
+        markeredgecolor="white",
+        linestyle="none",
+        zorder=5,
+    )
+    return [point]
+
+
+def _decorate(axes: Axes, points: Sequence[_Point], cost: Cost, unpruned: Row | None) -> None:
+    costs = sorted(point.cost for point in points if point.cost == point.cost)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(costs, cost)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}"))
+    axes.set_xlim(costs[0] / 1.25, costs[-1] * 1.25)
+    lowest = min(100 * point.accuracy.low for point in points)
+    highest = max(100 * point.accuracy.high for point in points)
+    room = max(4.0, highest - lowest)
+    axes.set_ylim(max(0.0, lowest - 0.04 * room), min(101.5, highest + 0.08 * room))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    if cost == "visual_tokens":
+        total = None if unpruned is None else unpruned.of_visual_tokens
+        ending = "" if total is None else f" of {words.number(total)}"
+        axes.set_xlabel(f"visual tokens kept{ending} (mean)")
+    else:
+        axes.set_xlabel("time to the first answer token, ms (median)")
+    axes.set_title("right answers", loc="left", fontsize="medium", color=FAINT, pad=8)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#b8bec6")
+
+
+def _ticks(costs: Sequence[float], cost: Cost) -> list[float]:
+    """Return where the axis is labelled: at the budgets, or at round times."""
+    if cost == "visual_tokens":
+        ticks: list[float] = []
+        for value in costs:
+            if not ticks or value > _CLOSE * ticks[-1]:
+                ticks.append(value)
+        return ticks
+    low, high = costs[0] / 1.25, costs[-1] * 1.25
+    for steps in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        ticks = [
+            step * 10.0**power
+            for power in range(-4, 8)
+            for step in steps
+            if low <= step * 10.0**power <= high
+        ]
+        if len(ticks) <= 7:
+            return ticks
+    return ticks

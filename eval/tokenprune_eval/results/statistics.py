@@ -1,0 +1,239 @@
+"""Statistics of right and wrong answers, all over questions that are taken as independent.
+
+What compares two conditions is paired: it looks at the questions that both have answered, and of
+these only at how many one got right and the other wrong. Everything is exact or has a fixed seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tokenprune.errors import ConfigError
+from tokenprune_eval.demo.results import wilson
+from tokenprune_eval.evaluation.records import Record
+
+RESAMPLES = 10_000
+SEED = 0
+LIKELIHOOD = "likelihood"
+"""`choose_by` of a run whose answers to questions with choices are read off the likelihoods."""
+
+
+class Accuracy(BaseModel):
+    """A share of right answers.
+
+    Attributes
+    ----------
+    correct, questions
+        How many were right, of how many.
+    share
+        ``correct / questions``.
+    low, high
+        95 % Wilson interval of the share.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    correct: int
+    questions: int
+    share: float
+    low: float
+    high: float
+
+
+class Paired(BaseModel):
+    """One condition against a reference, over the questions that both answered.
+
+    Attributes
+    ----------
+    questions
+        How many both answered.
+    gained, lost
+        Right here and wrong in the reference; wrong here and right in the reference.
+    difference
+        ``(gained - lost) / questions``: accuracy here less that of the reference.
+    low, high
+        95 % paired bootstrap interval of the difference.
+    p_value
+        Exact two-sided McNemar test; not adjusted for the number of conditions.
+    agreement
+        Share of the questions with the same answer in both, right or wrong.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    questions: int
+    gained: int
+    lost: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    agreement: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a record counts as.
+
+    Attributes
+    ----------
+    correct
+        Whether it is right.
+    said
+        What is compared to tell whether two answers are the same.
+    """
+
+    correct: bool
+    said: str
+
+
+def accuracy_of(correct: Sequence[bool]) -> Accuracy | None:
+    """Return the share of right answers and its Wilson interval; None where there are none."""
+    if not correct:
+        return None
+    right, count = sum(correct), len(correct)
+    low, high = wilson(right, count)
+    return Accuracy(correct=right, questions=count, share=right / count, low=low, high=high)
+
+
+def difference_interval(
+    gained: int, lost: int, questions: int, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[float, float]:
+    """Return the 95 % paired bootstrap interval of a difference of accuracies.
+
+    Questions are drawn with replacement, each with both its answers, and the interval runs from
+    the 2.5th to the 97.5th percentile of the resampled differences. A question adds 1, -1 or 0,
+    so the numbers of each in a resample are a draw from a multinomial distribution. Where no
+    answer differs in correctness, every resample is alike and the interval is the point 0.
+
+    Parameters
+    ----------
+    gained, lost
+        See `Paired`.
+    questions
+        At least 1 and at least ``gained + lost``.
+    resamples
+        How many resamples, at least 1.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    tuple of float
+        Low and high, between -1 and 1.
+
+    Raises
+    ------
+    ConfigError
+        If the counts contradict each other.
+    """
+    _check_counts(gained, lost, questions)
+    if resamples < 1:
+        raise ConfigError(f"resamples={resamples} draws nothing. Give at least 1.")
+    shares = np.array([gained, lost, questions - gained - lost]) / questions
+    drawn = np.random.default_rng(seed).multinomial(questions, shares, size=resamples)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / questions, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Return the exact two-sided p-value of McNemar's test.
+
+    Where both conditions are equally good, each question on which one is right and the other wrong
+    goes either way with probability 1/2.
+
+    Parameters
+    ----------
+    gained, lost
+        See `Paired`.
+
+    Returns
+    -------
+    float
+        1.0 where no question went either way.
+
+    Raises
+    ------
+    ConfigError
+        If a count is negative.
+    """
+    _check_counts(gained, lost, gained + lost or 1)
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    return min(1.0, float(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue))
+
+
+def answer_of(record: Record, choose_by: object = None) -> Answer | None:
+    """Return what a record counts as; None where it holds an error.
+
+    The answer is the letter of a question with choices, by likelihood where the run reads it so,
+    otherwise as read from the text; where there is no letter, it is the text in lower case with
+    single spaces.
+
+    Parameters
+    ----------
+    record
+        One answer or error.
+    choose_by
+        The run's setting of that name.
+
+    Raises
+    ------
+    ConfigError
+        If it holds neither an error nor whether it is right.
+    """
+    if record.error is not None:
+        return None
+    if record.correct is None:
+        raise ConfigError(
+            f"the record of {record.item!r} under {record.condition!r} has neither an error nor a "
+            "value for `correct`. Answer the question again."
+        )
+    if choose_by == LIKELIHOOD and record.likelihoods:
+        said = max(sorted(record.likelihoods), key=record.likelihoods.__getitem__)
+    else:
+        said = record.choice or " ".join((record.text or "").split()).casefold()
+    return Answer(record.correct, said)
+
+
+def paired(here: Mapping[str, Answer], reference: Mapping[str, Answer]) -> Paired | None:
+    """Compare two conditions on the questions that both answered.
+
+    Parameters
+    ----------
+    here, reference
+        Id of a question -> its answer.
+
+    Returns
+    -------
+    Paired or None
+        None where no question was answered by both.
+    """
+    pairs = [(answer, reference[item]) for item, answer in here.items() if item in reference]
+    if not pairs:
+        return None
+    gained = sum(one.correct and not other.correct for one, other in pairs)
+    lost = sum(other.correct and not one.correct for one, other in pairs)
+    low, high = difference_interval(gained, lost, len(pairs))
+    return Paired(
+        questions=len(pairs),
+        gained=gained,
+        lost=lost,
+        difference=(gained - lost) / len(pairs),
+        low=low,
+        high=high,
+        p_value=mcnemar_p(gained, lost),
+        agreement=sum(one.said == other.said for one, other in pairs) / len(pairs),
+    )
+
+
+def _check_counts(gained: int, lost: int, questions: int) -> None:
+    if gained < 0 or lost < 0 or questions < 1 or gained + lost > questions:
+        raise ConfigError(
+            f"gained={gained}, lost={lost} and questions={questions} cannot be counts of the same "
+            "questions. Give at least 1 question, and no more gained and lost than questions."
+        )

@@ -1,0 +1,561 @@
+"""results.json: one row for each data set and condition, worked out from a run's records.
+
+`summarise` makes `Results`, `write_results` writes them with the table and the report beside, and
+`read_results` reads them back. Whatever was not measured is None.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tokenprune.config import Positions
+from tokenprune.errors import InputFileError
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.demo.output import write_whole
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record, Seconds
+from tokenprune_eval.results.statistics import (
+    Accuracy,
+    Answer,
+    Paired,
+    accuracy_of,
+    answer_of,
+    paired,
+)
+
+SCHEMA_VERSION: Literal[1] = 1
+RESULTS, TABLE, REPORT = "results.json", "table.md", "report.html"
+MAX_LOSSES = 12
+MAX_ERRORS = 50
+
+
+class ItemInfo(BaseModel):
+    """What the report needs of a question; one line of a run's ``items.jsonl``.
+
+    Attributes
+    ----------
+    id
+        Data set and id within it, for example ``"easy-vqa/easy-vqa-test-3"``.
+    data_set
+        Name of the data set.
+    kind, path, question, answer, choices, type, times
+        See `Item`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    data_set: str
+    kind: Literal["image", "video"]
+    path: Path
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    type: str = ""
+    times: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, data_set: str, item: Item) -> ItemInfo:
+        """Return what the report needs of an item of that data set."""
+        return cls(
+            id=f"{data_set}/{item.id}",
+            data_set=data_set,
+            kind=item.kind,
+            path=item.path,
+            question=item.question,
+            answer=item.answer,
+            choices=item.choices,
+            type=item.type,
+            times=item.times,
+        )
+
+
+class Row(BaseModel):
+    """One data set under one condition.
+
+    Attributes
+    ----------
+    data_set
+        Its name.
+    condition
+        `Condition.key`.
+    method, keep, positions
+        See `Condition`.
+    questions, answered, errors, missing
+        Questions of the data set: all, answered, failed with an error, not yet asked.
+    accuracy
+        Over the answered questions.
+    against_unpruned
+        Against the unpruned condition; None for itself and where it did not run.
+    by_type
+        Type of question -> accuracy over the answered ones of that type, None where there are
+        none. Empty where the data set has no types.
+    visual_tokens, of_visual_tokens, prompt_tokens, answer_tokens
+        Means over the answered questions; see `Record`.
+    seconds
+        Medians over the answered questions, in seconds; see `Seconds`.
+    items_per_second
+        Questions divided by the sum of their `Seconds.total`.
+    peak_bytes
+        The most that any question took.
+    kv_bytes, mass_kept
+        Means over the answered questions; see `Record`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    data_set: str
+    condition: str
+    method: str
+    keep: int | float = Field(union_mode="smart")
+    positions: Positions
+    questions: int
+    answered: int
+    errors: int
+    missing: int
+    accuracy: Accuracy | None
+    against_unpruned: Paired | None
+    by_type: dict[str, Accuracy | None]
+    visual_tokens: float | None
+    of_visual_tokens: float | None
+    prompt_tokens: float | None
+    answer_tokens: float | None
+    seconds: Seconds
+    items_per_second: float | None
+    peak_bytes: int | None
+    kv_bytes: float | None
+    mass_kept: float | None
+
+
+class Said(BaseModel):
+    """What was answered to one question.
+
+    Attributes
+    ----------
+    text, choice, correct
+        See `Record`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None
+    choice: str | None
+    correct: bool
+
+
+class Loss(BaseModel):
+    """A question that is right unpruned and wrong under at least one pruned condition.
+
+    Attributes
+    ----------
+    item
+        The question.
+    wrong, answered
+        Pruned conditions that answered it wrong, and that answered it.
+    unpruned
+        The answer with all tokens.
+    said
+        Key of each pruned condition that answered -> its answer.
+    shown
+        Key of the condition whose kept tokens are drawn: of those that are wrong, the one with the
+        most visual tokens, where possible one with `kept` noted.
+    visual_tokens, of_visual_tokens, kept, grid
+        Of that condition's record; see `Record`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    item: ItemInfo
+    wrong: int
+    answered: int
+    unpruned: Said
+    said: dict[str, Said]
+    shown: str
+    visual_tokens: int | None
+    of_visual_tokens: int | None
+    kept: list[int] | None
+    grid: tuple[int, int, int] | None
+
+
+class ErrorGroup(BaseModel):
+    """All errors with one message.
+
+    Attributes
+    ----------
+    message
+        What was said.
+    count
+        How many questions under how many conditions failed so, counted together.
+    conditions
+        Keys of these conditions.
+    items
+        Ids of the first three questions.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    message: str
+    count: int
+    conditions: list[str]
+    items: list[str]
+
+
+class DataInfo(BaseModel):
+    """A data set of the run.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    questions
+        How many were to be asked.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    questions: int
+
+
+class Results(BaseModel):
+    """All of results.json.
+
+    Attributes
+    ----------
+    schema_version
+        Rises when a field changes its meaning or goes.
+    complete
+        Whether every question has been asked under every condition.
+    model
+        Name of the model, as in the settings.
+    bundled
+        Whether that is the bundled model, a test object.
+    started, wall_seconds
+        When the run began, ISO 8601, and how long it took.
+    data, conditions
+        What was to be run, in order.
+    rows
+        For each data set, each condition.
+    losses
+        At most `MAX_LOSSES` questions that most pruned conditions lose, data sets taking turns.
+    errors
+        The most frequent messages, at most `MAX_ERRORS`.
+    settings, versions, machine
+        As the run noted them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    complete: bool
+    model: str
+    bundled: bool
+    started: str | None
+    wall_seconds: float | None
+    data: list[DataInfo]
+    conditions: list[Condition]
+    rows: list[Row]
+    losses: list[Loss]
+    errors: list[ErrorGroup]
+    settings: dict[str, Any]
+    versions: dict[str, Any]
+    machine: dict[str, Any]
+
+
+_Given = Mapping[str, Mapping[str, Record]]
+"""Key of a condition -> id of a question -> its record."""
+
+_Answers = Mapping[str, Mapping[str, Answer]]
+
+
+def summarise(
+    about: Mapping[str, Any],
+    items: Sequence[ItemInfo],
+    conditions: Sequence[Condition],
+    records: Iterable[Record],
+) -> Results:
+    """Work out everything that is reported of a run, finished or not.
+
+    Parameters
+    ----------
+    about
+        The content of ``run.json``.
+    items
+        All questions of the run, in order.
+    conditions
+        All conditions of the run, in order.
+    records
+        Those there are. Where a question was asked more than once under a condition, as after an
+        error, the last counts.
+
+    Returns
+    -------
+    Results
+
+    Raises
+    ------
+    InputFileError
+        If two questions or conditions have the same name, or a record is about a question or
+        condition that the run does not have.
+    ConfigError
+        If a record holds neither an error nor whether it is right.
+    """
+    given = _by_condition(items, conditions, records)
+    settings = dict(about.get("settings") or {})
+    choose_by = settings.get("choose_by")
+    answers = {
+        key: {
+            item: answer
+            for item, record in of_condition.items()
+            if (answer := answer_of(record, choose_by)) is not None
+        }
+        for key, of_condition in given.items()
+    }
+    sets: dict[str, list[ItemInfo]] = {}
+    for item in items:
+        sets.setdefault(item.data_set, []).append(item)
+    model = settings.get("model")
+    return Results(
+        complete=bool(about.get("complete")),
+        model="" if model is None else str(model),
+        bundled=about.get("bundled") is True or model == "bundled",
+        started=about.get("started"),
+        wall_seconds=about.get("seconds"),
+        data=[DataInfo(name=name, questions=len(own)) for name, own in sets.items()],
+        conditions=list(conditions),
+        rows=[
+            _row(name, own, condition, given[condition.key], answers)
+            for name, own in sets.items()
+            for condition in conditions
+        ],
+        losses=_losses(list(sets.values()), conditions, given, answers),
+        errors=_errors(given),
+        settings=settings,
+        versions=dict(about.get("versions") or {}),
+        machine=dict(about.get("machine") or {}),
+    )
+
+
+def write_results(folder: Path, results: Results) -> None:
+    """Write ``results.json``, ``table.md`` and ``report.html``, each as a whole.
+
+    Parameters
+    ----------
+    folder
+        The run's folder; it exists.
+    results
+        What to write. The pictures and videos of its losses are read.
+
+    Raises
+    ------
+    OutputError
+        If a file cannot be written.
+    """
+    from tokenprune_eval.results.report import render
+    from tokenprune_eval.results.table import markdown
+
+    write_whole(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
+    write_whole(folder / TABLE, markdown(results))
+    write_whole(folder / REPORT, render(results))
+
+
+def read_results(folder: Path) -> Results:
+    """Read a run's ``results.json``.
+
+    Parameters
+    ----------
+    folder
+        The run's folder.
+
+    Raises
+    ------
+    InputFileError
+        If the file is missing, no JSON, of another `schema_version` or not as `Results` says.
+    """
+    file = folder / RESULTS
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise InputFileError(
+            f"{file} cannot be read: {error.strerror or error}. Give the folder of a run."
+        ) from None
+    except ValueError as error:
+        raise InputFileError(
+            f"{file} is no JSON ({error}). Have it written again from the run's records."
+        ) from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputFileError(
+            f"{file} has schema_version {version!r}, and this version of tokenprune reads "
+            f"{SCHEMA_VERSION} alone. Have it written again from the run's records."
+        )
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputFileError(
+            f"{file} is damaged at {place}: {first['msg']}. Have it written again from the run's "
+            "records."
+        ) from None
+
+
+def _by_condition(
+    items: Sequence[ItemInfo], conditions: Sequence[Condition], records: Iterable[Record]
+) -> dict[str, dict[str, Record]]:
+    ids = {item.id for item in items}
+    given: dict[str, dict[str, Record]] = {condition.key: {} for condition in conditions}
+    if len(ids) < len(items) or len(given) < len(conditions):
+        raise InputFileError(
+            "the run names a question or a condition twice. Give each an id of its own."
+        )
+    for record in records:
+        if record.condition not in given:
+            raise InputFileError(
+                f"there is a record under {record.condition!r}, and the run has the conditions "
+                f"{', '.join(given) or '(none)'}. Do not mix the files of two runs."
+            )
+        if record.item not in ids:
+            raise InputFileError(
+                f"there is a record of {record.item!r}, which is no question of the run. Do not "
+                "mix the files of two runs."
+            )
+        given[record.condition][record.item] = record
+    return given
+
+
+def _row(
+    name: str,
+    items: Sequence[ItemInfo],
+    condition: Condition,
+    given: Mapping[str, Record],
+    answers: _Answers,
+) -> Row:
+    own = {item.id: answers[condition.key].get(item.id) for item in items}
+    answered = {item: answer for item, answer in own.items() if answer is not None}
+    records = [given[item] for item in answered]
+    errors = sum(item.id in given for item in items) - len(answered)
+    reference = None if condition.method == UNPRUNED else answers.get(UNPRUNED)
+    types: dict[str, list[bool]] = {}
+    for item in items:
+        right = types.setdefault(item.type, [])
+        if item.id in answered:
+            right.append(answered[item.id].correct)
+    totals = [record.seconds.total for record in records if record.seconds.total is not None]
+    peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
+    return Row(
+        data_set=name,
+        condition=condition.key,
+        method=condition.method,
+        keep=condition.keep,
+        positions=condition.positions,
+        questions=len(items),
+        answered=len(answered),
+        errors=errors,
+        missing=len(items) - len(answered) - errors,
+        accuracy=accuracy_of([answer.correct for answer in answered.values()]),
+        against_unpruned=None if reference is None else paired(answered, reference),
+        by_type=(
+            {}
+            if set(types) <= {""}
+            else {kind: accuracy_of(right) for kind, right in types.items()}
+        ),
+        visual_tokens=_mean(record.visual_tokens for record in records),
+        of_visual_tokens=_mean(record.of_visual_tokens for record in records),
+        prompt_tokens=_mean(record.prompt_tokens for record in records),
+        answer_tokens=_mean(record.answer_tokens for record in records),
+        seconds=Seconds(
+            **{
+                part: _median(getattr(record.seconds, part) for record in records)
+                for part in Seconds.model_fields
+            }
+        ),
+        items_per_second=len(totals) / sum(totals) if sum(totals) > 0 else None,
+        peak_bytes=max(peaks) if peaks else None,
+        kv_bytes=_mean(record.kv_bytes for record in records),
+        mass_kept=_mean(record.mass_kept for record in records),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _losses(
+    sets: Sequence[Sequence[ItemInfo]],
+    conditions: Sequence[Condition],
+    given: _Given,
+    answers: _Answers,
+) -> list[Loss]:
+    """Return the questions that most pruned conditions lose, data sets taking turns."""
+    unpruned = answers.get(UNPRUNED, {})
+    pruned = [condition.key for condition in conditions if condition.method != UNPRUNED]
+    queues = []
+    for items in sets:
+        found = []
+        for item in items:
+            if item.id not in unpruned or not unpruned[item.id].correct:
+                continue
+            answered = [key for key in pruned if item.id in answers[key]]
+            wrong = [key for key in answered if not answers[key][item.id].correct]
+            if wrong:
+                found.append(_loss(item, answered, wrong, given))
+        # The sort is stable: what is equal keeps the data set's order.
+        queues.append(sorted(found, key=lambda loss: (-loss.wrong, loss.kept is None)))
+    turns = [queue[place] for place in range(MAX_LOSSES) for queue in queues if place < len(queue)]
+    return turns[:MAX_LOSSES]
+
+
+def _loss(item: ItemInfo, answered: Sequence[str], wrong: Sequence[str], given: _Given) -> Loss:
+    def order(key: str) -> tuple[bool, int]:
+        record = given[key][item.id]
+        return record.kept is not None and record.grid is not None, record.visual_tokens or 0
+
+    shown = max(wrong, key=order)
+    record = given[shown][item.id]
+    drawn = order(shown)[0]
+    return Loss(
+        item=item,
+        wrong=len(wrong),
+        answered=len(answered),
+        unpruned=_said(given[UNPRUNED][item.id]),
+        said={key: _said(given[key][item.id]) for key in answered},
+        shown=shown,
+        visual_tokens=record.visual_tokens,
+        of_visual_tokens=record.of_visual_tokens,
+        kept=record.kept if drawn else None,
+        grid=record.grid if drawn else None,
+    )
+
+
+def _said(record: Record) -> Said:
+    return Said(text=record.text, choice=record.choice, correct=bool(record.correct))
+
+
+def _errors(given: _Given) -> list[ErrorGroup]:
+    groups: dict[str, list[Record]] = {}
+    for of_condition in given.values():
+        for record in of_condition.values():
+            if record.error is not None:
+                groups.setdefault(record.error, []).append(record)
+    made = [
+        ErrorGroup(
+            message=message,
+            count=len(records),
+            conditions=list(dict.fromkeys(record.condition for record in records)),
+            items=list(dict.fromkeys(record.item for record in records))[:3],
+        )
+        for message, records in groups.items()
+    ]
+    return sorted(made, key=lambda group: -group.count)[:MAX_ERRORS]

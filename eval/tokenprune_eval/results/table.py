@@ -1,0 +1,163 @@
+"""The results as tables of text: one for each data set, in Markdown and in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from tokenprune_eval.results import words
+from tokenprune_eval.results.summary import Results, Row
+
+NOTES = (
+    "right: share of right answers over the answered questions, 95 % Wilson interval. difference: "
+    "to unpruned in percentage points over the questions answered under both, 95 % paired "
+    "bootstrap interval; p: exact McNemar test, not adjusted for the number of conditions. same: "
+    "same answer as unpruned. tokens: visual tokens read, mean. first: median time to the first "
+    "answer token. answered: shown where some questions have no answer, because of an error or because "
+    "they have not been asked yet. Questions are taken as independent."
+)
+
+Columns = Sequence[tuple[str, Sequence[str]]]
+"""Title and cells of each column; the first columns are texts, those with digits numbers."""
+
+_ALWAYS = 4
+_TEXTS = 1
+_ANSWERED = "answered"
+
+_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+    ("method", lambda row: words.plain(words.label(row.method, row.positions))),
+    ("keep", lambda row: words.keep_text(row.method, row.keep)),
+    ("tokens", lambda row: words.number(row.visual_tokens)),
+    ("right, %", lambda row: words.share_with_interval(row.accuracy)),
+    ("difference", lambda row: words.difference_with_interval(row.against_unpruned)),
+    ("p", lambda row: words.p_value(row.against_unpruned)),
+    ("same, %", lambda row: words.agreement(row.against_unpruned)),
+    ("first, ms", lambda row: words.milliseconds(row.seconds.first_token)),
+    (_ANSWERED, lambda row: f"{row.answered:,}"),
+)
+
+
+def columns(rows: Sequence[Row]) -> Columns:
+    """Return the columns of one data set's table, without those that would say nothing.
+
+    Parameters
+    ----------
+    rows
+        Of one data set, in the order of the table.
+    """
+    made = [(title, [cell(row) for row in rows]) for title, cell in _COLUMNS]
+    unanswered = any(row.answered < row.questions for row in rows)
+    return [
+        (title, cells)
+        for place, (title, cells) in enumerate(made)
+        if place < _ALWAYS
+        or (unanswered if title == _ANSWERED else any(cell != words.NOTHING for cell in cells))
+    ]
+
+
+def title(results: Results, name: str) -> str:
+    """Return what stands above a data set's table."""
+    rows = [row for row in results.rows if row.data_set == name]
+    count = next(one.questions for one in results.data if one.name == name)
+    total = next((row.of_visual_tokens for row in rows if row.of_visual_tokens is not None), None)
+    text = f"{words.plain(name)}: {count:,} question" + ("" if count == 1 else "s")
+    return text if total is None else f"{text}, {words.number(total)} visual tokens unpruned"
+
+
+def markdown(results: Results) -> str:
+    """Return all tables as Markdown.
+
+    Parameters
+    ----------
+    results
+        What a run found.
+    """
+    lines = [f"# {escape(results.model) or 'Evaluation'}", ""]
+    if results.bundled:
+        lines += [f"**{words.BUNDLED}**", ""]
+    if not results.complete:
+        lines += ["The run is not complete; these are the answers so far.", ""]
+    for one in results.data:
+        rows = [row for row in results.rows if row.data_set == one.name]
+        lines += [f"## {escape(title(results, one.name))}", ""]
+        lines += [*markdown_table(columns(rows)), ""]
+        if said := _errors(rows):
+            lines += [escape(said), ""]
+    return "\n".join([*lines, NOTES, ""])
+
+
+def print_tables(console: Console, results: Results) -> None:
+    """Print all tables.
+
+    Parameters
+    ----------
+    console
+        Of at least 110 columns, to show every column whole.
+    results
+        What a run found.
+    """
+    for one in results.data:
+        rows = [row for row in results.rows if row.data_set == one.name]
+        console.print(rich_table(title(results, one.name), columns(rows)))
+        if said := _errors(rows):
+            console.print(Text(said))
+    console.print(Text(NOTES, style="dim"))
+    if not results.complete:
+        console.print(Text("The run is not complete; these are the answers so far."))
+    if results.bundled:
+        console.print(Text(words.BUNDLED, style="bold"))
+
+
+def _errors(rows: Sequence[Row]) -> str:
+    """Return how many attempts failed, for those that read the table; empty where none did."""
+    parts = [f"{words.plain(row.condition)} {row.errors:,}" for row in rows if row.errors]
+    return f"Attempts that ended with an error: {', '.join(parts)}." if parts else ""
+
+
+def escape(text: str) -> str:
+    """Return a text that Markdown shows as it is, on one line."""
+    text = words.plain(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{sign}" if sign in "\\`*_[]|~#" else sign for sign in text)
+
+
+def markdown_table(columns: Columns) -> list[str]:
+    """Return a Markdown table's lines, padded so that it also reads well as text."""
+    filled = [[title, *(escape(cell) for cell in cells)] for title, cells in columns]
+    widths = [max(4, *(len(cell) for cell in column)) for column in filled]
+    rows = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if place < _TEXTS else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in zip(*filled, strict=True)
+    ]
+    rule = " | ".join(
+        "-" * width if place < _TEXTS else "-" * (width - 1) + ":"
+        for place, width in enumerate(widths)
+    )
+    return [rows[0], f"| {rule} |", *rows[1:]]
+
+
+def rich_table(title: str, columns: Columns) -> Group:
+    """Return the same table for a terminal, under its title."""
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+    )
+    for place, (name, _) in enumerate(columns):
+        table.add_column(
+            name, justify="left" if place < _TEXTS else "right", no_wrap=True, overflow="ellipsis"
+        )
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        table.add_row(*(Text(cell) for cell in row))
+    # A table's own title would be broken to its width.
+    return Group(Text(f"\n{title}", style="bold"), table)

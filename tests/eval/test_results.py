@@ -1,0 +1,547 @@
+"""A run's results: statistics against straight-line ones, numbers by hand, report in a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("statsmodels", reason="the results need the extra `eval`")
+
+from PIL import Image
+from rich.console import Console
+
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.evaluation.records import Condition, Record, Seconds
+from tokenprune_eval.results.compare import compare, comparison_markdown, print_comparison
+from tokenprune_eval.results.files import read_run, write_items
+from tokenprune_eval.results.report import render
+from tokenprune_eval.results.statistics import answer_of, difference_interval, mcnemar_p, paired
+from tokenprune_eval.results.summary import (
+    MAX_LOSSES,
+    ItemInfo,
+    Results,
+    read_results,
+    summarise,
+    write_results,
+)
+from tokenprune_eval.results.table import markdown, print_tables
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+EVIL = "<script>document.title = 'owned'</script> & \"quoted\" {{ 7 * 7 }} $x_1$ |"
+
+FULL = Condition(method="unpruned", keep=1.0)
+HALF = Condition(method="divprune", keep=0.5)
+TWO = Condition(method="random", keep=2)
+
+
+# Statistics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "questions"), [(12, 30, 200), (3, 0, 40), (50, 50, 120)]
+)
+def test_bootstrap_against_a_loop_over_questions(gained: int, lost: int, questions: int) -> None:
+    values = np.array([1] * gained + [-1] * lost + [0] * (questions - gained - lost))
+    rng = np.random.default_rng(7)
+    means = [values[rng.integers(0, questions, questions)].mean() for _ in range(20_000)]
+    low, high = difference_interval(gained, lost, questions)
+    # Differences come in steps of one question; two such estimates may be one step apart.
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=1.01 / questions)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=1.01 / questions)
+    assert low < (gained - lost) / questions < high
+    assert (low, high) == difference_interval(gained, lost, questions)
+
+
+def test_bootstrap_is_fast_and_a_point_where_nothing_differs() -> None:
+    began = time.perf_counter()
+    difference_interval(1_000, 1_500, 10_000)
+    assert time.perf_counter() - began < 2
+    assert difference_interval(0, 0, 25) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (2, 9), (9, 2), (5, 5), (40, 61)])
+def test_mcnemar_against_binomial_sums(gained: int, lost: int) -> None:
+    count = gained + lost
+    tail = sum(math.comb(count, k) for k in range(min(gained, lost) + 1))
+    assert mcnemar_p(gained, lost) == pytest.approx(min(1.0, 2 * tail / 2**count), rel=1e-9)
+
+
+@pytest.mark.parametrize(("gained", "lost", "questions"), [(-1, 0, 5), (3, 3, 5), (0, 0, 0)])
+def test_impossible_counts_are_refused(gained: int, lost: int, questions: int) -> None:
+    with pytest.raises(ConfigError, match="cannot be counts"):
+        difference_interval(gained, lost, questions)
+
+
+def test_the_same_answer_is_the_same_letter_or_text() -> None:
+    def said(**fields: Any) -> str:
+        answer = answer_of(Record(item="i", condition="c", correct=True, **fields), by)
+        assert answer is not None
+        return answer.said
+
+    by: str | None = None
+    assert said(text=" A  Red\nseven") == said(text="a red seven") != said(text="a red six")
+    assert said(text="B. blue", choice="B") == said(text="It is B", choice="B")
+    assert said(text="no idea", choice="") == "no idea"
+    by = "likelihood"
+    assert said(text="B", choice="B", likelihoods={"A": -0.1, "B": -2.0}) == "A"
+    assert answer_of(Record(item="i", condition="c", error="cut")) is None
+    with pytest.raises(ConfigError, match="neither an error nor"):
+        answer_of(Record(item="i", condition="c", text="x"))
+
+
+# Summary ----------------------------------------------------------------------------------------
+
+
+def _item(name: str, kind: str = "color", data_set: str = "set", **fields: Any) -> ItemInfo:
+    given: dict[str, Any] = {
+        "path": Path("/nowhere/picture.png"),
+        "question": "what?",
+        "answer": "red",
+    }
+    given |= fields
+    return ItemInfo(id=f"{data_set}/{name}", data_set=data_set, kind="image", type=kind, **given)
+
+
+def _record(item: str, condition: Condition, text: str, **fields: Any) -> Record:
+    given: dict[str, Any] = {"text": text, "correct": text == "red"}
+    return Record(item=item, condition=condition.key, **(given | fields))
+
+
+def _about(**fields: Any) -> dict[str, Any]:
+    return {
+        "settings": {"model": "some/model", "seed": 0},
+        "versions": {"torch": "2"},
+        "machine": {"cores": 2},
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 5.0,
+        "complete": True,
+    } | fields
+
+
+@pytest.fixture
+def by_hand() -> Results:
+    """Return five questions under three conditions, with an error, a retry and holes."""
+    items = [_item("a"), _item("b"), _item("c", "shape"), _item("d", "shape"), _item("e", "size")]
+    fast = Seconds(first_token=0.1, total=0.2, encode=0.05)
+    slow = Seconds(first_token=0.4, total=0.6)
+    records = [
+        _record("set/a", FULL, "red", seconds=slow, visual_tokens=8, of_visual_tokens=8),
+        _record("set/b", FULL, "red"),
+        _record("set/c", FULL, "blue"),
+        _record("set/d", FULL, "red"),
+        Record(item="set/e", condition=FULL.key, error="cut off"),
+        # a: lost, b: both right, c: gained, d: an error, e: right, but there is nothing to pair.
+        _record("set/a", HALF, "green", seconds=fast, visual_tokens=4, peak_bytes=10, kv_bytes=4),
+        Record(item="set/b", condition=HALF.key, error="out of memory"),
+        _record("set/b", HALF, "RED", correct=True, seconds=slow, visual_tokens=5, peak_bytes=30),
+        _record("set/c", HALF, "red", seconds=fast, mass_kept=0.5, kv_bytes=8),
+        Record(item="set/d", condition=HALF.key, error="cut off"),
+        _record("set/e", HALF, "red"),
+        _record("set/d", TWO, "green", kept=[0, 3], grid=(1, 2, 2), visual_tokens=2),
+    ]
+    return summarise(_about(), items, [FULL, HALF, TWO], records)
+
+
+def test_summary_counts_by_hand(by_hand: Results) -> None:
+    full, half, two = by_hand.rows
+    assert (full.questions, full.answered, full.errors, full.missing) == (5, 4, 1, 0)
+    assert (half.questions, half.answered, half.errors, half.missing) == (5, 4, 1, 0)
+    assert (two.questions, two.answered, two.errors, two.missing) == (5, 1, 0, 4)
+    assert full.accuracy
+    assert (full.accuracy.correct, full.accuracy.questions, full.accuracy.share) == (3, 4, 0.75)
+    assert full.against_unpruned is None
+    pair = half.against_unpruned
+    assert pair
+    assert (pair.questions, pair.gained, pair.lost, pair.difference) == (3, 1, 1, 0.0)
+    assert (pair.p_value, pair.agreement) == (1.0, 1 / 3)
+    assert list(half.by_type) == ["color", "shape", "size"]
+    assert half.by_type["color"]
+    assert (half.by_type["color"].correct, half.by_type["color"].questions) == (1, 2)
+    assert two.by_type["color"] is None
+    # Three of four have times: 0.1, 0.4, 0.1 and 0.2, 0.6, 0.2.
+    assert half.seconds == Seconds(first_token=0.1, total=0.2, encode=0.05)
+    assert half.items_per_second == pytest.approx(3 / 1.0)
+    assert (half.visual_tokens, half.peak_bytes, half.kv_bytes, half.mass_kept) == (4.5, 30, 6, 0.5)
+    assert (half.prompt_tokens, two.items_per_second, two.peak_bytes) == (None, None, None)
+    assert [(error.message, error.count, error.items) for error in by_hand.errors] == [
+        ("cut off", 2, ["set/e", "set/d"])
+    ]
+    # b is right under both; a and d are lost by one condition each, d's tokens were noted.
+    assert [(loss.item.id, loss.wrong, loss.answered) for loss in by_hand.losses] == [
+        ("set/d", 1, 1),
+        ("set/a", 1, 1),
+    ]
+    assert (by_hand.losses[0].shown, by_hand.losses[0].kept) == (TWO.key, [0, 3])
+
+
+def test_losses_take_turns_and_the_most_tokens_are_shown() -> None:
+    sets = {"x": 20, "y": 2}
+    items = [_item(str(i), data_set=name) for name, count in sets.items() for i in range(count)]
+    records = [_record(item.id, FULL, "red") for item in items]
+    records += [_record(item.id, TWO, "no", visual_tokens=2) for item in items]
+    records += [_record(item.id, HALF, "no", visual_tokens=32) for item in items[4:5]]
+    results = summarise(_about(), items, [FULL, TWO, HALF], records)
+    assert len(results.losses) == MAX_LOSSES
+    names = [loss.item.id for loss in results.losses]
+    assert names[:6] == ["x/4", "y/0", "x/0", "y/1", "x/1", "x/2"]
+    assert (results.losses[0].wrong, results.losses[0].shown) == (2, HALF.key)
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    items = [_item("a")]
+    with pytest.raises(InputFileError, match=r"'set/z'.*no question of the run"):
+        summarise(_about(), items, [FULL], [_record("set/z", FULL, "red")])
+    with pytest.raises(InputFileError, match=r"divprune@0\.5.*conditions unpruned"):
+        summarise(_about(), items, [FULL], [_record("set/a", HALF, "red")])
+    with pytest.raises(InputFileError, match="twice"):
+        summarise(_about(), items * 2, [FULL], [])
+
+
+def test_item_info_of_an_item() -> None:
+    item = Item("3", "video", Path("v.mp4"), "what?", "B", ("x", "y"), "colour", (0.5, 1.0))
+    info = ItemInfo.of("clips", item)
+    assert (info.id, info.choices, info.times) == ("clips/3", ("x", "y"), (0.5, 1.0))
+    assert ItemInfo.model_validate_json(info.model_dump_json()) == info
+
+
+# Files and tables -------------------------------------------------------------------------------
+
+
+def test_results_come_back_and_damage_is_told(by_hand: Results, tmp_path: Path) -> None:
+    write_results(tmp_path, by_hand)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "report.html",
+        "results.json",
+        "table.md",
+    ]
+    assert read_results(tmp_path) == by_hand
+    file = tmp_path / "results.json"
+    content = json.loads(file.read_text())
+    for change, said in (
+        ({"schema_version": 99}, "schema_version 99.*reads 1 alone"),
+        ({"rows": [{"data_set": 3}]}, r"damaged at rows\.0\.data_set"),
+    ):
+        file.write_text(json.dumps(content | change))
+        with pytest.raises(InputFileError, match=said):
+            read_results(tmp_path)
+    file.write_text("{")
+    with pytest.raises(InputFileError, match="no JSON"):
+        read_results(tmp_path)
+    file.unlink()
+    with pytest.raises(InputFileError, match="cannot be read"):
+        read_results(tmp_path)
+
+
+def test_tables_show_the_numbers(by_hand: Results) -> None:
+    text = markdown(by_hand)
+    (half,) = [line for line in text.splitlines() if line.startswith("| divprune")]
+    cells = [cell.strip() for cell in half.strip("|").split("|")]
+    assert cells[:3] == ["divprune", "0.5", "4.5"]
+    assert cells[3].startswith("75.0 (30.1-95.4")
+    assert cells[4].startswith("0.0 \\[")
+    assert cells[5:] == ["1.000", "33.3", "100", "4"]
+    assert "error: unpruned 1, divprune@0.5 1." in text
+    console = Console(width=110, record=True, file=io.StringIO())
+    print_tables(console, by_hand)
+    printed = console.export_text()
+    assert "75.0 (30.1-95.4)" in printed
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 110
+
+
+# The report -------------------------------------------------------------------------------------
+
+
+class _Page(HTMLParser):
+    """Collects elements, what they refer to, and the text outside style and script."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+        self.references += [
+            value or ""
+            for name, value in attrs
+            if name in ("src", "href", "srcset", "xlink:href", "action", "data", "poster")
+        ]
+
+    def handle_data(self, data: str) -> None:
+        if self.elements[-1:] not in (["style"], ["script"]):
+            self.text += data
+
+
+def _made_up(folder: Path, model: str = EVIL) -> Results:
+    """Return results with pictures, where every text from data tries to be code."""
+    picture = folder / "picture.png"
+    pixels = np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(picture)
+    items = [
+        _item(
+            f"{place}-{EVIL}",
+            EVIL if place % 2 else "shape",
+            data_set=EVIL if place < 20 else "second",
+            path=picture if place else Path("/nowhere") / EVIL,
+            question=f"{EVIL} {'long' * 40}",
+            answer="A" if place % 3 else EVIL,
+            choices=(EVIL, "blue") if place % 3 else (),
+        )
+        for place in range(40)
+    ]
+    conditions = [
+        FULL,
+        *(
+            Condition(method=method, keep=keep)
+            for method in ("divprune", "cls-attention", "random", EVIL)
+            for keep in (0.5, 0.25, 0.125)
+        ),
+    ]
+    rng = np.random.default_rng(1)
+    records = []
+    for condition in conditions:
+        for item in items:
+            right = bool(rng.random() < (0.95 if condition == FULL else condition.keep**0.3))
+            kept = sorted(rng.choice(32, int(32 * condition.keep), replace=False).tolist())
+            records.append(
+                Record(
+                    item=item.id,
+                    condition=condition.key,
+                    text=item.answer if right else EVIL,
+                    correct=right,
+                    visual_tokens=len(kept),
+                    of_visual_tokens=32,
+                    mass_kept=0.5,
+                    peak_bytes=2**21,
+                    kv_bytes=2**20,
+                    seconds=Seconds(first_token=0.01 + 0.02 * condition.keep, total=0.05),
+                    kept=kept,
+                    grid=(1, 4, 8),
+                )
+            )
+    records[-1] = Record(item=items[-1].id, condition=conditions[-1].key, error=EVIL)
+    about = _about(
+        settings={"model": model, "note": EVIL, "nested": {EVIL: [EVIL]}},
+        versions={"torch": EVIL},
+        machine={"processor": EVIL},
+    )
+    return summarise(about, items, conditions, records)
+
+
+def test_report_is_one_file_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    results = _made_up(tmp_path)
+    html = render(results)
+    page = _Page(html)
+    assert page.references
+    assert all(one.startswith("data:image/") for one in page.references)
+    assert page.elements.count("script") == 1
+    assert not {"link", "iframe", "object", "embed", "form"} & set(page.elements)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert EVIL in page.text
+    assert "<script>document" not in html
+    assert len(html) < 900_000
+    assert html.count('class="card"') == len(results.losses) == MAX_LOSSES
+    # What is kept is left out of the veil.
+    loss = next(one for one in results.losses if one.item.path.exists())
+    assert loss.kept is not None
+    veiled = set()
+    found = re.findall(
+        r"M([\d.]+) ([\d.]+)h([\d.]+)v20h-[\d.]+z", re.findall(r'<path d="([^"]*)"', html)[0]
+    )
+    for left, top, width in found:
+        first = int(float(top)) // 20 * 8 + int(float(left)) // 20
+        veiled |= set(range(first, first + int(float(width)) // 20))
+    assert veiled == set(range(32)) - set(loss.kept)
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_report_says_what_the_bundled_model_is(tmp_path: Path, bundled: bool) -> None:
+    results = _made_up(tmp_path, "bundled" if bundled else "some/model")
+    for text in (render(results), markdown(results)):
+        assert ("no public VLM" in text) is bundled
+
+
+def test_unfinished_runs_have_a_report_too(tmp_path: Path) -> None:
+    items = [_item("a"), _item("b")]
+    conditions = [FULL, HALF, TWO]
+    nothing = summarise(_about(complete=False), items, conditions, [])
+    assert [row.accuracy for row in nothing.rows] == [None] * 3
+    write_results(tmp_path, nothing)
+    page = _Page((tmp_path / "report.html").read_text("utf-8"))
+    assert "No question has been answered" in page.text
+    assert "not complete" in page.text
+    assert "img" not in page.elements
+    assert read_results(tmp_path) == nothing
+    errors = [Record(item=item.id, condition=FULL.key, error="cut off") for item in items]
+    page = _Page(render(summarise(_about(), items, conditions[:1], errors)))
+    assert "2 attempts ended without an answer" in page.text
+    part = [_record("set/a", FULL, "red"), _record("set/a", HALF, "blue", visual_tokens=4)]
+    page = _Page(render(summarise(_about(complete=False), items, conditions, part)))
+    assert "4 are still to come" in page.text
+    # No condition is through, so none is put into the headline.
+    assert "2 answers under 3 conditions" in page.text
+    # The picture is missing, and the report says so in its place.
+    assert "/nowhere/picture.png" in page.text
+    alone = summarise(_about(), items, [HALF], [_record("set/a", HALF, "red")])
+    assert alone.rows[0].against_unpruned is None
+    assert "1 answer under 1 condition" in _Page(render(alone)).text
+    markdown(alone)
+
+
+def _browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    return subprocess.run(
+        [
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={file.parent / 'profile'}",
+            *options,
+            file.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_report_in_a_browser(tmp_path: Path) -> None:
+    """Nothing from data runs, nothing sticks out on a telephone, and the table sorts."""
+    results = _made_up(tmp_path)
+    probe = """<script>addEventListener('load', () => {
+      for (const details of document.querySelectorAll('details')) details.open = true;
+      const broken = [...document.images].filter(image => !image.naturalWidth).length;
+      const wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+      const table = document.querySelector('table.sortable');
+      const buttons = [...table.querySelectorAll('th button')];
+      const column = buttons.findIndex(button => button.textContent.startsWith('difference'));
+      const order = () => [...table.tBodies[0].rows].map(
+        row => row.cells[column].dataset.value).join(' ');
+      const sort = () => buttons[column].parentNode.getAttribute('aria-sort');
+      const steps = [sort()];
+      for (let i = 0; i < 2; i++) { buttons[column].click(); steps.push(sort(), order()); }
+      const state = {title: document.title, broken, wide, images: document.images.length, steps};
+      document.body.setAttribute('data-state', btoa(JSON.stringify(state)));
+    })</script>"""
+    page = tmp_path / "page.html"
+    page.write_text(render(results).replace("</body>", probe + "</body>"), encoding="utf-8")
+    pairs = [row.against_unpruned for row in results.rows if row.data_set == EVIL]
+    differences = sorted(pair.difference for pair in pairs if pair)
+    for width in (1280, 390):
+        shown = _browse(page, "--dump-dom", f"--window-size={width},2000").stdout
+        found = re.search(r'data-state="([^"]*)"', shown)
+        assert found
+        state = json.loads(base64.b64decode(found[1]))
+        assert state["title"].startswith("tokenprune eval")
+        assert (state["broken"], state["images"]) == (0, 4)
+        assert state["wide"] == 0, f"{state['wide']} pixels too wide at {width}"
+        before, up, rising, down, falling = state["steps"]
+        assert (before, up, down) == ("none", "ascending", "descending")
+        # The unpruned row has no difference and stays last.
+        for order, expected in ((rising, differences), (falling, differences[::-1])):
+            assert order.endswith(" ")
+            assert [float(value) for value in order.split()] == pytest.approx(expected)
+    picture = tmp_path / "page.png"
+    _browse(page, f"--screenshot={picture}", "--window-size=1280,2400")
+    pixels = np.asarray(Image.open(picture).convert("L")).astype(float)
+    assert all(quarter.std() > 8 for quarter in np.split(pixels, 4))
+    assert (pixels > 250).mean() > 0.4
+
+
+# Two runs ---------------------------------------------------------------------------------------
+
+
+def _write_run(
+    folder: Path,
+    items: list[ItemInfo],
+    conditions: list[Condition],
+    records: list[Record],
+    **about: Any,
+) -> None:
+    folder.mkdir()
+    described = _about(conditions=[one.model_dump() for one in conditions], **about)
+    (folder / "run.json").write_text(json.dumps(described))
+    write_items(folder, items)
+    lines = "".join(record.model_dump_json() + "\n" for record in records)
+    (folder / "records.jsonl").write_text(lines + '{"item": "se')  # cut off
+
+
+def test_two_runs_are_compared_on_what_both_have(tmp_path: Path) -> None:
+    items = [_item(name) for name in "abcde"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    _write_run(
+        a,
+        items[:4],
+        [FULL, HALF],
+        [_record(item.id, one, "red") for one in (FULL, HALF) for item in items[:3]]
+        + [Record(item="set/d", condition=HALF.key, error="cut off")],
+    )
+    changed = items[0].model_copy(update={"question": "another?"})
+    _write_run(
+        b,
+        [changed, *items[1:]],
+        [FULL, TWO],
+        [_record(item.id, FULL, "blue" if item.id == "set/b" else "red") for item in items],
+        settings={"model": "other/model", "seed": 0},
+        complete=False,
+    )
+    found = compare(a, b)
+    assert (found.only_a, found.only_b) == (("divprune@0.5",), ("random@2",))
+    (data,) = found.data
+    assert (data.both, data.only_a, data.only_b, data.changed) == (3, 0, 1, 1)
+    (pair,) = found.pairs
+    # b and c: d has no answer in A, and a asks something else in B.
+    assert pair.a
+    assert pair.b
+    assert pair.b_against_a
+    assert (pair.condition, pair.a.share, pair.b.share) == ("unpruned", 1.0, 0.5)
+    assert (pair.b_against_a.questions, pair.b_against_a.lost) == (2, 1)
+    assert pair.b_against_a.agreement == 0.5
+    assert found.differences == (("settings.model", "some/model", "other/model"),)
+    assert found.incomplete == (b,)
+    text = comparison_markdown(found)
+    console = Console(width=110, record=True, file=io.StringIO())
+    print_comparison(console, found)
+    for shown in (text, console.export_text()):
+        assert "-50.0" in shown
+        assert "Only A has divprune@0.5." in shown
+        assert "other/model" in shown
+    assert paired({}, {}) is None
+
+
+def test_a_damaged_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match=r"run\.json cannot be read"):
+        read_run(tmp_path)
+    folder = tmp_path / "run"
+    _write_run(folder, [_item("a")], [FULL], [_record("set/a", FULL, "red")])
+    assert len(read_run(folder).records) == 1
+    records = folder / "records.jsonl"
+    records.write_text("{}\n" + records.read_text())
+    with pytest.raises(InputFileError, match=r"records\.jsonl, line 1 is damaged at item"):
+        read_run(folder)
+    (folder / "run.json").write_text("[]")
+    with pytest.raises(InputFileError, match="does not list"):
+        read_run(folder)
