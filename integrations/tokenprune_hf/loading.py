@@ -115,29 +115,10 @@ def ask(
         `tokenprune_hf.prune` block only.
     """
     kind = "image" if video is None else "video"
-    if getattr(processor, "chat_template", None):
-        content = [{"type": kind}, {"type": "text", "text": question}]
-        message = {"role": "user", "content": content}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-    else:
-        text = f"{getattr(processor, f'{kind}_token')}\n{question}"
+    text = prompt_text(processor, question, kind)
     if video is None:
         return processor(text=[text], images=[image], return_tensors="pt")
-    if isinstance(video, Video):
-        frames, indices = video.frames, video.indices.tolist()
-        # Time stamps follow from index and rate, so the rate is the one that gives these times.
-        rate = indices[-1] / video.times[-1] if video.times[-1] > 0 else _FPS
-        total, duration = video.total, video.duration
-    else:
-        frames, indices, rate = video, list(range(len(video))), _FPS
-        total, duration = len(video), len(video) / _FPS
-    metadata = {
-        "fps": float(rate),
-        "duration": duration,
-        "total_num_frames": total,
-        "frames_indices": indices,
-        "video_backend": "pyav",
-    }
+    frames, metadata = frames_and_metadata(video)
     inputs = processor(
         text=[text],
         videos=[frames],
@@ -147,3 +128,40 @@ def ask(
     if not any(name.startswith("pixel_values_videos") for name in inputs):
         inputs[VIDEO_FRAMES] = [len(frames)]
     return inputs
+
+
+def prompt_text(processor: Any, question: str, kind: str) -> str:
+    """Return a question about one ``"image"`` or ``"video"`` in the model's chat template."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": kind}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        text: str = processor.apply_chat_template([message], add_generation_prompt=True)
+        return text
+    return f"{getattr(processor, f'{kind}_token')}\n{question}"
+
+
+def frames_and_metadata(
+    video: Video | NDArray[np.uint8],
+) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    """Return frames uint8 [T, H, W, 3] and what processors want to know of the video they are of.
+
+    Parameters
+    ----------
+    video
+        As for `ask`.
+    """
+    if isinstance(video, Video):
+        frames, indices = video.frames, video.indices.tolist()
+        # Time stamps follow from index and rate, so the rate is the one that gives these times.
+        rate = indices[-1] / video.times[-1] if video.times[-1] > 0 else _FPS
+        total, duration = video.total, video.duration
+    else:
+        frames, indices, rate = video, list(range(len(video))), _FPS
+        total, duration = len(video), len(video) / _FPS
+    return frames, {
+        "fps": float(rate),
+        "duration": duration,
+        "total_num_frames": total,
+        "frames_indices": indices,
+        "video_backend": "pyav",
+    }

@@ -24,7 +24,7 @@ def engine_args(
     *,
     positions: Positions = "original",
     options: Mapping[str, Any] | None = None,
-    request_methods: Sequence[str] = (),
+    request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     **engine: Any,
 ) -> dict[str, Any]:
     """Return keyword arguments for `vllm.LLM` or `vllm.AsyncEngineArgs` under which it prunes.
@@ -34,7 +34,7 @@ def engine_args(
     model
         A folder or a name on the model hub.
     method
-        A name out of `tokenprune.methods()` that does not look at the question.
+        A name out of `tokenprune.methods()`.
     keep
         A number of tokens (int) or a fraction (float) of each image or video.
     positions
@@ -43,7 +43,7 @@ def engine_args(
     options
         The method's own options.
     request_methods
-        Methods, beside `method`, that a request may name.
+        Methods, beside `method`, that a request may name; a mapping gives their options.
     **engine
         vLLM's own arguments; `hf_overrides` among them is merged with ours.
 
@@ -81,7 +81,7 @@ def pruning_overrides(
     config: dict[str, Any],
     model: str,
     pruning: PruningConfig,
-    request_methods: Sequence[str] = (),
+    request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     only_tokenprune: bool = False,
 ) -> dict[str, Any]:
     """Return what has to stand in a model's config so that vLLM serves it pruned.
@@ -100,7 +100,9 @@ def pruning_overrides(
         See `ServerSettings`.
     """
     architecture = architecture_of(config, model)
-    settings = ServerSettings.build(pruning, tuple(request_methods), only_tokenprune)
+    if not isinstance(request_methods, Mapping):
+        request_methods = {name: {} for name in request_methods}
+    settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
     for name in settings.methods:
         check_method(name)
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}

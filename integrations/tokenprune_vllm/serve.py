@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
 from tokenprune.errors import ConfigError, MissingPackageError
@@ -83,10 +83,10 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         raise ConfigError("--request-method needs --allow-request-keep: requests ask for nothing.")
     trusts = "--trust-request-mm-kwargs" in more
     config = read_config(arguments.model, _value(more, "--revision"))
-    methods = list(arguments.request_method)
+    methods: dict[str, dict[str, Any]] = {name: {} for name in arguments.request_method}
     if arguments.method is None and arguments.keep is None and KEY in config:
         written = config[KEY]  # an exported checkpoint says itself how to prune
-        methods += written.get("request_methods", {})
+        methods.update(written.get("request_methods", {}))
         pruning = PruningConfig.from_dict(
             {name: written[name] for name in ("method", "keep", "positions", "options")}
         )

@@ -50,10 +50,19 @@ class ServerSettings:
     def build(
         cls,
         default: PruningConfig,
-        request_methods: tuple[str, ...] = (),
+        request_methods: Mapping[str, Mapping[str, Any]] | None = None,
         only_tokenprune: bool = False,
     ) -> ServerSettings:
-        """Return the settings of a server; methods beside the default's have their own defaults.
+        """Return the settings of a server.
+
+        Parameters
+        ----------
+        default
+            See `ServerSettings`.
+        request_methods
+            Methods beside the default's that requests may name, with their options.
+        only_tokenprune
+            See `ServerSettings`.
 
         Raises
         ------
@@ -68,8 +77,8 @@ class ServerSettings:
                 "fraction or a number of tokens, or serve the model without tokenprune."
             )
         methods = {default.method: dict(default.options)}
-        for name in request_methods:
-            methods.setdefault(name, {})
+        for name, options in (request_methods or {}).items():
+            methods.setdefault(name, dict(options))
             replace(default, method=name, options=methods[name])  # raises for an unknown name
         return cls(default, methods, only_tokenprune)
 
@@ -110,8 +119,7 @@ class ServerSettings:
         methods: dict[str, dict[str, Any]] = values.pop("request_methods", {})
         only = bool(values.pop("only_tokenprune", False))
         default = PruningConfig.from_dict(values)
-        settings = cls.build(default, tuple(methods), only)
-        return replace(settings, methods={**methods, default.method: dict(default.options)})
+        return cls.build(default, methods, only)
 
     def request(self, mm_processor_kwargs: Mapping[str, object]) -> RequestSettings:
         """Return the pruning that one request gets.

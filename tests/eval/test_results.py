@@ -86,17 +86,16 @@ def test_impossible_counts_are_refused(gained: int, lost: int, questions: int) -
 
 
 def test_the_same_answer_is_the_same_letter_or_text() -> None:
-    def said(**fields: Any) -> str:
+    def said(by: str | None = None, **fields: Any) -> str:
         answer = answer_of(Record(item="i", condition="c", correct=True, **fields), by)
         assert answer is not None
         return answer.said
 
-    by: str | None = None
     assert said(text=" A  Red\nseven") == said(text="a red seven") != said(text="a red six")
     assert said(text="B. blue", choice="B") == said(text="It is B", choice="B")
     assert said(text="no idea", choice="") == "no idea"
-    by = "likelihood"
-    assert said(text="B", choice="B", likelihoods={"A": -0.1, "B": -2.0}) == "A"
+    for by, letter in ((None, "A"), ("likelihood", "A"), ("text", "B")):
+        assert said(by, text="B", choice="B", likelihoods={"A": -0.1, "B": -2.0}) == letter
     assert answer_of(Record(item="i", condition="c", error="cut")) is None
     with pytest.raises(ConfigError, match="neither an error nor"):
         answer_of(Record(item="i", condition="c", text="x"))

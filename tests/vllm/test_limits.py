@@ -114,7 +114,7 @@ def test_a_method_that_vllm_no_longer_has_is_noticed() -> None:
 
 def test_what_a_request_may_ask_for() -> None:
     default = PruningConfig("zeroth-order", 8, options={"seed": 3})
-    settings = ServerSettings.build(default, ("uniform",))
+    settings = ServerSettings.build(default, {"uniform": {}})
     assert settings.request({}).config == default
     asked = settings.request({"tokenprune": {"method": "uniform", "keep": 0.5}}).config
     assert asked == PruningConfig("uniform", 0.5)
@@ -136,7 +136,9 @@ def test_settings_survive_the_way_through_a_config() -> None:
     class Config:
         tokenprune: Any = None
 
-    settings = ServerSettings.build(PruningConfig("divprune", 0.2, "compact"), ("uniform",), True)
+    settings = ServerSettings.build(
+        PruningConfig("divprune", 0.2, "compact"), {"uniform": {}}, True
+    )
     config = Config()
     config.tokenprune = json.loads(json.dumps(settings.to_dict()))
     assert ServerSettings.from_config(config) == settings

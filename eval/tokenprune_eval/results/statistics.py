@@ -18,8 +18,8 @@ from tokenprune_eval.evaluation.records import Record
 
 RESAMPLES = 10_000
 SEED = 0
-LIKELIHOOD = "likelihood"
-"""`choose_by` of a run whose answers to questions with choices are read off the likelihoods."""
+BY_TEXT = "text"
+"""`choose_by` of a run that reads letters from the text even where it knows likelihoods."""
 
 
 class Accuracy(BaseModel):
@@ -170,16 +170,16 @@ def mcnemar_p(gained: int, lost: int) -> float:
 def answer_of(record: Record, choose_by: object = None) -> Answer | None:
     """Return what a record counts as; None where it holds an error.
 
-    The answer is the letter of a question with choices, by likelihood where the run reads it so,
-    otherwise as read from the text; where there is no letter, it is the text in lower case with
-    single spaces.
+    The answer is the letter of a question with choices: the most likely one where likelihoods are
+    known and the run does not count by text, otherwise as read from the text. Where there is no
+    letter, it is the text in lower case with single spaces.
 
     Parameters
     ----------
     record
         One answer or error.
     choose_by
-        The run's setting of that name.
+        The run's setting of that name; None leaves it to what the record holds.
 
     Raises
     ------
@@ -193,7 +193,7 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
             f"the record of {record.item!r} under {record.condition!r} has neither an error nor a "
             "value for `correct`. Answer the question again."
         )
-    if choose_by == LIKELIHOOD and record.likelihoods:
+    if choose_by != BY_TEXT and record.likelihoods:
         said = max(sorted(record.likelihoods), key=record.likelihoods.__getitem__)
     else:
         said = record.choice or " ".join((record.text or "").split()).casefold()

@@ -17,8 +17,8 @@ NOTES = (
     "to unpruned in percentage points over the questions answered under both, 95 % paired "
     "bootstrap interval; p: exact McNemar test, not adjusted for the number of conditions. same: "
     "same answer as unpruned. tokens: visual tokens read, mean. first: median time to the first "
-    "answer token. answered: shown where some questions have no answer, because of an error or because "
-    "they have not been asked yet. Questions are taken as independent."
+    "answer token. answered: shown where some questions have no answer, because of an error or "
+    "because they have not been asked yet. Questions are taken as independent."
 )
 
 Columns = Sequence[tuple[str, Sequence[str]]]

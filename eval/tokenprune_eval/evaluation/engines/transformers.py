@@ -21,11 +21,12 @@ from torch import Tensor
 
 import tokenprune_hf
 from tokenprune.config import PruningConfig
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import TokenPruneError
 from tokenprune.selection import Selection
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.costs import peak_bytes
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.evaluation.engines.letters import letter_tokens
 from tokenprune_eval.evaluation.records import Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -245,7 +246,7 @@ class TransformersEngine:
         }
         encoded = tokenprune_hf.join([one.prepared.known() for one in questions])
         letters = [letters_of(one.item) for one in questions]
-        first = _FirstToken([self._letter_tokens(own) for own in letters])
+        first = _FirstToken([letter_tokens(self.processor.tokenizer, own) for own in letters])
         started = time.perf_counter()
         with (
             torch.inference_mode(),
@@ -315,23 +316,6 @@ class TransformersEngine:
         known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
         at = torch.isin(new, known.flatten()).nonzero()
         return int(at[0]) + 1 if len(at) else len(new)
-
-    def _letter_tokens(self, letters: str) -> list[list[int]]:
-        """Return the tokens that begin an answer with each letter, with and without a space."""
-        result = []
-        for letter in letters:
-            ways = [
-                self.processor.tokenizer.encode(text, add_special_tokens=False)
-                for text in (letter, f" {letter}")
-            ]
-            tokens = sorted({way[0] for way in ways if len(way) == 1})
-            if not tokens:
-                raise ConfigError(
-                    f"this model's tokenizer has no token for the letter {letter}, so its "
-                    "likelihood is not known. Use --choose-by text."
-                )
-            result.append(tokens)
-        return result
 
 
 class _FirstToken:

@@ -1,0 +1,227 @@
+"""The engine ``vllm``: `vllm.LLM` in this process, pruned by the plugin request by request.
+
+One engine serves every condition: a request names its method and budget. vLLM encodes for each of
+them anew, since what it caches is what was kept.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+import tokenprune_vllm
+from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.evaluation.engines.letters import letter_tokens
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
+from tokenprune_eval.evaluation.scoring import letters_of
+from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_hf.loading import frames_and_metadata, model_path, prompt_text
+from tokenprune_hf.video import Video
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Prompts about one image or video, and the data that goes along with each."""
+
+    prompts: list[str]
+    media: dict[str, Any]
+
+
+class VllmEngine:
+    """vLLM in this process; see `tokenprune_eval.evaluation.engines.base.Engine`.
+
+    Parameters
+    ----------
+    settings
+        Of the run; `engine_args` go to `vllm.LLM`.
+
+    Raises
+    ------
+    TokenPruneError
+        If the model or a method cannot be served pruned.
+    ConfigError
+        If vLLM cannot start with these arguments.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        import vllm
+
+        self.settings = settings
+        self.media_at_once = {"image": max(1, settings.batch), "video": max(1, settings.batch // 4)}
+        model = model_path(settings.model)
+        options: dict[str, Any] = {
+            "limit_mm_per_prompt": {"image": 1, "video": 1},
+            "disable_log_stats": False,
+            "seed": settings.seed,
+            **settings.engine_args,
+        }
+        methods = list(dict.fromkeys(settings.method))
+        self._pruned = bool(methods)
+        if methods:
+            arguments = tokenprune_vllm.engine_args(
+                model,
+                methods[0],
+                # Every request names its own budget.
+                0.5,
+                positions=settings.positions,
+                options=settings.options.get(methods[0], {}),
+                request_methods={name: settings.options.get(name, {}) for name in methods[1:]},
+                **options,
+            )
+        else:
+            arguments = {"model": model, **options}
+        try:
+            self._llm = vllm.LLM(**arguments)
+        except TokenPruneError:
+            raise
+        except Exception as error:  # what keeps an engine from starting can be anything
+            raise ConfigError(
+                f"vLLM does not start with {model} ({type(error).__name__}: {error}). Its log "
+                "above has the reason; --engine-arg NAME=VALUE changes its arguments."
+            ) from error
+        self._tokenizer = self._llm.get_tokenizer()
+        config = self._llm.llm_engine.vllm_config.model_config.hf_config
+        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+        self._placeholders = {getattr(config, name) for name in names if hasattr(config, name)}
+        from transformers import AutoProcessor
+
+        processors: Any = AutoProcessor
+        self._processor = processors.from_pretrained(model)
+
+    def about(self) -> dict[str, Any]:
+        """Return what run.json says of it."""
+        config = self._llm.llm_engine.vllm_config
+        return {
+            "architecture": config.model_config.architectures[0],
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "max_model_len": config.model_config.max_model_len,
+            "engine_args": self.settings.engine_args,
+        }
+
+    def prepare(self, asked: Asked) -> None:
+        """Lay the prompts out."""
+        content = asked.content
+        if isinstance(content, Video):
+            media: dict[str, Any] = {"video": frames_and_metadata(content)}
+        elif isinstance(content, Image.Image):
+            media = {"image": content}
+        else:
+            raise TypeError(f"neither image nor video: {content!r}")
+        (kind,) = media
+        prompts = [prompt_text(self._processor, text, kind) for text in asked.prompts]
+        asked.prepared = _Prepared(prompts, media)
+
+    def begin(self, media: Sequence[Asked]) -> None:
+        """Do nothing: vLLM encodes as it answers."""
+
+    def answer(
+        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+    ) -> None:
+        """Hand over `Settings.batch` questions at a time."""
+        ids = {item.id for item in wanted}
+        questions = [
+            (item, prompt, one.prepared.media)
+            for one in media
+            for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
+            if item.id in ids
+        ]
+        for start in range(0, len(questions), self.settings.batch):
+            self._answer_batch(questions[start : start + self.settings.batch], condition, done)
+
+    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+        """Return None: vLLM takes its memory beforehand."""
+        return None
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+
+    def _answer_batch(
+        self,
+        questions: Sequence[tuple[Item, str, dict[str, Any]]],
+        condition: Condition,
+        done: Done,
+    ) -> None:
+        requests = [self._request(prompt, media, condition) for _, prompt, media in questions]
+        tokens = [letter_tokens(self._tokenizer, letters_of(item)) for item, _, _ in questions]
+        try:
+            outputs = self._llm.generate(
+                requests, [self._sampling(own) for own in tokens], use_tqdm=False
+            )
+        except (TokenPruneError, ValueError) as error:  # vLLM's for a prompt that is too long
+            if len(questions) == 1:
+                done(questions[0][0], Said(error=str(error)))
+                return
+            # One of them is the reason; the others have an answer.
+            for question in questions:
+                self._answer_batch([question], condition, done)
+            return
+        for (item, _, _), own, output in zip(questions, tokens, outputs, strict=True):
+            done(item, _said(item, own, output, len(questions), self._placeholders))
+
+    def _request(self, prompt: str, media: dict[str, Any], condition: Condition) -> dict[str, Any]:
+        request = {"prompt": prompt, "multi_modal_data": media}
+        if self._pruned:
+            asked: dict[str, Any] = {"method": condition.method, "keep": condition.keep}
+            if condition.method == UNPRUNED:
+                asked = {"off": True}
+            request["mm_processor_kwargs"] = {"tokenprune": asked}
+        return request
+
+    def _sampling(self, letters: Sequence[Sequence[int]]) -> Any:
+        import vllm
+
+        wanted = [token for tokens in letters for token in tokens]
+        more: dict[str, Any] = {}
+        if wanted:
+            more = {"logprobs": len(wanted), "logprob_token_ids": wanted}
+        return vllm.SamplingParams(temperature=0.0, max_tokens=self.settings.max_new_tokens, **more)
+
+
+def _said(
+    item: Item,
+    letters: Sequence[Sequence[int]],
+    output: Any,
+    batch: int,
+    placeholders: set[int],
+) -> Said:
+    (answer,) = output.outputs
+    stats = output.metrics
+    likelihoods = None
+    if letters:
+        first = answer.logprobs[0]
+        likelihoods = {
+            letter: _logsumexp([first[token].logprob for token in tokens])
+            for letter, tokens in zip(letters_of(item), letters, strict=True)
+        }
+    seconds = Seconds()
+    if stats is not None:
+        decode = stats.last_token_ts - stats.first_token_ts
+        seconds = Seconds(
+            decode=decode,
+            first_token=stats.first_token_latency,
+            total=stats.first_token_latency + decode,
+        )
+    return Said(
+        text=answer.text.strip(),
+        likelihoods=likelihoods,
+        visual_tokens=sum(token in placeholders for token in output.prompt_token_ids),
+        prompt_tokens=len(output.prompt_token_ids),
+        answer_tokens=len(answer.token_ids),
+        batch=batch,
+        seconds=seconds,
+    )
+
+
+def _logsumexp(values: Sequence[float]) -> float:
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values))
