@@ -39,7 +39,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add what `Settings` holds; nothing has a default here, so that a YAML file can give it."""
-    parser.set_defaults(action=None)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML with these settings; arguments win"
     )

@@ -62,7 +62,8 @@ def read_choice(text: str, item: Item) -> str:
     """
     said = text.strip()
     letters = letters_of(item)
-    if (match := _STANDING_ALONE.match(said)) and match[1] in letters:
+    # "A man in a hat" begins with a word.
+    if (match := _STANDING_ALONE.match(said)) and match[1] in letters and said[:2] != "A ":
         return match[1]
     announced = [
         match[1].upper() for match in _ANNOUNCED.finditer(said) if match[1].upper() in letters
@@ -79,11 +80,9 @@ def read_choice(text: str, item: Item) -> str:
     ]
     if len(within) == 1:
         return within[0]
-    # "A" is a word as well, so a letter within a sentence counts only if it is the only one.
     alone = {match for match in _ANYWHERE.findall(said) if match in letters}
-    if len(alone) == 1 and not within:
-        (letter,) = alone
-        return "" if letter == "A" and re.search(r"\bA [a-z]", said) else letter
+    if len(alone) == 1 and not within and not re.search(r"\bA [a-z]", said):
+        return alone.pop()
     return ""
 
 

@@ -124,7 +124,8 @@ class Store:
         }
         write_items(self.folder, items)
         try:
-            self._stream = (self.folder / RECORDS).open("a", encoding="utf-8")
+            # Unbuffered, so that what could not be written is not tried again at the end.
+            self._stream = (self.folder / RECORDS).open("ab", buffering=0)
         except OSError as error:
             raise _unwritable(self.folder / RECORDS, error) from None
         # Last, so that whoever finds it finds the other files too.
@@ -150,8 +151,9 @@ class Store:
             for record in records
         )
         try:
-            self._stream.write(lines)
-            self._stream.flush()
+            left = lines.encode()
+            while left:
+                left = left[self._stream.write(left) :]
         except OSError as error:
             raise _unwritable(self.folder / RECORDS, error) from None
         self.done.update((record.condition, record.item) for record in records)

@@ -5,32 +5,54 @@ from __future__ import annotations
 from typing import Any
 
 from tokenprune.errors import ConfigError
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.evaluation.scoring import letters_of
 
 
-def letter_tokens(tokenizer: Any, letters: str) -> list[list[int]]:
-    """Return, for each letter, its tokens with and without a space in front.
+class Letters:
+    """The tokens of a tokenizer that stand for letters, with and without a space in front.
 
     Parameters
     ----------
     tokenizer
         Of the model.
-    letters
-        For example ``"ABCD"``.
-
-    Raises
-    ------
-    ConfigError
-        If a letter is no token.
+    required
+        Whether the run counts likelihoods; without, they are left out where letters are no tokens.
     """
-    result = []
-    for letter in letters:
-        ways = [tokenizer.encode(text, add_special_tokens=False) for text in (letter, f" {letter}")]
-        unknown = tokenizer.unk_token_id
-        tokens = sorted({way[0] for way in ways if len(way) == 1 and way[0] != unknown})
-        if not tokens:
-            raise ConfigError(
-                f"this model's tokenizer has no token for the letter {letter}, so its likelihood "
-                "is not known. Use --choose-by text."
-            )
-        result.append(tokens)
-    return result
+
+    def __init__(self, tokenizer: Any, required: bool) -> None:
+        self._tokenizer = tokenizer
+        self._required = required
+        self._known: dict[str, list[list[int]]] = {}
+
+    def of(self, item: Item) -> list[list[int]]:
+        """Return the tokens of each of a question's letters; nothing for an open question.
+
+        Raises
+        ------
+        ConfigError
+            If a letter is no token and likelihoods are required.
+        """
+        letters = letters_of(item)
+        if letters not in self._known:
+            self._known[letters] = self._find(letters)
+        return self._known[letters]
+
+    def _find(self, letters: str) -> list[list[int]]:
+        result = []
+        for letter in letters:
+            ways = [
+                self._tokenizer.encode(text, add_special_tokens=False)
+                for text in (letter, f" {letter}")
+            ]
+            unknown = self._tokenizer.unk_token_id
+            tokens = sorted({way[0] for way in ways if len(way) == 1 and way[0] != unknown})
+            if not tokens and self._required:
+                raise ConfigError(
+                    f"this model's tokenizer has no token for the letter {letter}, so the "
+                    "likelihood of a choice is not known. Use --choose-by text."
+                )
+            if not tokens:
+                return []
+            result.append(tokens)
+        return result

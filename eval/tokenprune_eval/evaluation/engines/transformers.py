@@ -26,7 +26,7 @@ from tokenprune.selection import Selection
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.costs import peak_bytes
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
-from tokenprune_eval.evaluation.engines.letters import letter_tokens
+from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.records import Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -103,6 +103,9 @@ class TransformersEngine:
         )
         for pruning in self.prunings.values():
             check_method(pruning.selector(), self.model)
+        self._letters = Letters(
+            self.processor.tokenizer, required=settings.counted_by == "likelihood"
+        )
         self._threads = torch.get_num_threads()
         if settings.workers > 1:
             torch.set_num_threads(1)
@@ -136,7 +139,16 @@ class TransformersEngine:
         asked.prepared = _Prepared(prompts)
 
     def begin(self, media: Sequence[Asked]) -> None:
-        """Encode every image and video."""
+        """Encode every image and video.
+
+        Raises
+        ------
+        ConfigError
+            If likelihoods are counted and the model's letters are no tokens.
+        """
+        for one in media:
+            for item in one.items:
+                self._letters.of(item)
 
         def encode(one: Asked, model: Any) -> None:
             prepared: _Prepared = one.prepared
@@ -245,8 +257,8 @@ class TransformersEngine:
             for name, value in _batch([one.prompt for one in questions], self._padding()).items()
         }
         encoded = tokenprune_hf.join([one.prepared.known() for one in questions])
-        letters = [letters_of(one.item) for one in questions]
-        first = _FirstToken([letter_tokens(self.processor.tokenizer, own) for own in letters])
+        letters = [self._letters.of(one.item) for one in questions]
+        first = _FirstToken(letters)
         started = time.perf_counter()
         with (
             torch.inference_mode(),
@@ -283,7 +295,7 @@ class TransformersEngine:
             result.append(
                 Said(
                     text=str(texts[row]).strip(),
-                    likelihoods=first.likelihoods(row, letters[row]),
+                    likelihoods=first.likelihoods(row, letters_of(question.item)),
                     visual_tokens=after,
                     of_visual_tokens=before,
                     prompt_tokens=prompt_tokens,
@@ -347,7 +359,8 @@ class _FirstToken:
 
     def likelihoods(self, row: int, letters: str) -> dict[str, float] | None:
         """Return letter -> log-probability of one prompt; None where it has no choices."""
-        return dict(zip(letters, self._letters[row], strict=True)) if letters else None
+        known = self._letters[row]
+        return dict(zip(letters, known, strict=True)) if known else None
 
 
 def _batch(prompts: Sequence[dict[str, Any]], padding: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import tokenprune_vllm
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
-from tokenprune_eval.evaluation.engines.letters import letter_tokens
+from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -86,7 +86,9 @@ class VllmEngine:
                 f"vLLM does not start with {model} ({type(error).__name__}: {error}). Its log "
                 "above has the reason; --engine-arg NAME=VALUE changes its arguments."
             ) from error
-        self._tokenizer = self._llm.get_tokenizer()
+        self._letters = Letters(
+            self._llm.get_tokenizer(), required=settings.counted_by == "likelihood"
+        )
         config = self._llm.llm_engine.vllm_config.model_config.hf_config
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
         self._placeholders = {getattr(config, name) for name in names if hasattr(config, name)}
@@ -119,7 +121,16 @@ class VllmEngine:
         asked.prepared = _Prepared(prompts, media)
 
     def begin(self, media: Sequence[Asked]) -> None:
-        """Do nothing: vLLM encodes as it answers."""
+        """Check the letters; vLLM encodes as it answers.
+
+        Raises
+        ------
+        ConfigError
+            If likelihoods are counted and the model's letters are no tokens.
+        """
+        for one in media:
+            for item in one.items:
+                self._letters.of(item)
 
     def answer(
         self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
@@ -152,7 +163,7 @@ class VllmEngine:
         done: Done,
     ) -> None:
         requests = [self._request(prompt, media, condition) for _, prompt, media in questions]
-        tokens = [letter_tokens(self._tokenizer, letters_of(item)) for item, _, _ in questions]
+        tokens = [self._letters.of(item) for item, _, _ in questions]
         try:
             outputs = self._llm.generate(
                 requests, [self._sampling(own) for own in tokens], use_tqdm=False
