@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tokenprune_hf.dominance import measure_dominance as measure_dominance
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
     from tokenprune_hf.encoding import join as join
@@ -35,6 +36,7 @@ _HOMES = {
     "encode": "encoding",
     "join": "encoding",
     "load": "loading",
+    "measure_dominance": "dominance",
     "supported_models": "families.registry",
     "prune": "pruning",
     "read_video": "video",

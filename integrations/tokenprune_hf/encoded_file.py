@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
 from tokenprune_hf.families.registry import family_of
+
+_Read = TypeVar("_Read")
 
 LAYOUT = 1
 """Rises when the layout of the file, or of any family's items, changes."""
@@ -176,6 +178,7 @@ def save_encoded(file: Path, encoded: Encoded, model: Any, *, seconds: float = 0
     part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         save_file(_apart(tensors), part, {_METADATA: json.dumps(head)})
+        part.chmod(0o644)  # safetensors makes files private
         part.replace(file)
     except SafetensorError as error:
         raise OSError(str(error)) from None
@@ -211,7 +214,7 @@ def load_encoded(file: Path, model: Any) -> Encoded:
         _check(set(needs) <= set(ENCODED), "its needs")
         family = family_of(model)
         modalities = {
-            modality: _modality(opened.get_tensor, modality, said, family, "projector" in needs)
+            modality: _modality(opened.get_tensor, modality, said, family, needs)
             for modality, said in head["modalities"].items()
         }
         _check(bool(modalities) and set(modalities) <= {"image", "video"}, "its modalities")
@@ -237,7 +240,7 @@ def encoding_seconds(file: Path) -> float:
     return _opened(file, "cpu", read)
 
 
-def _opened[Read](file: Path, device: str, read: Callable[[Any], Read]) -> Read:
+def _opened(file: Path, device: str, read: Callable[[Any], _Read]) -> _Read:
     """Return what `read` makes of a safetensors file.
 
     Raises
@@ -279,7 +282,7 @@ def _modality(
     modality: str,
     said: dict[str, Any],
     family: Family,
-    with_projector: bool,
+    needs: Sequence[str],
 ) -> EncodedModality:
     """Put images or videos together again.
 
@@ -291,8 +294,8 @@ def _modality(
         Its name, and what the file's JSON says of it.
     family
         Of the model.
-    with_projector
-        Whether the items have one.
+    needs
+        What the items must have.
     """
     rows = tensor(f"{modality}.rows")
     sizes, count = [int(size) for size in said["sizes"]], len(rows)
@@ -310,8 +313,9 @@ def _modality(
         there: dict[str, Any] = {key: tensor(f"{name}.{key}") for key in one["tensors"]}
         if one["embeddings_are_rows"]:
             there["embeddings"] = rows[own]
-        if with_projector:
+        if "projector" in needs:
             there["projector"] = family.projector(modality)
+        _check(set(needs) <= set(there), f"what is there of {modality} {number}")
         items.append(
             Item(own, VisualTokens(grid=tuple(one["grid"]), label=str(one["label"]), **there))
         )
@@ -326,7 +330,7 @@ def _check(right: bool, what: str) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors takes them: on the CPU, contiguous, none in another's memory."""
+    """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory."""
     apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -258,8 +258,12 @@ def test_what_cannot_be_read_is_recorded_and_ends_nothing(broken: Path, tmp_path
     (row, _) = read_results(out).rows
     assert (row.questions, row.answered, row.errors) == (5, 2, 3)
     assert "<script>alert" not in (out / "report.html").read_text("utf-8")
-    # They count as done: the same command does not try them again.
+    # They count as done, unless they are to be tried again.
     assert "10 answers, 10 of them known" in run(*arguments).stdout
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "gone.png")
+    again = run(*arguments, "--retry-errors")
+    assert "10 answers, 4 of them known" in again.stdout
+    assert "4 answers are missing because of errors" in again.stdout
 
 
 def test_strict_ends_at_the_first_error(broken: Path, tmp_path: Path) -> None:

@@ -45,12 +45,6 @@ def _say_where(console: Console, out: Path, results: Results) -> None:
     errors = sum(row.errors for row in results.rows)
     if errors:
         console.print(f"{errors:,} answers are missing because of errors; the report lists them.")
-    if results.bundled:
-        console.print(
-            "The bundled model is a test object and no public VLM: these accuracies say nothing "
-            "about public models.",
-            highlight=False,
-        )
     console.print(f"report: {out / REPORT}, table: {out / TABLE}", highlight=False, soft_wrap=True)
 
 

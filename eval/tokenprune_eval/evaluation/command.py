@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 HELP = "run question answering over data sets, for several methods and budgets, and write a report"
 EXTRA = "eval"
 
+_WIDTH = 120
+"""Columns of what goes into a file or a pipe, which the tables fit into."""
+
 _ACTIONS = "ls, validate, merge and compare are described by `tokenprune eval ACTION --help`."
 
 
@@ -100,6 +103,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     running = parser.add_argument_group("the run")
     running.add_argument("--out", type=Path, metavar="DIR", help="folder; a run goes on in its own")
     running.add_argument("--strict", action="store_true", default=None, help="end at an error")
+    running.add_argument(
+        "--retry-errors", action="store_true", default=None, help="ask again what ended in one"
+    )
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -155,6 +161,8 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenprune_eval.evaluation import actions
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     if arguments.action == "ls":
         return actions.ls(console)
     if arguments.action == "merge":

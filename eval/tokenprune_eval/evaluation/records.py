@@ -7,6 +7,9 @@ reported is worked out from them afterwards.
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from tokenprune.config import Positions
@@ -74,6 +77,36 @@ class Seconds(BaseModel):
     total: float | None = None
 
 
+Depth = Literal["early", "middle", "late"]
+"""Parts of a language model: its first, middle and last two layers."""
+
+
+class ModalityIndices(BaseModel):
+    """How text and visual tokens share attention; see `tokenprune_hf.dominance.Indices`.
+
+    Attributes
+    ----------
+    mdi
+        Modality Dominance Index; None where it is infinite.
+    aei_text, aei_visual
+        Attention Efficiency Index of text and of visual tokens.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    mdi: float | None = None
+    aei_text: float | None = None
+    aei_visual: float | None = None
+
+    @classmethod
+    def of(cls, mdi: float, aei_text: float, aei_visual: float) -> ModalityIndices:
+        """Return them with None for what JSON has no number for."""
+        values = {"mdi": mdi, "aei_text": aei_text, "aei_visual": aei_visual}
+        return cls(
+            **{name: value if math.isfinite(value) else None for name, value in values.items()}
+        )
+
+
 class Record(BaseModel):
     """The answer to one question under one condition.
 
@@ -108,6 +141,9 @@ class Record(BaseModel):
         Bytes of keys and values in the language model's cache when the answer began.
     peak_bytes
         Most bytes that torch held at one time beyond the weights; measured on some questions only.
+    dominance
+        Part of the language model -> mean indices of its layers while this answer was generated;
+        measured on some questions only, and None where no token of the answer was read again.
     batch
         How many questions were answered together.
     seconds
@@ -136,6 +172,7 @@ class Record(BaseModel):
     mass_kept: float | None = None
     kv_bytes: int | None = None
     peak_bytes: int | None = None
+    dominance: dict[Depth, ModalityIndices] | None = None
     batch: int | None = None
     seconds: Seconds = Seconds()
     kept: list[int] | None = None

@@ -19,9 +19,9 @@ from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.demo.runner import _cores, _processor
-from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
+from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
 from tokenprune_eval.evaluation.scoring import likeliest, normalised, prompt_of, read_choice
 from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
@@ -190,6 +190,7 @@ class _Run:
         self._lock = threading.Lock()
         self._right_unpruned: set[str] = set()
         self._losses: Counter[str] = Counter()
+        self._looked_at: set[str] = set()
         for record in records:
             self._note(record)
 
@@ -199,6 +200,8 @@ class _Run:
             [item for item in group if self._pending(item)] for group in by_media(data_set.items)
         ]
         self._losses.clear()
+        # By name and not by count: a run that goes on looks at the same ones.
+        self._looked_at = {item.id for item in data_set.items[: self.settings.dominance]}
         measured: Counter[str] = Counter()
         reading = read_ahead(
             [group for group in groups if group],
@@ -238,10 +241,18 @@ class _Run:
             item = wanted[len(peaks)]
             peaks[item.id] = self.engine.peak_bytes(media, item, condition)
             measured[condition.key] += 1
+        dominances: dict[str, dict[Depth, ModalityIndices] | None] = {}
+        if isinstance(self.engine, MeasuresDominance):
+            dominances = {
+                item.id: self.engine.dominance(media, item, condition)
+                for item in wanted
+                if item.id in self._looked_at
+            }
 
         def done(item: Item, said: Said) -> None:
-            record = score(item, condition, said, self.settings.counted_by)
+            record = score(item, condition, said, self.settings.choose_by)
             record.peak_bytes = peaks.get(item.id)
+            record.dominance = dominances.get(item.id)
             with self._lock:
                 lost = record.correct is False and item.id in self._right_unpruned
                 if lost and said.kept is not None and self._losses[condition.key] < LOSSES_SHOWN:
@@ -278,7 +289,7 @@ class _Run:
             )
 
 
-def score(item: Item, condition: Condition, said: Said, counted_by: ChooseBy) -> Record:
+def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> Record:
     """Return the record of an answer, read against the right one.
 
     An open answer is right if it equals the right one but for case, spaces and outer punctuation.
@@ -291,7 +302,7 @@ def score(item: Item, condition: Condition, said: Said, counted_by: ChooseBy) ->
         How the model was pruned.
     said
         What it said.
-    counted_by
+    choose_by
         What counts for questions with choices.
     """
     record = Record(item=item.id, condition=condition.key, error=said.error)
@@ -318,9 +329,7 @@ def score(item: Item, condition: Condition, said: Said, counted_by: ChooseBy) ->
     record.correct_by_text = record.choice == item.answer
     if said.likelihoods is not None:
         record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
-    record.correct = (
-        record.correct_by_text if counted_by == "text" else record.correct_by_likelihood
-    )
+    record.correct = record.correct_by_text if choose_by == "text" else record.correct_by_likelihood
     return record
 
 

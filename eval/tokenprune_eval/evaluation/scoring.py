@@ -64,9 +64,9 @@ def read_choice(text: str, item: Item) -> str:
     letters = letters_of(item)
     # "A man in a hat" begins with a word.
     if (match := _STANDING_ALONE.match(said)) and match[1] in letters and said[:2] != "A ":
-        return match[1]
+        return str(match[1])
     announced = [
-        match[1].upper() for match in _ANNOUNCED.finditer(said) if match[1].upper() in letters
+        str(match[1]).upper() for match in _ANNOUNCED.finditer(said) if match[1].upper() in letters
     ]
     if announced:
         return announced[-1]
@@ -82,7 +82,7 @@ def read_choice(text: str, item: Item) -> str:
         return within[0]
     alone = {match for match in _ANYWHERE.findall(said) if match in letters}
     if len(alone) == 1 and not within and not re.search(r"\bA [a-z]", said):
-        return alone.pop()
+        return str(alone.pop())
     return ""
 
 

@@ -21,7 +21,10 @@ GROWING = frozenset({"method", "keep", "data", "limit", "positions"})
 """What may differ when a run goes on in its folder: it adds questions or conditions."""
 
 FREE = frozenset(
-    {"out", "strict", "batch", "workers", "concurrency", "timeout", "retries", "ahead"}
+    {
+        *("out", "strict", "retry_errors", "ahead", "batch", "workers", "cache"),
+        *("base_url", "api_key", "concurrency", "timeout", "retries"),
+    }
 )
 """What may differ because no answer depends on it."""
 
@@ -54,8 +57,8 @@ class Settings(BaseModel):
     instruction
         Put behind every open question, on a line of its own.
     choose_by
-        What counts for questions with choices: the likeliest letter, or the text. None:
-        likelihood where the engine gives it, text with ``openai``.
+        What counts for questions with choices: the likeliest letter, or the text. Where it is not
+        given, likelihood, with ``openai`` text.
     max_new_tokens
         Of an answer.
     limit
@@ -79,6 +82,8 @@ class Settings(BaseModel):
         set and condition; engine ``hf``.
     strict
         Whether the first question that cannot be answered ends the run.
+    retry_errors
+        Whether questions that ended in an error before are asked again.
     base_url, api_key, concurrency, timeout, retries
         Engine ``openai``: the server, the name of the environment variable with the key, requests
         at a time, seconds until one is given up, and how often it is tried again.
@@ -103,7 +108,7 @@ class Settings(BaseModel):
     fps: float | None = Field(default=None, gt=0)
     max_side: int | None = Field(default=None, ge=16)
     instruction: str = ""
-    choose_by: ChooseBy | None = None
+    choose_by: ChooseBy = "likelihood"
     max_new_tokens: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
     seed: int = 0
@@ -115,6 +120,7 @@ class Settings(BaseModel):
     memory: int = Field(default=1, ge=0)
     dominance: int = Field(default=0, ge=0)
     strict: bool = False
+    retry_errors: bool = False
     base_url: str | None = None
     api_key: str = "OPENAI_API_KEY"
     concurrency: int = Field(default=16, ge=1)
@@ -136,6 +142,14 @@ class Settings(BaseModel):
             return [check_keep(one) for one in keep]
         except TokenPruneError as error:
             raise ValueError(str(error)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_engine(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("choose_by") is None:
+            by_text = values.get("engine") == "openai"
+            values = {**values, "choose_by": "text" if by_text else "likelihood"}
+        return values
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
@@ -182,11 +196,6 @@ class Settings(BaseModel):
         method = "uniform" if condition.method == UNPRUNED else condition.method
         options = self.options.get(condition.method, {})
         return PruningConfig(method, condition.keep, condition.positions, options)
-
-    @property
-    def counted_by(self) -> ChooseBy:
-        """What counts for questions with choices."""
-        return self.choose_by or ("text" if self.engine == "openai" else "likelihood")
 
     def differences(self, other: Settings) -> list[str]:
         """Return the names of settings that keep two runs from being one."""

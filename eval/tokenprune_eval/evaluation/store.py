@@ -116,7 +116,11 @@ class Store:
             conditions = list({one.key: one for one in (*before.conditions, *conditions)}.values())
             records = before.records
             self._cut_unfinished_line()
-        self.done = {(record.condition, record.item) for record in records}
+        self.done = {
+            (record.condition, record.item)
+            for record in records
+            if record.error is None or not settings.retry_errors
+        }
         about = {
             "settings": settings.model_dump(mode="json"),
             "conditions": [condition.model_dump() for condition in conditions],

@@ -18,7 +18,14 @@ from tokenprune.config import Positions
 from tokenprune.errors import InputFileError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.output import write_whole
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record, Seconds
+from tokenprune_eval.evaluation.records import (
+    UNPRUNED,
+    Condition,
+    Depth,
+    ModalityIndices,
+    Record,
+    Seconds,
+)
 from tokenprune_eval.results.statistics import (
     Accuracy,
     Answer,
@@ -75,6 +82,26 @@ class ItemInfo(BaseModel):
         )
 
 
+class Dominance(BaseModel):
+    """Mean Modality Dominance and Attention Efficiency Indices of one condition.
+
+    Attributes
+    ----------
+    questions
+        On how many they were measured.
+    early, middle, late
+        Means over these questions, for the first, middle and last two layers of the language
+        model; None where an index is infinite on one of them.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    questions: int
+    early: ModalityIndices
+    middle: ModalityIndices
+    late: ModalityIndices
+
+
 class Row(BaseModel):
     """One data set under one condition.
 
@@ -105,6 +132,8 @@ class Row(BaseModel):
         The most that any question took.
     kv_bytes, mass_kept
         Means over the answered questions; see `Record`.
+    dominance
+        Where it was measured.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -130,6 +159,7 @@ class Row(BaseModel):
     peak_bytes: int | None
     kv_bytes: float | None
     mass_kept: float | None
+    dominance: Dominance | None = None
 
 
 class Said(BaseModel):
@@ -479,6 +509,26 @@ def _row(
         peak_bytes=max(peaks) if peaks else None,
         kv_bytes=_mean(record.kv_bytes for record in records),
         mass_kept=_mean(record.mass_kept for record in records),
+        dominance=_dominance([one.dominance for one in records if one.dominance is not None]),
+    )
+
+
+def _dominance(measured: Sequence[Mapping[Depth, ModalityIndices]]) -> Dominance | None:
+    if not measured:
+        return None
+
+    def mean(part: Depth, name: str) -> float | None:
+        values = [getattr(one[part], name) for one in measured]
+        return None if None in values else statistics.fmean(values)
+
+    def indices(part: Depth) -> ModalityIndices:
+        return ModalityIndices(**{name: mean(part, name) for name in ModalityIndices.model_fields})
+
+    return Dominance(
+        questions=len(measured),
+        early=indices("early"),
+        middle=indices("middle"),
+        late=indices("late"),
     )
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.records import Condition, Seconds
+from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_hf.video import Video
 
 
@@ -114,3 +114,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free what it holds."""
+
+
+@runtime_checkable
+class MeasuresDominance(Protocol):
+    """An engine that can look at the attention of the answer's tokens; the others cannot tell."""
+
+    def dominance(
+        self, media: Sequence[Asked], item: Item, condition: Condition
+    ) -> dict[Depth, ModalityIndices] | None:
+        """Return the indices of each part of the language model while it answers one question.
+
+        None where no generated token was read again, and where the question cannot be answered.
+        """

@@ -3,16 +3,22 @@
 Every image and video is encoded once, whatever the number of questions and conditions. Questions
 are answered in batches, and batches may be shared out among copies of the model, each on one core:
 a small model gains nothing from several cores for one product.
+
+With a cache folder, what the encoder made is kept in files and read by later runs. Images and
+videos are decoded and preprocessed all the same, since the prompt's layout depends on it. So that
+any later method finds what it needs, all that selectors may look at is gathered then.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -21,22 +27,45 @@ from torch import Tensor
 
 import tokenprune_hf
 from tokenprune.config import PruningConfig
-from tokenprune.errors import TokenPruneError
+from tokenprune.errors import (
+    ConfigError,
+    PromptError,
+    TokenPruneError,
+    UnsupportedModelError,
+)
 from tokenprune.selection import Selection
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.costs import peak_bytes
+from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
-from tokenprune_eval.evaluation.records import Condition, Seconds
+from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_hf.dominance import depth_layers, measure_dominance
+from tokenprune_hf.encoded_file import (
+    encoded_key,
+    encoder_fingerprint,
+    encoding_seconds,
+    load_encoded,
+    save_encoded,
+)
 from tokenprune_hf.encoding import Encoded
-from tokenprune_hf.families.registry import check_method
+from tokenprune_hf.families.base import ENCODED, Media
+from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load, model_path
 from tokenprune_hf.video import Video
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
 
 
 @dataclass
@@ -50,12 +79,15 @@ class _Prepared:
     encoded
         What the encoder made of the pixels; None until `begin`.
     encode_seconds
-        How long that took.
+        How long that took; where it is read from the cache, how long it took then.
+    file
+        Where it is in the cache, or will be; None without a cache.
     """
 
     prompts: list[dict[str, Any]]
     encoded: Encoded | None = None
     encode_seconds: float = 0.0
+    file: Path | None = None
 
     def known(self) -> Encoded:
         """Return what was encoded."""
@@ -89,7 +121,11 @@ class TransformersEngine:
     Raises
     ------
     InputFileError, UnsupportedModelError
-        If the model cannot be loaded, or a method cannot serve it.
+        If the model cannot be loaded, or a method cannot serve it or dominance not be measured.
+    ConfigError
+        If dominance is to be measured on answers of one token.
+    OutputError
+        If nothing can be written into the cache's folder.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -103,8 +139,14 @@ class TransformersEngine:
         )
         for pruning in self.prunings.values():
             check_method(pruning.selector(), self.model)
+        if settings.dominance:
+            _check_dominance(self.model, settings.max_new_tokens)
+        if settings.cache is not None:
+            _check_cache(settings.cache)
+            self.needs = sorted({*self.needs, *_all_needs(self.model)})
+            encoder_fingerprint(self.model)  # takes a moment, so not while others wait for it
         self._letters = Letters(
-            self.processor.tokenizer, required=settings.counted_by == "likelihood"
+            self.processor.tokenizer, required=settings.choose_by == "likelihood"
         )
         self._threads = torch.get_num_threads()
         if settings.workers > 1:
@@ -137,14 +179,21 @@ class TransformersEngine:
                 prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
             prompts.append(prompt)
         asked.prepared = _Prepared(prompts)
+        if self.settings.cache is not None:
+            name = f"{encoded_key(self.model, self.needs, prompts[0])}.safetensors"
+            asked.prepared.file = self.settings.cache / name
 
     def begin(self, media: Sequence[Asked]) -> None:
-        """Encode every image and video.
+        """Encode every image and video, or read what an earlier run made of it.
 
         Raises
         ------
         ConfigError
             If likelihoods are counted and the model's letters are no tokens.
+        InputFileError
+            If a file of the cache is damaged.
+        OutputError
+            If none can be written.
         """
         for one in media:
             for item in one.items:
@@ -152,13 +201,11 @@ class TransformersEngine:
 
         def encode(one: Asked, model: Any) -> None:
             prepared: _Prepared = one.prepared
-            started = time.perf_counter()
-            first = {name: self._on_device(value) for name, value in prepared.prompts[0].items()}
-            with torch.inference_mode():
-                prepared.encoded = tokenprune_hf.encode(model, needs=self.needs, **first)
-                if self.model.device.type == "cuda":
-                    torch.cuda.synchronize()
-            prepared.encode_seconds = time.perf_counter() - started
+            if prepared.file is not None and prepared.file.is_file():
+                prepared.encoded = load_encoded(prepared.file, model)
+                prepared.encode_seconds = encoding_seconds(prepared.file)
+            else:
+                self._encode(prepared, model)
             prepared.prompts[0] = {
                 name: value
                 for name, value in prepared.prompts[0].items()
@@ -190,14 +237,12 @@ class TransformersEngine:
 
     def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
         """Return the most bytes held beyond the weights and the encoded image or video."""
-        (prepared,) = (one.prepared for one in media if item in one.items)
-        place = next(one.items.index(item) for one in media if item in one.items)
-        prompt = {name: self._on_device(v) for name, v in prepared.prompts[place].items()}
+        prompt, encoded = self._alone(media, item)
         pruning = self.prunings[condition.key]
 
         def call() -> None:
             with torch.inference_mode():
-                self.model(**prompt, encoded=prepared.known(), logits_to_keep=1)
+                self.model(**prompt, encoded=encoded, logits_to_keep=1)
 
         with tokenprune_hf.prune(self.model, pruning.selector(), pruning.keep, pruning.positions):
             if self.model.device.type == "cuda":
@@ -206,6 +251,46 @@ class TransformersEngine:
                 call()
                 return torch.cuda.max_memory_allocated() - before
             return peak_bytes(call)
+
+    def dominance(
+        self, media: Sequence[Asked], item: Item, condition: Condition
+    ) -> dict[Depth, ModalityIndices] | None:
+        """Measure modality dominance while the model answers the question alone once more.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the model's cache does not keep all keys.
+        """
+        prompt, encoded = self._alone(media, item)
+        pruning = self.prunings[condition.key]
+        try:
+            with (
+                torch.inference_mode(),
+                tokenprune_hf.prune(
+                    self.model, pruning.selector(), pruning.keep, pruning.positions
+                ),
+                measure_dominance(self.model) as measured,
+            ):
+                self.model.generate(
+                    **prompt,
+                    encoded=encoded,
+                    max_new_tokens=self.settings.max_new_tokens,
+                    **_GREEDY,
+                )
+        except UnsupportedModelError:
+            raise
+        except TokenPruneError:
+            return None  # the record says why, for answering it fails alike
+        try:
+            result = measured.result
+        except PromptError:
+            return None  # no token of the answer was read again
+        found: dict[Depth, ModalityIndices] = {}
+        for part in depth_layers(result.depth):
+            mean = result.mean(part)
+            found[part] = ModalityIndices.of(mean.mdi, mean.aei_text, mean.aei_visual)
+        return found
 
     def close(self) -> None:
         """Free the threads and give torch its cores back."""
@@ -230,6 +315,32 @@ class TransformersEngine:
             for future in futures:
                 future.cancel()
             raise
+
+    def _encode(self, prepared: _Prepared, model: Any) -> None:
+        """Run the encoder, and keep what it made where there is a cache."""
+        started = time.perf_counter()
+        first = {name: self._on_device(value) for name, value in prepared.prompts[0].items()}
+        with torch.inference_mode():
+            prepared.encoded = tokenprune_hf.encode(model, needs=self.needs, **first)
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+        prepared.encode_seconds = time.perf_counter() - started
+        if prepared.file is None:
+            return
+        try:
+            save_encoded(prepared.file, prepared.encoded, model, seconds=prepared.encode_seconds)
+        except OSError as error:
+            raise OutputError(
+                f"{prepared.file} cannot be written: {error.strerror or error}. Make room, give "
+                "another folder with --cache, or leave it out."
+            ) from None
+
+    def _alone(self, media: Sequence[Asked], item: Item) -> tuple[dict[str, Any], Encoded]:
+        """Return one question's prompt and its encoded image or video."""
+        one = next(one for one in media if item in one.items)
+        prepared: _Prepared = one.prepared
+        prompt = prepared.prompts[one.items.index(item)]
+        return {name: self._on_device(value) for name, value in prompt.items()}, prepared.known()
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.model.device) if isinstance(value, Tensor) else value
@@ -270,13 +381,9 @@ class TransformersEngine:
                 **inputs,
                 encoded=encoded,
                 max_new_tokens=self.settings.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 logits_processor=[first],
                 return_dict_in_generate=True,
+                **_GREEDY,
             )
             selecting = running.selecting_seconds
             selections = list(running.selections)
@@ -328,6 +435,40 @@ class TransformersEngine:
         known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
         at = torch.isin(new, known.flatten()).nonzero()
         return int(at[0]) + 1 if len(at) else len(new)
+
+
+def _check_dominance(model: Any, max_new_tokens: int) -> None:
+    """Raise where modality dominance cannot be measured."""
+    if max_new_tokens < 2:
+        raise ConfigError(
+            f"dominance is measured from an answer's first token on, once it is read, and "
+            f"max_new_tokens={max_new_tokens} ends the answer before. Give --max-new-tokens 2 or "
+            "more, or leave out --dominance."
+        )
+    measure_dominance(model)  # raises for a model whose attention cannot be read
+
+
+def _check_cache(folder: Path) -> None:
+    """Make the folder if need be, and make sure that files can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"nothing can be written to {folder}: {error.strerror or error}. Give another folder "
+            "with --cache, or leave it out."
+        ) from None
+
+
+def _all_needs(model: Any) -> set[str]:
+    """Return what the encoder can give to selectors, on this model."""
+    family = family_of(model)
+    try:
+        family.scoring_layer(Media("image"))
+    except UnsupportedModelError:
+        return {*ENCODED} - {"cls_attention"}
+    return {*ENCODED}
 
 
 class _FirstToken:

@@ -87,7 +87,7 @@ class VllmEngine:
                 "above has the reason; --engine-arg NAME=VALUE changes its arguments."
             ) from error
         self._letters = Letters(
-            self._llm.get_tokenizer(), required=settings.counted_by == "likelihood"
+            self._llm.get_tokenizer(), required=settings.choose_by == "likelihood"
         )
         config = self._llm.llm_engine.vllm_config.model_config.hf_config
         names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")

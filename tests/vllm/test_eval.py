@@ -1,0 +1,109 @@
+"""`tokenprune eval` through vLLM: the answers are those of transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.vllm.servers import COMMON, TOKENPRUNE, Server, serve
+from tokenprune_eval.bundled.model import bundled_model_path
+from tokenprune_eval.data.item import Item
+from tokenprune_eval.evaluation.engines.base import Asked, Said
+from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
+from tokenprune_eval.evaluation.records import Record
+from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.results.files import read_run
+from tokenprune_hf.images import load_image
+
+PRUNED = "cls-attention@0.25"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [*TOKENPRUNE, "serve", str(bundled_model_path()), "--method=uniform", "--keep=16"]
+    requests = ["--allow-request-keep", "--request-method", "cls-attention"]
+    with serve([*command, *requests, *COMMON], tmp_path_factory.mktemp("serve")) as running:
+        yield running
+
+
+def clips(folder: Path) -> Path:
+    """Write four videos of 40 frames, each of other colours, and a question about each."""
+    lines = []
+    for number in range(4):
+        name = f"{number}.mp4"
+        colors = np.random.default_rng(number).integers(0, 256, (4, 4, 4, 3), dtype=np.uint8)
+        with av.open(folder / name, "w") as container:
+            stream = cast(Any, container.add_stream("libx264", rate=10))
+            stream.width = stream.height = 224
+            stream.pix_fmt = "yuv420p"
+            for part in colors:
+                frame = np.kron(part, np.ones((56, 56, 1), np.uint8))
+                for _ in range(10):
+                    container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+            container.mux(stream.encode())
+        lines.append({"video": name, "question": "what color is the shape?", "answer": "red"})
+    file = folder / "clips.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def evaluate(out: Path, data: Path, *engine: str) -> dict[tuple[str, str], Record]:
+    """Return the records of a run of the command."""
+    command = [*TOKENPRUNE, "eval", *engine, "--data", "scenes", str(data), "--limit=12"]
+    more = ["--method=cls-attention", "--keep=0.25", "--frames=4", f"--out={out}", "--memory=0"]
+    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {(one.item, one.condition): one for one in read_run(out).records}
+
+
+def test_a_server_answers_as_transformers_does(server: Server, tmp_path: Path) -> None:
+    data = clips(tmp_path)
+    asked = ("--engine=openai", f"--base-url={server.url}/v1", "--model=tiny")
+    served = evaluate(tmp_path / "openai", data, *asked)
+    here = evaluate(tmp_path / "hf", data, "--engine=hf", "--model=bundled")
+    assert served.keys() == here.keys()
+    assert len(served) == (12 + 4) * 2
+    for condition in ("unpruned", PRUNED):
+        for name, most, fewest in (("scenes/", 12, 11), ("clips/", 4, 4)):
+            keys = [key for key in here if key[1] == condition and key[0].startswith(name)]
+            assert len(keys) == most
+            assert all(served[key].error is None for key in keys), served[keys[0]].error
+            assert [served[key].prompt_tokens for key in keys] == [
+                here[key].prompt_tokens for key in keys
+            ]
+            assert sum(served[key].text == here[key].text for key in keys) >= fewest, condition
+
+
+def test_a_server_takes_a_question_with_choices(server: Server, tmp_path: Path) -> None:
+    settings = Settings(
+        engine="openai",
+        model="tiny",
+        base_url=f"{server.url}/v1",
+        data=["scenes"],
+        method=["cls-attention"],
+        keep=[8],
+        out=tmp_path / "out",
+    )
+    file = tmp_path / "white.png"
+    Image.new("RGB", (224, 224), "white").save(file)
+    item = Item("a", "image", file, "what color?", "A", choices=("red", "blue"))
+    asked = Asked([item], ["what color is the shape?"], load_image(file))
+    said: list[Said] = []
+    engine = OpenAIEngine(settings)
+    try:
+        engine.prepare(asked)
+        for condition in settings.conditions():
+            engine.answer([asked], [item], condition, lambda _, one: said.append(one))
+    finally:
+        engine.close()
+    assert [one.error for one in said] == [None, None]
+    whole, pruned = (one.prompt_tokens or 0 for one in said)
+    assert whole - pruned == 64 - 8
