@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokenprune.budget import Keep, check_keep
 from tokenprune.config import Positions, PruningConfig, check_positions
-from tokenprune.errors import PromptError, TokenPruneError
+from tokenprune.errors import BudgetError, PromptError, TokenPruneError
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -352,8 +352,8 @@ _ATTACHED: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()
 
 def apply(
     model: Any,
-    method: str | Selector,
-    keep: Keep,
+    method: str | Selector | PruningConfig,
+    keep: Keep | None = None,
     positions: Positions = "original",
     **options: Any,
 ) -> Pruning:
@@ -364,7 +364,8 @@ def apply(
     model
         A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`.
     method
-        A name out of `tokenprune.methods()`, or a `tokenprune.Selector` of your own.
+        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
+        `tokenprune.PruningConfig`, which says everything else too.
     keep
         Budget of each image, video or crop: an int of tokens or a fraction.
     positions
@@ -388,6 +389,17 @@ def apply(
     TokenPruneError
         If the model is pruned already.
     """
+    if isinstance(method, PruningConfig):
+        if keep is not None or options or positions != "original":
+            raise TokenPruneError(
+                "keep, positions or options came with a PruningConfig, which has them already. "
+                "Change them there, with dataclasses.replace."
+            )
+        return Pruning(model, method.selector(), method.keep, method.positions)
+    if keep is None:
+        raise BudgetError(
+            "keep is missing. Give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
+        )
     if isinstance(method, Selector):
         if options:
             raise TokenPruneError(
@@ -401,8 +413,8 @@ def apply(
 
 def prune(
     model: Any,
-    method: str | Selector,
-    keep: Keep,
+    method: str | Selector | PruningConfig,
+    keep: Keep | None = None,
     positions: Positions = "original",
     **options: Any,
 ) -> Pruning:

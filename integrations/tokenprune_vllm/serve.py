@@ -9,10 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import ConfigError, MissingPackageError
+from tokenprune.errors import ConfigError, InputFileError, MissingPackageError
 
 if TYPE_CHECKING:
     from tokenprune.config import PruningConfig
@@ -37,6 +38,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_pruning(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to prune; `serve` and `export` share them."""
+    parser.add_argument(
+        "--pruning",
+        type=Path,
+        metavar="FILE",
+        help="a PruningConfig as JSON, which calibrate and find-layer write, in place of --method, "
+        "--keep, --positions and --option",
+    )
     parser.add_argument("--method", metavar="METHOD", help="see `tokenprune methods`")
     add_keep(parser)
     add_positions(parser)
@@ -84,7 +92,8 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     trusts = "--trust-request-mm-kwargs" in more
     config = read_config(arguments.model, _value(more, "--revision"))
     methods: dict[str, dict[str, Any]] = {name: {} for name in arguments.request_method}
-    if arguments.method is None and arguments.keep is None and KEY in config:
+    given = (arguments.pruning, arguments.method, arguments.keep)
+    if given == (None, None, None) and KEY in config:
         written = config[KEY]  # an exported checkpoint says itself how to prune
         methods.update(written.get("request_methods", {}))
         pruning = PruningConfig.from_dict(
@@ -111,10 +120,23 @@ def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
     Raises
     ------
     ConfigError
-        If method or budget is missing.
+        If method or budget is missing, or both they and a file are given.
+    InputFileError
+        If the file cannot be read.
     """
     from tokenprune.config import PruningConfig
 
+    if arguments.pruning is not None:
+        if arguments.method or arguments.keep or arguments.option:
+            raise ConfigError(
+                f"--pruning {arguments.pruning} says how to prune, and --method, --keep and "
+                "--option say it again. Give one or the other."
+            )
+        try:
+            text = arguments.pruning.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputFileError(f"--pruning {arguments.pruning} cannot be read: {error}") from None
+        return PruningConfig.from_json(text)
     for name in ("method", "keep"):
         if getattr(arguments, name) is None:
             raise ConfigError(

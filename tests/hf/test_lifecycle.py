@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import tokenprune_hf
 from tests.hf.models import TINY, prompt, tf
+from tokenprune.config import PruningConfig
 from tokenprune.errors import (
     BudgetError,
     ConfigError,
@@ -35,6 +36,21 @@ def state(model: nn.Module) -> list[tuple[Any, ...]]:
         result.append((name, hooks, values, type(module), module.training))
     result.append(("config", str(getattr(model, "config", None))))
     return result
+
+
+def test_a_config_says_how_to_prune() -> None:
+    tiny = TINY["internvl"]
+    model, inputs = tiny.model(), prompt(tiny, ["it"])
+    config = PruningConfig("random", 5, "compact", {"seed": 3})
+    with tokenprune_hf.prune(model, config) as of_config:
+        said = model.generate(**inputs, max_new_tokens=3)
+    with tokenprune_hf.prune(model, "random", 5, "compact", seed=3) as plain:
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3), said)
+    assert torch.equal(of_config.selections[0].kept, plain.selections[0].kept)
+    with pytest.raises(TokenPruneError, match="which has them already"):
+        tokenprune_hf.prune(model, config, keep=3)
+    with pytest.raises(BudgetError, match="keep is missing"):
+        tokenprune_hf.prune(model, "random")
 
 
 @pytest.mark.parametrize("name", TINY)

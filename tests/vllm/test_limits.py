@@ -215,6 +215,14 @@ def test_serve_goes_by_an_exported_config_unless_told_otherwise(
     assert as_exported["tokenprune"]["method"] == "divprune"
     assert as_exported["tokenprune"]["positions"] == "compact"
     assert "uniform" in as_exported["tokenprune"]["request_methods"]
+    file = tmp_path / "pruning.json"
+    file.write_text(PruningConfig("uniform", 7, options={}).to_json(), "utf-8")
+    of_file = overrides("--pruning", str(file), "--port", "80")["tokenprune"]
+    assert (of_file["method"], of_file["keep"], of_file["positions"]) == ("uniform", 7, "original")
+    with pytest.raises(ConfigError, match="Give one or the other"):
+        overrides("--pruning", str(file), "--keep=4", "--port", "80")
+    with pytest.raises(InputFileError, match="cannot be read"):
+        overrides("--pruning", str(tmp_path / "none.json"), "--port", "80")
     told = overrides("--method=uniform", "--keep=4", '--hf-overrides={"x": 1}', "--port", "80")
     assert told["tokenprune"]["keep"] == 4
     assert told["mrope_section"] == [1, 1, 1]

@@ -239,7 +239,10 @@ class _Run:
         peaks: dict[str, int | None] = {}
         while measured[condition.key] < self.settings.memory and len(peaks) < len(wanted):
             item = wanted[len(peaks)]
-            peaks[item.id] = self.engine.peak_bytes(media, item, condition)
+            try:
+                peaks[item.id] = self.engine.peak_bytes(media, item, condition)
+            except TokenPruneError:  # the answer's record will say why
+                peaks[item.id] = None
             measured[condition.key] += 1
         dominances: dict[str, dict[Depth, ModalityIndices] | None] = {}
         if isinstance(self.engine, MeasuresDominance):

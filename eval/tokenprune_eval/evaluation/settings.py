@@ -23,6 +23,7 @@ GROWING = frozenset({"method", "keep", "data", "limit", "positions"})
 FREE = frozenset(
     {
         *("out", "strict", "retry_errors", "ahead", "batch", "workers", "cache"),
+        *("memory", "dominance"),
         *("base_url", "api_key", "concurrency", "timeout", "retries"),
     }
 )

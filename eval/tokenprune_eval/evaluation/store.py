@@ -106,14 +106,18 @@ class Store:
         if (self.folder / RUN).is_file():
             before = read_run(self.folder)
             other = Settings.model_validate(before.about["settings"])
-            if differing := settings.differences(other):
+            # A run that ended before its first answer may be corrected.
+            if before.records and (differing := settings.differences(other)):
                 there = ", ".join(f"{name}={getattr(other, name)!r}" for name in differing)
                 raise ConfigError(
                     f"{self.folder} holds a run with other settings ({there}), and answers of both "
                     "would be mixed. Give the same, or another folder with --out."
                 )
-            items = list({one.id: one for one in (*before.items, *items)}.values())
-            conditions = list({one.key: one for one in (*before.conditions, *conditions)}.values())
+            if before.records:
+                items = list({one.id: one for one in (*before.items, *items)}.values())
+                conditions = list(
+                    {one.key: one for one in (*before.conditions, *conditions)}.values()
+                )
             records = before.records
             self._cut_unfinished_line()
         self.done = {

@@ -1,0 +1,590 @@
+"""`tokenprune calibrate`: the smallest budget of a method that costs no more than allowed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenprune.arguments import add_positions, parse_keep, parse_options
+from tokenprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tokenprune.config import PruningConfig
+    from tokenprune_eval.calibrate.search import Bounds, Decision, Search
+    from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.evaluation.engines.base import Engine
+    from tokenprune_eval.evaluation.settings import Settings
+
+HELP = "find the smallest keep of a method that loses no more accuracy than allowed"
+EXTRA = "eval"
+
+# fmt: off
+GRID = (
+    0.707, 0.5, 0.354, 0.25, 0.177, 0.125, 0.0884, 0.0625, 0.0442, 0.03125, 0.0221, 0.015625,
+)
+# fmt: on
+"""From 1/sqrt(2) to 1/64 in steps of sqrt(2)."""
+
+LOG = "calibration.json"
+
+_SETTINGS = (
+    "model",
+    "data",
+    "media",
+    "split",
+    "answers",
+    "method",
+    "positions",
+    "frames",
+    "fps",
+    "max_side",
+    "instruction",
+    "max_new_tokens",
+    "choose_by",
+    "engine",
+    "batch",
+    "workers",
+    "cache",
+    "seed",
+    "base_url",
+    "api_key",
+    "concurrency",
+    "timeout",
+    "retries",
+)
+"""Arguments that are settings of `tokenprune eval` as they are."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments."""
+    parser.epilog = (
+        "Exit status: 0 where every method has a budget below 1.0, 1 where one has none, 2 for "
+        "wrong input. docs/calibrate.md says what is claimed, and how surely."
+    )
+    what = parser.add_argument_group("what is calibrated")
+    what.add_argument(
+        "--model",
+        required=True,
+        help="a checkpoint, `bundled`, or with --engine openai the served name",
+    )
+    what.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="DATA",
+        help="questions like those to come: names or files, see `tokenprune eval ls`",
+    )
+    what.add_argument(
+        "--method", nargs="+", required=True, metavar="METHOD", help="see `tokenprune methods`"
+    )
+    what.add_argument(
+        "--max-drop",
+        required=True,
+        metavar="SHARE",
+        help="accuracy that may be lost, in points: 1%% or 0.01",
+    )
+    what.add_argument(
+        "--confidence",
+        default="0.95",
+        metavar="SHARE",
+        help="of each method's budget, 0.95 or 95%%",
+    )
+    what.add_argument(
+        "--keep-grid",
+        nargs="+",
+        metavar="KEEP",
+        help="budgets to choose from: all fractions, or all numbers of tokens (default: 1/sqrt(2) "
+        "to 1/64 in steps of sqrt(2))",
+    )
+    what.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="an option of a method, for example flexselect.layer=3; may be repeated",
+    )
+    add_positions(what)  # type: ignore[arg-type]
+    what.add_argument(
+        "--per-media",
+        default="1",
+        metavar="N",
+        help="questions of each image or video, or `all` (default: 1, the fewest calls; more help "
+        "where images or videos are few)",
+    )
+    what.add_argument("--limit", type=int, metavar="N", help="questions to draw at most")
+    what.add_argument("--seed", type=int, help="of the order of the questions (default: 0)")
+    what.add_argument("--media", type=Path, metavar="DIR", help="where the data's files lie")
+    what.add_argument("--split", help="of a named data set (default: test)")
+    what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
+    asking = parser.add_argument_group("how it is asked")
+    asking.add_argument("--frames", type=int, help="of each video (default: 32)")
+    asking.add_argument("--fps", type=float, help="frames a second, --frames at most")
+    asking.add_argument("--max-side", type=int, metavar="PIXELS", help="of a video's frames")
+    asking.add_argument("--instruction", metavar="TEXT", help="put behind every open question")
+    asking.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 16")
+    asking.add_argument(
+        "--choose-by",
+        choices=("likelihood", "text"),
+        help="what counts for questions with choices (default: likelihood; text with openai)",
+    )
+    engine = parser.add_argument_group("the engine")
+    engine.add_argument("--engine", choices=("hf", "vllm", "openai"), help="default: hf")
+    engine.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 1)")
+    engine.add_argument("--workers", type=int, metavar="N", help="hf: copies of a small model")
+    engine.add_argument(
+        "--cache", type=Path, metavar="DIR", help="hf: keep what was encoded; rounds share it"
+    )
+    engine.add_argument("--base-url", metavar="URL", help="openai: http://HOST:PORT/v1")
+    engine.add_argument("--api-key", metavar="NAME", help="openai: environment variable of the key")
+    engine.add_argument("--concurrency", type=int, metavar="N", help="openai: requests at a time")
+    engine.add_argument("--timeout", type=float, metavar="SECONDS", help="openai: of a request")
+    engine.add_argument("--retries", type=int, metavar="N", help="openai: of a request")
+    engine.add_argument(
+        "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="vllm: of vllm.LLM"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("calibrate-out"),
+        metavar="PATH",
+        help=f"FILE.json for one method, or a folder for METHOD.json of each and {LOG} (default: "
+        "calibrate-out)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, write the configurations and print the table."""
+    bounds = bounds_of(arguments)
+    per_media = _per_media(arguments.per_media)
+    if arguments.limit is not None and arguments.limit < 1:
+        raise ConfigError(f"--limit {arguments.limit} draws nothing. Leave it out for all.")
+    settings = settings_of(arguments, bounds)
+
+    from rich.console import Console
+
+    from tokenprune_eval.calibrate.search import Search, draw
+    from tokenprune_eval.demo.output import prepare_folder
+    from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.evaluation.runner import build_engine, load_sets
+
+    files = _files(arguments.out, list(dict.fromkeys(settings.method)))
+    media = draw(load_sets(settings), per_media, arguments.limit, settings.seed)
+    _check_enough(bounds, len(media))
+    prepare_folder(files[LOG].parent)
+
+    console = Console()
+    with TerminalProgress(console) as bar, _Rounds(bar) as progress:
+        bar.say(
+            f"{sum(map(len, media)):,} questions about {len(media):,} images or videos, "
+            f"{len(bounds.grid)} budgets"
+        )
+        with bar.step("loading the model", 1):
+            engine = build_engine(settings)
+        try:
+            search = Search(settings, bounds, media, engine, progress)
+            report = _Report(settings, bounds, search, engine, files)
+            for decision in search.decisions():
+                bar.say(_said(decision))
+                report.note(decision)
+        finally:
+            engine.close()
+    report.write(complete=True)
+    _print(console, report)
+    missing = [method for method in report.methods if search.best(method) is None]
+    return 1 if missing else 0
+
+
+# Arguments --------------------------------------------------------------------------------------
+
+
+def parse_share(name: str, text: str) -> float:
+    """Return ``"1%"`` or ``"0.01"`` as 0.01.
+
+    Parameters
+    ----------
+    name
+        The argument, for the message.
+    text
+        What was given.
+
+    Raises
+    ------
+    ConfigError
+        If it is no share above 0 and below 1.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if rest or math.isnan(value):
+        raise ConfigError(f"{name} {text} is no share. Write 1% or 0.01.")
+    share = value / 100 if percent else value
+    if not 0 < share < 1:
+        hint = "" if percent or share < 1 else f" For {number} percent write {number}%."
+        raise ConfigError(f"{name} {text} must lie above 0 and below 1, which is 100%.{hint}")
+    return share
+
+
+def bounds_of(arguments: argparse.Namespace) -> Bounds:
+    """Return what is to be shown, and the budgets, from the largest to the smallest.
+
+    Raises
+    ------
+    ConfigError, BudgetError
+        For what cannot be used.
+    """
+    from tokenprune.budget import keeps_all
+    from tokenprune_eval.calibrate.search import Bounds
+
+    max_drop = parse_share("--max-drop", arguments.max_drop)
+    confidence = parse_share("--confidence", arguments.confidence)
+    if confidence < 0.5:
+        raise ConfigError(
+            f"--confidence {arguments.confidence} is too low. Give 0.95, and at least 0.5."
+        )
+    given = GRID if arguments.keep_grid is None else map(_number, arguments.keep_grid)
+    grid = sorted({keep for keep in given if not keeps_all(keep)}, reverse=True)
+    if not grid:
+        raise ConfigError(
+            "--keep-grid has no budget below 1.0, the unpruned model. Give some, such as 0.5 0.25."
+        )
+    if len({type(keep) for keep in grid}) > 1:
+        raise ConfigError(
+            f"--keep-grid {' '.join(arguments.keep_grid)} mixes fractions and numbers of tokens, "
+            "and which of them is the smaller depends on the image. Give either all with or all "
+            "without a decimal point."
+        )
+    return Bounds(max_drop, confidence, tuple(grid))
+
+
+def _number(text: str) -> int | float:
+    from tokenprune.budget import check_keep
+
+    return check_keep(parse_keep(text))
+
+
+def _per_media(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--per-media {text} is neither a number of at least 1 nor `all`.")
+    return int(text)
+
+
+def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
+    """Return the settings under which questions are asked; every budget is among them.
+
+    Raises
+    ------
+    TokenPruneError
+        If they cannot be used.
+    """
+    from tokenprune_eval.evaluation.command import _options
+    from tokenprune_eval.evaluation.settings import read_settings
+
+    values: dict[str, Any] = {
+        name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None
+    }
+    values |= {
+        "keep": list(bounds.grid),
+        "options": _options(arguments.option),
+        "engine_args": parse_options(arguments.engine_arg),
+        "out": arguments.out,
+    }
+    settings = read_settings(values)
+    settings.check_methods()
+    return settings
+
+
+def _files(out: Path, methods: Sequence[str]) -> dict[str, Path]:
+    """Return method -> its file, and `LOG` -> that of the log.
+
+    Raises
+    ------
+    ConfigError
+        If one file was given for several methods.
+    OutputError
+        If a configuration is there already: it would be taken for what is found now.
+    """
+    from tokenprune_eval.demo.output import OutputError
+
+    if out.suffix == ".json":
+        if len(methods) > 1:
+            raise ConfigError(
+                f"--out {out} is one file, and there are {len(methods)} methods. Give a folder; it "
+                "gets METHOD.json of each."
+            )
+        files = {methods[0]: out, LOG: out.with_name(f"{out.stem}.{LOG}")}
+    else:
+        files = {method: out / f"{method}.json" for method in methods} | {LOG: out / LOG}
+    for method in methods:
+        if files[method].exists():
+            raise OutputError(
+                f"{files[method]} is there already. Remove it, or give another place with --out."
+            )
+    return files
+
+
+def _check_enough(bounds: Bounds, media: int) -> None:
+    from tokenprune_eval.calibrate.sequential import needed
+
+    least = needed(bounds.max_drop, bounds.accept_at)
+    if media < least:
+        raise ConfigError(
+            f"{media:,} images or videos cannot show that a drop stays below {bounds.max_drop:.4g}"
+            f": even if no answer changed, {least:,} would be needed for a confidence of "
+            f"{bounds.confidence:g} and {len(bounds.grid)} budgets. Give more data or a larger "
+            "--max-drop; a lower --confidence or a shorter --keep-grid saves a few."
+        )
+
+
+# What is written --------------------------------------------------------------------------------
+
+
+class _Report:
+    """The log of all decisions, and the configurations; each file is whole whenever it is there."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        bounds: Bounds,
+        search: Search,
+        engine: Engine,
+        files: dict[str, Path],
+    ) -> None:
+        self.settings = settings
+        self.bounds = bounds
+        self.search = search
+        self.about = engine.about()
+        self.files = files
+        self.methods = list(dict.fromkeys(settings.method))
+        self.decisions: list[Decision] = []
+
+    def note(self, decision: Decision) -> None:
+        """Write a decision, and the configuration if it was the method's last."""
+        from tokenprune_eval.demo.output import write_whole
+
+        self.decisions.append(decision)
+        self.write(complete=False)
+        config = self.config(decision.method)
+        if self.search.finished(decision.method) and config is not None:
+            write_whole(self.files[decision.method], config.to_json() + "\n")
+
+    def config(self, method: str) -> PruningConfig | None:
+        """Return what was found so far; None where no budget was accepted."""
+        from tokenprune.config import PruningConfig
+
+        keep = self.search.best(method)
+        if keep is None:
+            return None
+        options = self.settings.options.get(method, {})
+        return PruningConfig(method, keep, self.settings.positions, options)
+
+    def of(self, method: str) -> list[Decision]:
+        """Return one method's decisions, in order."""
+        return [one for one in self.decisions if one.method == method]
+
+    def accepted(self, method: str) -> Decision | None:
+        """Return the decision for the smallest budget accepted."""
+        found = [one for one in self.of(method) if one.outcome == "accepted"]
+        return found[-1] if found else None
+
+    def calls(self) -> dict[str, int]:
+        """Return questions put to the model, and how many all budgets on all would have been."""
+        from tokenprune_eval.evaluation.records import UNPRUNED
+
+        calls = self.search.answers.calls
+        questions = sum(map(len, self.search.media))
+        return {
+            "unpruned": calls[UNPRUNED],
+            "pruned": calls.total() - calls[UNPRUNED],
+            "total": calls.total(),
+            "exhaustive": questions * (1 + len(self.methods) * len(self.bounds.grid)),
+        }
+
+    def unpruned(self) -> dict[str, Any]:
+        """Return how the unpruned model fared."""
+        from tokenprune_eval.evaluation.records import UNPRUNED
+
+        right = self.search.answers.right.get(UNPRUNED, {})
+        answered = [one for one in right.values() if one is not None]
+        return {
+            "answered": len(answered),
+            "right": sum(answered),
+            "errors": self.search.answers.errors,
+        }
+
+    def write(self, complete: bool) -> None:
+        """Write the log."""
+        from tokenprune_eval.calibrate.search import steps
+        from tokenprune_eval.calibrate.sequential import needed
+        from tokenprune_eval.demo.output import write_whole
+        from tokenprune_eval.evaluation.runner import _versions
+
+        bounds, media = self.bounds, self.search.media
+        values = {
+            "complete": complete,
+            "max_drop": bounds.max_drop,
+            "confidence": bounds.confidence,
+            "grid": bounds.grid,
+            "steps": steps(len(bounds.grid)),
+            "accept_at": bounds.accept_at,
+            "reject_at": bounds.reject_at,
+            "media_needed_at_least": needed(bounds.max_drop, bounds.accept_at),
+            "found": {method: self.search.best(method) for method in self.methods},
+            "calls": self.calls(),
+            "unpruned": self.unpruned(),
+            "decisions": [_plain(one) for one in self.decisions],
+            "order": [[item.id for item in items] for items in media],
+            "settings": self.settings.model_dump(mode="json", exclude={"limit", "shard", "out"}),
+            "model": self.about,
+            "versions": _versions(),
+        }
+        text = json.dumps(values, indent=1, allow_nan=False)
+        write_whole(self.files[LOG], text + "\n")
+
+
+def _plain(decision: Decision) -> dict[str, Any]:
+    values = {**vars(decision)}
+    if math.isnan(decision.drop):
+        values["drop"] = None
+    return values
+
+
+# What is printed --------------------------------------------------------------------------------
+
+
+class _Rounds:
+    """One bar for each round of tests."""
+
+    def __init__(self, bar: TerminalProgress) -> None:
+        self._bar = bar
+        self._step: Any = None
+        self._advance: Any = None
+
+    def __enter__(self) -> _Rounds:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            self._step = None
+
+    def round(self, text: str, media: int) -> None:
+        """Say what is tested now, and on how many images or videos at most."""
+        self._end()
+        self._step = self._bar.step(text, media)
+        self._advance = self._step.__enter__()
+
+    def advance(self, media: int) -> None:
+        """Count images or videos."""
+        self._advance(media)
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:.2f}"
+
+
+def _said(one: Decision) -> str:
+    return (
+        f"{one.method}@{one.keep}: {one.outcome} after {one.questions:,} questions, "
+        f"drop {_percent(one.drop)} % ({_percent(one.at_least)} to {_percent(one.at_most)})"
+    )
+
+
+def serve_command(model: str, config: PruningConfig) -> str:
+    """Return the command line of `tokenprune serve` that serves a model pruned like this.
+
+    Parameters
+    ----------
+    model
+        A folder or a name on the model hub.
+    config
+        How to prune.
+    """
+    words = ["tokenprune", "serve", model, "--method", config.method, "--keep", str(config.keep)]
+    if config.positions != "original":
+        words += ["--positions", config.positions]
+    for name, value in config.options.items():
+        words += ["--option", f"{name}={json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _print(console: Console, report: _Report) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from tokenprune_hf.loading import BUNDLED, model_path
+
+    bounds, unpruned, calls = report.bounds, report.unpruned(), report.calls()
+    table = Table(
+        title=f"\nSmallest keep with a drop below {100 * bounds.max_drop:.4g} % at "
+        f"{100 * bounds.confidence:.4g} %",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for name in ("keep", "drop, %", "at least", "at most", "questions", "tests", "calls"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in report.methods:
+        tried = report.of(method)
+        ends = [str(len(tried)), f"{sum(one.calls for one in tried):,}"]
+        found = report.accepted(method)
+        if found is None:
+            table.add_row(method, "none", "", "", "", "", *ends)
+            continue
+        numbers = [_percent(one) for one in (found.drop, found.at_least, found.at_most)]
+        table.add_row(method, str(found.keep), *numbers, f"{found.questions:,}", *ends)
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    say(f"unpruned, {unpruned['right']:,} of {unpruned['answered']:,} answers are right")
+    say(
+        f"{calls['total']:,} calls of the model, {calls['unpruned']:,} of them unpruned; every "
+        f"budget on every question would have been {calls['exhaustive']:,}."
+    )
+    if errors := unpruned["errors"]:
+        item, error = next(iter(errors.items()))
+        say(
+            f"{len(errors):,} questions were left out because the unpruned model has no answer, "
+            f"for example {item}: {error}"
+        )
+    if failed := sum(one.errors for one in report.decisions):
+        say(f"{failed:,} answers of pruned models are missing and count as wrong.")
+    model = report.settings.model
+    for method in report.methods:
+        config = report.config(method)
+        if config is None:
+            tried = report.of(method)
+            reasons = ", ".join(f"{one.keep} {one.outcome}" for one in tried)
+            say(
+                f"{method}: no budget below 1.0 can be accepted ({reasons}), and no configuration "
+                "was written. Allow a larger --max-drop, or where it is undecided give more "
+                "images or videos, or more questions of each with --per-media."
+            )
+            continue
+        say(f"{report.files[method]}: {serve_command(model_path(model), config)}")
+    if model == BUNDLED:
+        say(
+            "The bundled model is a test object and no public VLM: its budgets say nothing about "
+            "public models."
+        )
+    say(f"every decision: {report.files[LOG]}")

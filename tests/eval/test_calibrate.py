@@ -1,0 +1,350 @@
+"""Calibration: its error rate by enumeration and simulation, its search, and the command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("statsmodels", reason="calibration needs the extra `eval`")
+
+import torch
+
+import tokenprune_hf
+from tokenprune.cli import main
+from tokenprune.config import PruningConfig
+from tokenprune.errors import ConfigError
+from tokenprune_eval.calibrate.command import parse_share, serve_command
+from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
+from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
+from tokenprune_eval.data.item import DataSet, Item
+from tokenprune_eval.data.load import load_data
+from tokenprune_hf.images import load_image
+from tokenprune_hf.loading import load, model_path
+
+# The test of a mean -----------------------------------------------------------------------------
+
+
+def _tested(values: Sequence[float], bound: float, wanted: float = 20.0) -> MeanTest:
+    test = MeanTest(bound, wanted, wanted)
+    for value in values:
+        test.add(value)
+    return test
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.4])
+def test_wealth_is_a_fair_game_at_the_bound(bound: float) -> None:
+    """Over all sequences, weighed by their probability, it is 1 on average: also when stopped."""
+    chances = {1.0: (1 + bound) / 2 - 0.1, 0.0: 0.2, -1.0: (1 - bound) / 2 - 0.1}
+    assert sum(x * p for x, p in chances.items()) == pytest.approx(bound)
+    fixed = stopped = 0.0
+    for values in itertools.product(chances, repeat=5):
+        chance = math.prod(chances[value] for value in values)
+        by_hand = [
+            math.prod(1 + stake * (bound - x) / (1 - bound) for x in values) for stake in STAKES
+        ]
+        assert _tested(values, bound).wealth == pytest.approx(sum(by_hand) / len(STAKES))
+        fixed += chance * _tested(values, bound).wealth
+        wealths = [_tested(values[:count], bound).wealth for count in range(1, 6)]
+        stopped += chance * next((one for one in wealths if one >= 1.5), wealths[-1])
+    assert fixed == pytest.approx(1)
+    assert stopped == pytest.approx(1)
+
+
+def test_false_acceptance_is_as_rare_as_said() -> None:
+    """Losses at exactly the bound, looked at after every question."""
+    bound, runs = 0.2, 2000
+    generator = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(runs):
+        test = MeanTest(bound, 20, math.inf)
+        for value in generator.choice([1.0, 0.0, -1.0], 150, p=[0.25, 0.7, 0.05]):
+            test.add(value)
+            if test.accepted:
+                accepted += 1
+                break
+    # Not never either: what is far too careful asks too many questions.
+    assert 0.01 < accepted / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_power() -> None:
+    assert _tested([0.0] * 120, 0.05, 80).accepted
+    assert not _tested([0.0] * 100, 0.05, 80).accepted
+    generator = np.random.default_rng(1)
+    counts = []
+    for _ in range(50):
+        test = MeanTest(0.05, 80, 20)
+        # One in a hundred is lost, as many again change either way.
+        for value in generator.choice([1.0, 0.0, -1.0], 2000, p=[0.02, 0.97, 0.01]):
+            test.add(value)
+            if test.accepted or test.rejected:
+                break
+        assert test.accepted
+        counts.append(test.count)
+    assert np.median(counts) < 400
+    assert _tested([1.0, 0.0, 0.0] * 20, 0.05).rejected
+
+
+def test_bounds_are_where_the_test_turns() -> None:
+    generator = np.random.default_rng(2)
+    values = [float(one) for one in generator.choice([1, 0.5, 0, -0.25, -1], 60)]
+    test = _tested(values, 0.3)
+    assert test.mean == pytest.approx(np.mean(values))
+    assert -1 < test.at_least < test.mean < test.at_most < 1
+    for end, sign in ((test.at_most, 1), (test.at_least, -1)):
+        turned = [_tested(values, end + sign * step) for step in (1e-6, -1e-6)]
+        assert [one.accepted if sign > 0 else one.rejected for one in turned] == [True, False]
+    assert _tested([1.0] * 30, 0.3).at_most == 1
+    assert _tested([0.0] * 30, 0.3).at_most < 0.3
+
+
+@pytest.mark.parametrize(("bound", "wanted"), [(0.01, 80.0), (0.05, 20.0), (0.5, 1.0)])
+def test_needed_is_the_first_to_accept(bound: float, wanted: float) -> None:
+    count = needed(bound, wanted)
+    assert _tested([0.0] * count, bound, wanted).accepted
+    assert count == 1 or not _tested([0.0] * (count - 1), bound, wanted).accepted
+
+
+def test_what_no_test_can_use_is_refused() -> None:
+    for bound, wanted in ((1.0, 20.0), (-1.0, 20.0), (math.nan, 20.0), (0.1, 0.5)):
+        with pytest.raises(ConfigError, match="must"):
+            MeanTest(bound, wanted, 20)
+    for value in (1.5, math.nan):
+        with pytest.raises(ConfigError, match="must lie in"):
+            MeanTest(0.1, 20, 20).add(value)
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        needed(0.0, 20)
+
+
+# The search -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8, 12])
+def test_bisection_finds_the_smallest(count: int) -> None:
+    for smallest in range(count + 1):
+        bisection, tried = Bisection(count), 0
+        while (keep := bisection.next) is not None:
+            assert 1 <= keep <= count
+            bisection.tell(keep <= smallest)
+            tried += 1
+        assert bisection.best == smallest
+        assert tried <= steps(count) == math.ceil(math.log2(count + 1))
+        with pytest.raises(ConfigError, match="no budget is left"):
+            bisection.tell(True)
+
+
+def test_the_whole_search_is_as_rarely_wrong_as_said() -> None:
+    """All budgets see the same questions; from the fourth on the loss is exactly the bound."""
+    bounds = Bounds(0.25, 0.9, tuple(1 / (2 + number) for number in range(7)))
+    assert bounds.accept_at == pytest.approx(3 * 10)
+    generator = np.random.default_rng(3)
+    runs = 400
+    wrong = right = 0
+    for _ in range(runs):
+        draws = generator.random(150)
+        bisection = Bisection(7)
+        while (number := bisection.next) is not None:
+            # The last budgets lose the very same questions: mistakes come together.
+            lossy = draws < (0.25 if number >= 4 else 0.03 * number)
+            test = MeanTest(bounds.max_drop, bounds.accept_at, bounds.reject_at)
+            for lost in lossy:
+                test.add(float(lost))
+                if test.accepted or test.rejected:
+                    break
+            bisection.tell(test.accepted)
+        wrong += bisection.best >= 4
+        right += bisection.best == 3
+    assert wrong / runs <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / runs)
+    assert right / runs > 0.8
+
+
+def test_draw() -> None:
+    items = [
+        Item(str(number), "image", Path(f"{number // 3}.png"), "?", "yes") for number in range(30)
+    ]
+    sets = [DataSet("one", items[:15]), DataSet("two", items[15:])]
+    alone = draw(sets, 1, None, seed=0)
+    assert [len(own) for own in alone] == [1] * 10
+    assert {own[0].path for own in alone} == {item.path for item in items}
+    assert alone == draw(sets, 1, None, seed=0) != draw(sets, 1, None, seed=1)
+    assert draw(sets, 1, 4, seed=0) == alone[:4]
+    whole = draw(sets, None, 7, seed=0)
+    assert [len(own) for own in whole] == [3, 3, 1]
+    assert all(len({item.path for item in own}) == 1 for own in whole)
+    ids = [item.id for own in draw(sets, None, None, 0) for item in own]
+    assert sorted(ids) == sorted(
+        [f"one/{i}" for i in range(15)] + [f"two/{i}" for i in range(15, 30)]
+    )
+
+
+# The command ------------------------------------------------------------------------------------
+
+BASE = ["calibrate", "--model", "bundled", "--batch", "8"]
+
+
+def _right(items: Sequence[Item], config: PruningConfig) -> tuple[list[bool], list[bool]]:
+    """Return whether each answer is right, unpruned and pruned: one by one, by other code."""
+    model, processor = load(model_path("bundled"))
+
+    def ask(item: Item) -> bool:
+        inputs: Any = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
+        output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        said = processor.batch_decode(new, skip_special_tokens=True)[0]
+        return bool(said.strip().lower() == item.answer.lower())
+
+    with torch.inference_mode():
+        unpruned = [ask(item) for item in items]
+        with tokenprune_hf.prune(
+            model, config.method, config.keep, config.positions, **config.options
+        ):
+            return unpruned, [ask(item) for item in items]
+
+
+def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "made" / "config.json"
+    arguments = [*BASE, "--data", "scenes", "--method", "divprune", "--max-drop", "20%"]
+    arguments += ["--limit", "200", "--keep-grid", "0.015625", "0.707"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    config = PruningConfig.from_json(out.read_text())
+    assert config.method == "divprune"
+    assert config.keep == 0.707
+    assert serve_command(model_path("bundled"), config) in printed
+
+    log = json.loads((tmp_path / "made" / "config.calibration.json").read_text())
+    assert log["complete"]
+    assert log["found"] == {"divprune": config.keep}
+    assert len(log["decisions"]) <= log["steps"] == 2
+    assert log["calls"]["exhaustive"] == 200 * 3
+    assert log["calls"]["pruned"] == sum(one["calls"] for one in log["decisions"])
+    assert log["calls"]["total"] < 0.5 * log["calls"]["exhaustive"]
+    decision = next(one for one in log["decisions"] if one["keep"] == config.keep)
+    assert decision["outcome"] == "accepted"
+    assert decision["at_least"] <= decision["drop"] < decision["at_most"] <= 0.2
+
+    known = {f"scenes/{item.id}": item for item in load_data("scenes").items}
+    assert [one["outcome"] for one in log["decisions"]] == ["accepted", "too lossy"]
+    for decision in log["decisions"]:
+        asked = [one for own in log["order"][: decision["media"]] for one in own]
+        assert len(set(asked)) == decision["questions"] == decision["media"] < 200
+        items = [known[one] for one in asked]
+        assert len({item.path for item in items}) == len(items)
+        unpruned, pruned = _right(items, PruningConfig("divprune", decision["keep"]))
+        pairs = list(zip(asked, unpruned, pruned, strict=True))
+        assert decision["lost"] == [one for one, before, after in pairs if before and not after]
+        assert decision["gained"] == [one for one, before, after in pairs if after and not before]
+        drop = (sum(unpruned) - sum(pruned)) / len(items)
+        assert decision["drop"] == pytest.approx(drop)
+        assert (drop < 0.2) == (decision["keep"] == config.keep)
+
+    # What is there is not overwritten.
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert PruningConfig.from_json(out.read_text()) == config
+
+
+def _lines(file: Path, items: Sequence[Item], broken: int) -> Path:
+    """Write questions as JSON lines, with as many about files that hold no image in front."""
+    for path in {item.path for item in items}:
+        shutil.copy(path, file.parent)
+    rows = [
+        {"image": item.path.name, "question": item.question, "answer": item.answer, "id": item.id}
+        for item in items
+    ]
+    for number in range(broken):
+        bad = file.parent / f"bad{number}.png"
+        bad.write_text("no picture")
+        rows.insert(0, {"image": bad.name, "question": "?", "answer": "x", "id": f"bad{number}"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_no_budget_and_files_that_cannot_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two questions of each image make one observation of it."""
+    data = _lines(tmp_path / "own.jsonl", load_data("scenes").items[: 7 * 200], broken=30)
+    arguments = [*BASE, "--data", str(data), "--max-drop", "20%", "--keep-grid", "0.015625"]
+    arguments += ["--per-media", "2", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--method", "feature-norm", "uniform"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("no budget below 1.0 can be accepted (0.015625 too lossy)") == 2
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["calibration.json"]
+    log = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert log["found"] == {"feature-norm": None, "uniform": None}
+    assert log["steps"] == 1
+    assert all(one.startswith("own/bad") for one in log["unpruned"]["errors"])
+    for decision in log["decisions"]:
+        media = [own for own in log["order"] if own[0] not in log["unpruned"]["errors"]][
+            : decision["media"]
+        ]
+        lost, gained = set(decision["lost"]), set(decision["gained"])
+        drops = [np.mean([(one in lost) - (one in gained) for one in own]) for own in media]
+        assert decision["questions"] == sum(map(len, media))
+        assert decision["drop"] == pytest.approx(np.mean(drops))
+        assert decision["at_least"] > 0.2
+
+
+def test_a_model_that_answers_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _lines(tmp_path / "bad.jsonl", [], broken=12)
+    arguments = [*BASE, "--data", str(data), "--method", "random", "--max-drop", "60%"]
+    assert main([*arguments, "--keep-grid", "4", "--out", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert "answered none of" in printed.err
+    assert "no image that can be read" in printed.err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--max-drop 0", "must lie above 0"),
+        ("--max-drop 150%", "below 1, which is 100%"),
+        ("--max-drop 1", "For 1 percent write 1%"),
+        ("--max-drop x%", "is no share"),
+        ("--max-drop nan", "is no share"),
+        ("--confidence 0.2", "is too low"),
+        ("--method nix", "there is no method 'nix'"),
+        ("--data nope", "there is no data set 'nope'"),
+        ("--keep-grid 4 0.5", "mixes fractions and numbers of tokens"),
+        ("--keep-grid 1.0", "no budget below 1.0"),
+        ("--keep-grid many", "is no number"),
+        ("--per-media 0", "neither a number"),
+        ("--limit 0", "draws nothing"),
+        ("--limit 30", "30 images or videos cannot show"),
+        ("--max-drop 1%", "400 images or videos cannot show"),
+        ("--option divprune.seeds=1", "no option 'seeds'"),
+        ("--method divprune random --out OUT/one.json", "2 methods. Give a folder"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    given = shlex.split(arguments.replace("OUT", str(tmp_path)))
+    base = [*BASE, "--data", "scenes", "--method", "divprune", "--max-drop", "5%"]
+    assert main([*base, "--out", str(tmp_path / "out"), *given]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shares() -> None:
+    assert parse_share("--max-drop", "1%") == parse_share("--max-drop", "0.01") == 0.01
+    assert parse_share("--max-drop", " 0.5 %") == 0.005
+
+
+def test_the_command_line_says_all_of_a_configuration() -> None:
+    config = PruningConfig("random", 16, "compact", {"seed": 3})
+    assert serve_command("my model", config) == (
+        "tokenprune serve 'my model' --method random --keep 16 --positions compact --option seed=3"
+    )
