@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import tokenprune_hf
@@ -151,6 +152,12 @@ def by_video(questions: Sequence[VideoQuestion]) -> Iterator[tuple[Path, list[Vi
     yield from found.items()
 
 
+def followed(questions: Sequence[VideoQuestion]) -> Iterator[tuple[Path, list[VideoQuestion]]]:
+    """Yield each video with its questions, and show how far it is where someone looks on."""
+    videos = list(by_video(questions))
+    yield from track(videos, "videos", console=Console(stderr=True))
+
+
 def main() -> None:
     """Render, answer, print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -175,7 +182,15 @@ def main() -> None:
         f"{options.layer if options.layer is not None else 'by default'}; no public model"
     )
 
-    answerer = Answerer(model, processor, options)
+    if options.videos:
+        sampled_videos(Answerer(model, processor, options), console)
+    if options.long_videos:
+        long_videos(Answerer(model, processor, options), console)
+
+
+def sampled_videos(answerer: Answerer, console: Console) -> None:
+    """Print what 1/16 and 1/32 of the tokens of 32 frames answer."""
+    options = answerer.options
     asked = [
         (method, fraction, positions)
         for method in METHODS
@@ -183,7 +198,7 @@ def main() -> None:
         for positions in ("original", "compact")
     ]
     questions = needle_set(options.work, videos=options.videos)
-    for number, (file, own) in enumerate(by_video(questions)):
+    for number, (file, own) in enumerate(followed(questions)):
         answerer.run(number, read_video(file, 32), own, asked, unpruned=True)
     total = 32 * 64
     counts = [tokens_kept(fraction, total) for fraction in FRACTIONS]
@@ -213,32 +228,26 @@ def main() -> None:
         table.add_row(kind, *shares)
     console.print(table)
 
-    if not options.long_videos:
-        return
-    answerer = Answerer(model, processor, options)
-    asked = [
-        (method, options.budget, positions)
-        for method in METHODS
-        for positions in ("original", "compact")
-    ]
+
+def long_videos(answerer: Answerer, console: Console) -> None:
+    """Print what one budget answers of 16, 64 and 256 frames."""
+    options = answerer.options
+    asked = [(method, options.budget, "original") for method in METHODS]
     questions = needle_set(options.work, videos=options.long_videos, frames=512)
-    for number, (file, own) in enumerate(by_video(questions)):
+    for number, (file, own) in enumerate(followed(questions)):
         for frames in options.frames:
             answerer.run(number, read_video(file, frames), own, asked, unpruned=frames <= 64)
     table = Table(
         "method",
-        "positions",
         *(f"{frames} frames" for frames in options.frames),
         title=f"{len(questions)} questions about {options.long_videos} videos of 512 frames, "
-        f"{options.budget} tokens kept whatever the frames",
+        f"{options.budget} tokens kept whatever the frames, original positions",
         title_justify="left",
     )
     for method in ("unpruned", *METHODS):
-        for positions in ("original", "compact"):
-            keep = 1.0 if method == "unpruned" else options.budget
-            found = [answerer.cells.get((n, method, keep, positions)) for n in options.frames]
-            if any(found):
-                table.add_row(method, positions, *(str(cell or "-") for cell in found))
+        keep = 1.0 if method == "unpruned" else options.budget
+        found = [answerer.cells.get((n, method, keep, "original")) for n in options.frames]
+        table.add_row(method, *(str(cell or "-") for cell in found))
     console.print(table)
 
 

@@ -6,11 +6,12 @@
         (or its parts, --cost first, one after another)
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
     .venv/bin/python scripts/bench_vllm.py > docs/bench_vllm.txt
-    .venv/bin/python scripts/update_docs.py demo-out/results.json
+    .venv/bin/tokenprune eval --config scripts/eval.yaml
+    .venv/bin/python scripts/update_docs.py demo-out/results.json --eval eval-out
 
 Text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of README.md and
-docs/serving.md is replaced, and docs/demo.md is written anew. Without the demo's results only the
-benchmarks are brought up to date. Nothing is measured here.
+docs/serving.md is replaced, and docs/demo.md is written anew; of the evaluation the table and the
+report are copied into docs/. What is not given stays as it is. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,35 @@ def demo_texts(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def eval_texts(folder: Path) -> dict[str, str]:
+    """Return the README's tables of an evaluation; its own table and report go into docs/."""
+    results = json.loads((folder / "results.json").read_text())
+    if not results["complete"]:
+        raise SystemExit(f"{folder} is of a run that did not finish; run it again")
+    shutil.copyfile(folder / "report.html", ROOT / "docs" / "evaluation_report.html")
+    shutil.copyfile(folder / "table.md", ROOT / "docs" / "evaluation_table.md")
+    parts = []
+    for data_set in results["data"]:
+        rows = [row for row in results["rows"] if row["data_set"] == data_set["name"]]
+        (unpruned,) = (row for row in rows if row["method"] == "unpruned")
+        pruned = [row for row in rows if row is not unpruned]
+        methods = list(dict.fromkeys(row["method"] for row in pruned))
+        shared = [{**unpruned, "method": method} for method in methods]
+        widest = max(row["accuracy"]["high"] - row["accuracy"]["low"] for row in rows)
+        parts.append(
+            f"{data_set['name']}, {data_set['questions']:,} questions, right answers in % (95 % "
+            f"intervals are at most {100 * widest:.1f} points wide):"
+        )
+        parts.append(
+            by_method([*shared, *pruned], lambda row: f"{100 * row['accuracy']['share']:.1f}")
+        )
+    minutes = results["wall_seconds"] / 60
+    parts.append(
+        f"The whole run took {minutes:.0f} minutes on {results['machine']['cores']} cores."
+    )
+    return {"eval": "\n" + "\n\n".join(parts) + "\n"}
+
+
 def fenced(name: str) -> str:
     """Return the first part of a benchmark's output in docs/, as a block of text."""
     text = (ROOT / "docs" / name).read_text().split(_GAP)[0].strip()
@@ -192,6 +223,7 @@ def main() -> None:
     parser.add_argument(
         "results", type=Path, nargs="?", help="results.json of a complete run of the demo"
     )
+    parser.add_argument("--eval", type=Path, help="folder of a complete `tokenprune eval`")
     arguments = parser.parse_args()
     texts = {"serving": serving_line()}
     texts["cost"] = "\n" + "\n\n".join(map(fenced, _BENCHES)) + "\n"
@@ -201,6 +233,8 @@ def main() -> None:
             raise SystemExit(f"{arguments.results} is of a run that did not finish; run it again")
         texts.update(demo_texts(results))
         (ROOT / "docs" / "demo.md").write_text(demo_page(results))
+    if arguments.eval is not None:
+        texts.update(eval_texts(arguments.eval))
     fill(ROOT / "README.md", texts)
     fill(ROOT / "docs" / "serving.md", {"bench": f"\n{fenced('bench_vllm.txt')}\n"})
 

@@ -36,7 +36,7 @@ from tokenprune.errors import (
 from tokenprune.numerics import full_precision
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
-from tokenprune_hf.prefix import _heads
+from tokenprune_hf.prefix import _heads, sliding_window
 from tokenprune_hf.shortened import attention_mask_of
 
 TextTokens = Literal["all", "question"]
@@ -535,9 +535,7 @@ def _attention_modules(family: Family, layers: Sequence[int] | None) -> tuple[di
                 "generated tokens from. Pass layers=... with layers that have one, or measure "
                 "another model."
             )
-        # Some modules (Mistral's) take the window from their config with every call.
-        source = attention if hasattr(attention, "sliding_window") else attention.config
-        if (window := getattr(source, "sliding_window", None)) is not None:
+        if (window := sliding_window(attention)) is not None:
             raise UnsupportedModelError(
                 f"layer {number} of {name}'s decoder sees the last {window} tokens only, so its "
                 "attention to the whole prompt is not defined. Pass layers=... with layers of full "

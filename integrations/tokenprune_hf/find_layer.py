@@ -40,6 +40,7 @@ from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import ask
+from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.reading import PromptReader, prompt_items
 from tokenprune_hf.video import Video
 
@@ -304,7 +305,8 @@ def _full_attention_layers(family: Family) -> tuple[int, ...]:
     full = tuple(
         number
         for number, layer in enumerate(layers)
-        if getattr(getattr(layer, "self_attn", None), "sliding_window", None) is None
+        if (attention := getattr(layer, "self_attn", None)) is None
+        or sliding_window(attention) is None
     )
     if not full:
         raise UnsupportedModelError(

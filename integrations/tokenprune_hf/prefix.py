@@ -66,6 +66,14 @@ def read_layers(
     return [probe.seen for probe in probes]
 
 
+def sliding_window(attention: Any) -> int | None:
+    """Return how many tokens an attention module of a decoder sees; None where it sees all."""
+    # Some (Mistral's) have no window of their own and take their config's with every call.
+    source = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(source, "sliding_window", None)
+    return window
+
+
 class _Probe:
     """Takes q and k of one prompt out of each watched layer.
 
@@ -157,7 +165,7 @@ def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_
                 "to read the question's attention from. Use flexselect-lite, or a method that "
                 "needs no language model (see `tokenprune methods`)."
             )
-        if (sliding := getattr(attention, "sliding_window", None)) is not None:
+        if (sliding := sliding_window(attention)) is not None:
             raise UnsupportedModelError(
                 f"layer {number} of {type(language_model).__name__} sees {sliding} tokens only, so "
                 "its attention cannot rank a video. Pass layer=... with a layer of full attention."

@@ -333,3 +333,17 @@ def test_gemma_is_refused() -> None:
     tiny = TINY["gemma3"]
     with pytest.raises(UnsupportedModelError, match="flexselect does not read it"):
         kept_of(tiny.model(), prompt(tiny, ["it"]))
+
+
+@pytest.mark.parametrize("of_config", [False, True])
+def test_a_layer_with_a_window_is_refused(of_config: bool) -> None:
+    """Some attention modules have their window, others (Mistral's) take their config's."""
+    tiny = TINY["llava"]
+    model, inputs = tiny.model(), prompt(tiny, ["it"])
+    attention = model.model.language_model.layers[1].self_attn
+    (attention.config if of_config else attention).sliding_window = 8
+    with (
+        tokenprune_hf.prune(model, "flexselect", 4, layer=1),
+        pytest.raises(UnsupportedModelError, match="sees 8 tokens only"),
+    ):
+        model.generate(**inputs, max_new_tokens=1)

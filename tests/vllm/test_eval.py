@@ -64,22 +64,32 @@ def evaluate(out: Path, data: Path, *engine: str) -> dict[tuple[str, str], Recor
     return {(one.item, one.condition): one for one in read_run(out).records}
 
 
-def test_a_server_answers_as_transformers_does(server: Server, tmp_path: Path) -> None:
+def test_all_engines_answer_alike(server: Server, tmp_path: Path) -> None:
     data = clips(tmp_path)
-    asked = ("--engine=openai", f"--base-url={server.url}/v1", "--model=tiny")
-    served = evaluate(tmp_path / "openai", data, *asked)
     here = evaluate(tmp_path / "hf", data, "--engine=hf", "--model=bundled")
-    assert served.keys() == here.keys()
-    assert len(served) == (12 + 4) * 2
-    for condition in ("unpruned", PRUNED):
-        for name, most, fewest in (("scenes/", 12, 11), ("clips/", 4, 4)):
-            keys = [key for key in here if key[1] == condition and key[0].startswith(name)]
-            assert len(keys) == most
-            assert all(served[key].error is None for key in keys), served[keys[0]].error
-            assert [served[key].prompt_tokens for key in keys] == [
-                here[key].prompt_tokens for key in keys
-            ]
-            assert sum(served[key].text == here[key].text for key in keys) >= fewest, condition
+    assert len(here) == (12 + 4) * 2
+    arguments = ("dtype=float32", "enforce_eager=true", "max_model_len=512", "max_num_seqs=8")
+    others = {
+        "openai": (f"--base-url={server.url}/v1", "--model=tiny"),
+        "vllm": ("--model=bundled", "--batch=8", *(f"--engine-arg={one}" for one in arguments)),
+    }
+    for engine, more in others.items():
+        there = evaluate(tmp_path / engine, data, f"--engine={engine}", *more)
+        assert there.keys() == here.keys()
+        for condition in ("unpruned", PRUNED):
+            for name, most, fewest in (("scenes/", 12, 11), ("clips/", 4, 4)):
+                keys = [key for key in here if key[1] == condition and key[0].startswith(name)]
+                assert len(keys) == most
+                assert all(there[key].error is None for key in keys), there[keys[0]].error
+                assert [there[key].prompt_tokens for key in keys] == [
+                    here[key].prompt_tokens for key in keys
+                ]
+                if engine == "vllm":
+                    assert [there[key].visual_tokens for key in keys] == [
+                        here[key].visual_tokens for key in keys
+                    ]
+                same = sum(there[key].text == here[key].text for key in keys)
+                assert same >= fewest, (engine, condition)
 
 
 def test_a_server_takes_a_question_with_choices(server: Server, tmp_path: Path) -> None:

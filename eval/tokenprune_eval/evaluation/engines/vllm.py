@@ -89,13 +89,17 @@ class VllmEngine:
         self._letters = Letters(
             self._llm.get_tokenizer(), required=settings.choose_by == "likelihood"
         )
-        config = self._llm.llm_engine.vllm_config.model_config.hf_config
-        names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-        self._placeholders = {getattr(config, name) for name in names if hasattr(config, name)}
         from transformers import AutoProcessor
 
         processors: Any = AutoProcessor
         self._processor = processors.from_pretrained(model)
+        # InternVL's videos have a placeholder of their own here, which its config does not name.
+        names = [
+            getattr(self._processor, name)
+            for name in ("image_token", "video_token")
+            if hasattr(self._processor, name)
+        ]
+        self._placeholders = set(self._llm.get_tokenizer().convert_tokens_to_ids(names))
 
     def about(self) -> dict[str, Any]:
         """Return what run.json says of it."""
