@@ -20,7 +20,9 @@ FRAMES = 32
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[VideoQuestion]:
-    return needle_set(tmp_path_factory.mktemp("needles"), videos=3, fashion=None)
+    return needle_set(
+        tmp_path_factory.mktemp("needles"), videos=2, types=("kind", "place"), fashion=None
+    )
 
 
 def request(processor: Any, question: VideoQuestion, video: Video) -> dict[str, Any]:
