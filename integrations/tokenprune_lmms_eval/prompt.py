@@ -16,11 +16,9 @@ from PIL import Image
 from tokenprune.errors import PromptError
 from tokenprune_hf.families.base import VIDEO_FRAMES
 from tokenprune_hf.images import load_image
+from tokenprune_hf.loading import frames_and_metadata
 from tokenprune_hf.video import Video, read_video
 from tokenprune_lmms_eval.arguments import Arguments
-
-_FPS = 2.0
-"""Rate of a single frame, which has time 0 at any."""
 
 Message = Mapping[str, Any]
 """``{"role", "content"}``; content is a list of ``{"type": "text", "text"}`` and ``{"type":
@@ -80,7 +78,7 @@ def lay_out(processor: Any, messages: Sequence[Message], arguments: Arguments) -
         inputs["videos"] = [video.frames for video in videos]
         inputs["videos_kwargs"] = {
             "do_sample_frames": False,
-            "video_metadata": [_metadata(video) for video in videos],
+            "video_metadata": [frames_and_metadata(video)[1] for video in videos],
         }
     batch = processor(**inputs)
     if videos and not any(name.startswith("pixel_values_videos") for name in batch):
@@ -139,18 +137,3 @@ def _video(part: Mapping[str, Any], arguments: Arguments) -> Video:
     return read_video(
         Path(given), arguments.max_frames_num, fps=arguments.fps, max_side=arguments.max_side
     )
-
-
-def _metadata(video: Video) -> dict[str, Any]:
-    """Return what processors ask about a video whose frames are chosen already."""
-    indices = video.indices.tolist()
-    # Time stamps follow from index and rate, so the rate is the one that gives these times.
-    last = float(video.times[-1])
-    rate = indices[-1] / last if last > 0 else _FPS
-    return {
-        "fps": rate,
-        "duration": video.duration,
-        "total_num_frames": video.total,
-        "frames_indices": indices,
-        "video_backend": "pyav",
-    }

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,6 +21,7 @@ pytest.importorskip("statsmodels", reason="the demo needs the extra `demo`")
 import torch
 from PIL import Image
 
+from tests.eval.browser import CHROMIUM, browse
 from tokenprune.budget import tokens_kept
 from tokenprune.cli import main
 from tokenprune.errors import TokensError
@@ -39,9 +39,6 @@ from tokenprune_eval.demo.questionsets import choose, load_sets
 from tokenprune_eval.demo.report import render
 from tokenprune_eval.demo.results import Results, Row, make_row, wilson
 from tokenprune_eval.demo.runner import KEEPS, METHODS, Example, Panel
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
 
 # Arithmetic -------------------------------------------------------------------------------------
 
@@ -334,28 +331,6 @@ def test_report_is_one_file_and_escapes_what_it_shows(
     assert html.count("\u2717") == 1
 
 
-def _browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    return subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={file.parent / 'profile'}",
-            *options,
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_report_in_a_browser(made_up: tuple[Results, list[Example]], tmp_path: Path) -> None:
     """Nothing that came from data runs, nothing sticks out on a telephone, and there is ink."""
@@ -368,7 +343,7 @@ def test_report_in_a_browser(made_up: tuple[Results, list[Example]], tmp_path: P
     page = tmp_path / "report.html"
     page.write_text(render(*made_up).replace("</body>", probe + "</body>"), encoding="utf-8")
     for width in (1280, 390):
-        shown = _browse(page, "--dump-dom", f"--window-size={width},2000").stdout
+        shown = browse(page, "--dump-dom", f"--window-size={width},2000").stdout
         found = re.search(r'data-state="([^"]*)"', shown)
         assert found
         title, broken, overflow, images = found[1].split("|")
@@ -376,7 +351,7 @@ def test_report_in_a_browser(made_up: tuple[Results, list[Example]], tmp_path: P
         assert (int(broken), int(images)) == (0, 2)
         assert int(overflow) == 0, f"{overflow} pixels too wide at {width}"
     picture = tmp_path / "page.png"
-    _browse(page, f"--screenshot={picture}", "--window-size=1280,2600")
+    browse(page, f"--screenshot={picture}", "--window-size=1280,2600")
     pixels = np.asarray(Image.open(picture).convert("L")).astype(float)
     assert pixels.shape == (2600, 1280)
     # Ink in every quarter of the page, and paper around it.

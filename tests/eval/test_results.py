@@ -7,8 +7,6 @@ import io
 import json
 import math
 import re
-import shutil
-import subprocess
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +20,7 @@ pytest.importorskip("statsmodels", reason="the results need the extra `eval`")
 from PIL import Image
 from rich.console import Console
 
+from tests.eval.browser import CHROMIUM, browse
 from tokenprune.errors import ConfigError, InputFileError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.records import Condition, Record, Seconds
@@ -39,7 +38,6 @@ from tokenprune_eval.results.summary import (
 )
 from tokenprune_eval.results.table import markdown, print_tables
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>document.title = 'owned'</script> & \"quoted\" {{ 7 * 7 }} $x_1$ |"
 
 FULL = Condition(method="unpruned", keep=1.0)
@@ -404,28 +402,6 @@ def test_unfinished_runs_have_a_report_too(tmp_path: Path) -> None:
     markdown(alone)
 
 
-def _browse(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    return subprocess.run(
-        [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--disable-background-networking",
-            "--disable-component-update",
-            f"--user-data-dir={file.parent / 'profile'}",
-            *options,
-            file.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_report_in_a_browser(tmp_path: Path) -> None:
     """Nothing from data runs, nothing sticks out on a telephone, and the table sorts."""
@@ -450,7 +426,7 @@ def test_report_in_a_browser(tmp_path: Path) -> None:
     pairs = [row.against_unpruned for row in results.rows if row.data_set == EVIL]
     differences = sorted(pair.difference for pair in pairs if pair)
     for width in (1280, 390):
-        shown = _browse(page, "--dump-dom", f"--window-size={width},2000").stdout
+        shown = browse(page, "--dump-dom", f"--window-size={width},2000").stdout
         found = re.search(r'data-state="([^"]*)"', shown)
         assert found
         state = json.loads(base64.b64decode(found[1]))
@@ -464,7 +440,7 @@ def test_report_in_a_browser(tmp_path: Path) -> None:
             assert order.endswith(" ")
             assert [float(value) for value in order.split()] == pytest.approx(expected)
     picture = tmp_path / "page.png"
-    _browse(page, f"--screenshot={picture}", "--window-size=1280,2400")
+    browse(page, f"--screenshot={picture}", "--window-size=1280,2400")
     pixels = np.asarray(Image.open(picture).convert("L")).astype(float)
     assert all(quarter.std() > 8 for quarter in np.split(pixels, 4))
     assert (pixels > 250).mean() > 0.4

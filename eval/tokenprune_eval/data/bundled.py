@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from tokenprune.errors import did_you_mean
 from tokenprune_eval.bundled.easyvqa import Split as EasyVqaSplit
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.model import default_cache_dir
-from tokenprune_eval.bundled.needles import needle_set
+from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
 from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.bundled.scenes import Split as NeedleSplit
 from tokenprune_eval.bundled.scenes import load_scenes
@@ -66,33 +66,16 @@ def needles(split: str, work: Path | None = None, videos: int = 100) -> DataSet:
     """
     _check_split("needles", split, get_args(NeedleSplit))
     folder = work if work is not None else default_cache_dir() / "needles"
-    items = tuple(
-        Item(
-            id=asked.id,
-            kind="video",
-            path=asked.video.absolute(),
-            question=asked.question,
-            answer=asked.answer,
-            type=asked.type,
-        )
-        for asked in needle_set(folder, videos=videos, split=cast(NeedleSplit, split))
-    )
-    return DataSet(_named("needles", split), items)
+    asked = needle_set(folder, videos=videos, split=cast(NeedleSplit, split))
+    return DataSet(_named("needles", split), [_item(one, "video", one.video) for one in asked])
 
 
 def _of_images(name: str, split: str, questions: list[Question]) -> DataSet:
-    items = tuple(
-        Item(
-            id=question.id,
-            kind="image",
-            path=question.image.absolute(),
-            question=question.question,
-            answer=question.answer,
-            type=question.type,
-        )
-        for question in questions
-    )
-    return DataSet(_named(name, split), items)
+    return DataSet(_named(name, split), [_item(one, "image", one.image) for one in questions])
+
+
+def _item(one: Question | VideoQuestion, kind: Literal["image", "video"], path: Path) -> Item:
+    return Item(one.id, kind, path.absolute(), one.question, one.answer, type=one.type)
 
 
 def _named(name: str, split: str) -> str:

@@ -130,8 +130,10 @@ class TransformersEngine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.media_at_once = {"image": max(16, settings.batch), "video": 1}
-        self.media_at_once["video"] = max(1, settings.batch // 4)
+        self.media_at_once = {
+            "image": max(16, settings.batch),
+            "video": max(1, settings.batch // 4),
+        }
         self.model, self.processor = load(model_path(settings.model))
         self.prunings = {one.key: settings.pruning(one) for one in settings.conditions()}
         self.needs = sorted(

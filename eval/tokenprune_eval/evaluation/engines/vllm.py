@@ -24,6 +24,8 @@ from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_hf.loading import frames_and_metadata, model_path, prompt_text
 from tokenprune_hf.video import Video
+from tokenprune_vllm.engine import read_config
+from tokenprune_vllm.settings import KEY
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class VllmEngine:
             **settings.engine_args,
         }
         methods = list(dict.fromkeys(settings.method))
-        self._pruned = bool(methods)
+        # An exported checkpoint prunes by itself: there the unpruned condition has to be asked for.
+        self._pruned = bool(methods) or KEY in read_config(model)
         if methods:
             arguments = tokenprune_vllm.engine_args(
                 model,
@@ -189,7 +192,7 @@ class VllmEngine:
             asked: dict[str, Any] = {"method": condition.method, "keep": condition.keep}
             if condition.method == UNPRUNED:
                 asked = {"off": True}
-            request["mm_processor_kwargs"] = {"tokenprune": asked}
+            request["mm_processor_kwargs"] = {KEY: asked}
         return request
 
     def _sampling(self, letters: Sequence[Sequence[int]]) -> Any:
