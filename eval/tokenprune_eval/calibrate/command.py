@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_positions, parse_keep, parse_options
 from tokenprune.errors import ConfigError
+from tokenprune_eval.evaluation.command import add_how, options_by_method
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -123,32 +124,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--media", type=Path, metavar="DIR", help="where the data's files lie")
     what.add_argument("--split", help="of a named data set (default: test)")
     what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
-    asking = parser.add_argument_group("how it is asked")
-    asking.add_argument("--frames", type=int, help="of each video (default: 32)")
-    asking.add_argument("--fps", type=float, help="frames a second, --frames at most")
-    asking.add_argument("--max-side", type=int, metavar="PIXELS", help="of a video's frames")
-    asking.add_argument("--instruction", metavar="TEXT", help="put behind every open question")
-    asking.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 16")
-    asking.add_argument(
-        "--choose-by",
-        choices=("likelihood", "text"),
-        help="what counts for questions with choices (default: likelihood; text with openai)",
-    )
-    engine = parser.add_argument_group("the engine")
-    engine.add_argument("--engine", choices=("hf", "vllm", "openai"), help="default: hf")
-    engine.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 1)")
-    engine.add_argument("--workers", type=int, metavar="N", help="hf: copies of a small model")
-    engine.add_argument(
-        "--cache", type=Path, metavar="DIR", help="hf: keep what was encoded; rounds share it"
-    )
-    engine.add_argument("--base-url", metavar="URL", help="openai: http://HOST:PORT/v1")
-    engine.add_argument("--api-key", metavar="NAME", help="openai: environment variable of the key")
-    engine.add_argument("--concurrency", type=int, metavar="N", help="openai: requests at a time")
-    engine.add_argument("--timeout", type=float, metavar="SECONDS", help="openai: of a request")
-    engine.add_argument("--retries", type=int, metavar="N", help="openai: of a request")
-    engine.add_argument(
-        "--engine-arg", action="append", default=[], metavar="NAME=VALUE", help="vllm: of vllm.LLM"
-    )
+    add_how(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -287,7 +263,6 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
     TokenPruneError
         If they cannot be used.
     """
-    from tokenprune_eval.evaluation.command import _options
     from tokenprune_eval.evaluation.settings import read_settings
 
     values: dict[str, Any] = {
@@ -295,8 +270,8 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
     }
     values |= {
         "keep": list(bounds.grid),
-        "options": _options(arguments.option),
-        "engine_args": parse_options(arguments.engine_arg),
+        "options": options_by_method(arguments.option),
+        "engine_args": parse_options(arguments.engine_arg or []),
         "out": arguments.out,
     }
     settings = read_settings(values)

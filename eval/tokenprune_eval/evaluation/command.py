@@ -74,6 +74,19 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--limit", type=int, metavar="N", help="questions of each data set")
     what.add_argument("--seed", type=int, help="of the draw of these questions (default: 0)")
     what.add_argument("--shard", metavar="I/N", help="take the I-th of N parts of the data")
+    engine = add_how(parser)
+    engine.add_argument("--memory", type=int, metavar="N", help="hf: questions with peak memory")
+    engine.add_argument("--dominance", type=int, metavar="N", help="hf: questions with MDI and AEI")
+    running = parser.add_argument_group("the run")
+    running.add_argument("--out", type=Path, metavar="DIR", help="folder; a run goes on in its own")
+    running.add_argument("--strict", action="store_true", default=None, help="end at an error")
+    running.add_argument(
+        "--retry-errors", action="store_true", default=None, help="ask again what ended in one"
+    )
+
+
+def add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add how questions are asked and by which engine; return the engine's group."""
     asking = parser.add_argument_group("how it is asked")
     asking.add_argument("--frames", type=int, help="of each video (default: 32)")
     asking.add_argument("--fps", type=float, help="frames a second, --frames at most")
@@ -90,8 +103,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--batch", type=int, metavar="N", help="questions at a time (default: 1)")
     engine.add_argument("--workers", type=int, metavar="N", help="hf: copies of a small model")
     engine.add_argument("--cache", type=Path, metavar="DIR", help="hf: keep what was encoded")
-    engine.add_argument("--memory", type=int, metavar="N", help="hf: questions with peak memory")
-    engine.add_argument("--dominance", type=int, metavar="N", help="hf: questions with MDI and AEI")
     engine.add_argument("--base-url", metavar="URL", help="openai: http://HOST:PORT/v1")
     engine.add_argument("--api-key", metavar="NAME", help="openai: environment variable of the key")
     engine.add_argument("--concurrency", type=int, metavar="N", help="openai: requests at a time")
@@ -100,12 +111,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--engine-arg", action="append", metavar="NAME=VALUE", help="vllm: of vllm.LLM"
     )
-    running = parser.add_argument_group("the run")
-    running.add_argument("--out", type=Path, metavar="DIR", help="folder; a run goes on in its own")
-    running.add_argument("--strict", action="store_true", default=None, help="end at an error")
-    running.add_argument(
-        "--retry-errors", action="store_true", default=None, help="ask again what ended in one"
-    )
+    return engine
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -128,7 +134,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     if arguments.shard:
         values["shard"] = _shard(arguments.shard)
     if arguments.option:
-        values["options"] = _options(arguments.option)
+        values["options"] = options_by_method(arguments.option)
     if arguments.engine_arg:
         values["engine_args"] = parse_options(arguments.engine_arg)
     return read_settings(values, arguments.config)
@@ -141,7 +147,14 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def _options(given: list[str]) -> dict[str, dict[str, Any]]:
+def options_by_method(given: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what ``--option METHOD.NAME=VALUE`` says, by method.
+
+    Raises
+    ------
+    ConfigError
+        If no method is named.
+    """
     found: dict[str, dict[str, Any]] = {}
     for one in given:
         method, dot, option = one.partition(".")
