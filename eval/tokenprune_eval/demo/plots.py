@@ -107,21 +107,42 @@ def accuracy_plot(rows: Sequence[Row], narrow: bool = False) -> str:
             columnspacing=1.4,
             fontsize=size - 0.5,
         )
-        stream = io.BytesIO()
-        figure.savefig(
-            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
+        return svg_uri(figure)
+
+
+def svg_uri(figure: Figure) -> str:
+    """Return a figure as a data URI that a page can hold."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def _line(axes: Axes, points: Sequence[Row], shift: float, style: Style, name: str) -> None:
-    accuracy = [100 * row.accuracy for row in points]
+def draw_line(
+    axes: Axes,
+    costs: Sequence[float],
+    accuracies: Sequence[tuple[float, float, float]],
+    style: Style,
+    name: str,
+) -> None:
+    """Draw a method's accuracy against its cost, with whiskers.
+
+    Parameters
+    ----------
+    axes
+        Where.
+    costs
+        Of each point, rising.
+    accuracies
+        Share of right answers and both ends of its interval, between 0 and 1, of each point.
+    style, name
+        The method's.
+    """
     axes.errorbar(
-        [row.visual_tokens * shift for row in points],
-        accuracy,
+        costs,
+        [100 * share for share, _, _ in accuracies],
         yerr=[
-            [100 * (row.accuracy - row.ci_low) for row in points],
-            [100 * (row.ci_high - row.accuracy) for row in points],
+            [100 * (share - low) for share, low, _ in accuracies],
+            [100 * (high - share) for share, _, high in accuracies],
         ],
         color=style.color,
         marker=style.marker,
@@ -134,6 +155,16 @@ def _line(axes: Axes, points: Sequence[Row], shift: float, style: Style, name: s
         capsize=2.2,
         label=name,
         zorder=4 if style.width > 1.5 else 3,
+    )
+
+
+def _line(axes: Axes, points: Sequence[Row], shift: float, style: Style, name: str) -> None:
+    draw_line(
+        axes,
+        [row.visual_tokens * shift for row in points],
+        [(row.accuracy, row.ci_low, row.ci_high) for row in points],
+        style,
+        name,
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -13,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from tokenprune_eval.demo.plots import FAINT, GRID, INK, Style, style_of
+from tokenprune_eval.demo.plots import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
 from tokenprune_eval.evaluation.records import UNPRUNED
 from tokenprune_eval.results import words
 from tokenprune_eval.results.statistics import Accuracy
@@ -122,11 +120,7 @@ def cost_plot(rows: Sequence[Row], cost: Cost, narrow: bool = False) -> str | No
             columnspacing=1.4,
             fontsize=size - 0.5,
         )
-        stream = io.BytesIO()
-        figure.savefig(
-            stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
-        )
-    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+        return svg_uri(figure)
 
 
 def _short(name: str) -> str:
@@ -145,25 +139,13 @@ def _point(row: Row, cost: Cost) -> _Point | None:
 
 def _line(axes: Axes, points: Sequence[_Point], shift: float, style: Style, name: str) -> None:
     ordered = sorted(points, key=lambda point: point.cost)
-    axes.errorbar(
+    draw_line(
+        axes,
         [point.cost * shift for point in ordered],
-        [100 * point.accuracy.share for point in ordered],
-        yerr=[
-            [100 * (point.accuracy.share - point.accuracy.low) for point in ordered],
-            [100 * (point.accuracy.high - point.accuracy.share) for point in ordered],
-        ],
-        color=style.color,
-        marker=style.marker,
-        markersize=6,
-        markeredgecolor="white",
-        markeredgewidth=0.8,
-        linestyle=style.line,
-        linewidth=style.width,
-        elinewidth=1.1,
-        capsize=2.2,
+        [(one.accuracy.share, one.accuracy.low, one.accuracy.high) for one in ordered],
+        style,
         # matplotlib leaves a name that begins with an underscore out of the legend.
-        label=f" {name}" if name.startswith("_") else name,
-        zorder=4 if style.width > 1.5 else 3,
+        f" {name}" if name.startswith("_") else name,
     )
 
 
