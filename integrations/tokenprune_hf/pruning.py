@@ -12,7 +12,7 @@ import functools
 import inspect
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenprune.budget import Keep, check_keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, PromptError, TokenPruneError
-from tokenprune.selecting import select_many
+from tokenprune.selecting import check_scored, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
@@ -240,6 +240,7 @@ class Pruning:
     def _shorten(self, arguments: dict[str, Any]) -> Shortened | None:
         """Encode, select and shorten a call's prompt; None where it has no image and no video."""
         encoded: Encoded | None = arguments.pop("encoded", None)
+        scored: Sequence[Selection] | None = arguments.pop("scored", None)
         if arguments.get("mm_encoder_outputs"):
             raise PromptError(
                 "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
@@ -273,7 +274,7 @@ class Pruning:
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
             started = time.perf_counter()
             items = prompt_items(self._family, arguments, encoded, self.selector.needs)
-            selections = self._select(encoded, items, placeholders)
+            selections = self._select(encoded, items, placeholders, scored)
             self.selecting_seconds = time.perf_counter() - started
             shortened = shorten_prompt(
                 self._family, arguments, encoded, placeholders, selections, self.positions
@@ -303,16 +304,29 @@ class Pruning:
         encoded: Encoded,
         items: dict[str, list[VisualTokens]],
         placeholders: dict[str, Tensor],
+        scored: Sequence[Selection] | None,
     ) -> dict[str, list[Selection]]:
         """Choose the tokens of every item; `self.selections` gets them in prompt order."""
-        result: dict[str, list[Selection]] = {}
-        in_prompt: list[tuple[list[int], Selection]] = []
-        for modality, media in encoded.modalities.items():
-            result[modality] = select_many(items[modality], self.selector, self.keep)
-            for item, selection in zip(media.items, result[modality], strict=True):
-                place: list[int] = placeholders[modality][int(item.rows[0])].tolist()
-                in_prompt.append((place, selection))
-        self.selections = [one for _, one in sorted(in_prompt, key=lambda pair: pair[0])]
+        places = {
+            (modality, index): placeholders[modality][int(item.rows[0])].tolist()
+            for modality, media in encoded.modalities.items()
+            for index, item in enumerate(media.items)
+        }
+        in_prompt = sorted(places, key=places.__getitem__)
+        known: dict[tuple[str, int], Selection] = {}
+        if scored is not None:
+            check_scored(scored, [items[modality][index].total for modality, index in in_prompt])
+            known = dict(zip(in_prompt, scored, strict=True))
+        result = {
+            modality: select_many(
+                own,
+                self.selector,
+                self.keep,
+                scored=[known[modality, index] for index in range(len(own))] if known else None,
+            )
+            for modality, own in items.items()
+        }
+        self.selections = [result[modality][index] for modality, index in in_prompt]
         return result
 
 

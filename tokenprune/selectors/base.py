@@ -1,8 +1,8 @@
 """What a selector is: a frozen dataclass whose fields are its options, with `score` or `select`.
 
-A method that ranks tokens one by one defines `score`; one that weighs them against each other
-defines `select`. Either way exactly `keep` tokens come back, ascending, and ties go to the lowest
-index.
+A method that ranks tokens one by one defines `score`; one that weighs scored tokens against each
+other defines `pick` too, and one without scores defines `select`. Either way exactly `keep` tokens
+come back, ascending, and ties go to the lowest index.
 """
 
 from __future__ import annotations
@@ -110,8 +110,22 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither score nor select")
 
+    def pick(self, tokens: TokenBatch, scores: Tensor, keep: int) -> Tensor:
+        """Return LongTensor [B, K], ascending: what stays by these scores; the highest, by default.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape, with everything in `needs`.
+        scores
+            What `score` returned for them.
+        keep
+            K, between 1 and N.
+        """
+        return top_k(scores, keep)
+
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
-        """Return the `keep` tokens of each item that stay; by default those that score highest.
+        """Return the `keep` tokens of each item that stay: `score`, then `pick`.
 
         Parameters
         ----------
@@ -121,7 +135,7 @@ class Selector:
             K, between 1 and N.
         """
         scores = self.score(tokens)
-        return Picks(top_k(scores, keep), scores)
+        return Picks(self.pick(tokens, scores, keep), scores)
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:

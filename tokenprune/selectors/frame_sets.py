@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, TokensError
-from tokenprune.selectors.base import Picks, Selector, top_k
+from tokenprune.selectors.base import Selector, top_k
 from tokenprune.tokens import TokenBatch
 
 
@@ -59,15 +59,13 @@ class FrameSets(Selector):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define score_sets")
 
-    def select(self, tokens: TokenBatch, keep: int) -> Picks:
-        """Return the best tokens of each set, `keep` in all, in their original order.
+    def score(self, tokens: TokenBatch) -> Tensor:
+        """Return float32 [B, N], each token's score in its own set.
 
-        Parameters
-        ----------
-        tokens
-            B items of one shape.
-        keep
-            K, between 1 and N.
+        Raises
+        ------
+        TokensError
+            If a score is not finite.
         """
         sets = frame_sets(tokens.grid, self.frames_per_set)
         scores = torch.empty(tokens.size, tokens.total, dtype=torch.float32, device=tokens.device)
@@ -83,12 +81,17 @@ class FrameSets(Selector):
                 "values. They come from the model: check the image, and the model's dtype "
                 "(float16 overflows; bfloat16 or float32 do not)."
             )
+        return scores
+
+    def pick(self, tokens: TokenBatch, scores: Tensor, keep: int) -> Tensor:
+        """Return the best tokens of each set, LongTensor [B, K], ascending."""
+        sets = [own.to(scores.device) for own in frame_sets(tokens.grid, self.frames_per_set)]
         picks = [
-            own.to(scores.device)[top_k(scores[:, own.to(scores.device)], share)]
+            own[top_k(scores[:, own], share)]
             for own, share in zip(sets, shares(keep, [len(own) for own in sets]), strict=True)
             if share
         ]
-        return Picks(torch.cat(picks, dim=1).sort(dim=1).values, scores)
+        return torch.cat(picks, dim=1).sort(dim=1).values
 
 
 def frame_sets(grid: tuple[int, int, int], frames_per_set: int) -> list[Tensor]:

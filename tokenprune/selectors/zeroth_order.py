@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.numerics import blocks_of, first_equal_row, full_precision
 from tokenprune.projectors import LiftedProjector, MLPProjector
-from tokenprune.selectors.base import Picks, Selector, top_k
+from tokenprune.selectors.base import Selector, top_k
 from tokenprune.selectors.diversity import pick_diverse
 from tokenprune.tokens import Projector, TokenBatch
 
@@ -114,15 +114,13 @@ class ZerothOrder(Selector):
             )
         return scores
 
-    def select(self, tokens: TokenBatch, keep: int) -> Picks:
-        """Return LongTensor [B, K], ascending, and S as scores (float32 [B, N])."""
-        scores = self.score(tokens)
+    def pick(self, tokens: TokenBatch, scores: Tensor, keep: int) -> Tensor:
+        """Return LongTensor [B, K], ascending: by S [B, N], and with `diversity` no two alike."""
         if not self.diversity:
-            return Picks(top_k(scores, keep), scores)
+            return top_k(scores, keep)
         lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
         weights = ((scores - lowest) / (highest - lowest + 1e-8)).masked_fill(lowest == highest, 1)
-        kept = pick_diverse(tokens.require("embeddings"), keep, weights, weights.argmax(dim=-1))
-        return Picks(kept, scores)
+        return pick_diverse(tokens.require("embeddings"), keep, weights, weights.argmax(dim=-1))
 
     def _measure(self, projector: Projector, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the features [N, C] of one item to its S [N]."""

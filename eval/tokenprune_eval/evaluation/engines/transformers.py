@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +34,8 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.selection import Selection
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import FROM_PROMPT
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.costs import peak_bytes
 from tokenprune_eval.demo.output import OutputError
@@ -82,12 +84,16 @@ class _Prepared:
         How long that took; where it is read from the cache, how long it took then.
     file
         Where it is in the cache, or will be; None without a cache.
+    read
+        What a method that reads the question made of it, for the other budgets: by question and
+        method, the selections and how many seconds they took.
     """
 
     prompts: list[dict[str, Any]]
     encoded: Encoded | None = None
     encode_seconds: float = 0.0
     file: Path | None = None
+    read: dict[tuple[str, Selector], tuple[list[Selection], float]] = field(default_factory=dict)
 
     def known(self) -> Encoded:
         """Return what was encoded."""
@@ -219,7 +225,7 @@ class TransformersEngine:
     def answer(
         self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
     ) -> None:
-        """Answer in batches of prompts of about one length."""
+        """Answer in batches of prompts of about one length, at least one for each worker."""
         ids = {item.id for item in wanted}
         questions = [
             _Question(item, prompt, one.prepared)
@@ -227,8 +233,12 @@ class TransformersEngine:
             for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
             if item.id in ids
         ]
-        questions.sort(key=lambda one: one.length)
-        size = self.settings.batch
+        # Questions about one image or video stay together, for they may share a selection.
+        longest: dict[int, int] = {}
+        for one in questions:
+            longest[id(one.prepared)] = max(one.length, longest.get(id(one.prepared), 0))
+        questions.sort(key=lambda one: longest[id(one.prepared)])
+        size = min(self.settings.batch, -(-len(questions) // self.settings.workers)) or 1
         pruning = self.prunings[condition.key]
         self._share_out(
             [
@@ -373,15 +383,19 @@ class TransformersEngine:
         letters = [self._letters.of(one.item) for one in questions]
         first = _FirstToken(letters)
         started = time.perf_counter()
+        selector = pruning.selector()
+        reads = bool(FROM_PROMPT & set(selector.needs))
+        known = [one.prepared.read.get((one.item.id, selector)) for one in questions]
+        read = [one for one in known if one is not None]
+        scored = [one for own, _ in read for one in own] if len(read) == len(known) else None
         with (
             torch.inference_mode(),
-            tokenprune_hf.prune(
-                model, pruning.selector(), pruning.keep, pruning.positions
-            ) as running,
+            tokenprune_hf.prune(model, selector, pruning.keep, pruning.positions) as running,
         ):
             output = model.generate(
                 **inputs,
                 encoded=encoded,
+                scored=scored,
                 max_new_tokens=self.settings.max_new_tokens,
                 logits_processor=[first],
                 return_dict_in_generate=True,
@@ -391,6 +405,10 @@ class TransformersEngine:
             selections = list(running.selections)
         total = time.perf_counter() - started
         count = len(questions)
+        prefill = (first.at - started - selecting) / count
+        decode = (total - (first.at - started)) / count
+        # What does not read the question chooses once for all questions about an image or video.
+        select = selecting / (count if reads else len({id(one.prepared) for one in questions}))
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         result = []
@@ -400,7 +418,9 @@ class TransformersEngine:
             before, after = sum(one.total for one in own), sum(len(one.kept) for one in own)
             prompt_tokens = int(inputs["attention_mask"][row].sum()) - before + after
             encode = question.prepared.encode_seconds
-            prefill = first.at - started - selecting
+            choose = select + (0.0 if scored is None else read[row][1])
+            if reads and scored is None:
+                question.prepared.read[question.item.id, selector] = own, select
             result.append(
                 Said(
                     text=str(texts[row]).strip(),
@@ -414,11 +434,11 @@ class TransformersEngine:
                     batch=count,
                     seconds=Seconds(
                         encode=encode,
-                        select=selecting / count,
-                        prefill=prefill / count,
-                        decode=(total - (first.at - started)) / count,
-                        first_token=encode + (selecting + prefill) / count,
-                        total=encode + total / count,
+                        select=choose,
+                        prefill=prefill,
+                        decode=decode,
+                        first_token=encode + choose + prefill,
+                        total=encode + choose + prefill + decode,
                     ),
                     kept=own[0].kept.cpu().numpy() if len(own) == 1 else None,
                     grid=own[0].grid if len(own) == 1 else None,
