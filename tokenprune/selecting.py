@@ -48,7 +48,7 @@ def select_many(
     selector: Selector,
     keep: Keep,
     *,
-    scored: Sequence[Selection] | None = None,
+    known: Sequence[Selection | None] | None = None,
 ) -> list[Selection]:
     """Choose which tokens of each item stay; items of one shape are done in one batch.
 
@@ -62,9 +62,9 @@ def select_many(
         A method with its options, see `tokenprune.registry.build`.
     keep
         The budget of each item.
-    scored
-        What the same method returned for the same items at any budget. Its scores are taken from
-        there and not computed again, where the method has scores that do not depend on the budget.
+    known
+        What the same method returned for the same items at any budget, or None. A selection of this
+        budget is taken as it is; of another one, the scores are not computed again.
 
     Returns
     -------
@@ -77,26 +77,32 @@ def select_many(
         As for `select`; an error about tokens names the item.
     """
     keep = check_keep(keep)
-    if scored is not None:
-        check_scored(scored, [item.total for item in items])
+    earlier = [None] * len(items) if known is None else list(known)
+    check_known(earlier, [item.total for item in items])
     groups: dict[tuple[object, ...], list[int]] = {}
+    selections: dict[int, Selection] = {}
     # Images that many questions are about come many times, as one object.
     first: dict[int, int] = {}
     for index, item in enumerate(items):
         first.setdefault(id(item), index)
     for index in first.values():
-        groups.setdefault(batch_key(items[index], selector.needs), []).append(index)
-    selections: dict[int, Selection] = {}
+        before = earlier[index]
+        if before is not None and len(before) == tokens_kept(keep, before.total):
+            selections[index] = before
+            continue
+        # A `select` of its own may use its scores in another way than `pick` does.
+        picks_by_score = type(selector).select is Selector.select
+        scored = picks_by_score and before is not None and before.scores is not None
+        key = (scored, *batch_key(items[index], selector.needs))
+        groups.setdefault(key, []).append(index)
     with torch.no_grad():
-        for indices in groups.values():
+        for key, indices in groups.items():
             batch = stack([items[index] for index in indices], selector.needs)
             count = tokens_kept(keep, batch.total)
-            known = [scored[index].scores for index in indices] if scored is not None else []
-            scores = [one for one in known if one is not None]
-            # A `select` of its own may use its scores in another way than `pick` does.
-            if len(scores) == len(indices) and type(selector).select is Selector.select:
-                both = torch.stack(scores).to(batch.device)
-                picks = Picks(selector.pick(batch, both, count), both)
+            given = [one.scores for index in indices if (one := earlier[index]) is not None]
+            if key[0]:
+                scores = torch.stack([one for one in given if one is not None]).to(batch.device)
+                picks = Picks(selector.pick(batch, scores, count), scores)
             else:
                 picks = selector.select(batch, count)
             if picks.kept.shape != (batch.size, count):
@@ -115,17 +121,18 @@ def select_many(
     return [selections[first[id(item)]] for item in items]
 
 
-def check_scored(scored: Sequence[Selection], totals: Sequence[int]) -> None:
-    """Raise unless there is one selection for each item, of as many tokens.
+def check_known(known: Sequence[Selection | None], totals: Sequence[int]) -> None:
+    """Raise unless there is one selection for each item, of as many tokens, or None.
 
     Raises
     ------
     TokensError
         Naming what was given and what is needed.
     """
-    given = [one.total for one in scored]
-    if given != list(totals):
+    given = [None if one is None else one.total for one in known]
+    fits = [one in (None, total) for one, total in zip(given, totals, strict=False)]
+    if len(given) != len(totals) or not all(fits):
         raise TokensError(
-            f"scored holds selections of {given} tokens, and the items have {list(totals)}. Pass "
+            f"known holds selections of {given} tokens, and the items have {list(totals)}. Pass "
             "what the same method returned for the same items, in their order."
         )

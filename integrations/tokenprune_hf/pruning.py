@@ -22,7 +22,7 @@ from torch import Tensor
 from tokenprune.budget import Keep, check_keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, PromptError, TokenPruneError
-from tokenprune.selecting import check_scored, select_many
+from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
@@ -240,7 +240,7 @@ class Pruning:
     def _shorten(self, arguments: dict[str, Any]) -> Shortened | None:
         """Encode, select and shorten a call's prompt; None where it has no image and no video."""
         encoded: Encoded | None = arguments.pop("encoded", None)
-        scored: Sequence[Selection] | None = arguments.pop("scored", None)
+        known: Sequence[Selection | None] | None = arguments.pop("known", None)
         if arguments.get("mm_encoder_outputs"):
             raise PromptError(
                 "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
@@ -274,7 +274,7 @@ class Pruning:
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
             started = time.perf_counter()
             items = prompt_items(self._family, arguments, encoded, self.selector.needs)
-            selections = self._select(encoded, items, placeholders, scored)
+            selections = self._select(encoded, items, placeholders, known)
             self.selecting_seconds = time.perf_counter() - started
             shortened = shorten_prompt(
                 self._family, arguments, encoded, placeholders, selections, self.positions
@@ -304,7 +304,7 @@ class Pruning:
         encoded: Encoded,
         items: dict[str, list[VisualTokens]],
         placeholders: dict[str, Tensor],
-        scored: Sequence[Selection] | None,
+        known: Sequence[Selection | None] | None,
     ) -> dict[str, list[Selection]]:
         """Choose the tokens of every item; `self.selections` gets them in prompt order."""
         places = {
@@ -313,16 +313,15 @@ class Pruning:
             for index, item in enumerate(media.items)
         }
         in_prompt = sorted(places, key=places.__getitem__)
-        known: dict[tuple[str, int], Selection] = {}
-        if scored is not None:
-            check_scored(scored, [items[modality][index].total for modality, index in in_prompt])
-            known = dict(zip(in_prompt, scored, strict=True))
+        earlier = [None] * len(in_prompt) if known is None else list(known)
+        check_known(earlier, [items[modality][index].total for modality, index in in_prompt])
+        of_item = dict(zip(in_prompt, earlier, strict=True))
         result = {
             modality: select_many(
                 own,
                 self.selector,
                 self.keep,
-                scored=[known[modality, index] for index in range(len(own))] if known else None,
+                known=[of_item[modality, index] for index in range(len(own))],
             )
             for modality, own in items.items()
         }

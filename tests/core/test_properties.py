@@ -19,6 +19,8 @@ from tokenprune import MLPProjector, Selection, VisualTokens
 from tokenprune.errors import TokensError
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
+from tokenprune.selectors.base import Selector
+from tokenprune.tokens import TokenBatch
 
 METHODS = list(tokenprune.methods())
 LOOKING = [name for name, method in tokenprune.methods().items() if method.needs]
@@ -129,6 +131,39 @@ def test_a_batch_of_mixed_sizes_equals_single_items(method: str, dtype: torch.dt
         for tokens, selection in zip(items, together, strict=True):
             assert same(select_many([tokens], selector, keep)[0], selection)
     assert select_many([], selector, 5) == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_known_of_another_budget_changes_nothing(method: str) -> None:
+    items = [item(GRIDS[index % 4], seed=index) for index in (3, 1, 7, 2)]
+    selector = build(method, options_of(method))
+    known = select_many(items, selector, 0.5)
+    for keep in (1, 0.2, 0.5, 1.0):
+        again = select_many(items, selector, keep, known=[known[0], None, *known[2:]])
+        for one, other in zip(again, select_many(items, selector, keep), strict=True):
+            assert same(one, other)
+    with pytest.raises(TokensError, match=r"selections of .* and the items have .* in their order"):
+        select_many(items[1:], selector, 0.5, known=known[:-1])
+
+
+def test_what_comes_twice_or_is_known_is_not_scored_again() -> None:
+    seen: list[int] = []
+
+    class Counting(Selector):
+        name, needs = "counting", ("embeddings",)
+
+        def score(self, tokens: TokenBatch) -> Tensor:
+            seen.append(tokens.size)
+            return tokens.require("embeddings").sum(dim=-1)
+
+    one, other = item((1, 3, 5), seed=1), item((1, 3, 5), seed=2)
+    selections = select_many([one, other, one, one], Counting(), 4)
+    assert seen == [2]
+    assert same(selections[2], selections[0])
+    assert not same(selections[1], selections[0])
+    select_many([one, other], Counting(), 6, known=selections[:2])
+    assert select_many([one], Counting(), 4, known=selections[:1])[0] is selections[0]
+    assert seen == [2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

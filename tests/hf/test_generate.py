@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +15,7 @@ import tokenprune_hf
 from tests.hf.by_hand import greedy
 from tests.hf.models import IMAGE, TINY, prompt
 from tokenprune.config import Positions
-from tokenprune.errors import PromptError
+from tokenprune.errors import PromptError, TokensError
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 
@@ -265,6 +265,25 @@ def test_encoding_once_equals_encoding_each_time() -> None:
             swapped = {key: value[[1, 1, 0]] for key, value in text.items()}
             output = model.generate(**swapped, encoded=again, **GREEDY)
             assert output[:, length:].tolist() == expected[[1, 1, 0], length:].tolist()
+
+
+def test_scores_of_another_budget_are_taken_over_in_prompt_order() -> None:
+    model, inputs, _ = setting("qwen2_5_vl", ["tiit", "it"])
+    with tokenprune_hf.prune(model, "flexselect", 3, layer=1) as pruning:
+        model.generate(**inputs, **GREEDY)
+        known = pruning.selections
+    with tokenprune_hf.prune(model, "flexselect", 5, layer=1) as pruning:
+        expected = model.generate(**inputs, **GREEDY)
+        selections = pruning.selections
+        assert torch.equal(model.generate(**inputs, **GREEDY, known=known), expected)
+        for one, other in zip(pruning.selections, selections, strict=True):
+            assert one.kept.tolist() == other.kept.tolist()
+        # Other scores, another choice: they are used and not computed again.
+        upside_down = [replace(one, scores=-one.scores) for one in known if one.scores is not None]
+        model.generate(**inputs, **GREEDY, known=upside_down)
+        assert pruning.selections[0].kept.tolist() != selections[0].kept.tolist()
+        with pytest.raises(TokensError, match="known holds selections of"):
+            model.generate(**inputs, **GREEDY, known=known[:2])
 
 
 def test_half_precision_keeps_scores_in_float32() -> None:

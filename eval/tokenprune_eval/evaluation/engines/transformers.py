@@ -61,6 +61,9 @@ from tokenprune_hf.video import Video
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""
 
+_LONG = 512
+"""Tokens of a prompt from which on padding costs more than it saves."""
+
 _GREEDY: dict[str, Any] = {
     "do_sample": False,
     "num_beams": 1,
@@ -68,6 +71,10 @@ _GREEDY: dict[str, Any] = {
     "top_p": None,
     "top_k": None,
 }
+
+
+_Budgets = dict[str, tuple[list[Selection], float]]
+"""Of one method, by budget: the selections, and how many seconds they took."""
 
 
 @dataclass
@@ -84,16 +91,15 @@ class _Prepared:
         How long that took; where it is read from the cache, how long it took then.
     file
         Where it is in the cache, or will be; None without a cache.
-    read
-        What a method that reads the question made of it, for the other budgets: by question and
-        method, the selections and how many seconds they took.
+    chosen
+        What was selected, by method and question ("" for methods that do not read it).
     """
 
     prompts: list[dict[str, Any]]
     encoded: Encoded | None = None
     encode_seconds: float = 0.0
     file: Path | None = None
-    read: dict[tuple[str, Selector], tuple[list[Selection], float]] = field(default_factory=dict)
+    chosen: dict[tuple[Selector, str], _Budgets] = field(default_factory=dict)
 
     def known(self) -> Encoded:
         """Return what was encoded."""
@@ -114,6 +120,11 @@ class _Question:
     def length(self) -> int:
         """Tokens of the prompt."""
         return int(self.prompt["input_ids"].shape[1])
+
+    @property
+    def items(self) -> int:
+        """Images, videos or crops that are pruned."""
+        return sum(len(one.items) for one in self.prepared.known().modalities.values())
 
 
 class TransformersEngine:
@@ -233,19 +244,30 @@ class TransformersEngine:
             for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
             if item.id in ids
         ]
-        # Questions about one image or video stay together, for they may share a selection.
-        longest: dict[int, int] = {}
-        for one in questions:
-            longest[id(one.prepared)] = max(one.length, longest.get(id(one.prepared), 0))
-        questions.sort(key=lambda one: longest[id(one.prepared)])
-        size = min(self.settings.batch, -(-len(questions) // self.settings.workers)) or 1
         pruning = self.prunings[condition.key]
         self._share_out(
             [
-                partial(self._answer_batch, questions[start : start + size], pruning, done)
-                for start in range(0, len(questions), size)
+                partial(self._answer_batch, batch, pruning, done)
+                for batch in self._batches(questions)
             ]
         )
+
+    def _batches(self, questions: Sequence[_Question]) -> list[list[_Question]]:
+        """Cut questions into batches, at least one for each worker.
+
+        Short prompts of about one length go together, padded. Long ones only with others of the
+        same length: with padding the engine computes the attention of all pairs, and without it
+        only that to earlier tokens.
+        """
+        size = min(self.settings.batch, -(-len(questions) // self.settings.workers))
+        groups: dict[int, list[_Question]] = {}
+        for one in sorted(questions, key=lambda one: one.length):
+            groups.setdefault(one.length if one.length >= _LONG else 0, []).append(one)
+        return [
+            group[start : start + size]
+            for group in groups.values()
+            for start in range(0, len(group), size)
+        ]
 
     def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
         """Return the most bytes held beyond the weights and the encoded image or video."""
@@ -383,11 +405,17 @@ class TransformersEngine:
         letters = [self._letters.of(one.item) for one in questions]
         first = _FirstToken(letters)
         started = time.perf_counter()
-        selector = pruning.selector()
+        selector, keep = pruning.selector(), repr(pruning.keep)
         reads = bool(FROM_PROMPT & set(selector.needs))
-        known = [one.prepared.read.get((one.item.id, selector)) for one in questions]
-        read = [one for one in known if one is not None]
-        scored = [one for own, _ in read for one in own] if len(read) == len(known) else None
+        chosen = [
+            one.prepared.chosen.setdefault((selector, one.item.id if reads else ""), {})
+            for one in questions
+        ]
+        # Another budget's scores save reading the question again, and nothing worth it elsewhere.
+        earlier = [
+            own.get(keep) or (next(iter(own.values()), None) if reads else None) for own in chosen
+        ]
+        choosing = len({id(own) for own in chosen if keep not in own})
         with (
             torch.inference_mode(),
             tokenprune_hf.prune(model, selector, pruning.keep, pruning.positions) as running,
@@ -395,7 +423,11 @@ class TransformersEngine:
             output = model.generate(
                 **inputs,
                 encoded=encoded,
-                scored=scored,
+                known=[
+                    selection
+                    for question, one in zip(questions, earlier, strict=True)
+                    for selection in (one[0] if one else [None] * question.items)
+                ],
                 max_new_tokens=self.settings.max_new_tokens,
                 logits_processor=[first],
                 return_dict_in_generate=True,
@@ -407,20 +439,20 @@ class TransformersEngine:
         count = len(questions)
         prefill = (first.at - started - selecting) / count
         decode = (total - (first.at - started)) / count
-        # What does not read the question chooses once for all questions about an image or video.
-        select = selecting / (count if reads else len({id(one.prepared) for one in questions}))
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
         result = []
         for row, question in enumerate(questions):
-            own = selections[: _items_of(question.prepared.known())]
+            own = selections[: question.items]
             selections = selections[len(own) :]
             before, after = sum(one.total for one in own), sum(len(one.kept) for one in own)
             prompt_tokens = int(inputs["attention_mask"][row].sum()) - before + after
             encode = question.prepared.encode_seconds
-            choose = select + (0.0 if scored is None else read[row][1])
-            if reads and scored is None:
-                question.prepared.read[question.item.id, selector] = own, select
+            if keep not in chosen[row]:
+                scoring = earlier[row]
+                spent = 0.0 if scoring is None else scoring[1]
+                chosen[row][keep] = own, spent + selecting / choosing
+            select = chosen[row][keep][1]
             result.append(
                 Said(
                     text=str(texts[row]).strip(),
@@ -434,11 +466,11 @@ class TransformersEngine:
                     batch=count,
                     seconds=Seconds(
                         encode=encode,
-                        select=choose,
+                        select=select,
                         prefill=prefill,
                         decode=decode,
-                        first_token=encode + choose + prefill,
-                        total=encode + choose + prefill + decode,
+                        first_token=encode + select + prefill,
+                        total=encode + select + prefill + decode,
                     ),
                     kept=own[0].kept.cpu().numpy() if len(own) == 1 else None,
                     grid=own[0].grid if len(own) == 1 else None,
@@ -545,11 +577,6 @@ def _batch(prompts: Sequence[dict[str, Any]], padding: int) -> dict[str, Any]:
         else:
             result[name] = [entry for one in own for entry in one]
     return result
-
-
-def _items_of(encoded: Encoded) -> int:
-    """Return how many selections one prompt gets."""
-    return sum(len(media.items) for media in encoded.modalities.values())
 
 
 def _mass_kept(selections: Sequence[Selection]) -> float | None:
