@@ -46,6 +46,10 @@ class PromptError(TokenPruneError, ValueError):
     """The prompt does not match its images or videos, or cannot be pruned as it was passed."""
 
 
+class LayoutError(TokenPruneError, ValueError):
+    """A prompt's spans or sinks cannot be, or a mask does not fit the prompt."""
+
+
 class InputFileError(TokenPruneError, ValueError):
     """A file given to tokenprune is missing, damaged or of a kind it cannot read."""
 

@@ -1,0 +1,195 @@
+"""Masks against the sentences that define them, written out pair by pair; kernels against sdpa."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenprune.errors import LayoutError
+from tokenprune.masks import (
+    Blocks,
+    Causal,
+    Classes,
+    ImageSpan,
+    Mask,
+    PerHead,
+    PromptLayout,
+    Window,
+    attend,
+    block_mask,
+    category_mask,
+    heads_mask,
+    image_spans,
+    visible_keys,
+)
+from tokenprune.masks.kernels import Kernel
+from tokenprune.masks.patterns import CATEGORIES, LOCAL, Category
+
+LAYOUT = PromptLayout(
+    300,
+    (ImageSpan(3, 99), ImageSpan(101, 197, (1, 8, 12)), ImageSpan(197, 290, (3, 1, 31))),
+    sinks=(0, 3, 101, 150, 289),
+)
+
+
+def by_words(category: Category, query: int, key: int, layout: PromptLayout = LAYOUT) -> bool:
+    """Say what the table in `tokenprune.masks.patterns` says, about one pair."""
+
+    def image(token: int) -> int | None:
+        owners = [n for n, one in enumerate(layout.images) if one.start <= token < one.stop]
+        return owners[0] if owners else None
+
+    if key > query:
+        return False
+    if category == "dense" or image(query) is None or image(key) is None:
+        return True
+    of_sink = key in layout.sinks
+    of_own = image(query) == image(key)
+    return {
+        "sink": of_sink or query - key < LOCAL,
+        "intra": of_own,
+        "intra+sink": of_own or of_sink,
+    }[category]
+
+
+def brute(category: Category, layout: PromptLayout = LAYOUT) -> Tensor:
+    return torch.tensor(
+        [
+            [by_words(category, query, key, layout) for key in range(layout.length)]
+            for query in range(layout.length)
+        ]
+    )
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_categories_are_what_they_say(category: Category) -> None:
+    assert torch.equal(category_mask(LAYOUT, category).matrix()[0], brute(category))
+
+
+def masks() -> dict[str, Mask]:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(4, 10, 10, generator=generator) < 0.4
+    hidden = torch.rand(300, generator=generator) < 0.7
+    table = torch.rand(4, 3, 3, generator=generator) < 0.5
+    labels = torch.randint(0, 3, (300,), generator=generator).sort().values
+    own = Causal(300) & Window(300, 1)
+    return {
+        "causal": Causal(300),
+        "window": Causal(300) & Window(300, 40),
+        "heads": heads_mask(LAYOUT, ["sink", "dense", "intra", "sink"]),
+        "one category": heads_mask(LAYOUT, ["intra+sink"] * 4),
+        "hidden keys": Causal(300) & visible_keys(hidden),
+        "heads and hidden keys": heads_mask(LAYOUT, ["sink", "intra+sink", "intra", "dense"])
+        & visible_keys(hidden),
+        "blocks": Causal(300) & (Blocks(chosen, 300, 32) | own),
+        "classes by head": Causal(300) & (Classes(labels, table) | own),
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("block", [32, 128])
+def test_cover_never_contradicts_the_pairs(name: str, block: int) -> None:
+    mask = masks()[name]
+    if name == "blocks" and block != 32:
+        with pytest.raises(LayoutError, match="blocks of 32 were chosen"):
+            mask.cover(block)
+        return
+    matrix, cover = mask.matrix(), mask.cover(block)
+    starts = range(0, 300, block)
+    found = {"some": 0, "every": 0, "computed": 0}
+    for head, (row, first), (column, begin) in itertools.product(
+        range(mask.heads), enumerate(starts), enumerate(starts)
+    ):
+        pairs = matrix[head, first : first + block, begin : begin + block]
+        some, every = cover.some[head, row, column], cover.every[head, row, column]
+        assert bool(some) or not bool(pairs.any())
+        assert not bool(every & some) or bool(pairs.all())
+        found["some"] += bool(pairs.any())
+        found["every"] += bool(every & some)
+        found["computed"] += bool(some)
+    assert found["every"] > 0 or name not in ("causal", "heads")
+    # Blocks without a pair are skipped, but for a few that two masks hide only together.
+    assert found["computed"] <= found["some"] * 1.1 + 1
+    causal = len(starts) * (len(starts) + 1) // 2
+    assert mask.density(block) == pytest.approx(found["computed"] / causal / mask.heads)
+
+
+@pytest.mark.parametrize("kernel", ["gathered", "dense", "flex"])
+@pytest.mark.parametrize("name", masks())
+def test_kernels_equal_attention_with_the_matrix(
+    name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mask = masks()[name]
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(4, 300, 16, generator=generator)
+    key, value = torch.randn(2, 2, 300, 16, generator=generator)
+    if kernel == "flex":
+        # Not compiled, so that no compiler is needed: the block mask is what is tested.
+        from torch.nn.attention.flex_attention import flex_attention
+
+        monkeypatch.setattr("tokenprune.masks.kernels._compiled", flex_attention)
+    found = attend(query, key, value, mask, scale=0.3, kernel=kernel, block=32)
+    wide = [one.repeat_interleave(2, dim=0) for one in (key, value)]
+    logits = (query @ wide[0].transpose(1, 2) * 0.3).masked_fill(~mask.matrix(), -torch.inf)
+    torch.testing.assert_close(found, logits.softmax(dim=-1) @ wide[1])
+
+
+def test_the_block_mask_is_the_one_that_torch_makes_of_the_matrix() -> None:
+    mask = masks()["heads and hidden keys"]
+    dense = block_mask(mask, block=32).to_dense()[0]
+    padded = F.pad(mask.matrix(), (0, 20, 0, 20)).view(4, 10, 32, 10, 32)
+    assert torch.equal(dense.bool(), mask.cover(32).some)
+    assert bool((padded.any(dim=4).any(dim=2) <= dense.bool()).all())
+
+
+def test_a_prompt_with_one_image_or_none_is_whole_where_it_must_be() -> None:
+    one = PromptLayout(50, (ImageSpan(4, 40),))
+    assert torch.equal(category_mask(one, "intra").matrix(), Causal(50).matrix())
+    text = PromptLayout(50)
+    for category in CATEGORIES:
+        assert torch.equal(category_mask(text, category).matrix(), Causal(50).matrix())
+        assert category_mask(text, category).density(16) == 1.0
+
+
+def test_runs_of_image_tokens_are_found() -> None:
+    assert image_spans([False, True, True, False, True]) == [ImageSpan(1, 3), ImageSpan(4, 5)]
+    assert image_spans([True, True]) == [ImageSpan(0, 2)]
+    assert image_spans([False]) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "images", "sinks", "message"),
+    [
+        (9, [(2, 5), (4, 8)], [], "images 1 and 2 overlap or are out of order"),
+        (9, [(4, 8), (0, 2)], [], "images 1 and 2 overlap or are out of order"),
+        (9, [(4, 10)], [], "image 1 has the tokens 4 to 10 of a prompt of 9"),
+        (9, [(4, 4)], [], "holds at least one token"),
+        (9, [], [9], "sink 9 is no token of a prompt of 9"),
+        (0, [], [], "a prompt of 0 tokens"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(
+    length: int, images: list[tuple[int, int]], sinks: list[int], message: str
+) -> None:
+    with pytest.raises(LayoutError, match=message):
+        PromptLayout(length, tuple(ImageSpan(*one) for one in images), tuple(sinks))
+    with pytest.raises(LayoutError, match=r"has 4 tokens and the grid \(1, 2, 3\)"):
+        PromptLayout(9, (ImageSpan(0, 4, (1, 2, 3)),))
+
+
+def test_masks_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LayoutError, match="cannot be combined"):
+        Causal(5) & Causal(6)
+    with pytest.raises(LayoutError, match="masks of one length"):
+        PerHead([Causal(5), Causal(6)], torch.tensor([0, 1]))
+    with pytest.raises(LayoutError, match="count from 0"):
+        PerHead([Causal(5), Causal(5)], torch.tensor([0, 2]))
+    with pytest.raises(LayoutError, match=r"need \[heads, 3, 3\]"):
+        Blocks(torch.ones(1, 2, 2, dtype=torch.bool), 300, 128)
+    states = torch.zeros(4, 10, 8)
+    with pytest.raises(LayoutError, match="a mask of 1 heads and 11 tokens was given"):
+        attend(states, states, states, Causal(11))

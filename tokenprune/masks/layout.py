@@ -1,0 +1,123 @@
+"""PromptLayout: where the images of a prompt stand, which every attention mask is made from.
+
+A prompt of L tokens is text, with spans of image tokens in it. Everything that is in no span is
+text: words, and the delimiters that many models put around an image.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import LayoutError
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """The tokens of one image or video: those from `start` up to, not including, `stop`.
+
+    Attributes
+    ----------
+    start, stop
+        Places in the prompt, from 0.
+    grid
+        (frames, rows, columns) of the tokens, or None where it is not known.
+    """
+
+    start: int
+    stop: int
+    grid: tuple[int, int, int] | None = None
+
+    def __len__(self) -> int:
+        """Return how many tokens there are."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class PromptLayout:
+    """One prompt, as a mask sees it.
+
+    Parameters
+    ----------
+    length
+        L, its tokens.
+    images
+        Spans of image tokens, in order.
+    sinks
+        Places of tokens that draw attention whatever they hold, such as a prompt's first token.
+
+    Raises
+    ------
+    LayoutError
+        If a span is empty, out of order, overlaps another or ends behind the prompt, if its grid
+        has another number of tokens, or if a sink is outside the prompt.
+    """
+
+    length: int
+    images: tuple[ImageSpan, ...] = ()
+    sinks: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise LayoutError(f"a prompt of {self.length} tokens has no layout; give at least 1.")
+        for number, span in enumerate(self.images, start=1):
+            if not 0 <= span.start < span.stop <= self.length:
+                raise LayoutError(
+                    f"image {number} has the tokens {span.start} to {span.stop} of a prompt of "
+                    f"{self.length}. A span begins at 0 or later, holds at least one token and "
+                    "ends with the prompt at the latest."
+                )
+            if span.grid is not None:
+                frames, rows, columns = span.grid
+                if frames * rows * columns != len(span):
+                    raise LayoutError(
+                        f"image {number} has {len(span)} tokens and the grid {span.grid}, whose "
+                        f"product is {frames * rows * columns}. Correct one of them."
+                    )
+        for number, (one, other) in enumerate(itertools.pairwise(self.images), start=1):
+            if other.start < one.stop:
+                raise LayoutError(
+                    f"images {number} and {number + 1} overlap or are out of order: the first has "
+                    f"the tokens {one.start} to {one.stop}, the second {other.start} to "
+                    f"{other.stop}. Give spans in order, none beginning before the last has ended."
+                )
+        for place in self.sinks:
+            if not 0 <= place < self.length:
+                raise LayoutError(
+                    f"sink {place} is no token of a prompt of {self.length}. Give places from 0 to "
+                    f"{self.length - 1}."
+                )
+
+    @property
+    def image_of(self) -> Tensor:
+        """LongTensor [L]: the number of the image each token belongs to, or -1 for text."""
+        result = torch.full((self.length,), -1, dtype=torch.int64)
+        for number, span in enumerate(self.images):
+            result[span.start : span.stop] = number
+        return result
+
+    @property
+    def is_sink(self) -> Tensor:
+        """BoolTensor [L]."""
+        result = torch.zeros(self.length, dtype=torch.bool)
+        result[list(self.sinks)] = True
+        return result
+
+
+def image_spans(is_image: Sequence[bool] | Tensor) -> list[ImageSpan]:
+    """Return the runs of image tokens in a prompt, as spans.
+
+    Images that touch are one run: who knows their sizes splits it.
+
+    Parameters
+    ----------
+    is_image
+        Bool [L], True where a token is an image's.
+    """
+    flags = torch.as_tensor(is_image, dtype=torch.int8).cpu()
+    edges = torch.diff(flags, prepend=flags.new_zeros(1), append=flags.new_zeros(1)).nonzero()[:, 0]
+    return [ImageSpan(start, stop) for start, stop in edges.view(-1, 2).tolist()]

@@ -1,0 +1,95 @@
+"""BlindSight's four masks for prompts with several images.
+
+Source: BlindSight (arXiv 2507.09071). The four categories are the paper's; what exactly each one
+lets through was not published: the rules here are a reconstruction. In all of them text attends to
+everything before it and is attended to by everything behind it; the categories differ in which
+image tokens a token of an image attends to.
+
+=============  ============================================================================
+category       an image token attends to these image tokens before it
+=============  ============================================================================
+``sink``       attention sinks, and the last `LOCAL` tokens
+``intra``      those of its own image
+``intra+sink`` both
+``dense``      all
+=============  ============================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tokenprune.masks.layout import PromptLayout
+from tokenprune.masks.mask import Causal, Classes, Mask, PerHead, Window
+
+Category = Literal["sink", "intra", "intra+sink", "dense"]
+CATEGORIES: tuple[Category, ...] = get_args(Category)
+"""From the sparsest to the densest."""
+
+LOCAL = 64
+"""How many tokens before it a token of a ``sink`` head sees (reconstruction)."""
+
+
+def category_mask(layout: PromptLayout, category: Category, model: Mask | None = None) -> Mask:
+    """Return one category's mask for a prompt, the same for all heads.
+
+    Parameters
+    ----------
+    layout
+        Where the prompt's images stand, and its sinks.
+    category
+        See the table above.
+    model
+        What the model's own mask lets through; None for `Causal`.
+    """
+    own = Causal(layout.length) if model is None else model
+    if category == "dense" or not layout.images:
+        return own
+    labels, table = _classes(layout, category)
+    classes: Mask = Classes(labels, table[None])
+    if category == "sink":
+        classes = classes | Window(layout.length, LOCAL)
+    return own & classes
+
+
+def heads_mask(
+    layout: PromptLayout, categories: Sequence[Category], model: Mask | None = None
+) -> Mask:
+    """Return the mask of a layer whose heads have these categories.
+
+    Parameters
+    ----------
+    layout
+        Of the prompt.
+    categories
+        One for each head.
+    model
+        What the model's own mask lets through; None for `Causal`.
+    """
+    used = [one for one in CATEGORIES if one in categories]
+    masks = [category_mask(layout, one, model) for one in used]
+    if len(masks) == 1:
+        return masks[0]
+    return PerHead(masks, torch.tensor([used.index(one) for one in categories]))
+
+
+def _classes(layout: PromptLayout, category: Category) -> tuple[Tensor, Tensor]:
+    """Return each token's class, LongTensor [L], and which class attends to which [C, C].
+
+    Class 0 is text; image m has class 1 + 2m, and 2 + 2m for its sinks.
+    """
+    image = layout.image_of
+    labels = torch.where(image < 0, 0, 1 + 2 * image + layout.is_sink.long())
+    classes = torch.arange(1 + 2 * len(layout.images))
+    is_text, is_sink = classes == 0, (classes > 0) & (classes % 2 == 0)
+    owner = (classes - 1).div(2, rounding_mode="floor")
+    table = is_text[:, None] | is_text[None, :]
+    if category in ("intra", "intra+sink"):
+        table = table | (owner[:, None] == owner[None, :])
+    if category in ("sink", "intra+sink"):
+        table = table | is_sink[None, :]
+    return labels, table
