@@ -4,7 +4,7 @@
     mask = heads_mask(layout, ["intra", "sink", "dense", "intra+sink"])
     output = attend(query, key, value, mask)
 
-It needs torch only; `tokenprune_hf.sparse` puts masks into models of transformers.
+It needs torch only, and knows no engine.
 """
 
 from __future__ import annotations

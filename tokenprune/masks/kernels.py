@@ -20,7 +20,7 @@ Kernel = Literal["flex", "gathered", "dense"]
 
 
 def default_kernel(device: torch.device) -> Kernel:
-    """Return the kernel that is the faster one on a kind of device; see docs/masks.md."""
+    """Return FlexAttention, or on the CPU, where it would need a compiler, gathered blocks."""
     return "gathered" if device.type == "cpu" else "flex"
 
 
@@ -117,31 +117,28 @@ class Prepared:
         some, every = cover.some, cover.every & cover.some
         device = query.device
         output = torch.empty_like(query)
-        place = torch.arange(length, device=device)
+        places = torch.arange(length, device=device).split(self._block)
         key_head = torch.arange(heads, device=device) // (heads // len(key))
         for row in range(some.shape[1]):
-            queries = place[row * self._block : (row + 1) * self._block]
+            queries = places[row]
             # Heads that compute the same blocks of a row go through the kernel together.
             patterns, group_of = torch.unique(some[:, row], dim=0, return_inverse=True)
             for number, pattern in enumerate(patterns):
                 members = (group_of == number).nonzero()[:, 0]
                 mine = members.to(device) if len(some) > 1 else torch.arange(heads, device=device)
                 columns = pattern.nonzero()[:, 0]
-                keys = place.split(self._block)
-                keys = torch.cat([keys[column] for column in columns.tolist()])
+                keys = torch.cat([places[column] for column in columns.tolist()])
                 pairs = None
                 if not bool(every[members][:, row, columns].all()):
-                    pairs = self._on_device.allowed(
-                        mine[:, None, None], queries[:, None], keys[None]
-                    )
+                    head = mine[None, :, None, None]
+                    pairs = self._on_device.allowed(head, queries[:, None], keys[None])
                 whole = len(mine) == heads
                 part = query[:, queries] if whole else query[mine[:, None], queries]
                 wide = (key[:, keys], value[:, keys])
                 if not whole:
                     source = key_head[mine][:, None]
                     wide = (key[source, keys], value[source, keys])
-                hidden = None if pairs is None else pairs[None]
-                found = _fused(part, *wide, hidden, scale)
+                found = _fused(part, *wide, pairs, scale)
                 if whole:
                     output[:, queries] = found
                 else:
@@ -150,7 +147,7 @@ class Prepared:
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, pairs: Tensor | None, scale: float) -> Tensor:
-    """Torch's own attention of [H, Q, d] to [G, K, d]."""
+    """Torch's own attention of [H, Q, d] to [G, K, d], over `pairs` [1, H or 1, Q, K] or all."""
     return F.scaled_dot_product_attention(
         query[None], key[None], value[None], pairs, scale=scale, enable_gqa=len(query) != len(key)
     )[0]
