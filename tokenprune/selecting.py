@@ -82,10 +82,12 @@ def select_many(
     groups: dict[tuple[object, ...], list[int]] = {}
     selections: dict[int, Selection] = {}
     # Images that many questions are about come many times, as one object.
-    first: dict[int, int] = {}
-    for index, item in enumerate(items):
-        first.setdefault(id(item), index)
-    for index in first.values():
+    seen: dict[int, int] = {}
+    first = [
+        index if selector.of_place else seen.setdefault(id(item), index)
+        for index, item in enumerate(items)
+    ]
+    for index in dict.fromkeys(first):
         before = earlier[index]
         if before is not None and len(before) == tokens_kept(keep, before.total):
             selections[index] = before
@@ -118,7 +120,7 @@ def select_many(
                     grid=batch.grid,
                     scores=None if picks.scores is None else picks.scores[row].clone(),
                 )
-    return [selections[first[id(item)]] for item in items]
+    return [selections[index] for index in first]
 
 
 def check_known(known: Sequence[Selection | None], totals: Sequence[int]) -> None:

@@ -51,6 +51,10 @@ class Selector:
         Title and arXiv number, or "" for a baseline without one.
     needs
         Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
+    of_place
+        Whether the choice hangs on an item's place in its batch too, as where rows were prepared
+        for known items. No method should need it; an item that comes several times is then chosen
+        from each time.
 
     Raises
     ------
@@ -62,6 +66,7 @@ class Selector:
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
+    of_place: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -36,6 +36,7 @@ class RandomPerImage(Selector):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "nothing: another random draw for every image (baseline)"
     needs: ClassVar[tuple[str, ...]] = ()
+    of_place: ClassVar[bool] = True
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: in each row what `random` with that row's seed scores."""

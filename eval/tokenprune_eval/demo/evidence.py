@@ -81,6 +81,7 @@ class Oracle(Selector):
     name: ClassVar[str] = "oracle"
     summary: ClassVar[str] = "where the answer is to be seen (no method)"
     needs: ClassVar[tuple[str, ...]] = ()
+    of_place: ClassVar[bool] = True
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return the evidence."""
