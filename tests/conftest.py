@@ -1,4 +1,4 @@
-"""What all tests share: no model hub, and no deprecated call of transformers goes unnoticed."""
+"""What all tests share: no model hub, no deprecated call unnoticed, and who runs beside whom."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one of several processes have all engines and command lines, and files stay whole.
+
+    An engine takes its memory when it starts, and two that start together starve each other.
+    """
+    for item in items:
+        engine = item.path.parent.name in ("lmms", "vllm")
+        item.add_marker(pytest.mark.xdist_group("engines" if engine else item.path.name))
 
 
 class _Deprecations(logging.Handler):
