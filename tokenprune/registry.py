@@ -27,6 +27,12 @@ _OWN = {
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",
 }
 
+NO_SELECTORS = {
+    "trimmed-attention": "trims the cross-attention of Llama-3.2-Vision and selects no tokens of a "
+    "prompt: only tokenprune_hf.prune and apply take it, with such a model",
+}
+"""Methods that are no selectors: name -> what they do, and who takes them."""
+
 
 def _entries() -> dict[str, EntryPoint]:
     """Return name -> where the class is, for every method; a name that is taken is refused."""
@@ -92,6 +98,8 @@ def find(method: str) -> type[Selector]:
         If it is registered twice or cannot be loaded.
     """
     entries = _entries()
+    if method in NO_SELECTORS:
+        raise UnknownMethodError(f"method {method!r} {NO_SELECTORS[method]}.")
     if method not in entries:
         raise UnknownMethodError(
             f"there is no method {method!r}. {did_you_mean(str(method), entries)}"

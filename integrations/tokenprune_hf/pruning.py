@@ -14,14 +14,20 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import Keep, check_keep
 from tokenprune.config import Positions, PruningConfig, check_positions
-from tokenprune.errors import BudgetError, PromptError, TokenPruneError
+from tokenprune.errors import (
+    BudgetError,
+    ConfigError,
+    PromptError,
+    TokenPruneError,
+    did_you_mean,
+)
 from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -30,7 +36,8 @@ from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.reading import prompt_items
-from tokenprune_hf.shortened import Shortened, find_placeholders, shorten_prompt
+from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
+from tokenprune_hf.trimmed import NAME, TrimmedAttention, attached, check_other, trim
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -45,7 +52,7 @@ class Pruning:
 
     Attributes
     ----------
-    model, selector, keep, positions
+    model, selector, keep, positions, application
         What was asked for.
     selections
         One `Selection` per item (image, video or crop) of the last call, in prompt order.
@@ -54,11 +61,19 @@ class Pruning:
         of handing over the work, unless the method itself waits for its scores.
     """
 
-    def __init__(self, model: Any, selector: Selector, keep: Keep, positions: Positions) -> None:
+    def __init__(
+        self,
+        model: Any,
+        selector: Selector,
+        keep: Keep,
+        positions: Positions,
+        application: Application,
+    ) -> None:
         self.model = model
         self.selector = selector
         self.keep = check_keep(keep)
         self.positions = check_positions(positions)
+        self.application = _check_application(application)
         self.selections: list[Selection] = []
         self.selecting_seconds = 0.0
         self._family = family_of(model)
@@ -277,7 +292,13 @@ class Pruning:
             selections = self._select(encoded, items, placeholders, known)
             self.selecting_seconds = time.perf_counter() - started
             shortened = shorten_prompt(
-                self._family, arguments, encoded, placeholders, selections, self.positions
+                self._family,
+                arguments,
+                encoded,
+                placeholders,
+                selections,
+                self.positions,
+                self.application,
             )
             if self._family.mrope:
                 # With it the engine counts on, in calls that come without positions.
@@ -329,6 +350,15 @@ class Pruning:
         return result
 
 
+def _check_application(application: Application) -> Application:
+    if application not in get_args(Application):
+        raise ConfigError(
+            f"apply={application!r} is not a way to apply a selection. "
+            f"{did_you_mean(str(application), get_args(Application))}"
+        )
+    return application
+
+
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Raise for arguments of `generate` that cannot work on a pruned prompt."""
     for name, reason in _REFUSED.items():
@@ -363,34 +393,64 @@ class _FullPromptStreamer:
 _ATTACHED: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()
 
 
+@overload
+def apply(
+    model: Any, method: Literal["trimmed-attention"], keep: Keep | None = None, **options: Any
+) -> TrimmedAttention: ...
+
+
+@overload
 def apply(
     model: Any,
     method: str | Selector | PruningConfig,
     keep: Keep | None = None,
     positions: Positions = "original",
+    *,
+    apply: Application = "drop",
     **options: Any,
-) -> Pruning:
+) -> Pruning: ...
+
+
+def apply(
+    model: Any,
+    method: str | Selector | PruningConfig,
+    keep: Keep | None = None,
+    positions: Positions = "original",
+    *,
+    apply: Application = "drop",
+    **options: Any,
+) -> Pruning | TrimmedAttention:
     """Make a model's `generate` and calls run pruned until `remove`.
 
     Parameters
     ----------
     model
-        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`.
+        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
+        or a Llama-3.2-Vision for `method="trimmed-attention"`.
     method
         A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
-        `tokenprune.PruningConfig`, which says everything else too.
+        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
+        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
+        what each head keeps then, `positions` and `apply` do not apply, and the options are
+        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
     keep
         Budget of each image, video or crop: an int of tokens or a fraction.
     positions
         ``"original"``: kept tokens, and the text after them, have the positions of the full
         prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
         FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
+    apply
+        ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
+        cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
+        prompt's full length, and for comparing. The logits of all other tokens are those of
+        ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
+        into the window.
     **options
         The method's own options.
 
     Returns
     -------
-    Pruning
+    Pruning or TrimmedAttention
         With `selections` of the last call and `remove`.
 
     Raises
@@ -402,26 +462,50 @@ def apply(
     TokenPruneError
         If the model is pruned already.
     """
+    check_other(model, method)
     if isinstance(method, PruningConfig):
         if keep is not None or options or positions != "original":
             raise TokenPruneError(
                 "keep, positions or options came with a PruningConfig, which has them already. "
                 "Change them there, with dataclasses.replace."
             )
-        return Pruning(model, method.selector(), method.keep, method.positions)
+        return Pruning(model, method.selector(), method.keep, method.positions, apply)
     if keep is None:
         raise BudgetError(
             "keep is missing. Give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
         )
+    if method == NAME:
+        return trim(model, keep, positions, apply, options)
     if isinstance(method, Selector):
         if options:
             raise TokenPruneError(
                 f"options {sorted(options)} came with a {type(method).__name__} object, which has "
                 "its options already. Set them there."
             )
-        return Pruning(model, method, keep, positions)
+        return Pruning(model, method, keep, positions, apply)
     config = PruningConfig(method, keep, positions, options)
-    return Pruning(model, config.selector(), config.keep, config.positions)
+    return Pruning(model, config.selector(), config.keep, config.positions, apply)
+
+
+_begin = apply  # where `apply` is a parameter's name
+
+
+@overload
+def prune(
+    model: Any, method: Literal["trimmed-attention"], keep: Keep | None = None, **options: Any
+) -> TrimmedAttention: ...
+
+
+@overload
+def prune(
+    model: Any,
+    method: str | Selector | PruningConfig,
+    keep: Keep | None = None,
+    positions: Positions = "original",
+    *,
+    apply: Application = "drop",
+    **options: Any,
+) -> Pruning: ...
 
 
 def prune(
@@ -429,17 +513,19 @@ def prune(
     method: str | Selector | PruningConfig,
     keep: Keep | None = None,
     positions: Positions = "original",
+    *,
+    apply: Application = "drop",
     **options: Any,
-) -> Pruning:
+) -> Pruning | TrimmedAttention:
     """Prune a model inside a ``with`` block; parameters, result and errors as `apply`.
 
     After the block the model is exactly as it was, also after an exception.
     """
-    return apply(model, method, keep, positions, **options)
+    return _begin(model, method, keep, positions, apply=apply, **options)
 
 
 def remove(model: Any) -> None:
     """Undo `apply`; a model that is not pruned stays as it is."""
-    pruning = _ATTACHED.get(model)
-    if pruning is not None:
-        pruning.remove()
+    for running in (_ATTACHED.get(model), attached(model)):
+        if running is not None:
+            running.remove()

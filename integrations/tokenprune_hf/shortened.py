@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from tokenprune.selection import Selection
 from tokenprune_hf.encoding import Encoded, KeptRows
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
+
+Application = Literal["drop", "mask"]
+"""What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
 
 _ROPE_ARGUMENTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
 """What families with M-RoPE read, besides input_ids, to work out positions."""
@@ -240,8 +243,9 @@ def shorten_prompt(
     placeholders: Mapping[str, Tensor],
     selections: Mapping[str, list[Selection]],
     positions: Positions,
+    application: Application = "drop",
 ) -> Shortened:
-    """Drop the placeholders of every token that was not selected.
+    """Drop, or hide, the placeholders of every token that was not selected.
 
     Parameters
     ----------
@@ -257,6 +261,9 @@ def shorten_prompt(
         Per modality, one for each of `encoded`'s items.
     positions
         ``"original"`` or ``"compact"``.
+    application
+        ``"drop"``, or ``"mask"``: every token stays in the prompt, and the attention mask is 0
+        where one was not selected.
 
     Raises
     ------
@@ -267,17 +274,19 @@ def shorten_prompt(
     mask = attention_mask_of(family, arguments)
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    staying = torch.ones_like(input_ids, dtype=torch.bool)
+    selected = torch.ones_like(input_ids, dtype=torch.bool)
     kept, rows_per_sample = {}, {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
         kept[modality] = KeptRows.of(media, selections[modality])
         dropped = places[~kept[modality].staying.to(places.device)]
-        staying[dropped[:, 0], dropped[:, 1]] = False
+        selected[dropped[:, 0], dropped[:, 1]] = False
+        if application == "mask":
+            kept[modality] = KeptRows(media, torch.ones_like(kept[modality].staying))
         rows_per_sample[modality] = torch.bincount(places[:, 0], minlength=len(input_ids)).tolist()
-    prompt = shorten(staying, mask)
+    prompt = shorten(selected if application == "drop" else torch.ones_like(selected), mask)
 
-    values = {**arguments, "attention_mask": mask}
+    values = {**arguments, "attention_mask": mask * selected.to(mask)}
     short = {
         name: prompt.shorten(values[name], fill)
         for name, fill in {**FILL, "input_ids": pad or 0}.items()

@@ -7,6 +7,7 @@ import torch
 
 import tokenprune
 from tokenprune.errors import RegistryError, UnknownMethodError
+from tokenprune.registry import find
 from tokenprune.tokens import INPUTS
 
 PLUGIN = """
@@ -58,6 +59,11 @@ def test_own_methods() -> None:
 def test_unknown_method() -> None:
     with pytest.raises(UnknownMethodError, match=r"Did you mean 'divprune'\? Allowed: cls-att"):
         tokenprune.select(tokenprune.VisualTokens(grid=(1, 2, 2)), "div-prune", 1)
+
+
+def test_a_method_that_is_no_selector_says_who_takes_it() -> None:
+    with pytest.raises(UnknownMethodError, match=r"only tokenprune_hf\.prune and apply take it"):
+        find("trimmed-attention")
 
 
 def test_a_package_brings_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

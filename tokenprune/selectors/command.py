@@ -16,7 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the table."""
     import dataclasses
 
-    from tokenprune.registry import methods
+    from tokenprune.registry import NO_SELECTORS, methods
 
     classes = methods()
     width = max(len(name) for name in classes)
@@ -32,4 +32,6 @@ def run(arguments: argparse.Namespace) -> int:
         ]
         for label, text in lines:
             print(f"{'':<{width}}  {label + ':':<7} {text}")
+    for name, text in NO_SELECTORS.items():
+        print(f"\n{name} {text}")
     return 0
