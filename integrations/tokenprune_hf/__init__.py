@@ -24,12 +24,15 @@ if TYPE_CHECKING:
     from tokenprune_hf.pruning import apply as apply
     from tokenprune_hf.pruning import prune as prune
     from tokenprune_hf.pruning import remove as remove
+    from tokenprune_hf.sparse_attention import Sparse as Sparse
+    from tokenprune_hf.sparse_attention import sparse as sparse
     from tokenprune_hf.video import Video as Video
     from tokenprune_hf.video import read_video as read_video
 
 _HOMES = {
     "Encoded": "encoding",
     "Pruning": "pruning",
+    "Sparse": "sparse_attention",
     "Video": "video",
     "apply": "pruning",
     "ask": "loading",
@@ -41,6 +44,7 @@ _HOMES = {
     "prune": "pruning",
     "read_video": "video",
     "remove": "pruning",
+    "sparse": "sparse_attention",
 }
 
 __all__ = sorted(_HOMES)

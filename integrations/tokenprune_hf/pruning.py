@@ -32,12 +32,13 @@ from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
+from tokenprune_hf.attached import attach, attached, check_free, detach
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
-from tokenprune_hf.trimmed import NAME, TrimmedAttention, attached, check_other, trim
+from tokenprune_hf.trimmed import NAME, TrimmedAttention, check_other, trim
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -86,11 +87,7 @@ class Pruning:
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        if self.model in _ATTACHED:
-            raise TokenPruneError(
-                f"this {type(self.model).__name__} is pruned already. Leave that block, or call "
-                "tokenprune_hf.remove(model), before pruning it another way."
-            )
+        check_free(self.model)
         plain = self.model.generate
 
         @functools.wraps(plain)
@@ -100,13 +97,12 @@ class Pruning:
         self.model.__dict__["generate"] = generate
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._rope_deltas = getattr(self._family.inner, "rope_deltas", None)
-        _ATTACHED[self.model] = self
+        attach(self.model, self)
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
-        if _ATTACHED.get(self.model) is not self:
+        if not detach(self.model, self):
             return
-        del _ATTACHED[self.model]
         del self.model.__dict__["generate"]
         self._hook.remove()
         if self._family.mrope:
@@ -390,9 +386,6 @@ class _FullPromptStreamer:
         self._streamer.end()
 
 
-_ATTACHED: weakref.WeakKeyDictionary[Any, Pruning] = weakref.WeakKeyDictionary()
-
-
 @overload
 def apply(
     model: Any, method: Literal["trimmed-attention"], keep: Keep | None = None, **options: Any
@@ -526,6 +519,6 @@ def prune(
 
 def remove(model: Any) -> None:
     """Undo `apply`; a model that is not pruned stays as it is."""
-    for running in (_ATTACHED.get(model), attached(model)):
-        if running is not None:
-            running.remove()
+    running = attached(model)
+    if running is not None:
+        running.remove()

@@ -31,12 +31,12 @@ from tokenprune.errors import (
     ConfigError,
     OptionError,
     PromptError,
-    TokenPruneError,
     UnsupportedModelError,
     did_you_mean,
 )
 from tokenprune.selection import Selection
 from tokenprune.trimming import QueryReduction, head_scores, union_of_heads
+from tokenprune_hf.attached import attach, check_free, detach
 
 NAME = "trimmed-attention"
 """What users write: ``method="trimmed-attention"``."""
@@ -210,11 +210,7 @@ class TrimmedAttention:
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        if self.model in _ATTACHED:
-            raise TokenPruneError(
-                f"this {type(self.model).__name__} is trimmed already. Leave that block, or call "
-                "tokenprune_hf.remove(model), before trimming it another way."
-            )
+        check_free(self.model)
         plain = self.model.generate
 
         @functools.wraps(plain)
@@ -233,13 +229,12 @@ class TrimmedAttention:
             hooks.callback(self.model.__dict__.pop, "generate", None)
             self.model.__dict__["generate"] = generate
             self._hooks = hooks.pop_all()
-        _ATTACHED[self.model] = self
+        attach(self.model, self)
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
-        if _ATTACHED.get(self.model) is not self:
+        if not detach(self.model, self):
             return
-        del _ATTACHED[self.model]
         self._hooks.close()
         self._caches.clear()
 
@@ -678,13 +673,6 @@ def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[s
 
 
 # Through `tokenprune_hf` --------------------------------------------------------------------------
-
-_ATTACHED: weakref.WeakKeyDictionary[Any, TrimmedAttention] = weakref.WeakKeyDictionary()
-
-
-def attached(model: Any) -> TrimmedAttention | None:
-    """Return what trims a model now, or None."""
-    return _ATTACHED.get(model)
 
 
 def trim(

@@ -98,7 +98,7 @@ def test_apply_and_remove() -> None:
     pruning = tokenprune_hf.apply(model, "uniform", 4)
     model.generate(**inputs, max_new_tokens=1)
     assert len(pruning.selections[0]) == 4
-    with pytest.raises(TokenPruneError, match="pruned already"):
+    with pytest.raises(TokenPruneError, match="under Pruning already"):
         tokenprune_hf.apply(model, "uniform", 4)
     tokenprune_hf.remove(model)
     assert state(model) == before

@@ -24,7 +24,8 @@ from tokenprune.errors import (
     TokensError,
     UnsupportedModelError,
 )
-from tokenprune_hf.trimmed import TrimmedAttention, attached
+from tokenprune_hf.attached import attached
+from tokenprune_hf.trimmed import TrimmedAttention
 
 # transformers itself calls the layers of its vision encoder by a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -436,7 +437,10 @@ def test_a_generate_of_somebody_elses_is_put_back() -> None:
 
 def test_twice_is_refused() -> None:
     model = tiny()
-    with TrimmedAttention(model, 0.1), pytest.raises(TokenPruneError, match="trimmed already"):
+    with (
+        TrimmedAttention(model, 0.1),
+        pytest.raises(TokenPruneError, match="under TrimmedAttention already"),
+    ):
         TrimmedAttention(model, 0.2)
     with TrimmedAttention(model, 0.2):
         pass
@@ -467,7 +471,9 @@ def test_apply_trims_until_remove() -> None:
     trimming = tokenprune_hf.apply(model, METHOD, 0.1)
     assert (trimming.queries, trimming.first_layer) == ("sum", "full")
     assert not torch.equal(logits(model, inputs), plain)
-    with pytest.raises(TokenPruneError, match=r"trimmed already.*tokenprune_hf\.remove\(model\)"):
+    with pytest.raises(
+        TokenPruneError, match=r"under TrimmedAttention already.*tokenprune_hf\.remove\(model\)"
+    ):
         tokenprune_hf.apply(model, METHOD, 0.2)
     tokenprune_hf.remove(model)
     assert state(model) == before

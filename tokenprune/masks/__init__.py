@@ -9,6 +9,10 @@ It needs torch only, and knows no engine.
 
 from __future__ import annotations
 
+from tokenprune.masks.heads import HeadCategories as HeadCategories
+from tokenprune.masks.heads import ModelIdentity as ModelIdentity
+from tokenprune.masks.heads import Thresholds as Thresholds
+from tokenprune.masks.kernels import Prepared as Prepared
 from tokenprune.masks.kernels import attend as attend
 from tokenprune.masks.kernels import block_mask as block_mask
 from tokenprune.masks.layout import ImageSpan as ImageSpan
@@ -23,3 +27,4 @@ from tokenprune.masks.mask import Window as Window
 from tokenprune.masks.mask import visible_keys as visible_keys
 from tokenprune.masks.patterns import category_mask as category_mask
 from tokenprune.masks.patterns import heads_mask as heads_mask
+from tokenprune.masks.pooled import PooledBlocks as PooledBlocks

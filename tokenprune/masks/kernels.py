@@ -1,20 +1,25 @@
-"""Attention under a mask, in kernels that skip the blocks in which nothing is allowed.
+"""Attention under a mask, in kernels that skip what it hides.
 
-``"flex"`` is torch's FlexAttention, compiled; ``"gathered"`` collects, for each block of queries,
-the keys of its blocks and gives them to torch's fused attention; ``"dense"`` is that same fused
-attention over everything, with the mask as a matrix.
+``"flex"`` is torch's FlexAttention, compiled, and skips blocks; ``"gathered"`` collects the keys
+that a block of queries sees, single ones where a block holds few, and gives them to torch's fused
+attention; ``"dense"`` is that same fused attention over everything, with the mask as a matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.errors import LayoutError
-from tokenprune.masks.mask import BLOCK, Cover, Mask
+from tokenprune.masks.mask import BLOCK, Blocks, Classes, Mask, PerHead, _Both, _Either, blocks_in
 
 Kernel = Literal["flex", "gathered", "dense"]
 
@@ -86,10 +91,23 @@ class Prepared:
     ) -> None:
         self.mask = mask
         self.kernel: Kernel = default_kernel(device) if kernel is None else kernel
-        self._block = block
-        self._on_device = mask.to(device)
         self._blocks: Any = block_mask(mask, device, block) if self.kernel == "flex" else None
-        self._cover = mask.cover(block) if self.kernel == "gathered" else None
+        self._plans: list[tuple[_Plan, list[int] | None]] = []
+        if self.kernel == "gathered":
+            for one, heads in _shared(mask):
+                self._plans.append((_plan_of(one, block, device), heads))
+
+    @property
+    def computed(self) -> float:
+        """Pairs that the kernel computes, over those of causal attention; the mean over heads."""
+        length = self.mask.length
+        causal = length * (length + 1) / 2
+        if self._plans:
+            pairs = sum(plan.pairs * len(heads or [0]) for plan, heads in self._plans)
+            return pairs / self.mask.heads / causal
+        if self._blocks is not None:
+            return float(1 - self._blocks.sparsity() / 100) * length**2 / causal
+        return length**2 / causal
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
@@ -105,45 +123,443 @@ class Prepared:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._blocks is not None:
             return _flex(query, key, value, self._blocks, scale)
-        if self._cover is not None:
-            return self._gathered(query, key, value, self._cover, scale)
+        if self._plans:
+            output = torch.empty_like(query)
+            work = _Work(query, key, value, scale, output)
+            for plan, mine in self._plans:
+                plan(work, list(range(heads)) if mine is None else mine)
+            return output
         pairs = self.mask.matrix()[None].to(query.device)
         return _fused(query, key, value, pairs, scale)
 
-    def _gathered(
-        self, query: Tensor, key: Tensor, value: Tensor, cover: Cover, scale: float
-    ) -> Tensor:
-        heads, length = query.shape[:2]
-        some, every = cover.some, cover.every & cover.some
-        device = query.device
-        output = torch.empty_like(query)
-        places = torch.arange(length, device=device).split(self._block)
-        key_head = torch.arange(heads, device=device) // (heads // len(key))
-        for row in range(some.shape[1]):
-            queries = places[row]
-            # Heads that compute the same blocks of a row go through the kernel together.
-            patterns, group_of = torch.unique(some[:, row], dim=0, return_inverse=True)
-            for number, pattern in enumerate(patterns):
-                members = (group_of == number).nonzero()[:, 0]
-                mine = members.to(device) if len(some) > 1 else torch.arange(heads, device=device)
-                columns = pattern.nonzero()[:, 0]
-                keys = torch.cat([places[column] for column in columns.tolist()])
-                pairs = None
-                if not bool(every[members][:, row, columns].all()):
-                    head = mine[None, :, None, None]
-                    pairs = self._on_device.allowed(head, queries[:, None], keys[None])
-                whole = len(mine) == heads
-                part = query[:, queries] if whole else query[mine[:, None], queries]
-                wide = (key[:, keys], value[:, keys])
-                if not whole:
-                    source = key_head[mine][:, None]
-                    wide = (key[source, keys], value[source, keys])
-                found = _fused(part, *wide, pairs, scale)
-                if whole:
-                    output[:, queries] = found
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Queries that go through the kernel together, and the keys that any of them sees.
+
+    Attributes
+    ----------
+    heads
+        Which heads; they see the same.
+    queries
+        Their places, a slice where they follow each other.
+    count
+        How many queries.
+    columns, single
+        LongTensors: key blocks that are seen by all queries, and places of single keys that are.
+    mixed, bias
+        Places of the keys that some of the queries see, ascending, and float32 [count, mixed], 0
+        or -inf.
+    size
+        How many keys.
+    run
+        First key and one behind the last, where they follow each other, the mixed ones last.
+    """
+
+    heads: list[int]
+    queries: slice | Tensor
+    count: int
+    columns: Tensor
+    single: Tensor
+    mixed: Tensor
+    bias: Tensor | None
+    size: int
+    run: tuple[int, int] | None
+
+
+class _Plan:
+    """What is computed for a mask, found once: `_Part`s, and heads that are plainly causal.
+
+    Pairs of a block are looked at only where `Mask.cover` leaves something open, and once for all
+    heads that are alike there. Keys of such blocks are taken one by one: a text token between two
+    images is one key and not a block. Queries of a block that see far more than the others, such as
+    that text token's, make a part of their own.
+    """
+
+    def __init__(self, mask: Mask, block: int, device: torch.device) -> None:
+        self._length, self._heads = mask.length, mask.heads
+        self._block, self._device = block, device
+        cover, heads, length = mask.cover(block), mask.heads, mask.length
+        # What a head has in a block: -1 nothing, 0 all pairs, and above, some kind of some pairs.
+        codes = torch.where(cover.every, 0, 1 + _kinds(mask)).where(cover.some, -1)
+        codes = codes.expand(heads, -1, -1)
+        self._causal = self._causal_heads(mask, codes)
+        others = [head for head in range(heads) if head not in self._causal]
+        self.parts = list(self._make(mask, codes, others)) if others else []
+        self.pairs = sum(len(part.heads) * part.count * part.size for part in self.parts)
+        self.pairs += len(self._causal) * (length * (length + 1) // 2)
+        self._inside = torch.arange(block, device=device)
+        self._known: dict[tuple[int, ...], list[_Fold]] = {}
+
+    def _causal_heads(self, mask: Mask, codes: Tensor) -> list[int]:
+        """Return the heads in which just the causal pairs are allowed."""
+        count = codes.shape[-1]
+        below = torch.ones(count, count, dtype=torch.bool).tril(-1)
+        candidates = ((codes == 0) | ~below).all(dim=-1).all(dim=-1)
+        candidates &= ((codes == -1) | below | torch.eye(count, dtype=torch.bool)).all(-1).all(-1)
+        found = candidates.nonzero()[:, 0]
+        if not len(found):
+            return []
+        length = self._length
+        query = torch.arange(count * self._block).view(1, count, self._block, 1)
+        key = query.transpose(2, 3)
+        inside = (query < length) & (key < length)
+        last = length - 1
+        head = found[:, None, None, None]
+        # One head of those that are alike everywhere is enough.
+        _, kind_of = torch.unique(codes[found].flatten(1), dim=0, return_inverse=True)
+        result: list[int] = []
+        for kind in range(int(kind_of.max()) + 1):
+            members = (kind_of == kind).nonzero()[:, 0]
+            pairs = mask.allowed(head[members[:1]], query.clamp(max=last), key.clamp(max=last))
+            if bool((pairs.eq(key <= query) | ~inside).all()):
+                result += found[members].tolist()
+        return sorted(result)
+
+    def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[_Part]:
+        """Yield the parts, block of queries by block of queries."""
+        block, length = self._block, self._length
+        mine = torch.tensor(heads)
+        keys_in = torch.arange(blocks_in(length, block) * block).view(-1, block)
+        inside = keys_in < length
+        base = int(codes.max()) + 1
+        for row in range(codes.shape[1]):
+            first = row * block
+            queries = torch.arange(first, min(first + block, length))
+            # Heads that have the same in a row go through the kernel together.
+            patterns, pattern_of = torch.unique(codes[mine, row], dim=0, return_inverse=True)
+            members = [mine[pattern_of == number] for number in range(len(patterns))]
+            owner, column = (patterns > 0).nonzero().unbind(1)
+            piece, index = torch.unique(
+                column * base + patterns[owner, column], return_inverse=True
+            )
+            columns = piece // base
+            example = torch.empty_like(piece)
+            example[index] = torch.stack([one[0] for one in members])[owner]
+            sizes = torch.tensor([len(one) for one in members])
+            weight = torch.zeros_like(piece).index_add_(0, index, sizes[owner])
+            keys = keys_in[columns].clamp(max=length - 1)
+            allowed = _pairs(mask, example, queries, keys)
+            allowed = allowed.expand(len(piece), block, len(queries))
+            if len(piece) and int(columns.max()) == length // block:
+                allowed = allowed & inside[columns][:, :, None]
+            for chosen in _split(allowed, weight, _CALL * len(members)):
+                part = _of_queries(allowed, chosen)
+                whole, seen = part.all(dim=2), part.any(dim=2)
+                mixed = seen & ~whole
+                of_mixed = mixed.any(dim=1)
+                biases: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+                places = queries[chosen]
+                for number, pattern in enumerate(patterns):
+                    own = index[owner == number]
+                    some = own[of_mixed[own]]
+                    name = tuple(some.tolist())
+                    if name not in biases:
+                        biases[name] = self._bias(part[some], mixed[some], keys[some])
+                    yield self._part(
+                        members[number].tolist(),
+                        places,
+                        (pattern == 0).nonzero()[:, 0],
+                        keys[own][whole[own]],
+                        *biases[name],
+                    )
+
+    def _bias(self, pairs: Tensor, mixed: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the keys of some blocks that not all queries see, and what hides them."""
+        if not len(pairs):
+            return torch.empty(0, dtype=torch.int64), None
+        seen = pairs[mixed].T
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        return keys[mixed], bias.to(self._device)
+
+    def _part(
+        self,
+        heads: list[int],
+        queries: Tensor,
+        columns: Tensor,
+        single: Tensor,
+        mixed: Tensor,
+        bias: Tensor | None,
+    ) -> _Part:
+        block, length = self._block, self._length
+        ends = torch.cat([columns * block, (columns * block + block).clamp(max=length) - 1, single])
+        size = len(columns) * block + len(single) + len(mixed)
+        if len(columns) and int(columns[-1]) == length // block:
+            size -= block - length % block
+        if not size:
+            raise LayoutError(
+                f"query {int(queries[0])} of head {heads[0]} may attend to no key. Allow every "
+                "query at least one, itself for example."
+            )
+        both = torch.cat([ends, mixed])
+        low, high = int(both.min()), int(both.max()) + 1
+        last = not len(ends) or not len(mixed) or int(mixed.min()) > int(ends.max())
+        run = (low, high) if last and high - low == size else None
+        start, count = int(queries[0]), len(queries)
+        follows = int(queries[-1]) - start + 1 == count
+        device = self._device
+        return _Part(
+            heads,
+            slice(start, start + count) if follows else queries.to(device),
+            count,
+            columns.to(device),
+            single.to(device),
+            mixed.to(device),
+            bias,
+            size,
+            run,
+        )
+
+    def __call__(self, work: _Work, heads: list[int]) -> None:
+        """Compute some heads' attention.
+
+        Parameters
+        ----------
+        work
+            Of all heads.
+        heads
+            Those that a mask of one head stands for; not looked at with a mask of more.
+        """
+        query, key, value, scale = work.query, work.key, work.value, work.scale
+        shared = self._heads == 1
+        if self._causal:
+            for fold in self._folds(heads if shared else self._causal, len(query), len(key)):
+                work.output[fold.heads] = F.scaled_dot_product_attention(
+                    query[fold.heads][None],
+                    key[fold.keys][None],
+                    value[fold.keys][None],
+                    is_causal=True,
+                    scale=scale,
+                    enable_gqa=fold.times > 1,
+                )[0]
+        for part in self.parts:
+            keys = part.mixed if part.run else self._keys(part)
+            for fold in self._folds(heads if shared else part.heads, len(query), len(key)):
+                at: Any = (fold.heads, part.queries)
+                if isinstance(fold.heads, Tensor) and isinstance(part.queries, Tensor):
+                    at = (fold.heads[:, None], part.queries)
+                # The queries of all heads that share a key head, one after the other.
+                shape = (fold.count, fold.times * part.count, query.shape[-1])
+                if part.run is not None:
+                    wide = tuple(one[fold.keys, slice(*part.run)] for one in (key, value))
                 else:
-                    output[mine[:, None], queries] = found
-        return output
+                    index = (fold.first_rows + keys).flatten()
+                    wide = tuple(one[index].unflatten(0, (fold.count, -1)) for one in work.rows)
+                with work.hide(part, fold.times) as bias:
+                    found = _fused(query[at].reshape(shape), wide[0], wide[1], bias, scale)
+                work.output[at] = found.reshape(-1, part.count, value.shape[-1])
+
+    def _keys(self, part: _Part) -> Tensor:
+        """Return LongTensor, the places of a part's keys, those of its bias last."""
+        whole = (part.columns[:, None] * self._block + self._inside).flatten()
+        return torch.cat([whole[whole < self._length], part.single, part.mixed])
+
+    def _folds(self, heads: list[int], all_heads: int, groups: int) -> list[_Fold]:
+        """Return heads sorted by how many of them share a key head."""
+        name = (*heads, all_heads, groups)
+        if name not in self._known:
+            of_key: dict[int, list[int]] = {}
+            for head in heads:
+                of_key.setdefault(head * groups // all_heads, []).append(head)
+            self._known[name] = []
+            for times in sorted({len(one) for one in of_key.values()}):
+                keys = [one for one in of_key if len(of_key[one]) == times]
+                mine = [head for one in keys for head in of_key[one]]
+                starts = torch.tensor(keys, device=self._device) * self._length
+                self._known[name].append(
+                    _Fold(self._index(mine), self._index(keys), len(keys), times, starts[:, None])
+                )
+        return self._known[name]
+
+    def _index(self, numbers: list[int]) -> slice | Tensor:
+        """Return a slice, of which no copy is made, where the numbers follow each other."""
+        if numbers == list(range(numbers[0], numbers[-1] + 1)):
+            return slice(numbers[0], numbers[-1] + 1)
+        return torch.tensor(numbers, device=self._device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fold:
+    """Heads of which equally many, `times`, share each of `count` key heads, side by side.
+
+    `first_rows` is LongTensor [count, 1]: where a key head begins in keys of [G * L, d].
+    """
+
+    heads: slice | Tensor
+    keys: slice | Tensor
+    count: int
+    times: int
+    first_rows: Tensor
+
+
+class _Work:
+    """One call: q, k and v of all heads, and where the result goes."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, output: Tensor
+    ) -> None:
+        self.query, self.key, self.value = query, key, value
+        self.scale, self.output = scale, output
+        self.rows = [one.contiguous().flatten(0, 1) for one in (key, value)]  # [G * L, d]
+        # Zeros are as many as the keys, and the same for every part: they are made once.
+        self._zeros = query.new_zeros(0, query.shape[1])
+        # A kernel that keeps its bias for the way back, or wants it aligned, gets one of its own.
+        self._reuse = query.device.type == "cpu" and not torch.is_grad_enabled()
+
+    @contextmanager
+    def hide(self, part: _Part, times: int) -> Iterator[Tensor | None]:
+        """Yield a part's bias [times * queries, keys]: zeros, and its mixed keys' at the end.
+
+        It is None where nothing is hidden.
+        """
+        if part.bias is None:
+            yield None
+            return
+        rows, length = times * part.count, self._zeros.shape[1]
+        if not self._reuse:
+            bias = self.query.new_zeros(rows, part.size)
+        else:
+            if rows > len(self._zeros):
+                self._zeros = self.query.new_zeros(rows, length)
+            bias = self._zeros[:rows, length - part.size :]
+        end = bias[:, part.size - len(part.mixed) :]
+        end.unflatten(0, (times, part.count)).copy_(part.bias)
+        yield bias
+        if self._reuse:
+            end.zero_()
+
+
+_plans: WeakKeyDictionary[Mask, dict[tuple[int, torch.device], _Plan]] = WeakKeyDictionary()
+
+
+def _plan_of(mask: Mask, block: int, device: torch.device) -> _Plan:
+    """Return a mask's plan, the one made before if there is one: layers may share masks."""
+    plans = _plans.setdefault(mask, {})
+    if (block, device) not in plans:
+        plans[block, device] = _Plan(mask, block, device)
+    return plans[block, device]
+
+
+def _shared(mask: Mask) -> list[tuple[Mask, list[int] | None]]:
+    """Return the masks that heads of a mask share, and whose they are; None for all heads."""
+    if not isinstance(mask, PerHead):
+        return [(mask, None)]
+    heads = [
+        (mask.of_head == number).nonzero()[:, 0].tolist() for number in range(len(mask.choices))
+    ]
+    return [(one, mine) for one, mine in zip(mask.choices, heads, strict=True) if mine]
+
+
+_CALL = 2**15
+"""How many pairs take about as long as one more call of the kernel."""
+
+
+def _split(allowed: Tensor, weight: Tensor, least: int) -> list[Tensor]:
+    """Cut queries into sets that see about as many keys each.
+
+    A set is computed with all keys that any of its queries sees. It is cut where the numbers of
+    keys differ most, if that saves `least` pairs or more.
+
+    Parameters
+    ----------
+    allowed
+        BoolTensor [n, K, Q], for n sets of keys.
+    weight
+        LongTensor [n], how often each set of keys counts.
+    least
+        See above.
+    """
+    everyone = torch.arange(allowed.shape[2])
+
+    def union(queries: Tensor) -> int:
+        return int(_of_queries(allowed, queries).any(dim=2).sum(dim=1) @ weight)
+
+    def cut(queries: Tensor, whole: int) -> list[Tensor]:
+        if whole < least:  # as in most rows: nothing has to be counted
+            return [queries]
+        mine = seen()[queries]
+        if whole - int(mine.sum()) < least:
+            return [queries]
+        order = mine.argsort(stable=True)
+        after = int(mine[order].diff().argmax()) + 1
+        low, high = (queries[one.sort().values] for one in order.tensor_split([after]))
+        costs = [len(one) * union(one) for one in (low, high)]
+        if whole - sum(costs) < least:
+            return [queries]
+        return cut(low, costs[0]) + cut(high, costs[1])
+
+    @cache
+    def seen() -> Tensor:
+        return weight @ allowed.sum(dim=1)
+
+    if len(everyone) == 1 or not len(allowed):
+        return [everyone]
+    return cut(everyone, len(everyone) * union(everyone))
+
+
+def _of_queries(allowed: Tensor, queries: Tensor) -> Tensor:
+    """Return allowed[..., queries], no copy where they follow each other."""
+    first, last = int(queries[0]), int(queries[-1])
+    if last - first + 1 == len(queries):
+        return allowed[..., first : last + 1]
+    return allowed[..., queries]
+
+
+def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return what `Mask.allowed` does for n blocks of pairs, only sooner.
+
+    Parameters
+    ----------
+    mask
+        Of any number of heads.
+    head
+        LongTensor [n], the head of each block.
+    queries
+        LongTensor [Q], all in one block.
+    keys
+        LongTensor [n, K], those of each block.
+
+    Returns
+    -------
+    Tensor
+        BoolTensor that broadcasts to [n, K, Q].
+    """
+    match mask:
+        case _Both() | _Either():
+            one, other = (_pairs(half, head, queries, keys) for half in (mask.one, mask.other))
+            return one & other if isinstance(mask, _Both) else one | other
+        case Blocks():
+            return mask.allowed(head[:, None, None], queries[:1], keys[:, :1, None])
+        case PerHead():
+            choice = mask.of_head[head]
+            result = torch.empty(*keys.shape, len(queries), dtype=torch.bool)
+            for number in choice.unique().tolist():
+                mine = choice == number
+                result[mine] = _pairs(mask.choices[number], head[mine], queries, keys[mine])
+            return result
+        case Classes(heads=1):
+            seen_by = mask.table[0, mask.labels[queries]].T.contiguous()  # [C, Q]
+            return seen_by[mask.labels[keys]]
+    return mask.allowed(head[:, None, None], queries, keys[:, :, None])
+
+
+def _kinds(mask: Mask) -> Tensor:
+    """Return LongTensor that broadcasts to [H, blocks, blocks], equal where heads are alike.
+
+    Two heads with the same number in a block allow the same pairs in it.
+    """
+    if isinstance(mask, _Both | _Either):
+        one, other = _kinds(mask.one), _kinds(mask.other)
+        combined: Tensor = one * (other.max() + 1) + other
+        return combined
+    if isinstance(mask, Blocks):
+        return mask.chosen.long()
+    if isinstance(mask, PerHead):
+        return mask.of_head[:, None, None]
+    if isinstance(mask, Classes):
+        tables: Tensor = torch.unique(mask.table.flatten(1), dim=0, return_inverse=True)[1]
+        return tables[:, None, None]
+    return torch.arange(mask.heads)[:, None, None]
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, pairs: Tensor | None, scale: float) -> Tensor:

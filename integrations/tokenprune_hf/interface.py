@@ -1,0 +1,149 @@
+"""Standing in for a decoder's attention, through transformers' own attention interface.
+
+Attention modules look their function up by the name in their config. Inside the context that name
+is ours, registered beside the plain one, and calls go to a handler that may let the plain one run.
+The mask that the model makes stays the one that the plain function wants.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tokenprune.errors import TokenPruneError, UnsupportedModelError
+
+_PREFIX = "tokenprune+"
+
+Plain = Callable[[], tuple[Tensor, Tensor | None]]
+"""Runs the model's own attention on the same call: output [B, L, H, d], and weights or None."""
+
+
+class Handler(Protocol):
+    """What is called in place of an attention function."""
+
+    def __call__(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        plain: Plain,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output [B, L, H, d] and None, or what `plain` returns.
+
+        Parameters
+        ----------
+        module
+            The attention module.
+        query
+            [B, H, L, d], rotated.
+        key, value
+            [B, G, K, d], with what the cache holds in front.
+        scale
+            Factor on q kᵀ.
+        plain
+            The model's own attention.
+        """
+
+
+class Interception:
+    """A handler in front of the attention of some modules, until `remove`.
+
+    Parameters
+    ----------
+    modules
+        Attention modules of one decoder.
+    handler
+        What they call.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the modules do not look their attention up by name, or an implementation of theirs
+        takes no mask.
+    TokenPruneError
+        If another handler stands there already.
+    """
+
+    def __init__(self, modules: Sequence[Any], handler: Handler) -> None:
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        self._modules = list(modules)
+        configs = {id(module.config): module.config for module in self._modules}
+        self._before: list[tuple[Any, str]] = []
+        for module in self._modules:
+            if module in _HANDLERS:
+                raise TokenPruneError(
+                    f"the attention of this {type(module).__name__} is handled already. Leave that "
+                    "block before beginning another."
+                )
+        for config in configs.values():
+            name = config._attn_implementation
+            if name not in ("sdpa", "eager"):
+                raise UnsupportedModelError(
+                    f"the attention implementation {name!r} cannot take a mask per head. "
+                    "Call model.set_attn_implementation('sdpa'), or with 'eager'."
+                )
+            masks: Any = AttentionMaskInterface()  # type: ignore[no-untyped-call]
+            AttentionInterface.register(_PREFIX + name, _dispatch)
+            AttentionMaskInterface.register(_PREFIX + name, masks[name])
+            self._before.append((config, name))
+        for config, name in self._before:
+            config._attn_implementation = _PREFIX + name
+        for module in self._modules:
+            _HANDLERS[module] = handler
+
+    def remove(self) -> None:
+        """Give the modules their own attention back; a second call does nothing."""
+        for config, name in self._before:
+            config._attn_implementation = name
+        self._before = []
+        for module in self._modules:
+            _HANDLERS.pop(module, None)
+        self._modules = []
+
+
+_HANDLERS: weakref.WeakKeyDictionary[Any, Handler] = weakref.WeakKeyDictionary()
+
+
+def _dispatch(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Stand where an attention function of transformers stands."""
+    name = module.config._attn_implementation.removeprefix(_PREFIX)
+
+    def plain() -> tuple[Tensor, Tensor | None]:
+        function = _plain_function(module, name)
+        result: tuple[Tensor, Tensor | None] = function(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+
+    handler = _HANDLERS.get(module)
+    if handler is None:
+        return plain()  # a module with the same config that is not ours: another tower's
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return handler(module, query, key, value, scale, plain)
+
+
+def _plain_function(module: Any, name: str) -> Callable[..., Any]:
+    """Return an attention function of transformers; eager ones live beside the module."""
+    import sys
+
+    from transformers import AttentionInterface
+
+    if name == "eager":
+        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    registered: Callable[..., Any] = AttentionInterface()[name]  # type: ignore[no-untyped-call]
+    return registered

@@ -1,0 +1,302 @@
+"""`sparse`: a model of transformers that reads prompts with several images under sparse masks.
+
+    with tokenprune_hf.sparse(model, "heads.json") as sparse:
+        model.generate(**inputs)
+    sparse.density
+
+Every token stays in the prompt and in the cache; while the prompt is read, each head attends to
+what its mask lets through, and whole blocks of the rest are never computed. Tokens that come after
+the prompt attend to everything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.masks import HeadCategories, Mask, PromptLayout, heads_mask
+from tokenprune.masks.kernels import Kernel, Prepared
+from tokenprune.masks.patterns import Category
+from tokenprune_hf.attached import attach, check_free, detach
+from tokenprune_hf.interface import Interception, Plain
+from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
+from tokenprune_hf.prefix import sliding_window
+
+if TYPE_CHECKING:
+    from tokenprune.masks.pooled import PooledBlocks
+
+_UNSEEN = ("softcap", "attn_logit_softcapping", "sinks")
+"""Attributes of attention modules whose effect no kernel here has."""
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One prompt of a batch.
+
+    Attributes
+    ----------
+    layout
+        Of its tokens, padding left out.
+    columns
+        Where they stand in the batch.
+    both_ways
+        See `tokenprune_hf.layout.own_mask`.
+    prepared
+        Masks made ready and their densities, by the categories of a layer's heads and its window.
+    """
+
+    layout: PromptLayout
+    columns: slice
+    both_ways: bool
+    prepared: dict[Any, tuple[Prepared, float]] = field(default_factory=dict)
+
+
+class Sparse:
+    """A model under sparse masks: made by `sparse`, undone by leaving the block.
+
+    Attributes
+    ----------
+    model, masks, kernel
+        What was asked for.
+    layouts
+        Of the prompts that were read last; empty where none had an image.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's attention cannot take a mask for each head, or the masks are another model's.
+    InputFileError
+        If the heads file cannot be read.
+    TokenPruneError
+        If the model is under masks or pruned already.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        masks: str | Path | HeadCategories | PooledBlocks,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self.model = model
+        self.masks = HeadCategories.load(masks) if isinstance(masks, str | Path) else masks
+        self.kernel: Kernel | None = kernel
+        self.layouts: list[PromptLayout] = []
+        decoder = decoder_of(model)
+        self._modules = [layer.self_attn for layer in decoder.layers]
+        self._number_of = {module: number for number, module in enumerate(self._modules)}
+        _check_attention(self._modules)
+        if isinstance(self.masks, HeadCategories):
+            differences = self.masks.model.differences(identity_of(model))
+            if differences:
+                raise UnsupportedModelError(
+                    f"these heads are not those of this {type(model).__name__}: in the file "
+                    f"{'; '.join(differences)}. Calibrate this model: tokenprune calibrate-heads."
+                )
+        self._samples: list[_Sample] = []
+        self._densities: list[float] = []
+        self._attach()
+
+    @property
+    def density(self) -> float:
+        """Share of the causal blocks that were computed for the last prompts.
+
+        The mean over prompts, layers and heads. 1.0 where nothing was left out, or nothing was
+        read yet.
+        """
+        return sum(self._densities) / len(self._densities) if self._densities else 1.0
+
+    # Attaching and taking off ------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        check_free(self.model)
+        inner = getattr(self.model, "model", self.model)
+        self._names = list(inspect.signature(type(inner).forward).parameters)[1:]
+        self._interception = Interception(self._modules, self._attend)
+        self._hooks = [
+            inner.register_forward_pre_hook(self._before, with_kwargs=True),
+            inner.register_forward_hook(self._after, always_call=True),
+        ]
+        attach(self.model, self)
+
+    def remove(self) -> None:
+        """Make the model what it was; a second call does nothing."""
+        if not detach(self.model, self):
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._interception.remove()
+        self._samples = []
+
+    def __enter__(self) -> Sparse:
+        """Return this object; the model is under the masks already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Make the model what it was, also after an exception."""
+        self.remove()
+
+    # Calls -------------------------------------------------------------------------------------
+
+    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run before the model reads tokens: see where the prompts' images stand."""
+        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache = named.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return  # what comes after a prompt attends to everything
+        self.layouts, self._densities = [], []
+        self._samples = self._read(named)
+        self.layouts = [sample.layout for sample in self._samples]
+
+    def _after(self, _module: Any, _args: Any, _output: Any) -> None:
+        """Run when the call is over, also after an exception."""
+        self._samples = []
+
+    def _read(self, named: dict[str, Any]) -> list[_Sample]:
+        """Return the prompts of a call; none where no prompt has an image."""
+        input_ids = named.get("input_ids")
+        if input_ids is None:
+            raise PromptError(
+                "sparse masks find images by the ids of their placeholders, and this call has "
+                "inputs_embeds alone. Pass input_ids."
+            )
+        spans = image_spans_of(self.model, input_ids, named)
+        if not any(spans):
+            return []
+        mask = named.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            given = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise PromptError(
+                f"attention_mask is {given}; under sparse masks it has one value per prompt token: "
+                f"{list(input_ids.shape)}. Pass the mask that the processor returned, and no "
+                "static cache."
+            )
+        both_ways = named.get("token_type_ids") is not None
+        samples = []
+        for row, images in enumerate(spans):
+            real = mask[row].nonzero()[:, 0].tolist()
+            first, last = (real[0], real[-1] + 1) if real else (0, 1)
+            if len(real) != last - first:
+                raise PromptError(
+                    f"the attention_mask of prompt {row + 1} hides tokens between others. Sparse "
+                    "masks know padding at either end only: leave the hidden tokens out."
+                )
+            moved = [
+                type(one)(one.start - first, one.stop - first)
+                for one in images
+                if first <= one.start and one.stop <= last
+            ]
+            length = last - first
+            if isinstance(self.masks, HeadCategories):
+                layout = self.masks.layout(length, moved)
+            else:
+                layout = PromptLayout(length, tuple(moved))
+            samples.append(_Sample(layout, slice(first, last), both_ways))
+        return samples
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stand in for the attention of one layer."""
+        if not self._samples or query.shape[2] != key.shape[2]:
+            return plain()
+        if module.training and getattr(module, "attention_dropout", 0.0):
+            raise PromptError(
+                "attention dropout and sparse masks do not go together. Call model.eval()."
+            )
+        masks = self.masks
+        if isinstance(masks, HeadCategories):
+            categories = masks.categories[self._number_of[module]]
+            if set(categories) == {"dense"}:
+                self._densities += [1.0] * len(self._samples)
+                return plain()
+        # [B, L, H, d]; rows of padding are never looked at.
+        output = query.new_zeros(query.shape).transpose(1, 2)
+        for row, sample in enumerate(self._samples):
+            part = (row, slice(None), sample.columns)
+            own = query[part], key[part]
+            if isinstance(masks, HeadCategories):
+                ready, density = self._by_category(sample, module, categories, query.device)
+            else:
+                layer = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
+                mask = masks.mask(*own, sample.layout, scale=scale, model=layer)
+                ready, density = self._ready(mask, query.device)
+            output[row, sample.columns] = ready(*own, value[part], scale).transpose(0, 1)
+            self._densities.append(density)
+        return output, None
+
+    def _by_category(
+        self, sample: _Sample, module: Any, categories: Sequence[Category], device: torch.device
+    ) -> tuple[Prepared, float]:
+        """Return the mask of a layer with these heads, made once for all layers like it."""
+        name = (tuple(categories), sliding_window(module))
+        if name not in sample.prepared:
+            own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
+            mask = heads_mask(sample.layout, categories, own)
+            sample.prepared[name] = self._ready(mask, device)
+        return sample.prepared[name]
+
+    def _ready(self, mask: Mask, device: torch.device) -> tuple[Prepared, float]:
+        block = self.masks.block
+        return Prepared(mask, device, self.kernel, block), mask.density(block)
+
+
+def _check_attention(modules: Sequence[Any]) -> None:
+    """Raise for attention that does more than softmax(q kᵀ) v."""
+    for module in modules:
+        for name in _UNSEEN:
+            if getattr(module, name, None) is not None:
+                raise UnsupportedModelError(
+                    f"the attention {type(module).__name__} has {name}, which attention under "
+                    "sparse masks does not compute. Use the model without masks."
+                )
+
+
+def sparse(
+    model: Any,
+    masks: str | Path | HeadCategories | PooledBlocks,
+    *,
+    kernel: Kernel | None = None,
+) -> Sparse:
+    """Put a model under sparse masks inside a ``with`` block.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`.
+    masks
+        A heads file that ``tokenprune calibrate-heads`` wrote or its `HeadCategories`: BlindSight's
+        masks; or `tokenprune.masks.PooledBlocks`: blocks chosen anew for each prompt.
+    kernel
+        What computes attention under a mask, see `tokenprune.masks.attend`.
+
+    Returns
+    -------
+    Sparse
+        With the `density` and the `layouts` of the last prompts. After the block the model is
+        exactly as it was, also after an exception.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model's attention cannot take a mask for each head, or the masks are another model's.
+    InputFileError
+        If the heads file cannot be read.
+    TokenPruneError
+        If the model is under masks or pruned already.
+    """
+    return Sparse(model, masks, kernel)
