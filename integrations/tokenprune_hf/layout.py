@@ -5,6 +5,7 @@ Placeholders are found by token id, as everywhere in this adapter.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
 from tokenprune.masks.layout import image_spans
 from tokenprune_hf.families.base import Family
+from tokenprune_hf.families.llava import Llava, LlavaNext, VideoLlava
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.prefix import sliding_window
 
@@ -33,7 +35,10 @@ def decoder_of(model: Any) -> Any:
     UnsupportedModelError
         If it is of no known family, or its layers have no such attention.
     """
-    decoder = family_of(model).inner.language_model
+    inner = family_of(model).inner
+    # Not the family's `language_model`: that one is asked for to run a few layers alone, which
+    # Gemma 3 cannot.
+    decoder = getattr(inner, "language_model", getattr(inner, "text_model", None))
     layers = getattr(decoder, "layers", [])
     if not len(layers) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(
@@ -73,7 +78,7 @@ def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: boo
         Of the prompt.
     both_ways
         Whether the prompt came with token types, from which some models (Gemma 3) know that the
-        tokens of an image see all of it.
+        tokens of an image see all of it, as far as the layer's window goes.
     """
     own: Mask = Causal(layout.length)
     if both_ways and layout.images and model.config.model_type in _BIDIRECTIONAL:
@@ -89,8 +94,8 @@ def image_spans_of(
 ) -> list[list[ImageSpan]]:
     """Return where the images and videos of each prompt stand.
 
-    A run of placeholders is an image, or a frame where a video's frames have text between them.
-    Images that touch are told apart where the arguments say how large each one is.
+    A run of placeholders is an image or a video, or a frame where a video's frames have text
+    between them. Images that touch are told apart by their sizes.
 
     Parameters
     ----------
@@ -99,30 +104,23 @@ def image_spans_of(
     input_ids
         LongTensor [B, L]; places count padding as it does.
     arguments
-        The other arguments of the call, as the processor returned them.
+        The other arguments of the call, as the processor returned them or as `generate` hands them
+        to the model.
 
     Raises
     ------
     PromptError
-        If images touch whose sizes are not known, or sizes and placeholders do not fit.
+        If images may touch and their sizes are not known, or do not fit the placeholders.
     """
     family = family_of(model)
-    result: list[list[ImageSpan]] = [[] for _ in input_ids]
+    ids = input_ids.cpu()
+    result: list[list[ImageSpan]] = [[] for _ in ids]
     for modality in ("image", "video"):
-        places = input_ids == family.token_id(modality)
+        places = ids == family.token_id(modality)
         runs = [(row, span) for row, flags in enumerate(places) for span in image_spans(flags)]
         total = sum(len(span) for _, span in runs)
-        sizes = _sizes(family, modality, arguments, total)
-        if sizes is not None and sum(sizes) != total:
-            raise PromptError(
-                f"the prompt holds {total} {modality} placeholders, and its {modality}s make "
-                f"{sum(sizes)} tokens. Pass input_ids and pixel values of one and the same "
-                "processor call, neither truncated."
-            )
-        if sizes is not None and len(sizes) > len(runs):
+        if total and (sizes := _sizes(family, modality, arguments, total)) is not None:
             runs = _split(runs, sizes, modality)
-        elif sizes is None:
-            _check_apart(arguments, modality, len(runs))
         for row, span in runs:
             result[row].append(span)
     return [sorted(spans, key=lambda span: span.start) for spans in result]
@@ -131,43 +129,64 @@ def image_spans_of(
 def _sizes(
     family: Family, modality: str, arguments: Mapping[str, Any], total: int
 ) -> list[int] | None:
-    """Return how many placeholders each image has, where that is known without running anything."""
+    """Return how many placeholders each image has, without running the encoder.
+
+    None where a delimiter stands around every image, so that runs of placeholders are images: a run
+    of InternVL's may be several tiles of one.
+
+    Raises
+    ------
+    PromptError
+        If images may touch, and the arguments do not tell their sizes.
+    """
+    may_touch = isinstance(family, Llava)
+    if modality == "video" and isinstance(family, VideoLlava):
+        return None  # its encoder does not say which frames are one video's
+    # `generate` runs the encoder itself, and passes on what came out in place of the pixels.
+    encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
+    if encoded is not None and (may_touch or family.mrope):
+        return [len(one) for one in encoded.pooler_output]
     grids = arguments.get(f"{modality}_grid_thw")
-    if grids is not None:
+    if grids is not None and family.mrope:
         merged = int(family.tower(modality).spatial_merge_size) ** 2
         return [math.prod(grid) // merged for grid in grids.tolist()]
-    pixels = arguments.get("pixel_values")
-    fixed = family.model.config.model_type == "llava" and modality == "image"
-    if fixed and isinstance(pixels, Tensor) and pixels.ndim == 4 and total % len(pixels) == 0:
-        return [total // len(pixels)] * len(pixels)
-    return None
+    if not may_touch:
+        return None
+    found = [one for one in family.media(dict(arguments)) if one.modality == modality]
+    if not found:
+        raise PromptError(
+            f"the prompts hold {total} {modality} placeholders and no {modality} was passed, so "
+            "that it is not known where one ends. Pass the processor's pixel values along with its "
+            "input_ids."
+        )
+    media = found[0]
+    if isinstance(family, LlavaNext) and modality == "image":
+        # The engine's own packing, run on zeros: what it cuts off and adds is not repeated here.
+        vision = family.model.config.vision_config
+        crops = sum(family._crops_per_image(media))
+        patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
+        packed = family._pack(media, torch.zeros(crops, patches, 1, dtype=torch.float64))
+        return [len(one) for one in packed]
+    pixels = next(value for name, value in media.arguments.items() if name.startswith("pixel"))
+    return [total // len(pixels)] * len(pixels)  # all images are equally large
 
 
 def _split(
     runs: Sequence[tuple[int, ImageSpan]], sizes: Sequence[int], modality: str
 ) -> list[tuple[int, ImageSpan]]:
     """Cut runs of placeholders where one image ends and the next begins."""
-    left = list(sizes)
-    result = []
-    for row, run in runs:
-        start = run.start
-        while start < run.stop and left and start + left[0] <= run.stop:
-            result.append((row, ImageSpan(start, start + left[0])))
-            start += left.pop(0)
-        if start != run.stop:
-            raise PromptError(
-                f"prompt {row + 1} has {len(run)} {modality} placeholders in a row, which are no "
-                f"whole number of its {modality}s (of {list(sizes)} tokens). Pass input_ids as the "
-                "processor returned them."
-            )
-    return result
-
-
-def _check_apart(arguments: Mapping[str, Any], modality: str, runs: int) -> None:
-    """Raise if there are more images than runs of placeholders."""
-    shapes = arguments.get(f"{modality}_sizes")
-    if shapes is not None and len(shapes) > runs > 0:
+    total = sum(len(run) for _, run in runs)
+    if sum(sizes) != total:
         raise PromptError(
-            f"{len(shapes)} {modality}s stand in {runs} runs of placeholders: some touch, and where"
-            " one ends is not known. Put text between them, a line break for example."
+            f"the prompts hold {total} {modality} placeholders, and {len(sizes)} {modality}(s) of "
+            f"{sum(sizes)} tokens were passed. Pass input_ids and pixel values of one and the same "
+            "processor call, neither truncated."
         )
+    result, ends = [], set(itertools.accumulate(sizes))
+    before = 0  # placeholders in front of the run
+    for row, run in runs:
+        cuts = [end for end in ends if before < end < before + len(run)]
+        edges = [run.start, *sorted(end - before + run.start for end in cuts), run.stop]
+        result += [(row, ImageSpan(*edge)) for edge in itertools.pairwise(edges)]
+        before += len(run)
+    return result

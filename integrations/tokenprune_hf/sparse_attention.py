@@ -12,20 +12,27 @@ the prompt attend to everything.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.masks import HeadCategories, Mask, PromptLayout, heads_mask
+from tokenprune.errors import (
+    ConfigError,
+    PromptError,
+    UnsupportedModelError,
+    did_you_mean,
+)
+from tokenprune.masks import HeadCategories, ImageSpan, Mask, PromptLayout, heads_mask
 from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category
 from tokenprune_hf.attached import attach, check_free, detach
+from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.interface import Interception, Plain
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
 from tokenprune_hf.prefix import sliding_window
@@ -51,12 +58,27 @@ class _Sample:
         See `tokenprune_hf.layout.own_mask`.
     prepared
         Masks made ready and their densities, by the categories of a layer's heads and its window.
+    densities
+        Of layers that are left to the model, by their window.
     """
 
     layout: PromptLayout
     columns: slice
     both_ways: bool
     prepared: dict[Any, tuple[Prepared, float]] = field(default_factory=dict)
+    densities: dict[int | None, float] = field(default_factory=dict)
+
+
+class _Call(threading.local):
+    """The call that is running in a thread.
+
+    Attributes
+    ----------
+    samples
+        Its prompts; empty where attention is left to the model, None where no call is running.
+    """
+
+    samples: list[_Sample] | None = None
 
 
 class Sparse:
@@ -88,11 +110,22 @@ class Sparse:
         self.model = model
         self.masks = HeadCategories.load(masks) if isinstance(masks, str | Path) else masks
         self.kernel: Kernel | None = kernel
+        if kernel is not None and kernel not in get_args(Kernel):
+            raise ConfigError(
+                f"kernel={kernel!r} is no kernel. {did_you_mean(str(kernel), get_args(Kernel))}"
+            )
+        if not hasattr(self.masks, "block"):
+            raise ConfigError(
+                f"masks is a {type(masks).__name__}. Give the path of a heads file, a "
+                "HeadCategories or a PooledBlocks."
+            )
         self.layouts: list[PromptLayout] = []
+        self._family = family_of(model)
         decoder = decoder_of(model)
+        self._decoder = decoder
         self._modules = [layer.self_attn for layer in decoder.layers]
         self._number_of = {module: number for number, module in enumerate(self._modules)}
-        _check_attention(self._modules)
+        _check_attention(self._modules, model.config.get_text_config())
         if isinstance(self.masks, HeadCategories):
             differences = self.masks.model.differences(identity_of(model))
             if differences:
@@ -100,7 +133,7 @@ class Sparse:
                     f"these heads are not those of this {type(model).__name__}: in the file "
                     f"{'; '.join(differences)}. Calibrate this model: tokenprune calibrate-heads."
                 )
-        self._samples: list[_Sample] = []
+        self._call = _Call()
         self._densities: list[float] = []
         self._attach()
 
@@ -133,7 +166,7 @@ class Sparse:
         for hook in self._hooks:
             hook.remove()
         self._interception.remove()
-        self._samples = []
+        self._call.samples = None
 
     def __enter__(self) -> Sparse:
         """Return this object; the model is under the masks already."""
@@ -155,14 +188,28 @@ class Sparse:
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache = named.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            return  # what comes after a prompt attends to everything
+            self._check_continued(named.get("input_ids"))
+            self._call.samples = []  # what comes after a prompt attends to everything
+            return
         self.layouts, self._densities = [], []
-        self._samples = self._read(named)
-        self.layouts = [sample.layout for sample in self._samples]
+        self._call.samples = self._read(named)
+        self.layouts = [sample.layout for sample in self._call.samples]
 
     def _after(self, _module: Any, _args: Any, _output: Any) -> None:
         """Run when the call is over, also after an exception."""
-        self._samples = []
+        self._call.samples = None
+
+    def _check_continued(self, input_ids: Tensor | None) -> None:
+        """Raise if images come behind a cache: their attention would not be sparse."""
+        if input_ids is None or input_ids.shape[1] == 1:
+            return
+        for modality in ("image", "video"):
+            if bool((input_ids == self._family.token_id(modality)).any()):
+                raise PromptError(
+                    f"{modality}s come behind tokens that the cache holds already, and sparse "
+                    "masks are for a prompt that is read at once. Pass the whole prompt without a "
+                    "cache, and no prefill_chunk_size."
+                )
 
     def _read(self, named: dict[str, Any]) -> list[_Sample]:
         """Return the prompts of a call; none where no prompt has an image."""
@@ -175,6 +222,7 @@ class Sparse:
         spans = image_spans_of(self.model, input_ids, named)
         if not any(spans):
             return []
+        self._check_call(named)
         mask = named.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(input_ids)
@@ -185,21 +233,19 @@ class Sparse:
                 f"{list(input_ids.shape)}. Pass the mask that the processor returned, and no "
                 "static cache."
             )
-        both_ways = named.get("token_type_ids") is not None
+        types = named.get("token_type_ids")
+        both_ways = types is not None and bool((types == 1).any())
         samples = []
         for row, images in enumerate(spans):
             real = mask[row].nonzero()[:, 0].tolist()
             first, last = (real[0], real[-1] + 1) if real else (0, 1)
-            if len(real) != last - first:
+            inside = all(first <= one.start and one.stop <= last for one in images)
+            if not inside or len(real) < last - first:
                 raise PromptError(
-                    f"the attention_mask of prompt {row + 1} hides tokens between others. Sparse "
-                    "masks know padding at either end only: leave the hidden tokens out."
+                    f"the attention_mask of prompt {row + 1} hides tokens between others, or of an "
+                    "image. Sparse masks know padding at either end only: leave hidden tokens out."
                 )
-            moved = [
-                type(one)(one.start - first, one.stop - first)
-                for one in images
-                if first <= one.start and one.stop <= last
-            ]
+            moved = [ImageSpan(one.start - first, one.stop - first) for one in images]
             length = last - first
             if isinstance(self.masks, HeadCategories):
                 layout = self.masks.layout(length, moved)
@@ -208,29 +254,70 @@ class Sparse:
             samples.append(_Sample(layout, slice(first, last), both_ways))
         return samples
 
+    def _check_call(self, named: dict[str, Any]) -> None:
+        """Raise for calls in which attention under masks would not be what was asked for."""
+        config = self.model.config.get_text_config()
+        if named.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise PromptError(
+                "output_attentions asks for attention maps, which sparse kernels never make. Leave "
+                "it out, or call the model without masks."
+            )
+        decoder = self._decoder
+        if decoder.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
+        ):
+            raise PromptError(
+                "gradient checkpointing runs layers a second time after the call, without masks. "
+                "Call model.eval() or model.gradient_checkpointing_disable()."
+            )
+        positions, mask = named.get("position_ids"), named.get("attention_mask")
+        if isinstance(positions, Tensor) and mask is None and named.get("past_key_values") is None:
+            # M-RoPE: the first of four axes counts text; three have no such axis.
+            text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
+            if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):
+                raise PromptError(
+                    "position_ids without an attention_mask begin anew inside a row, as those of "
+                    "packed prompts do. Pass one prompt a row, and an attention_mask."
+                )
+
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
     ) -> tuple[Tensor, Tensor | None]:
         """Stand in for the attention of one layer."""
-        if not self._samples or query.shape[2] != key.shape[2]:
+        samples = self._call.samples
+        if samples is None and query.shape[2] > 1:
+            raise PromptError(
+                f"the decoder of {type(self.model).__name__} was called by itself, where sparse "
+                "masks do not see the prompt. Call the whole model."
+            )
+        if not samples:
             return plain()
+        if query.shape[2] != key.shape[2]:
+            raise PromptError(
+                f"a prompt of {query.shape[2]} tokens came with a cache of {key.shape[2]} places. "
+                "Use a cache that grows: leave cache_implementation and the static cache out."
+            )
         if module.training and getattr(module, "attention_dropout", 0.0):
             raise PromptError(
                 "attention dropout and sparse masks do not go together. Call model.eval()."
             )
         masks = self.masks
+        categories: Sequence[Category] = ()
         if isinstance(masks, HeadCategories):
             categories = masks.categories[self._number_of[module]]
             if set(categories) == {"dense"}:
-                self._densities += [1.0] * len(self._samples)
+                self._densities += [self._dense(one, module) for one in samples]
                 return plain()
         # [B, L, H, d]; rows of padding are never looked at.
-        output = query.new_zeros(query.shape).transpose(1, 2)
-        for row, sample in enumerate(self._samples):
+        size = (*query.shape[:3], value.shape[-1])
+        output = query.new_zeros(size).transpose(1, 2)
+        for row, sample in enumerate(samples):
             part = (row, slice(None), sample.columns)
             own = query[part], key[part]
             if isinstance(masks, HeadCategories):
                 ready, density = self._by_category(sample, module, categories, query.device)
+            elif not sample.layout.images:
+                ready, density = self._by_category(sample, module, ("dense",), query.device)
             else:
                 layer = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
                 mask = masks.mask(*own, sample.layout, scale=scale, model=layer)
@@ -239,11 +326,19 @@ class Sparse:
             self._densities.append(density)
         return output, None
 
+    def _dense(self, sample: _Sample, module: Any) -> float:
+        """Return the density of a layer that is left to the model."""
+        name = sliding_window(module)
+        if name not in sample.densities:
+            own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
+            sample.densities[name] = own.density(self.masks.block)
+        return sample.densities[name]
+
     def _by_category(
         self, sample: _Sample, module: Any, categories: Sequence[Category], device: torch.device
     ) -> tuple[Prepared, float]:
         """Return the mask of a layer with these heads, made once for all layers like it."""
-        name = (tuple(categories), sliding_window(module))
+        name = (tuple(categories), sliding_window(module), device)
         if name not in sample.prepared:
             own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
             mask = heads_mask(sample.layout, categories, own)
@@ -255,8 +350,13 @@ class Sparse:
         return Prepared(mask, device, self.kernel, block), mask.density(block)
 
 
-def _check_attention(modules: Sequence[Any]) -> None:
-    """Raise for attention that does more than softmax(q kᵀ) v."""
+def _check_attention(modules: Sequence[Any], config: Any) -> None:
+    """Raise for attention that does more than softmax(q kᵀ) v over what stands before."""
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(
+            "this model's text attends to what stands behind it (use_bidirectional_attention), and "
+            "masks are for decoders. Use the model without masks."
+        )
     for module in modules:
         for name in _UNSEEN:
             if getattr(module, name, None) is not None:

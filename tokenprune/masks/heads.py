@@ -35,7 +35,8 @@ class ModelIdentity:
     hidden_size
         Width of the language model.
     sample
-        A few weights of its first layer, so that two models of one shape are told apart.
+        A few weights of its embeddings, so that two models of one shape are told apart; they are
+        not quantized where other weights are.
     """
 
     model_type: str
