@@ -43,6 +43,7 @@ from train_demo_model import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokenprune_hf
+from tokenprune.masks import HeadCategories, PromptLayout, heads_mask
 from tokenprune.masks.coverage import thresholds
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import IMAGE_TOKENS, bundled_model_path
@@ -77,7 +78,7 @@ def main() -> None:
     one.add_argument("--questions", type=int, default=500, help="for each number of images")
     one.add_argument("--prompts", type=int, default=48, help="of calibration, of 2 to 8 images")
     one.add_argument("--alpha", type=float, nargs="+", default=[0.99, 0.95, 0.9, 0.8, 0.6, 0.4])
-    one.add_argument("--block", type=int, default=32)
+    one.add_argument("--block", type=int, default=16)
     one.set_defaults(run=evaluate)
     options = parser.parse_args()
     options.run(options)
@@ -351,22 +352,37 @@ def evaluate(options: argparse.Namespace) -> None:
         plain = answers(model, processor, asked, encoded)
         accuracy = accuracy_of(plain)
         print(f"\n{images} images, {len(asked)} questions, plain: {in_percent(accuracy)}")
-        print(f"{'mask':16} {'heads: sink intra intra+sink dense':36} density  right, %", end="")
+        print(
+            f"{'mask':16} {'heads: sink intra intra+sink dense':36} density  pairs  right, %",
+            end="",
+        )
         print("             difference to plain          p")
         for name, heads in masks.items():
             with tokenprune_hf.sparse(model, heads) as running:
                 right = answers(model, processor, asked, encoded)
-                density = running.density
+                density, layouts = running.density, running.layouts
+            pairs = np.mean([share(heads, layout) for layout in layouts[:4]])
             gained = sum(new and not old for new, old in zip(right, plain, strict=True))
             lost = sum(old and not new for new, old in zip(right, plain, strict=True))
             low, high = difference_interval(gained, lost, len(asked))
             counts = " ".join(f"{count:3d}" for count in heads.counts().values())
+            share_right = in_percent(accuracy_of(right))
             print(
-                f"{name:16} {counts:36} {density:7.2f}  {in_percent(accuracy_of(right)):20} "
+                f"{name:16} {counts:36} {density:7.2f} {pairs:6.2f}  {share_right:20} "
                 f"{100 * (gained - lost) / len(asked):+6.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
                 f"   {mcnemar_p(gained, lost):.3f}",
                 flush=True,
             )
+
+
+def share(heads: HeadCategories, layout: PromptLayout) -> float:
+    """Return which share of the causal pairs of tokens is allowed: what blocks cannot show."""
+    found = []
+    for categories in set(heads.categories):
+        matrix = heads_mask(layout, categories).matrix()
+        mean = float(matrix.sum()) / (len(matrix) * layout.length * (layout.length + 1) / 2)
+        found += [mean] * heads.categories.count(categories)
+    return sum(found) / len(found)
 
 
 def in_percent(accuracy: Accuracy | None) -> str:
