@@ -11,7 +11,9 @@ import tokenprune_hf
 from tests.hf.models import TINY, prompt
 from tokenprune import PruningConfig
 from tokenprune.config import Positions
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, LayoutError
+from tokenprune.masks import Causal, PromptLayout, visible_keys
+from tokenprune_hf.layout import image_spans_of
 from tokenprune_hf.shortened import Application
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
@@ -69,6 +71,23 @@ def test_going_on_from_a_masked_prompt(name: str) -> None:
             )
             found.append((beams.tolist(), second.tolist()))
     assert found[0] == found[1]
+
+
+def test_a_selection_is_a_mask_over_the_prompts_layout() -> None:
+    """The same layout that sparse masks are made from, and its matrix as a 4-D attention mask."""
+    model = TINY["llava"].model()
+    inputs = prompt(TINY["llava"], ["titit"])
+    with torch.no_grad(), tokenprune_hf.prune(model, "feature-norm", 3, apply="mask") as pruning:
+        expected = model(**inputs).logits
+    (images,) = image_spans_of(model, inputs["input_ids"], inputs)
+    layout = PromptLayout(inputs["input_ids"].shape[1], tuple(images))
+    mask = Causal(layout.length) & visible_keys(layout.kept(pruning.selections))
+    with torch.no_grad():
+        found = model(**{**inputs, "attention_mask": mask.matrix()[None]}).logits
+    text = layout.image_of < 0  # a hidden token sees itself here, and nothing sees it
+    torch.testing.assert_close(found[:, text], expected[:, text], rtol=1e-4, atol=1e-4)
+    with pytest.raises(LayoutError, match=r"selections of \[36\] tokens, and images of \[36, 36\]"):
+        layout.kept(pruning.selections[:1])
 
 
 def test_everything_kept_hides_nothing() -> None:

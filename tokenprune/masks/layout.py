@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import LayoutError
+from tokenprune.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,33 @@ class PromptLayout:
         """BoolTensor [L]."""
         result = torch.zeros(self.length, dtype=torch.bool)
         result[list(self.sinks)] = True
+        return result
+
+    def kept(self, selections: Sequence[Selection]) -> Tensor:
+        """Return BoolTensor [L]: all text, and the tokens of each image that were selected.
+
+        With `tokenprune.masks.visible_keys` it is the mask that hides what was not.
+
+        Parameters
+        ----------
+        selections
+            One for each image, in order.
+
+        Raises
+        ------
+        LayoutError
+            If there are not as many selections as images, or one is of another number of tokens.
+        """
+        given, sizes = [one.total for one in selections], [len(span) for span in self.images]
+        if given != sizes:
+            raise LayoutError(
+                f"there are selections of {given} tokens, and images of {sizes}. Give one "
+                "selection for each image, in order."
+            )
+        result = torch.ones(self.length, dtype=torch.bool)
+        for span, selection in zip(self.images, selections, strict=True):
+            result[span.start : span.stop] = False
+            result[span.start + selection.kept.cpu()] = True
         return result
 
 
