@@ -5,21 +5,27 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Let one of several processes have all engines and command lines, and files stay whole.
 
     An engine takes its memory when it starts, and two that start together starve each other.
     """
-    for item in items:
-        engine = item.path.parent.name in ("lmms", "vllm")
-        item.add_marker(pytest.mark.xdist_group("engines" if engine else item.path.name))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # not typed
+        def _split_scope(self, nodeid: str) -> str:
+            engines = nodeid.startswith(("tests/lmms/", "tests/vllm/"))
+            return "engines" if engines else nodeid.partition("::")[0]
+
+    return Lanes(config, log)
 
 
 class _Deprecations(logging.Handler):

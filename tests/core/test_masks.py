@@ -26,7 +26,7 @@ from tokenprune.masks import (
     image_spans,
     visible_keys,
 )
-from tokenprune.masks.kernels import Kernel
+from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import CATEGORIES, LOCAL, Category
 
 LAYOUT = PromptLayout(
@@ -131,11 +131,89 @@ def test_kernels_equal_attention_with_the_matrix(
         # Not compiled, so that no compiler is needed: the block mask is what is tested.
         from torch.nn.attention.flex_attention import flex_attention
 
-        monkeypatch.setattr("tokenprune.masks.kernels._compiled", flex_attention)
+        monkeypatch.setattr("tokenprune.masks.kernels._compiled", {"cpu": flex_attention})
     found = attend(query, key, value, mask, scale=0.3, kernel=kernel, block=32)
     wide = [one.repeat_interleave(2, dim=0) for one in (key, value)]
     logits = (query @ wide[0].transpose(1, 2) * 0.3).masked_fill(~mask.matrix(), -torch.inf)
     torch.testing.assert_close(found, logits.softmax(dim=-1) @ wide[1])
+
+
+CHOICES: list[list[Category]] = [
+    ["intra"] * 4,
+    ["sink"] * 4,
+    ["intra", "dense", "intra+sink", "intra"],
+]
+
+
+@pytest.mark.parametrize("categories", CHOICES)
+def test_gathered_computes_few_pairs_that_the_mask_hides(categories: list[Category]) -> None:
+    """Delimiters between images make their blocks partial: that must not cost whole blocks."""
+    images = tuple(ImageSpan(at + 2, at + 498) for at in range(0, 4000, 500))
+    layout = PromptLayout(4000, images, sinks=tuple(range(2, 4000, 500)))
+    generator = torch.Generator().manual_seed(2)
+    query, key, value = torch.randn(3, 4, 4000, 8, generator=generator)
+    mask = heads_mask(layout, categories)
+    ready = Prepared(mask, query.device, "gathered")
+    allowed = int(mask.matrix().sum()) / mask.heads / (4000 * 4001 / 2)
+    # Blocks on the diagonal, and of the window, are computed whole.
+    assert allowed <= ready.computed < allowed + 0.07
+    if "dense" not in categories:
+        assert ready.computed < 0.4 * mask.density()
+    dense = attend(query, key, value, mask, kernel="dense")
+    torch.testing.assert_close(ready(query, key, value), dense)
+
+
+def test_heads_of_unlike_blocks_go_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On many threads heads are computed together: each over keys of its own, filled up."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr("tokenprune.masks.kernels._ALIKE", 2.0)
+    generator = torch.Generator().manual_seed(5)
+    chosen = torch.rand(6, 10, 10, generator=generator) < 0.5
+    itself = Window(300, 1)
+    for mask in (
+        Causal(300) & (Blocks(chosen, 300, 32) | itself),
+        heads_mask(LAYOUT, ["intra", "sink"] * 3) & (Blocks(chosen, 300, 32) | itself),
+    ):
+        ready = Prepared(mask, torch.device("cpu"), "gathered", 32)
+        calls = [parts for plan, _ in ready._plans for parts in plan.calls]
+        sizes = [{part.size for part in parts} for parts in calls]
+        assert any(len(parts) > 1 for parts in calls)
+        assert any(len(one) > 1 for one in sizes)
+        query, key, value = torch.randn(3, 6, 300, 8, generator=generator)
+        with torch.inference_mode():
+            found = ready(query, key[:2], value[:2])
+            again = ready(query, key[:2], value[:2])
+        wanted = attend(query, key[:2], value[:2], mask, kernel="dense")
+        torch.testing.assert_close(found, wanted)
+        assert torch.equal(found, again)
+        torch.testing.assert_close(ready(query, key[:2], value[:2]), wanted)  # with gradients
+
+
+def test_gathered_has_gradients_and_keeps_the_dtype() -> None:
+    mask = masks()["heads and hidden keys"]
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(3, 4, 300, 8, generator=generator)
+    kernels: list[Kernel] = ["gathered", "dense"]
+    found = []
+    for kernel in kernels:
+        leaf = states.clone().requires_grad_()
+        output = attend(leaf[0], leaf[1], leaf[2], mask, kernel=kernel, block=32)
+        output.square().sum().backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(found[0], found[1])
+    with torch.no_grad():
+        exact = attend(states[0], states[1], states[2], mask, kernel="gathered", block=32)
+        short = states.bfloat16()
+        rounded = attend(short[0], short[1], short[2], mask, kernel="gathered", block=32)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.05, rtol=0.05)
+
+
+def test_a_query_without_a_key_is_refused() -> None:
+    states = torch.zeros(4, 10, 8)
+    nothing = Causal(10) & Blocks(torch.zeros(1, 3, 3, dtype=torch.bool), 10, 4)
+    with pytest.raises(LayoutError, match="query 0 of head 0 may attend to no key"):
+        attend(states, states, states, nothing, kernel="gathered", block=4)
 
 
 def test_the_block_mask_is_the_one_that_torch_makes_of_the_matrix() -> None:

@@ -7,6 +7,7 @@ attention; ``"dense"`` is that same fused attention over everything, with the ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenprune.errors import LayoutError
-from tokenprune.masks.mask import BLOCK, Blocks, Classes, Mask, PerHead, _Both, _Either, blocks_in
+from tokenprune.masks.mask import (
+    BLOCK,
+    Blocks,
+    Causal,
+    Classes,
+    Mask,
+    PerHead,
+    Window,
+    _Both,
+    _Either,
+    blocks_in,
+)
 
 Kernel = Literal["flex", "gathered", "dense"]
 
@@ -185,8 +197,10 @@ class _Plan:
         codes = codes.expand(heads, -1, -1)
         self._causal = self._causal_heads(mask, codes)
         others = [head for head in range(heads) if head not in self._causal]
-        self.parts = list(self._make(mask, codes, others)) if others else []
-        self.pairs = sum(len(part.heads) * part.count * part.size for part in self.parts)
+        self.calls = list(self._make(mask, codes, others)) if others else []
+        self.pairs = sum(
+            len(part.heads) * part.count * part.size for parts in self.calls for part in parts
+        )
         self.pairs += len(self._causal) * (length * (length + 1) // 2)
         self._inside = torch.arange(block, device=device)
         self._known: dict[tuple[int, ...], list[_Fold]] = {}
@@ -216,8 +230,8 @@ class _Plan:
                 result += found[members].tolist()
         return sorted(result)
 
-    def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[_Part]:
-        """Yield the parts, block of queries by block of queries."""
+    def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[list[_Part]]:
+        """Yield the parts of each call of the kernel, block of queries by block of queries."""
         block, length = self._block, self._length
         mine = torch.tensor(heads)
         keys_in = torch.arange(blocks_in(length, block) * block).view(-1, block)
@@ -243,33 +257,38 @@ class _Plan:
             allowed = allowed.expand(len(piece), block, len(queries))
             if len(piece) and int(columns.max()) == length // block:
                 allowed = allowed & inside[columns][:, :, None]
-            for chosen in _split(allowed, weight, _CALL * len(members)):
-                part = _of_queries(allowed, chosen)
-                whole, seen = part.all(dim=2), part.any(dim=2)
+            packed = _Packed(allowed)
+            for chosen in _split(packed, weight, _CALL * len(members)):
+                seen, whole = packed.seen(chosen)
                 mixed = seen & ~whole
                 of_mixed = mixed.any(dim=1)
                 biases: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
                 places = queries[chosen]
+                parts = []
                 for number, pattern in enumerate(patterns):
                     own = index[owner == number]
                     some = own[of_mixed[own]]
                     name = tuple(some.tolist())
                     if name not in biases:
-                        biases[name] = self._bias(part[some], mixed[some], keys[some])
-                    yield self._part(
+                        biases[name] = self._bias(
+                            allowed[some][..., chosen], mixed[some], keys[some]
+                        )
+                    part = self._part(
                         members[number].tolist(),
                         places,
                         (pattern == 0).nonzero()[:, 0],
                         keys[own][whole[own]],
                         *biases[name],
                     )
+                    parts.append(part)
+                yield from _calls(parts, self._device)
 
     def _bias(self, pairs: Tensor, mixed: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the keys of some blocks that not all queries see, and what hides them."""
         if not len(pairs):
             return torch.empty(0, dtype=torch.int64), None
         seen = pairs[mixed].T
-        bias = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        bias = torch.zeros(seen.shape).masked_fill_(~seen, -math.inf)
         return keys[mixed], bias.to(self._device)
 
     def _part(
@@ -332,22 +351,40 @@ class _Plan:
                     scale=scale,
                     enable_gqa=fold.times > 1,
                 )[0]
-        for part in self.parts:
+        for parts in self.calls:
+            if len(parts) > 1:
+                self._side_by_side(work, parts)
+                continue
+            part = parts[0]
             keys = part.mixed if part.run else self._keys(part)
             for fold in self._folds(heads if shared else part.heads, len(query), len(key)):
-                at: Any = (fold.heads, part.queries)
-                if isinstance(fold.heads, Tensor) and isinstance(part.queries, Tensor):
-                    at = (fold.heads[:, None], part.queries)
+                at = _at(fold.heads, part.queries)
                 # The queries of all heads that share a key head, one after the other.
                 shape = (fold.count, fold.times * part.count, query.shape[-1])
                 if part.run is not None:
-                    wide = tuple(one[fold.keys, slice(*part.run)] for one in (key, value))
+                    run = slice(*part.run)
+                    wide = key[fold.keys, run], value[fold.keys, run]
                 else:
-                    index = (fold.first_rows + keys).flatten()
-                    wide = tuple(one[index].unflatten(0, (fold.count, -1)) for one in work.rows)
+                    wide = work.gather(fold.first_rows + keys)
                 with work.hide(part, fold.times) as bias:
                     found = _fused(query[at].reshape(shape), wide[0], wide[1], bias, scale)
                 work.output[at] = found.reshape(-1, part.count, value.shape[-1])
+
+    def _side_by_side(self, work: _Work, parts: list[_Part]) -> None:
+        """Compute heads that see about as many keys, but others, in one call of the kernel."""
+        query, groups = work.query, len(work.key)
+        heads = [(head, part) for part in parts for head in part.heads]
+        longest = max(part.size for part in parts)
+        index = torch.empty(len(heads), longest, dtype=torch.int64, device=self._device)
+        known = {part: self._keys(part) for part in parts}
+        for row, (head, part) in zip(index, heads, strict=True):
+            torch.add(
+                known[part], head * groups // len(query) * self._length, out=row[-part.size :]
+            )
+            row[: -part.size] = row[-part.size]  # what fills the row is hidden below
+        at = _at(self._index([head for head, _ in heads]), parts[0].queries)
+        with work.hide_each([part for _, part in heads], longest) as bias:
+            work.output[at] = _fused(query[at], *work.gather(index), bias, work.scale)
 
     def _keys(self, part: _Part) -> Tensor:
         """Return LongTensor, the places of a part's keys, those of its bias last."""
@@ -403,8 +440,48 @@ class _Work:
         self.rows = [one.contiguous().flatten(0, 1) for one in (key, value)]  # [G * L, d]
         # Zeros are as many as the keys, and the same for every part: they are made once.
         self._zeros = query.new_zeros(0, query.shape[1])
+        self._rooms: dict[str, Tensor] = {}
         # A kernel that keeps its bias for the way back, or wants it aligned, gets one of its own.
         self._reuse = query.device.type == "cpu" and not torch.is_grad_enabled()
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values [n, K, d] of LongTensor [n, K], rows among those of all heads.
+
+        They are good until the next call.
+        """
+        index, found = rows.flatten(), []
+        for source, name in zip(self.rows, ("key", "value"), strict=True):
+            if self._reuse:
+                # Fresh memory of this size costs more than what is written to it.
+                shape = (len(index), source.shape[1])
+                one = torch.index_select(source, 0, index, out=self._room(name, shape))
+            else:
+                one = source.index_select(0, index)
+            found.append(one.unflatten(0, rows.shape))
+        return found[0], found[1]
+
+    def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return memory that was used before, zeros at first."""
+        size = math.prod(shape)
+        if name not in self._rooms or len(self._rooms[name]) < size:
+            self._rooms[name] = self.query.new_zeros(size)
+        return self._rooms[name][:size].view(shape)
+
+    @contextmanager
+    def hide_each(self, parts: list[_Part], longest: int) -> Iterator[Tensor]:
+        """Yield the bias [1, heads, queries, keys] of parts, also of what fills up their keys."""
+        shape = (len(parts), parts[0].count, longest)
+        bias = self._room("bias", shape) if self._reuse else self.query.new_zeros(shape)
+        edges = [(longest - part.size, longest - len(part.mixed)) for part in parts]
+        for mine, part, (first, end) in zip(bias, parts, edges, strict=True):
+            mine[:, :first] = -math.inf
+            if part.bias is not None:
+                mine[:, end:] = part.bias
+        yield bias[None]
+        if self._reuse:
+            for mine, (first, end) in zip(bias, edges, strict=True):
+                mine[:, :first].zero_()
+                mine[:, end:].zero_()
 
     @contextmanager
     def hide(self, part: _Part, times: int) -> Iterator[Tensor | None]:
@@ -427,6 +504,38 @@ class _Work:
         yield bias
         if self._reuse:
             end.zero_()
+
+
+_ALIKE = 1.1
+"""Heads go through the kernel side by side if the longest keys are at most so many times longer."""
+
+_TASK = 32
+"""Torch's fused attention on the CPU gives a thread so many queries of a head at a time."""
+
+
+def _calls(parts: list[_Part], device: torch.device) -> Iterator[list[_Part]]:
+    """Put parts of the same queries together until a call of the kernel has work for all threads.
+
+    Not more of them: keys of a head or two stay in the processor's cache.
+    """
+    tasks = 4 * torch.get_num_threads() if device.type == "cpu" else 1024
+    found: list[_Part] = []
+    heads = 0
+    for part in sorted(parts, key=lambda one: one.size):
+        enough = heads * blocks_in(part.count, _TASK) >= tasks
+        if found and (enough or part.size > _ALIKE * found[0].size):
+            yield found
+            found, heads = [], 0
+        found.append(part)
+        heads += len(part.heads)
+    yield found
+
+
+def _at(heads: slice | Tensor, queries: slice | Tensor) -> Any:
+    """Return the index of all pairs of a head and a query."""
+    if isinstance(heads, Tensor) and isinstance(queries, Tensor):
+        return heads[:, None], queries
+    return heads, queries
 
 
 _plans: WeakKeyDictionary[Mask, dict[tuple[int, torch.device], _Plan]] = WeakKeyDictionary()
@@ -454,7 +563,36 @@ _CALL = 2**15
 """How many pairs take about as long as one more call of the kernel."""
 
 
-def _split(allowed: Tensor, weight: Tensor, least: int) -> list[Tensor]:
+class _Packed:
+    """BoolTensor [n, K, Q], of which eight queries are one int64: a byte for each.
+
+    Bytes are added without a carry where less than 256 are.
+    """
+
+    def __init__(self, allowed: Tensor) -> None:
+        self.queries = allowed.shape[2]
+        padded = F.pad(allowed, (0, -self.queries % 8)).contiguous()
+        self._words = padded.view(torch.int64)  # [n, K, Q / 8]
+
+    def seen(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return BoolTensors [n, K], whether any of some queries may see a key, and whether all."""
+        chosen = torch.zeros(self._words.shape[2] * 8, dtype=torch.bool)
+        chosen[queries] = True
+        words = chosen.view(torch.int64)
+        mine = self._words if len(queries) == self.queries else self._words & words
+        parts = [one.sum(dim=-1) for one in mine.split(128, dim=-1)]
+        wanted = [one.sum() for one in words.split(128)]
+        some = torch.stack([one != 0 for one in parts]).any(dim=0)
+        every = torch.stack([one == all_of for one, all_of in zip(parts, wanted, strict=True)])
+        return some, every.all(dim=0)
+
+    def counts(self) -> Tensor:
+        """Return LongTensor [n, Q], how many keys each query may see."""
+        parts = [one.sum(dim=1).view(torch.uint8) for one in self._words.split(128, dim=1)]
+        return sum((one.long() for one in parts), torch.tensor(0))[:, : self.queries]
+
+
+def _split(packed: _Packed, weight: Tensor, least: int) -> list[Tensor]:
     """Cut queries into sets that see about as many keys each.
 
     A set is computed with all keys that any of its queries sees. It is cut where the numbers of
@@ -462,17 +600,17 @@ def _split(allowed: Tensor, weight: Tensor, least: int) -> list[Tensor]:
 
     Parameters
     ----------
-    allowed
-        BoolTensor [n, K, Q], for n sets of keys.
+    packed
+        For n sets of keys, which of the queries may see them.
     weight
         LongTensor [n], how often each set of keys counts.
     least
         See above.
     """
-    everyone = torch.arange(allowed.shape[2])
+    everyone = torch.arange(packed.queries)
 
-    def union(queries: Tensor) -> int:
-        return int(_of_queries(allowed, queries).any(dim=2).sum(dim=1) @ weight)
+    def cost(queries: Tensor) -> int:
+        return len(queries) * int(packed.seen(queries)[0].sum(dim=1) @ weight)
 
     def cut(queries: Tensor, whole: int) -> list[Tensor]:
         if whole < least:  # as in most rows: nothing has to be counted
@@ -483,26 +621,18 @@ def _split(allowed: Tensor, weight: Tensor, least: int) -> list[Tensor]:
         order = mine.argsort(stable=True)
         after = int(mine[order].diff().argmax()) + 1
         low, high = (queries[one.sort().values] for one in order.tensor_split([after]))
-        costs = [len(one) * union(one) for one in (low, high)]
+        costs = cost(low), cost(high)
         if whole - sum(costs) < least:
             return [queries]
         return cut(low, costs[0]) + cut(high, costs[1])
 
     @cache
     def seen() -> Tensor:
-        return weight @ allowed.sum(dim=1)
+        return weight @ packed.counts()
 
-    if len(everyone) == 1 or not len(allowed):
+    if len(everyone) == 1 or not len(weight):
         return [everyone]
-    return cut(everyone, len(everyone) * union(everyone))
-
-
-def _of_queries(allowed: Tensor, queries: Tensor) -> Tensor:
-    """Return allowed[..., queries], no copy where they follow each other."""
-    first, last = int(queries[0]), int(queries[-1])
-    if last - first + 1 == len(queries):
-        return allowed[..., first : last + 1]
-    return allowed[..., queries]
+    return cut(everyone, cost(everyone))
 
 
 def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
@@ -515,9 +645,9 @@ def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
     head
         LongTensor [n], the head of each block.
     queries
-        LongTensor [Q], all in one block.
+        LongTensor [Q], ascending, all in one block.
     keys
-        LongTensor [n, K], those of each block.
+        LongTensor [n, K], ascending, those of each block.
 
     Returns
     -------
@@ -528,6 +658,15 @@ def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         case _Both() | _Either():
             one, other = (_pairs(half, head, queries, keys) for half in (mask.one, mask.other))
             return one & other if isinstance(mask, _Both) else one | other
+        case Causal() | Window():
+            # Their edge is a straight line: where opposite corners are alike the block is.
+            corner = mask.allowed(head, queries[0], keys[:, -1])
+            cut = corner != mask.allowed(head, queries[-1], keys[:, 0])
+            if not bool(cut.any()):
+                return corner[:, None, None]
+            result = corner[:, None, None].repeat(1, keys.shape[1], len(queries))
+            result[cut] = mask.allowed(head[cut, None, None], queries, keys[cut, :, None])
+            return result
         case Blocks():
             return mask.allowed(head[:, None, None], queries[:1], keys[:, :1, None])
         case PerHead():
@@ -597,12 +736,14 @@ def block_mask(mask: Mask, device: torch.device | None = None, block: int = BLOC
         counts = blocks.sum(dim=-1, dtype=torch.int32)
         return counts[None].to(device), order[None].to(device, torch.int32)
 
+    # A tensor, as every number here that is not would be compiled into the kernel.
+    last = torch.tensor(length - 1, device=device)
+
     def allowed(_batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if length % block == 0:
             return on_device.allowed(head, query, key)
-        inside = (query < length) & (key < length)
-        last = length - 1
-        return inside & on_device.allowed(head, query.clamp(max=last), key.clamp(max=last))
+        inside = (query <= last) & (key <= last)
+        return inside & on_device.allowed(head, query.minimum(last), key.minimum(last))
 
     return BlockMask.from_kv_blocks(
         *indices(partial),
@@ -613,21 +754,28 @@ def block_mask(mask: Mask, device: torch.device | None = None, block: int = BLOC
     )
 
 
-_compiled: Any = None
+_compiled: dict[str, Any] = {}
+
+_KINDS_OF_MASKS = 64
+"""How many kernels are compiled, one for each way a mask is put together, before torch gives up."""
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float) -> Tensor:
-    global _compiled
-    if _compiled is None:
+    device = query.device.type
+    if device not in _compiled:
         from torch.nn.attention.flex_attention import flex_attention
 
-        _compiled = torch.compile(flex_attention)
-    output: Tensor = _compiled(
-        query[None],
-        key[None],
-        value[None],
-        block_mask=blocks,
-        scale=scale,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )
+        # On the CPU, kernels for any length do not compile (torch 2.14): one for each length. To
+        # give up in silence would be to compute all pairs, hence fullgraph.
+        dynamic = False if device == "cpu" else None
+        _compiled[device] = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=_KINDS_OF_MASKS):
+        output: Tensor = _compiled[device](
+            query[None],
+            key[None],
+            value[None],
+            block_mask=blocks,
+            scale=scale,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )
     return output[0]

@@ -124,14 +124,16 @@ class PooledBlocks:
 
     def _choose(self, shares: Tensor, possible: Tensor) -> Tensor:
         """Return BoolTensor [H, n, n], the kept blocks; of equal ones the first wins."""
-        ordered, order = shares.sort(dim=-1, descending=True, stable=True)
+        # Behind those that are possible with a probability that rounds to 0.
+        last = shares.masked_fill(~possible, -1.0)
+        ordered, order = last.sort(dim=-1, descending=True, stable=True)
         number = possible.sum(dim=-1, keepdim=True)  # [H, n, 1]
         count = torch.zeros_like(number)
         if self.keep is not None:
             count = (self.keep * number + 0.5).floor().long().clamp(min=1)
         if self.mass is not None:
             # A block is needed where those before it hold too little.
-            held = F.pad(ordered.cumsum(dim=-1), (1, -1))
+            held = F.pad(ordered.clamp(min=0.0).cumsum(dim=-1), (1, -1))
             needed = (held < self.mass).sum(dim=-1, keepdim=True)
             # What is too improbable for a float counts as well where everything is wanted.
             count = count.maximum(number if self.mass == 1 else needed)
