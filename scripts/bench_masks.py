@@ -7,8 +7,9 @@ Two kinds of masks, each brought near to every density asked for:
 
     heads     BlindSight's: heads are given categories, from sink to dense, until the share of pairs
               that is computed is nearest to the density
-    pooled    blocks chosen from q and k, of which the density's share is kept. Noise has no
-              blocks that stand out: every head chooses others, which is the most work for a kernel
+    pooled    blocks chosen from q and k; `keep` is such that with the text, the sinks and the
+              diagonal, which always stay, the share of pairs is the density. Noise has no blocks
+              that stand out: every key head chooses others, which is the most work for a kernel
 
 q, k and v are noise, the prompt is images with a delimiter on either side and text before and
 behind. Dense is torch's fused causal attention. Runs take turns; making the mask and making it
@@ -123,13 +124,26 @@ class Case:
         self.device = self.query.device
         self.layout = prompt_layout(length, images)
         self.shares = shares_of(self.layout)
+        self._keeps: dict[float, float] = {}
 
     def mask(self, kind: str, density: float) -> Mask:
         """Return a new mask."""
         if kind == "pooled":
-            return PooledBlocks(density).mask(self.query, self.key, self.layout)
+            return PooledBlocks(self.keep(density)).mask(self.query, self.key, self.layout)
         categories = mix(self.shares, density, len(self.query))
         return heads_mask(self.layout, categories)
+
+    def keep(self, density: float) -> float:
+        """Return the share of blocks to keep with which pooled masks have a density."""
+        if density not in self._keeps:
+            low, high = 0.0, density
+            for _ in range(7 if density < 1 else 0):
+                middle = (low + high) / 2
+                mask = PooledBlocks(middle).mask(self.query, self.key, self.layout)
+                computed = Prepared(mask, self.device, "gathered").computed
+                low, high = (middle, high) if computed < density else (low, middle)
+            self._keeps[density] = high
+        return self._keeps[density]
 
     def dense(self) -> Tensor:
         """Return plain causal attention."""
@@ -390,7 +404,7 @@ def measure_prefill(model: Any, plan: argparse.Namespace, length: int, turns: in
         variants["heads", density] = masks
         every = [shares[one] for layer in masks.categories for one in layer]
         found.pairs[density] = statistics.mean(every)
-    variants["pooled", CLAIMED] = PooledBlocks(CLAIMED)
+    variants["pooled", CLAIMED] = PooledBlocks(Case(plan, length, plan.images).keep(CLAIMED))
     for turn in range(turns):
         for name, masks in variants.items():
             if masks is None:
@@ -478,9 +492,9 @@ def print_kernels(console: Console, measured: dict[int, dict[tuple[str, float], 
         table.add_section()
     console.print(table)
     console.print(
-        "asked for: density; for pooled, the share of blocks that is kept. pairs: share of the "
-        "causal\npairs that is computed. blocks: share of the causal blocks in which a pair is "
-        "allowed. Times are\nmedians; in brackets the lowest and highest of the turns. mask: to "
+        "asked for: density, as a share of pairs. pairs: share of the causal pairs that is "
+        "computed.\nblocks: share of the causal blocks in which a pair is allowed. Times are\n"
+        "medians; in brackets the lowest and highest of the turns. mask: to "
         "make it, and make it ready for\nthe kernel. all: that and attention.\n"
     )
 

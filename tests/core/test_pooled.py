@@ -80,16 +80,24 @@ def written_out(
 @pytest.mark.parametrize(
     ("keep", "mass"), [(0.25, None), (0.01, None), (None, 0.95), (0.3, 0.5), (0.1, 0.9)]
 )
-@pytest.mark.parametrize("scale", [None, 0.1])
+@pytest.mark.parametrize(("scale", "together"), [(None, False), (0.1, False), (None, True)])
 def test_the_mask_is_the_one_written_out(
-    keep: float | None, mass: float | None, scale: float | None
+    keep: float | None, mass: float | None, scale: float | None, together: bool
 ) -> None:
     query, key = states()
-    mask = PooledBlocks(keep, mass, BLOCK).mask(query, key, LAYOUT, scale=scale)
+    settings = PooledBlocks(keep, mass, BLOCK, together)
+    mask = settings.mask(query, key, LAYOUT, scale=scale)
     rows = pooled_rows(query, key, 8**-0.5 if scale is None else scale)
+    if together:
+        for first in range(0, HEADS, HEADS // GROUPS):
+            mean = [
+                [(one + other) / 2 for one, other in zip(*pair, strict=True)]
+                for pair in zip(*rows[first : first + 2], strict=True)
+            ]
+            rows[first : first + 2] = [mean, mean]
     matrix, chosen = written_out(rows, keep, mass)
     assert torch.equal(mask.matrix(), matrix)
-    assert len({str(one) for one in chosen}) == HEADS  # the heads do differ
+    assert len({str(one) for one in chosen}) == (GROUPS if together else HEADS)
     if mass is not None:
         for head, row in itertools.product(range(HEADS), range(BLOCKS)):
             assert sum(rows[head][row][at] for at in chosen[head][row]) >= mass

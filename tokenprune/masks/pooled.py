@@ -41,6 +41,10 @@ class PooledBlocks:
     block
         Queries, and keys, that are pooled and chosen together. The paper has 128 and 64; here both
         are of one size, as the kernels' blocks are.
+    together
+        Whether heads that share a key head choose the same blocks, by the mean of their
+        probabilities. Their keys then are collected once for all of them, which is most of the
+        work. The paper's model has a key head for each head, where it makes no difference.
 
     Raises
     ------
@@ -56,6 +60,7 @@ class PooledBlocks:
     keep: float | None = 0.25
     mass: float | None = None
     block: int = BLOCK
+    together: bool = True
 
     def __post_init__(self) -> None:
         for name, share in (("keep", self.keep), ("mass", self.mass)):
@@ -115,7 +120,11 @@ class PooledBlocks:
             return own
         possible = own.cover(self.block).some.expand(len(query), -1, -1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        chosen = self._choose(_probabilities(query, key, scale, possible, self.block), possible)
+        shares = _probabilities(query, key, scale, possible, self.block)
+        if self.together:
+            groups = shares.unflatten(0, (len(key), -1))
+            shares = groups.mean(dim=1, keepdim=True).expand_as(groups).flatten(0, 1)
+        chosen = self._choose(shares, possible)
         chosen |= torch.eye(chosen.shape[-1], dtype=torch.bool)
         labels = torch.where(layout.image_of < 0, 1, 2 * layout.is_sink.long())
         # Tokens of images, text, sinks in images: text sees all, text and sinks are seen by all.
