@@ -2,17 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Self
 
 from tokenprune.errors import TokenPruneError
 
 
-class Attachment(Protocol):
-    """Something that changes how a model runs, and can be taken off."""
+class Attachment:
+    """Something that changes how a model runs until it is removed: base of all there is.
+
+    A subclass says in `_attach` what it puts on the model, and in `_detach` how that is taken off.
+
+    Attributes
+    ----------
+    model
+        What it is attached to.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def begin(self) -> None:
+        """Attach it to its model.
+
+        Raises
+        ------
+        TokenPruneError
+            If something is attached already; the message says how to take it off.
+        """
+        running = attached(self.model)
+        if running is not None:
+            raise TokenPruneError(
+                f"this {type(self.model).__name__} is under {type(running).__name__} already. "
+                "Leave that block, or call tokenprune_hf.remove(model), before pruning or masking "
+                "it another way."
+            )
+        self._attach()
+        _ATTACHED[self.model] = self
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
+        if attached(self.model) is self:
+            del _ATTACHED[self.model]
+            self._detach()
+
+    def _attach(self) -> None:
+        raise NotImplementedError
+
+    def _detach(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        """Return this object; it is attached already."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Make the model what it was, also after an exception."""
+        self.remove()
 
 
 _ATTACHED: weakref.WeakKeyDictionary[Any, Attachment] = weakref.WeakKeyDictionary()
@@ -23,30 +76,7 @@ def attached(model: Any) -> Attachment | None:
     return _ATTACHED.get(model)
 
 
-def check_free(model: Any) -> None:
-    """Raise if something is attached to a model.
-
-    Raises
-    ------
-    TokenPruneError
-        Saying how to take it off.
-    """
-    running = _ATTACHED.get(model)
-    if running is not None:
-        raise TokenPruneError(
-            f"this {type(model).__name__} is under {type(running).__name__} already. Leave that "
-            "block, or call tokenprune_hf.remove(model), before pruning or masking it another way."
-        )
-
-
-def attach(model: Any, running: Attachment) -> None:
-    """Remember what is attached to a model that is free."""
-    _ATTACHED[model] = running
-
-
-def detach(model: Any, running: Attachment) -> bool:
-    """Forget it, and say whether it was attached."""
-    if _ATTACHED.get(model) is not running:
-        return False
-    del _ATTACHED[model]
-    return True
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return by name what a hook on a module's forward was told that the call passes."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}

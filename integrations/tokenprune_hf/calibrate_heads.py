@@ -299,7 +299,7 @@ def ask_about(processor: Any, question: str, images: Sequence[Any]) -> Any:
 
 
 def _apart(text: str, image: str | None) -> str:
-    """Put line breaks between images that touch: where one ends would not be known."""
+    """Put line breaks between images that touch, as most chat templates do."""
     return re.sub(f"(?<={re.escape(image)})(?={re.escape(image)})", "\n", text) if image else text
 
 

@@ -12,7 +12,6 @@ which two layers are the middle of an odd number. What is done here stands in th
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 import sys
@@ -34,6 +33,7 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.numerics import full_precision
+from tokenprune_hf.attached import named_arguments
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.prefix import _heads, sliding_window
@@ -359,7 +359,7 @@ class Dominance:
 
     def _begin(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the inner model runs: see whose tokens it is given."""
-        named = _named(inner, args, kwargs)
+        named = named_arguments(inner, args, kwargs)
         ids: Tensor | None = named.get("input_ids")
         if ids is None:
             raise PromptError(
@@ -432,7 +432,7 @@ class Dominance:
             step = self._step
             if step is None:
                 return
-            named = _named(attention, args, kwargs)
+            named = named_arguments(attention, args, kwargs)
             cache: Any = named.get("past_key_values")
             if cache is None:
                 raise PromptError(
@@ -553,11 +553,6 @@ def _end_ids(model: Any) -> Tensor:
         value = getattr(config, name, None)
         ids.update(value if isinstance(value, list) else [] if value is None else [value])
     return torch.tensor(sorted(ids), dtype=torch.long)
-
-
-def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 def _mask_error(mask: Any, wanted: list[int]) -> PromptError:

@@ -13,7 +13,6 @@ import inspect
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -32,7 +31,7 @@ from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
-from tokenprune_hf.attached import attach, attached, check_free, detach
+from tokenprune_hf.attached import Attachment, attached, named_arguments
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
@@ -48,7 +47,7 @@ _REFUSED = {
 }
 
 
-class Pruning:
+class Pruning(Attachment):
     """A pruned model: made by `prune` or `apply`, undone by leaving the block or by `remove`.
 
     Attributes
@@ -70,7 +69,7 @@ class Pruning:
         positions: Positions,
         application: Application,
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.selector = selector
         self.keep = check_keep(keep)
         self.positions = check_positions(positions)
@@ -82,12 +81,11 @@ class Pruning:
         self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
         self._in_generate = False
         self._generating: Shortened | None = None
-        self._attach()
+        self.begin()
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        check_free(self.model)
         plain = self.model.generate
 
         @functools.wraps(plain)
@@ -97,30 +95,13 @@ class Pruning:
         self.model.__dict__["generate"] = generate
         self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._rope_deltas = getattr(self._family.inner, "rope_deltas", None)
-        attach(self.model, self)
 
-    def remove(self) -> None:
-        """Make the model what it was; a second call does nothing."""
-        if not detach(self.model, self):
-            return
+    def _detach(self) -> None:
         del self.model.__dict__["generate"]
         self._hook.remove()
         if self._family.mrope:
             self._family.inner.rope_deltas = self._rope_deltas
         self._caches.clear()
-
-    def __enter__(self) -> Pruning:
-        """Return this object; the model is pruned already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Make the model what it was, also after an exception."""
-        self.remove()
 
     # Forward calls -----------------------------------------------------------------------------
 
@@ -130,8 +111,7 @@ class Pruning:
         """Run before the model's forward: shorten a call with pixels, mend one with our cache."""
         if self._in_generate:
             return self._before_step(args, kwargs)
-        names = list(inspect.signature(type(self.model).forward).parameters)[1:]
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        named = named_arguments(self.model, args, kwargs)
         cache: Any = named.get("past_key_values")
         shortened = self._shorten(named)
         if shortened is not None:

@@ -11,12 +11,10 @@ the prompt attend to everything.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -28,10 +26,10 @@ from tokenprune.errors import (
     UnsupportedModelError,
     did_you_mean,
 )
-from tokenprune.masks import HeadCategories, ImageSpan, Mask, PromptLayout, heads_mask
+from tokenprune.masks import HeadCategories, ImageSpan, Mask, PromptLayout, category_mask
 from tokenprune.masks.kernels import Kernel, Prepared
-from tokenprune.masks.patterns import Category
-from tokenprune_hf.attached import attach, check_free, detach
+from tokenprune.masks.patterns import Category, per_head
+from tokenprune_hf.attached import Attachment, named_arguments
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.interface import Interception, Plain
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
@@ -58,6 +56,9 @@ class _Sample:
         See `tokenprune_hf.layout.own_mask`.
     prepared
         Masks made ready and their densities, by the categories of a layer's heads and its window.
+    masks
+        Each category's mask, by the layer's window: one object for all layers, so that what a
+        kernel has to find out about it is found out once.
     densities
         Of layers that are left to the model, by their window.
     """
@@ -66,6 +67,7 @@ class _Sample:
     columns: slice
     both_ways: bool
     prepared: dict[Any, tuple[Prepared, float]] = field(default_factory=dict)
+    masks: dict[tuple[Category, int | None], Mask] = field(default_factory=dict)
     densities: dict[int | None, float] = field(default_factory=dict)
 
 
@@ -81,7 +83,7 @@ class _Call(threading.local):
     samples: list[_Sample] | None = None
 
 
-class Sparse:
+class Sparse(Attachment):
     """A model under sparse masks: made by `sparse`, undone by leaving the block.
 
     Attributes
@@ -107,7 +109,7 @@ class Sparse:
         masks: str | Path | HeadCategories | PooledBlocks,
         kernel: Kernel | None = None,
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self.masks = HeadCategories.load(masks) if isinstance(masks, str | Path) else masks
         self.kernel: Kernel | None = kernel
         if kernel is not None and kernel not in get_args(Kernel):
@@ -135,57 +137,38 @@ class Sparse:
                 )
         self._call = _Call()
         self._densities: list[float] = []
-        self._attach()
+        self.begin()
 
     @property
     def density(self) -> float:
-        """Share of the causal blocks that were computed for the last prompts.
+        """Share of the causal blocks in which the last prompts' masks leave something to compute.
 
         The mean over prompts, layers and heads. 1.0 where nothing was left out, or nothing was
-        read yet.
+        read yet. Kernel ``"dense"`` computes everything whatever it is.
         """
         return sum(self._densities) / len(self._densities) if self._densities else 1.0
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        check_free(self.model)
         inner = getattr(self.model, "model", self.model)
-        self._names = list(inspect.signature(type(inner).forward).parameters)[1:]
         self._interception = Interception(self._modules, self._attend)
         self._hooks = [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
             inner.register_forward_hook(self._after, always_call=True),
         ]
-        attach(self.model, self)
 
-    def remove(self) -> None:
-        """Make the model what it was; a second call does nothing."""
-        if not detach(self.model, self):
-            return
+    def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._interception.remove()
         self._call.samples = None
 
-    def __enter__(self) -> Sparse:
-        """Return this object; the model is under the masks already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Make the model what it was, also after an exception."""
-        self.remove()
-
     # Calls -------------------------------------------------------------------------------------
 
-    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run before the model reads tokens: see where the prompts' images stand."""
-        named = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        named = named_arguments(module, args, kwargs)
         cache = named.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self._check_continued(named.get("input_ids"))
@@ -338,11 +321,15 @@ class Sparse:
         self, sample: _Sample, module: Any, categories: Sequence[Category], device: torch.device
     ) -> tuple[Prepared, float]:
         """Return the mask of a layer with these heads, made once for all layers like it."""
-        name = (tuple(categories), sliding_window(module), device)
+        window = sliding_window(module)
+        name = (tuple(categories), window, device)
         if name not in sample.prepared:
             own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
-            mask = heads_mask(sample.layout, categories, own)
-            sample.prepared[name] = self._ready(mask, device)
+            for one in set(categories):
+                if (one, window) not in sample.masks:
+                    sample.masks[one, window] = category_mask(sample.layout, one, own)
+            masks = {one: sample.masks[one, window] for one in set(categories)}
+            sample.prepared[name] = self._ready(per_head(categories, masks), device)
         return sample.prepared[name]
 
     def _ready(self, mask: Mask, device: torch.device) -> tuple[Prepared, float]:

@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -36,7 +35,7 @@ from tokenprune.errors import (
 )
 from tokenprune.selection import Selection
 from tokenprune.trimming import QueryReduction, head_scores, union_of_heads
-from tokenprune_hf.attached import attach, check_free, detach
+from tokenprune_hf.attached import Attachment, named_arguments
 
 NAME = "trimmed-attention"
 """What users write: ``method="trimmed-attention"``."""
@@ -107,7 +106,7 @@ class _Call:
     trimmed: dict[str, Any] | None = None
 
 
-class TrimmedAttention:
+class TrimmedAttention(Attachment):
     """A Llama-3.2-Vision model whose cross-attention is trimmed, until `remove`.
 
     ::
@@ -193,7 +192,7 @@ class TrimmedAttention:
                 f"keep={keep!r} is no budget of a head: published ones are for videos of other "
                 "models. Give a number of tokens (keep=64) or a fraction of them (keep=0.25)."
             )
-        self.model = model
+        super().__init__(model)
         self.keep = check_keep(keep)
         self.queries: QueryReduction = queries
         self.first_layer: FirstLayer = first_layer
@@ -205,12 +204,11 @@ class TrimmedAttention:
         self._call: _Call | None = None
         self._prompts: int | None = None  # of the `generate` that is running
         self._generating: _Choice | None = None
-        self._attach()
+        self.begin()
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        check_free(self.model)
         plain = self.model.generate
 
         @functools.wraps(plain)
@@ -229,27 +227,10 @@ class TrimmedAttention:
             hooks.callback(self.model.__dict__.pop, "generate", None)
             self.model.__dict__["generate"] = generate
             self._hooks = hooks.pop_all()
-        attach(self.model, self)
 
-    def remove(self) -> None:
-        """Make the model what it was; a second call does nothing."""
-        if not detach(self.model, self):
-            return
+    def _detach(self) -> None:
         self._hooks.close()
         self._caches.clear()
-
-    def __enter__(self) -> TrimmedAttention:
-        """Return this object; the model is trimmed already."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Make the model what it was, also after an exception."""
-        self.remove()
 
     # generate ----------------------------------------------------------------------------------
 
@@ -282,7 +263,7 @@ class TrimmedAttention:
     def _begin(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the inner model runs: see whether it is a prompt with images, or goes on."""
         self._call = None
-        named = _named(inner, args, kwargs)
+        named = named_arguments(inner, args, kwargs)
         text, cache = _text_of(named), named.get("past_key_values")
         if text is None:
             return  # transformers says what is missing
@@ -316,7 +297,7 @@ class TrimmedAttention:
             call = self._call
             if call is None:
                 return None  # somebody runs an inner module: the plain model
-            named = _named(layer, args, kwargs)
+            named = named_arguments(layer, args, kwargs)
             if call.choice is None:
                 with torch.no_grad():
                     call.choice = self._choose(layer, named, call)
@@ -665,11 +646,6 @@ def _refuse(kwargs: dict[str, Any], config: Any) -> None:
                 f"generate({name}=...) is not supported with trimmed attention: {reason}. Leave it "
                 "out, or call it outside the block."
             )
-
-
-def _named(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name."""
-    return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
 # Through `tokenprune_hf` --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ category       an image token attends to these image tokens before it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -70,11 +70,24 @@ def heads_mask(
     model
         What the model's own mask lets through; None for `Causal`.
     """
+    return per_head(categories, {one: category_mask(layout, one, model) for one in set(categories)})
+
+
+def per_head(categories: Sequence[Category], masks: Mapping[Category, Mask]) -> Mask:
+    """Return the mask in which each head has its category's.
+
+    Parameters
+    ----------
+    categories
+        One for each head.
+    masks
+        Of each of these categories, the same for all heads.
+    """
     used = [one for one in CATEGORIES if one in categories]
-    masks = [category_mask(layout, one, model) for one in used]
-    if len(masks) == 1:
-        return masks[0]
-    return PerHead(masks, torch.tensor([used.index(one) for one in categories]))
+    if len(used) == 1:
+        return masks[used[0]]
+    of_head = torch.tensor([used.index(one) for one in categories])
+    return PerHead([masks[one] for one in used], of_head)
 
 
 def _classes(layout: PromptLayout, category: Category) -> tuple[Tensor, Tensor]:
