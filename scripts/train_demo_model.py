@@ -107,8 +107,6 @@ from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.encoder import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, encoder_weights
 from tokenprune_eval.bundled.model import (
-    IMAGE_SIZE,
-    IMAGE_TOKENS,
     TRAINED_FILE,
     bundled_model_path,
 )
@@ -208,10 +206,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
-    """InternVL's processor at one tile of 224 pixels with the encoder's own normalisation."""
+def tokens_of(image_size: int) -> int:
+    """Visual tokens of an image: its patches, pixel-shuffled 2 x 2."""
+    return (image_size // PATCH_SIZE // 2) ** 2
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int) -> InternVLProcessor:
+    """InternVL's processor at one tile with the encoder's own normalisation."""
     pixels: dict[str, Any] = {
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "size": {"height": image_size, "width": image_size},
         "image_mean": list(IMAGE_MEAN),
         "image_std": list(IMAGE_STD),
     }
@@ -222,12 +225,14 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> InternVLProcessor:
         ),
         video_processor=InternVLVideoProcessor(**pixels),
         tokenizer=tokenizer,
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=tokens_of(image_size),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def build_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) -> InternVLConfig:
+def build_config(
+    tokenizer: PreTrainedTokenizerFast, width: int, layers: int, image_size: int
+) -> InternVLConfig:
     """InternVL's configuration: the encoder's shape, a small Qwen2 as the language model."""
     return InternVLConfig(
         vision_config={
@@ -236,7 +241,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) ->
             "num_attention_heads": 6,
             "intermediate_size": 1536,
             "attention_bias": True,
-            "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+            "image_size": [image_size, image_size],
             "patch_size": [PATCH_SIZE, PATCH_SIZE],
             "layer_norm_eps": 1e-6,
             # With mean pooling InternVL leaves out the final LayerNorm that the encoder has.
@@ -261,7 +266,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast, width: int, layers: int) ->
             "pad_token_id": tokenizer.pad_token_id,
         },
         image_token_id=tokenizer.get_vocab()["<IMG_CONTEXT>"],
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=tokens_of(image_size),
         downsample_ratio=0.5,
         tie_word_embeddings=False,
         dtype="float32",
@@ -283,12 +288,13 @@ def encode(
     Returns
     -------
     numpy.ndarray
-        ``[count, 256, 384]`` float16: the encoder's last hidden state without the CLS token.
+        ``[count, patches, 384]`` float16: the encoder's last hidden state without the CLS token.
     """
     if not target.is_file():
         part = target.with_suffix(".part")
-        grid = (IMAGE_SIZE // PATCH_SIZE) ** 2
-        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=(count, grid, 384))
+        patches = 4 * int(processor.image_seq_length)
+        shape = (count, patches, 384)
+        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
         started = time.monotonic()
         done = 0
         for batch in batched(images, 32):
@@ -317,13 +323,15 @@ def batched(items: Iterable[Image.Image], size: int) -> Iterator[list[Image.Imag
         yield batch
 
 
-def scene_records(split: scenes.Split, count: int, target: Path) -> list[scenes.Scene]:
+def scene_records(
+    split: scenes.Split, count: int, target: Path, style: str = "standard"
+) -> list[scenes.Scene]:
     """Say what is in each scene, without its pixels; kept as JSON lines beside the features."""
     if not target.is_file():
         part = target.with_suffix(".part")
         with part.open("w", encoding="utf-8") as out:
             for number in range(count):
-                scene = scenes.render_scene(split, number)
+                scene = scenes.render_scene(split, number, style=scenes.STYLES[style])
                 row = {"items": [asdict(i) for i in scene.items], "photograph": scene.photograph}
                 out.write(json.dumps({**row, "crop": scene.crop}) + "\n")
         part.rename(target)
@@ -431,7 +439,7 @@ class Layout:
     def prefix(self, system: str | None, frames: int | None = None) -> tuple[int, ...]:
         """Everything up to and including the image, or the last of so many frames of a video."""
         turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        image = "<img>" + "<IMG_CONTEXT>" * IMAGE_TOKENS + "</img>"
+        image = "<img>" + "<IMG_CONTEXT>" * int(self.processor.image_seq_length) + "</img>"
         labelled = [f"Frame{number + 1}: {image}" for number in range(frames or 0)]
         visual = image if frames is None else "\n".join(labelled)
         return self.ids(f"{turn}<|im_start|>user\n{visual}\n")
@@ -872,6 +880,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             images = options.batch if stage != "video" else options.batch // 2
             easy = round(images * options.easy_share) if stage != "caption" else images // 16
+            easy = easy if data.easy else 0
             parts = [
                 data.images(
                     # In the caption stage easy-VQA comes on top.
@@ -1027,6 +1036,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for features (5 GB)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--scenes", type=int, default=12_000)
+    parser.add_argument(
+        "--style",
+        choices=scenes.STYLES,
+        default="standard",
+        help="of the scenes; another one than the bundled model's is not evaluated here",
+    )
     parser.add_argument("--width", type=int, default=256, help="of the language model")
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--batch", type=int, default=32, help="images a step")
@@ -1057,14 +1072,15 @@ def main() -> None:
 
     if not options.evaluate_only:
         tokenizer = build_tokenizer()
-        processor = build_processor(tokenizer)
+        style = scenes.STYLES[options.style]
+        processor = build_processor(tokenizer, style.image_size)
         layout = Layout(processor)
         layout.check()
         model = InternVLForConditionalGeneration(
-            build_config(tokenizer, options.width, options.layers)
+            build_config(tokenizer, options.width, options.layers, style.image_size)
         )
         model.train(False)
-        model.model.vision_tower.load_state_dict(encoder_weights(options.work, IMAGE_SIZE))
+        model.model.vision_tower.load_state_dict(encoder_weights(options.work, style.image_size))
         if options.start_from:
             load_trained(model, options.start_from)
         trained = sum(t.numel() for t in trained_state(model).values())
@@ -1085,11 +1101,17 @@ def main() -> None:
         by_split = {}
         sizes: dict[scenes.Split, int] = {"validation": 600, "train": options.scenes}
         for split, count in sizes.items():
-            records = scene_records(split, count, options.work / f"{split}-{count}.jsonl")
+            name = (
+                f"{split}-{count}"
+                if options.style == "standard"
+                else f"{options.style}-{split}-{count}"
+            )
+            records = scene_records(split, count, options.work / f"{name}.jsonl", options.style)
+            rendered = (scenes.render_scene(split, i, style=style) for i in range(count))
             encoded = encode(
-                (Image.fromarray(scenes.render_scene(split, i).pixels) for i in range(count)),
+                (Image.fromarray(scene.pixels) for scene in rendered),
                 count,
-                options.work / f"scenes-{split}-{count}.npy",
+                options.work / f"scenes-{name}.npy",
                 processor,
                 tower,
             )
@@ -1115,6 +1137,9 @@ def main() -> None:
         validation = list(zip(*by_split["validation"], strict=True))
         train(model, layout, data, validation, footage.get("validation"), options)
 
+    if options.style != "standard":
+        print("not evaluated here: scripts/compare_selectors.py takes these weights")
+        return
     path = bundled_model_path(options.work, weights=options.out)
     for name, questions in (
         ("scenes, test set", scenes.load_scenes()),

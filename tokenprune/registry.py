@@ -22,7 +22,9 @@ _OWN = {
     "divprune": "tokenprune.selectors.divprune:DivPrune",
     "feature-norm": "tokenprune.selectors.feature_norm:FeatureNorm",
     "flexselect": "tokenprune.selectors.flexselect:FlexSelect",
+    "information": "tokenprune.selectors.information:Information",
     "random": "tokenprune.selectors.random:Random",
+    "relevant-information": "tokenprune.selectors.information:RelevantInformation",
     "uniform": "tokenprune.selectors.uniform:Uniform",
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",
 }

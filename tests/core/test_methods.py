@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -370,3 +371,84 @@ def test_copies_tie_even_where_arithmetic_depends_on_position() -> None:
     rows = torch.randn(3, C, generator=torch.Generator().manual_seed(0))[source]
     scores = _with_exact_ties(lambda x: torch.arange(len(x)) * 1e-7 + x.sum(-1), rows)
     assert torch.equal(scores, scores[torch.tensor([0, 1, 0, 3, 1, 0])])
+
+
+def most_information(rows: Array, noise: float, keep: int) -> list[int]:
+    """Greedy log det(I + E_S E_Sᵀ / σ²), each determinant computed from nothing."""
+    level = noise * float(np.mean(np.sum(rows**2, axis=1)))
+    kept: list[int] = []
+    while len(kept) < keep:
+        gains = [
+            -math.inf
+            if i in kept
+            else float(
+                np.linalg.slogdet(
+                    np.eye(len(kept) + 1) + rows[[*kept, i]] @ rows[[*kept, i]].T / level
+                )[1]
+            )
+            for i in range(len(rows))
+        ]
+        kept.append(int(np.argmax(gains)))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 7.0])
+def test_information_maximises_the_determinant(noise: float) -> None:
+    tokens = item(seed=3)
+    rows = array(tokens.embeddings)
+    for keep in (1, 5, 13, 30):  # 30 is above D = 14, the rank
+        selection = tokenprune.select(tokens, "information", keep, noise=noise)
+        assert selection.kept.tolist() == most_information(rows, noise, keep)
+        assert selection.scores is None
+
+
+def test_relevant_information_weighs_by_the_last_tokens_attention() -> None:
+    tokens = dataclasses.replace(
+        item(seed=4), query_attention=draw(4, 3, N + 2, seed=9).softmax(-1)[..., 2:]
+    )
+    given = tokens.query_attention
+    assert isinstance(given, Tensor)
+    looked_at = array(given)[:, -1].mean(axis=0)
+    weights = 1 + looked_at / looked_at.mean()
+    rows = array(tokens.embeddings) * np.sqrt(weights)[:, None]
+    for keep in (1, 5, 13):
+        selection = tokenprune.select(tokens, "relevant-information", keep)
+        assert selection.kept.tolist() == most_information(rows, 1.0, keep)
+        np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
+
+
+def test_only_candidates_are_weighed() -> None:
+    tokens = dataclasses.replace(
+        item(seed=4), query_attention=draw(4, 3, N + 2, seed=9).softmax(-1)[..., 2:]
+    )
+    given = tokens.query_attention
+    assert isinstance(given, Tensor)
+    looked_at = array(given)[:, -1].mean(axis=0)
+    rows = array(tokens.embeddings)
+    read = most_information(rows, 1.0, 12)
+    weights = np.ones(N)
+    weights[read] += looked_at[read] / looked_at[read].mean()
+    selection = tokenprune.select(tokens, "relevant-information", 5, candidates=0.25)
+    np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
+    assert selection.kept.tolist() == most_information(rows * np.sqrt(weights)[:, None], 1.0, 5)
+    with pytest.raises(OptionError, match=r"candidates=0\.0 .* above 0 and at most 1\.0"):
+        build("relevant-information", {"candidates": 0.0})
+
+
+def test_of_a_long_video_every_set_of_frames_has_its_share() -> None:
+    frames = draw(6, 8, D, seed=5)
+    video = VisualTokens(grid=(6, 2, 4), embeddings=frames.flatten(0, 1))
+    kept = tokenprune.select(video, "information", 9, frames_per_set=3).kept.tolist()
+    expected = []
+    for first, share in ((0, 5), (1, 4)):  # frames 0, 2, 4 and frames 1, 3, 5
+        own = [frame * 8 + token for frame in (first, first + 2, first + 4) for token in range(8)]
+        rows = array(video.embeddings)[own]
+        expected += [own[i] for i in most_information(rows, 1.0, share)]
+    assert kept == sorted(expected)
+
+
+@pytest.mark.parametrize("options", [{"noise": 0.0}, {"noise": -1.0}])
+@pytest.mark.parametrize("method", ["information", "relevant-information"])
+def test_noise_must_be_above_0(method: str, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=r"noise=.* must be above 0; the default is 1\.0"):
+        build(method, options)

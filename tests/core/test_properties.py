@@ -309,7 +309,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("method", ["divprune", "zeroth-order"])
+@pytest.mark.parametrize("method", ["divprune", "information", "zeroth-order"])
 def test_memory_is_linear_in_tokens(method: str) -> None:
     total = 3000
     tokens = item((1, 50, 60))

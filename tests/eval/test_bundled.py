@@ -347,3 +347,42 @@ def test_easy_vqa_is_whole() -> None:
     assert len({q.answer for q in train + test}) == 13
     assert {q.answer for q in test} <= vocabulary()
     assert all(q.image.is_file() for q in test[:50])
+
+
+@pytest.mark.parametrize("name", sorted(scenes.STYLES))
+def test_scenes_of_every_style(name: str) -> None:
+    style = scenes.STYLES[name]
+    kinds = {kind for family in style.families for kind in family}
+    for number in range(4):
+        scene = scenes.render_scene("validation", number, style=style)
+        assert scene.pixels.shape == (style.image_size, style.image_size, 3)
+        assert style.items[0] <= len(scene.items) <= style.items[1]
+        assert {item.kind for item in scene.items} <= kinds
+        assert len({item.color for item in scene.items}) == len(scene.items)
+        boxes = [item.box for item in scene.items]
+        for index, (left, top, right, bottom) in enumerate(boxes):
+            assert 0 <= left < right <= style.image_size
+            assert 0 <= top < bottom <= style.image_size
+            assert style.side[0] // 3 < max(right - left, bottom - top) <= style.side[1]
+            for other in boxes[:index]:
+                apart = other[2] <= left or right <= other[0]
+                assert apart or other[3] <= top or bottom <= other[1]
+        if style.one_row:
+            assert max(box[1] for box in boxes) < min(box[3] for box in boxes)
+        if style.plain == 1.0:
+            corners = scene.pixels[[0, 0, -1, -1], [0, -1, 0, -1]]
+            assert (corners == corners[0]).all()
+        asked = scenes.ask(scene, style.types, np.random.default_rng(number))
+        assert [one.type for one in asked] == list(style.types)
+
+
+def test_a_scene_of_every_color_has_no_absent_color() -> None:
+    style = scenes.STYLES["many-items"]
+    rng = np.random.default_rng(0)
+    numbers = range(40)
+    drawn = [scenes.render_scene("validation", number, style=style) for number in numbers]
+    full = [scene for scene in drawn if len(scene.items) == len(scenes.COLORS)]
+    assert full
+    for scene in full:
+        for asked in scenes.ask(scene, ["exists"] * 7, rng):
+            assert asked.answer == "yes" or "item" not in asked.question

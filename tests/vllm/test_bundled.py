@@ -21,6 +21,15 @@ tf: Any = transformers  # its auto classes are not typed
 
 QUESTIONS = 200
 KEEP = 12
+METHODS = (
+    "cls-attention",
+    "zeroth-order",
+    "divprune",
+    "information",
+    "feature-norm",
+    "uniform",
+    "random",
+)
 _BATCH = 25
 
 
@@ -104,14 +113,12 @@ def float32_engine(checkpoint: Path) -> Iterator[Any]:
         checkpoint,
         "cls-attention",
         KEEP,
-        request_methods=("zeroth-order", "divprune", "feature-norm", "uniform", "random"),
+        request_methods=METHODS[1:],
     ) as llm:
         yield llm
 
 
-@pytest.mark.parametrize(
-    "method", ["cls-attention", "zeroth-order", "divprune", "feature-norm", "uniform", "random"]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_float32_keeps_and_answers_alike(
     method: str, checkpoint: Path, processor: Any, asked: Asked, float32_engine: Any
 ) -> None:

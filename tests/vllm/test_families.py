@@ -31,7 +31,9 @@ METHODS = (
     "feature-norm",
     "uniform",
     "random",
+    "information",
     "flexselect",
+    "relevant-information",
 )
 KEEP = 5
 LONGEST = {"llava": 96, "llava_onevision": 512, "qwen2_5_vl": 128}  # tokens with the answer
@@ -84,6 +86,8 @@ def cases(family: str) -> list[Case]:
         Case("tit", (6,), {"method": "random", "keep": 11}),
         Case("tit", (10,), {"method": "flexselect"}),
         Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
+        Case("tit", (14,), {"method": "information"}),
+        Case("titit", (15, 16), {"method": "relevant-information", "keep": 7}),
         Case("tit", (7,), {"off": True}),
         Case("tit", (8,), {"keep": 1.0}),
         Case("ttt", ()),
@@ -95,6 +99,8 @@ def cases(family: str) -> list[Case]:
             Case("tvtv", (2, 6), {"method": "zeroth-order", "keep": 9}),
             Case("vt", (4,), {"off": True}),
             Case("tvt", (8,), {"method": "flexselect"}),
+            Case("vt", (14,), {"method": "information", "keep": 0.4}),
+            Case("tvt", (16,), {"method": "relevant-information"}),
             Case("tivtvt", (13, 10, 12), {"method": "flexselect", "keep": 9}),
         ]
     return found

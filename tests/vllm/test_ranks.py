@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import tokenprune
 from tests.hf.lites import saved
 from tests.vllm import checkpoints
 from tests.vllm.checkpoints import WORDS
@@ -21,8 +22,10 @@ def test_two_ranks_choose_what_one_does(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder = checkpoints.save(family, tmp_path / "model")
     hf = reference(family, folder)
-    # Not flexselect, which reads whole weights. The trained selector is whole on each rank.
-    methods = [name for name in METHODS if name != "flexselect"]
+    # Not those that read with whole weights. The trained selector is whole on each rank.
+    methods = [
+        name for name in METHODS if "query_attention" not in tokenprune.registry.get(name).needs
+    ]
     image = [checkpoints.image(0, (40, 40))]
     width = features_of(hf, checkpoints.hf_inputs(family, hf.processor, "it", image))
     options = saved(tmp_path / "lite", width, hf.model.config.get_text_config().vocab_size, family)

@@ -31,10 +31,13 @@ class IntegerRows:
         float64 [B, N, D], whole numbers.
     inverse_norms
         float64 [B, N], 1 / ||row||, or 0 for a row of zeros: its cosine to anything is 0.
+    scales
+        float64 [B, N], what a row is multiplied by to be the embedding again.
     """
 
     rows: Tensor
     inverse_norms: Tensor
+    scales: Tensor
 
     @classmethod
     def from_embeddings(cls, embeddings: Tensor) -> IntegerRows:
@@ -43,15 +46,30 @@ class IntegerRows:
         # The largest entry and not the norm: a maximum is exact in any order.
         largest = torch.linalg.vector_norm(embeddings, ord=math.inf, dim=-1, keepdim=True).double()
         rows = embeddings.to(torch.float64, copy=True)
-        rows.div_(largest.masked_fill_(largest == 0, 1.0)).mul_(2.0**bits).round_()
+        largest.masked_fill_(largest == 0, 1.0)
+        rows.div_(largest).mul_(2.0**bits).round_()
         norms = torch.linalg.vecdot(rows, rows).sqrt_()
-        return cls(rows, norms.reciprocal().masked_fill_(norms == 0, 0.0))
+        inverse = norms.reciprocal().masked_fill_(norms == 0, 0.0)
+        return cls(rows, inverse, largest.squeeze(-1).div_(2.0**bits))
+
+    def squared_norms(self) -> Tensor:
+        """Return float64 [B, N], ||embedding||^2."""
+        squares: Tensor = torch.linalg.vecdot(self.rows, self.rows)
+        return squares.mul_(self.scales.square())
+
+    def products_with(self, picked: Tensor) -> Tensor:
+        """Return float64 [B, N], each row's product with row `picked` (LongTensor [B])."""
+        return self._products(picked, self.scales)
 
     def cosines_to(self, picked: Tensor) -> Tensor:
         """Return float32 [B, N], each row's cosine to row `picked` (LongTensor [B]) of its item."""
+        return self._products(picked, self.inverse_norms).float()
+
+    def _products(self, picked: Tensor, scales: Tensor) -> Tensor:
+        """Return float64 [B, N], the products with row `picked`, each row times its scale."""
         item = torch.arange(picked.numel(), dtype=torch.int64, device=picked.device)
         dots = torch.bmm(self.rows, self.rows[item, picked].unsqueeze(-1)).squeeze(-1)
-        return dots.mul_(self.inverse_norms * self.inverse_norms[item, picked, None]).float()
+        return dots.mul_(scales * scales[item, picked, None])
 
     def nearest_distances(self) -> Tensor:
         """Return float32 [B, N], 1 - cosine of each row to the other row most like it.

@@ -6,7 +6,7 @@ gets an equal share of the budget. Memory is that of the sets scored at one time
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +85,64 @@ class FrameSets(Selector):
 
     def pick(self, tokens: TokenBatch, scores: Tensor, keep: int) -> Tensor:
         """Return the best tokens of each set, LongTensor [B, K], ascending."""
-        sets = [own.to(scores.device) for own in frame_sets(tokens.grid, self.frames_per_set)]
-        picks = [
-            own[top_k(scores[:, own], share)]
-            for own, share in zip(sets, shares(keep, [len(own) for own in sets]), strict=True)
-            if share
-        ]
-        return torch.cat(picks, dim=1).sort(dim=1).values
+        return pick_in_sets(
+            tokens.grid,
+            self.frames_per_set,
+            keep,
+            scores.device,
+            lambda own, share: self.pick_of_set(tokens, own, scores[:, own], share),
+        )
+
+    def pick_of_set(self, tokens: TokenBatch, own: Tensor, scores: Tensor, share: int) -> Tensor:
+        """Return which of a set's tokens stay, LongTensor [B, share]: the highest, by default.
+
+        Parameters
+        ----------
+        tokens
+            B items of one shape.
+        own
+            LongTensor [n], the tokens of the set.
+        scores
+            float32 [B, n], what `score_sets` returned for it.
+        share
+            How many stay, between 1 and n.
+        """
+        return top_k(scores, share)
+
+
+def pick_in_sets(
+    grid: tuple[int, int, int],
+    frames_per_set: int,
+    keep: int,
+    device: torch.device,
+    pick: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Split the budget over the sets of frames and pick in each.
+
+    Parameters
+    ----------
+    grid, frames_per_set
+        See `frame_sets`.
+    keep
+        K, tokens to keep in all.
+    device
+        Where the tokens of the sets are wanted.
+    pick
+        Given the tokens of a set, LongTensor [n], and its share, returns which of the n stay,
+        LongTensor [B, share].
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending.
+    """
+    sets = [own.to(device) for own in frame_sets(grid, frames_per_set)]
+    picks = [
+        own[pick(own, share)]
+        for own, share in zip(sets, shares(keep, [len(own) for own in sets]), strict=True)
+        if share
+    ]
+    return torch.cat(picks, dim=1).sort(dim=1).values
 
 
 def frame_sets(grid: tuple[int, int, int], frames_per_set: int) -> list[Tensor]:

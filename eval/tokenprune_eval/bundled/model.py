@@ -84,7 +84,8 @@ def bundled_model_path(cache_dir: Path | None = None, *, weights: Path = WEIGHTS
     if (target / "model.safetensors").is_file():
         return target
 
-    encoder = encoder_weights(root, IMAGE_SIZE)
+    config = json.loads((weights / "config.json").read_text("utf-8"))
+    encoder = encoder_weights(root, int(config["vision_config"]["image_size"][0]))
     # float32 throughout: the checkpoint is small, and a CPU computes in float32 anyway.
     state = {name: tensor.float().contiguous() for name, tensor in load_file(trained).items()}
     state.update({f"vision_tower.{name}": tensor for name, tensor in encoder.items()})

@@ -1,10 +1,11 @@
 """Scenes: a few small coloured items scattered over dimmed photographs, and questions about them.
 
-Each scene is a picture of 224 x 224 pixels with three to five items of 44 to 54 pixels: handwritten
-digits (scikit-learn), drawn shapes and garments (Fashion-MNIST), each in one of seven colours, on
-a dimmed crop of one of scikit-image's photographs. Kinds, colours and places are all different
-within a scene, so every question has one answer, and the answer to most of them is to be seen in
-one item alone: a few of the image's visual tokens.
+Each scene of the test set is a picture of 224 x 224 pixels with three to five items of 44 to 54
+pixels: handwritten digits (scikit-learn), drawn shapes and garments (Fashion-MNIST), each in one of
+seven colours, on a dimmed crop of one of scikit-image's photographs. Kinds, colours and places are
+all different within a scene, so every question has one answer, and the answer to most of them is to
+be seen in one item alone: a few of the image's visual tokens. `STYLES` has scenes that look
+different.
 
 Nothing that can be recognised is shared between the splits: an item's picture belongs to exactly
 one of them, and so does every region of every photograph.
@@ -92,6 +93,60 @@ PHOTOGRAPHS = (
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package `dataset-fashion-mnist` puts its files."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """What scenes look like; the defaults are those of the bundled test set.
+
+    Attributes
+    ----------
+    image_size
+        Side of the scene, pixels.
+    items
+        Fewest and most items of a scene; at most as many as there are colours.
+    side
+        Smallest and largest side of an item's picture, pixels.
+    cells
+        Rows and columns of the grid that holds one item at most in each cell.
+    one_row
+        All items side by side in one row of the grid, like a line of text.
+    families
+        What the items are: equally often one of each.
+    plain
+        Share of the scenes on one plain colour instead of a photograph.
+    types
+        What may be asked, out of `TYPES`.
+    """
+
+    image_size: int = IMAGE_SIZE
+    items: tuple[int, int] = (3, 5)
+    side: tuple[int, int] = (44, 54)
+    cells: tuple[int, int] = (3, 3)
+    one_row: bool = False
+    families: tuple[tuple[str, ...], ...] = (SHAPES, DIGITS, tuple(GARMENTS))
+    plain: float = 0.0
+    types: tuple[str, ...] = ("kind", "color", "place", "exists", "count")
+
+
+STYLES = {
+    "standard": Style(),
+    # What published methods are weak at.
+    "many-items": Style(items=(6, 7), types=("kind", "color", "place", "exists")),
+    "digit-rows": Style(
+        items=(4, 5),
+        side=(38, 43),
+        cells=(5, 5),
+        one_row=True,
+        families=(DIGITS,),
+        types=("kind", "color", "exists"),
+    ),
+    "plain": Style(plain=1.0),
+    # What other models than the bundled one are trained on.
+    "small": Style(image_size=168, side=(33, 41), families=(SHAPES, DIGITS)),
+    "large": Style(image_size=280, items=(3, 7), plain=0.3),
+}
+"""Name -> style: of sets that look different from the bundled one, and of other models' scenes."""
 
 TEST_SET = Path(__file__).with_name("scenes")
 """Folder of the committed test set."""
@@ -352,15 +407,17 @@ def photograph_region(name: str, split: Split) -> Box:
     return (0, round(start * height), width, round(end * height))
 
 
-def _background(split: Split, rng: np.random.Generator) -> tuple[Floats, str, Box]:
-    """Crop and dim: ``[224, 224, 3]`` float32 in 0..255, the photograph's name, the region."""
+def _background(
+    split: Split, rng: np.random.Generator, image_size: int = IMAGE_SIZE
+) -> tuple[Floats, str, Box]:
+    """Crop and dim: ``[S, S, 3]`` float32 in 0..255, the photograph's name, the region."""
     name = PHOTOGRAPHS[int(rng.integers(len(PHOTOGRAPHS)))]
     left, top, right, bottom = photograph_region(name, split)
     side = int(min(right - left, bottom - top) * rng.uniform(0.75, 1.0))
     x = int(rng.integers(left, right - side + 1))
     y = int(rng.integers(top, bottom - side + 1))
     crop = (x, y, x + side, y + side)
-    square = _photograph(name).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC, box=crop)
+    square = _photograph(name).resize((image_size, image_size), Image.Resampling.BICUBIC, box=crop)
     pixels = np.asarray(square, dtype=np.float32)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]
@@ -369,7 +426,20 @@ def _background(split: Split, rng: np.random.Generator) -> tuple[Floats, str, Bo
     return pixels * np.float32(dim), name, crop
 
 
-def render_scene(split: Split, number: int, *, fashion: Path | None = FASHION_FOLDER) -> Scene:
+def _plain(rng: np.random.Generator, image_size: int) -> Floats:
+    """One dark colour everywhere, ``[S, S, 3]`` float32 in 0..255."""
+    return np.broadcast_to(rng.uniform(15, 90, size=3), (image_size, image_size, 3)).astype(
+        np.float32
+    )
+
+
+def render_scene(
+    split: Split,
+    number: int,
+    *,
+    fashion: Path | None = FASHION_FOLDER,
+    style: Style = STYLES["standard"],
+) -> Scene:
     """Render one scene; the same arguments give the same scene.
 
     Parameters
@@ -380,6 +450,8 @@ def render_scene(split: Split, number: int, *, fashion: Path | None = FASHION_FO
         The scene's number within the split, from 0.
     fashion
         See :func:`pictures`.
+    style
+        What it looks like.
 
     Returns
     -------
@@ -392,36 +464,51 @@ def render_scene(split: Split, number: int, *, fashion: Path | None = FASHION_FO
     """
     bank = pictures(split, fashion)
     rng = np.random.default_rng([_SEEDS[split], number])
-    canvas, photograph, crop = _background(split, rng)
+    if style.plain and rng.random() < style.plain:
+        canvas, photograph, crop = _plain(rng, style.image_size), "", (0, 0, 0, 0)
+    else:
+        canvas, photograph, crop = _background(split, rng, style.image_size)
 
-    count = int(rng.integers(3, 6))
+    count = int(rng.integers(style.items[0], style.items[1] + 1))
     # Digits, shapes and garments equally often, whatever the number of kinds in each family.
-    families = [[k for k in family if k in bank] for family in (SHAPES, DIGITS, tuple(GARMENTS))]
+    families = [[k for k in family if k in bank] for family in style.families]
     weights = np.array([1 / len(f) for f in families if f for _ in f])
     names = [kind for family in families for kind in family]
     kinds = rng.choice(names, size=count, replace=False, p=weights / weights.sum())
     colors = rng.choice(list(COLORS), size=count, replace=False)
-    cells = np.sort(rng.choice(len(PLACES), size=count, replace=False))
+    rows, columns = style.cells
+    if style.one_row:
+        first = int(rng.integers(rows)) * columns + int(rng.integers(columns - count + 1))
+        cells = np.arange(first, first + count)
+    else:
+        cells = np.sort(rng.choice(rows * columns, size=count, replace=False))
 
     items: list[Item] = []
     for kind, color, cell in zip(kinds, colors, cells, strict=True):
         choices = bank[str(kind)]
         picture = choices[int(rng.integers(len(choices)))]
-        box = _paste(canvas, picture, str(color), int(cell), rng)
-        items.append(Item(str(kind), str(color), PLACES[int(cell)], box, picture.source))
+        box = _paste(canvas, picture, str(color), int(cell), rng, style)
+        row, column = int(cell) // columns * 3 // rows, int(cell) % columns * 3 // columns
+        place = PLACES[row * 3 + column]
+        items.append(Item(str(kind), str(color), place, box, picture.source))
     pixels = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return Scene(pixels, tuple(items), photograph, crop)
 
 
 def _paste(
-    canvas: Floats, picture: Picture, color: str, cell: int, rng: np.random.Generator
+    canvas: Floats,
+    picture: Picture,
+    color: str,
+    cell: int,
+    rng: np.random.Generator,
+    style: Style = STYLES["standard"],
 ) -> Box:
     """Colour a picture and lay it over the canvas inside its cell; returns its tight box."""
-    side = int(rng.integers(44, 55))
-    pitch = IMAGE_SIZE / 3
-    slack = pitch - side
-    left = int((cell % 3) * pitch + rng.uniform(0.1, 0.9) * slack)
-    top = int((cell // 3) * pitch + rng.uniform(0.1, 0.9) * slack)
+    side = int(rng.integers(style.side[0], style.side[1] + 1))
+    down, across = (style.image_size / count for count in style.cells)
+    row, column = divmod(cell, style.cells[1])
+    left = int(column * across + rng.uniform(0.1, 0.9) * (across - side))
+    top = int(row * down + rng.uniform(0.1, 0.9) * (down - side))
 
     values = np.asarray(
         Image.fromarray(picture.values).resize((side, side), Image.Resampling.BICUBIC),
@@ -483,8 +570,9 @@ def _ask_exists(scene: Scene, item: Item, rng: np.random.Generator) -> Asked:
     word = item.color if by_color else item.kind
     answer = "yes"
     boxes: tuple[Box, ...] = (item.box,)
-    if rng.random() < 0.5:
-        absent = [w for w in (COLORS if by_color else KINDS) if w not in present]
+    absent = [w for w in (COLORS if by_color else KINDS) if w not in present]
+    # A scene of seven items has every colour.
+    if rng.random() < 0.5 and absent:
         word = absent[int(rng.integers(len(absent)))]
         answer = "no"
         # Only a look at every item shows that one is missing.

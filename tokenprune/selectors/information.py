@@ -1,0 +1,255 @@
+"""information, relevant-information: keep the tokens from which most of the others can be told.
+
+tokenprune's own methods, one blind to the question and one that reads it. Both take the set S of
+tokens that maximises ``log det(I + E_S E_Sᵀ / σ²)``, E being what the language model would read:
+the information that S holds about a linear picture of the image. docs/selectors.md has the idea,
+what else was tried, and where it loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenprune.budget import tokens_kept
+from tokenprune.errors import OptionError
+from tokenprune.numerics import folded_sum
+from tokenprune.reading import QueryKeys, question_scores, reference_layer
+from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.diversity import IntegerRows
+from tokenprune.selectors.frame_sets import FrameSets, pick_in_sets
+from tokenprune.tokens import TokenBatch
+
+_ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
+
+
+@dataclass(frozen=True)
+class Information(Selector):
+    """Keep the tokens that hold most information about the image: loud, and unlike each other.
+
+    Greedy maximum of ``log det(I + E_S E_Sᵀ / σ²)`` over sets S of K rows of the projected tokens
+    E [N, D], with ``σ² = noise * mean_i ||e_i||²``: each step takes the token with most variance
+    left, given those taken. The objective is monotone and submodular, so the greedy set reaches
+    at least 1 - 1/e of the best one's; the sets of growing K are nested. A method of tokenprune's
+    own, see docs/selectors.md; the objective is that of Bayesian D-optimal design and of
+    determinantal point processes.
+
+    O(K * N * (D + K)) time, so linear in N, and O(N * (D + K)) memory.
+
+    Parameters
+    ----------
+    noise
+        σ² as a multiple of the tokens' mean squared norm. Towards 0 a token is worth only what
+        lies outside the span of those taken; a large one takes the longest tokens first.
+    frames_per_set
+        The most frames of a video that are weighed against each other. Longer ones are split into
+        sets, every G-th frame one set, with an equal share of the budget each.
+    """
+
+    name: ClassVar[str] = "information"
+    summary: ClassVar[str] = "what the projected tokens tell about each other (our own)"
+    needs: ClassVar[tuple[str, ...]] = ("embeddings",)
+
+    noise: float = 1.0
+    frames_per_set: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_noise(self.name, self.noise)
+        if self.frames_per_set < 1:
+            raise OptionError(
+                f"option frames_per_set={self.frames_per_set} of method {self.name!r} must be at "
+                "least 1."
+            )
+
+    def select(self, tokens: TokenBatch, keep: int) -> Picks:
+        """Return LongTensor [B, K], ascending; there are no scores."""
+        embeddings = tokens.require("embeddings")
+
+        def pick(own: Tensor, share: int) -> Tensor:
+            return pick_informative(embeddings[:, own], share, self.noise)
+
+        return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, embeddings.device, pick))
+
+
+@dataclass(frozen=True)
+class RelevantInformation(FrameSets):
+    """Keep the tokens that hold most information about what the question looks at.
+
+    As `Information`, with row i of E weighted by ``sqrt(1 + r_i / mean r)``. r_i is the attention
+    that the prompt's last token, the one that the answer's first word is read from, pays to token
+    i at the reference layer, averaged over heads. So a token counts twice its own where it is
+    looked at as much as the average, and a token nobody looks at still counts as it does there.
+    A method of tokenprune's own, see docs/selectors.md. What is read, and its cost, are those of
+    `FlexSelect`.
+
+    Parameters
+    ----------
+    layer
+        The reference layer, see `FlexSelect`.
+    noise
+        See `Information`.
+    candidates
+        Share of each set's tokens that is read with the question: those that `Information` would
+        keep. Reading costs that share of what it would; the others weigh 1. It should be a few
+        times the share that is kept: where it is no larger, the question chooses next to nothing.
+    """
+
+    name: ClassVar[str] = "relevant-information"
+    summary: ClassVar[str] = "information, weighted by the attention of the prompt's end (our own)"
+    needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
+
+    layer: int | None = None
+    noise: float = 1.0
+    candidates: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_noise(self.name, self.noise)
+        if self.layer is not None and self.layer < 0:
+            raise OptionError(
+                f"option layer={self.layer} of method {self.name!r} counts from 0; leave it out "
+                "for the published layer."
+            )
+        if not 0 < self.candidates <= 1:
+            raise OptionError(
+                f"option candidates={self.candidates!r} of method {self.name!r} must be above 0 "
+                "and at most 1.0, which reads every token."
+            )
+
+    def check_model(self, config: Any) -> None:
+        """Raise unless the language model has the layer."""
+        text = config.get_text_config()
+        reference_layer(config.model_type, text.num_hidden_layers, text.hidden_size, self.layer)
+
+    def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return each set's weights, ``1 + r / mean r``; see the class."""
+        given = tokens.query_attention
+        if given is None:
+            tokens.require("query_attention")
+            return []
+        embeddings = tokens.require("embeddings")
+        chosen = [self._candidates(embeddings[:, own.to(embeddings.device)]) for own in sets]
+        if isinstance(given, Tensor):
+            last = given[:, :, -1].float()
+            rows = [last[..., own.to(given.device)] for own in sets]
+            attention = [
+                (folded_sum(row, dim=1) / row.shape[1]).gather(1, read)
+                for row, read in zip(rows, chosen, strict=True)
+            ]
+        else:
+            # A reader is of one item.
+            read_sets = [
+                own[read[0].to(own.device)] for own, read in zip(sets, chosen, strict=True)
+            ]
+            seen = given.read(read_sets, self.layer, values=False, hidden=False)
+            attention = [question_scores(_of_last_token(one), "mean")[None] for one in seen]
+        weights = []
+        for own, read, looked_at in zip(sets, chosen, attention, strict=True):
+            result = looked_at.new_ones(len(looked_at), len(own))
+            weights.append(result.scatter_(1, read.to(result.device), _weights(looked_at)))
+        return weights
+
+    def _candidates(self, embeddings: Tensor) -> Tensor:
+        """Return LongTensor [B, c], ascending: the tokens of a set [B, n, D] that are read."""
+        count = tokens_kept(self.candidates, embeddings.shape[1])
+        return pick_informative(embeddings, count, self.noise)
+
+    def pick_of_set(self, tokens: TokenBatch, own: Tensor, scores: Tensor, share: int) -> Tensor:
+        """Return LongTensor [B, share]."""
+        embeddings = tokens.require("embeddings")
+        return pick_informative(embeddings[:, own.to(embeddings.device)], share, self.noise, scores)
+
+
+def _check_noise(method: str, noise: float) -> None:
+    if not noise > 0:
+        raise OptionError(
+            f"option noise={noise!r} of method {method!r} must be above 0; the default is 1.0."
+        )
+
+
+def _of_last_token(seen: QueryKeys) -> QueryKeys:
+    """Return the same with the last of the question's tokens alone."""
+    return QueryKeys(seen.query[:, -1:], seen.key, seen.visual, seen.scale)
+
+
+def _weights(attention: Tensor) -> Tensor:
+    """[B, n] -> 1 + r / mean r, float32 [B, n]; 1 everywhere where nothing is looked at."""
+    mean = folded_sum(attention, dim=1)[:, None] / attention.shape[1]
+    return 1.0 + attention / mean.masked_fill(mean == 0, 1.0)
+
+
+def pick_informative(
+    embeddings: Tensor, keep: int, noise: float = 1.0, weights: Tensor | None = None
+) -> Tensor:
+    """Take `keep` tokens of each item: always the one with most variance left.
+
+    Every number comes out of exact products (see `IntegerRows`), elementwise operations and sums
+    of a fixed order, so it is the same in any batch and on any device. The lowest index wins a
+    tie.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    keep
+        K, between 1 and N.
+    noise
+        σ² as a multiple of the mean over tokens of ``w_i ||e_i||²``; above 0.
+    weights
+        Floating point [B, N], above 0: w_i, by which row i counts; None for 1.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending.
+    """
+    size, total, width = embeddings.shape
+    if keep == total:
+        every = torch.arange(total, dtype=torch.int64, device=embeddings.device)
+        return every.expand(size, -1)
+    step = max(1, _ENTRIES // (total * (width + keep)))
+    kept = []
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        rows = IntegerRows.from_embeddings(embeddings[part])
+        factors = (
+            torch.ones_like(rows.scales)
+            if weights is None
+            else weights[part].to(rows.scales.device, torch.float64).sqrt()
+        )
+        kept.append(_greedy(rows, factors, keep, noise))
+    return torch.cat(kept).sort(dim=-1).values
+
+
+def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tensor:
+    """Return LongTensor [B, K] in the order taken; row i counts `factors` [B, N] times."""
+    variance = rows.squared_norms() * factors.square()
+    size, total = variance.shape
+    level = folded_sum(variance, dim=1) * (noise / total)
+    level = level.masked_fill(level == 0, 1.0)
+    taken = torch.zeros_like(variance, dtype=torch.bool)
+    item = torch.arange(size, dtype=torch.int64, device=variance.device)
+    kept = torch.empty(size, keep, dtype=torch.int64, device=variance.device)
+    # The rows of the Cholesky factor that belong to the tokens taken, over all tokens.
+    triangle = torch.empty(keep, size, total, dtype=torch.float64, device=variance.device)
+    for step in range(keep):
+        # torch.argmax gives the first of equal values.
+        pick = variance.masked_fill(taken, -math.inf).argmax(dim=-1)
+        kept[:, step] = pick
+        taken.scatter_(1, pick[:, None], True)
+        if step + 1 == keep:
+            break
+        covariance = rows.products_with(pick) * factors * factors[item, pick, None]
+        if step:
+            before = triangle[:step]
+            covariance -= folded_sum(before * before[:, item, pick, None], dim=0)
+        scale = (variance[item, pick] + level).sqrt()
+        triangle[step] = covariance / scale[:, None]
+        variance = (variance - triangle[step].square()).clamp_(min=0.0)
+    return kept
