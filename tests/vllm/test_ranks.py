@@ -24,7 +24,7 @@ def test_two_ranks_choose_what_one_does(
     hf = reference(family, folder)
     # Not those that read with whole weights. The trained selector is whole on each rank.
     methods = [
-        name for name in METHODS if "query_attention" not in tokenprune.registry.get(name).needs
+        name for name in METHODS if "query_attention" not in tokenprune.registry.find(name).needs
     ]
     image = [checkpoints.image(0, (40, 40))]
     width = features_of(hf, checkpoints.hf_inputs(family, hf.processor, "it", image))
