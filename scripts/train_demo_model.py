@@ -679,7 +679,8 @@ class Data:
         for _ in range(easy_count):
             index = self._draw("easy", len(self.easy))
             asked = self.easy[index]
-            chosen = self.rng.permutation(len(asked))[:10]
+            # Beside captions alone two do: ten would be longer than any caption, and pad them all.
+            chosen = self.rng.permutation(len(asked))[: 10 if questions else 2]
             features.append(self.easy_features[index])
             rows.append([self._question(asked[i].question, asked[i].answer) for i in chosen])
         return np.stack(features)[:, None], prefix, rows

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenprune.errors import TokenPruneError as TokenPruneError
     from tokenprune.projectors import MLPProjector as MLPProjector
     from tokenprune.registry import methods as methods
+    from tokenprune.representation import tokens_represented as tokens_represented
     from tokenprune.selecting import select as select
     from tokenprune.selecting import select_many as select_many
     from tokenprune.selection import Selection as Selection
@@ -39,6 +40,7 @@ _HOMES = {
     "select": "selecting",
     "select_many": "selecting",
     "tokens_kept": "budget",
+    "tokens_represented": "representation",
 }
 
 __all__ = sorted(_HOMES)

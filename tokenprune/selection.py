@@ -24,12 +24,16 @@ class Selection:
         float32 [N], higher means more worth keeping, or None where the method has no score per
         token. A method that also weighs tokens against each other (diversity) does not keep
         simply the highest.
+    represented
+        LongTensor [K], how many tokens each kept one stands for, itself included; they add up to
+        N. None where that was not asked for.
     """
 
     kept: Tensor
     total: int
     grid: tuple[int, int, int]
     scores: Tensor | None = None
+    represented: Tensor | None = None
 
     def __len__(self) -> int:
         """Return K, how many tokens stay."""

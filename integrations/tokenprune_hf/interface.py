@@ -17,8 +17,14 @@ from tokenprune.errors import TokenPruneError, UnsupportedModelError
 
 _PREFIX = "tokenprune+"
 
-Plain = Callable[[], tuple[Tensor, Tensor | None]]
-"""Runs the model's own attention on the same call: output [B, L, H, d], and weights or None."""
+
+class Plain(Protocol):
+    """The model's own attention on the same call."""
+
+    def __call__(
+        self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the output [B, L, H, d], and weights or None; None takes the call's own tensor."""
 
 
 class Handler(Protocol):
@@ -122,17 +128,28 @@ def _dispatch(
     """Stand where an attention function of transformers stands."""
     name = module.config._attn_implementation.removeprefix(_PREFIX)
 
-    def plain() -> tuple[Tensor, Tensor | None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+
+    def plain(
+        other_query: Tensor | None = None,
+        other_key: Tensor | None = None,
+        other_value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         function = _plain_function(module, name)
         result: tuple[Tensor, Tensor | None] = function(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            module,
+            query if other_query is None else other_query,
+            key if other_key is None else other_key,
+            value if other_value is None else other_value,
+            attention_mask,
+            scaling=scaling if other_query is None else scale,
+            **kwargs,
         )
         return result
 
     handler = _HANDLERS.get(module)
     if handler is None:
         return plain()  # a module with the same config that is not ours: another tower's
-    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return handler(module, query, key, value, scale, plain)
 
 

@@ -8,6 +8,7 @@ forward pre-hook, and a `generate` in front of its own.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import time
@@ -27,6 +28,7 @@ from tokenprune.errors import (
     TokenPruneError,
     did_you_mean,
 )
+from tokenprune.representation import tokens_represented
 from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -35,6 +37,7 @@ from tokenprune_hf.attached import Attachment, attached, named_arguments
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
+from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
 from tokenprune_hf.trimmed import NAME, TrimmedAttention, check_other, trim
@@ -52,7 +55,7 @@ class Pruning(Attachment):
 
     Attributes
     ----------
-    model, selector, keep, positions, application
+    model, selector, keep, positions, application, proportional_attention
         What was asked for.
     selections
         One `Selection` per item (image, video or crop) of the last call, in prompt order.
@@ -68,12 +71,14 @@ class Pruning(Attachment):
         keep: Keep,
         positions: Positions,
         application: Application,
+        proportional_attention: bool = False,
     ) -> None:
         super().__init__(model)
         self.selector = selector
         self.keep = check_keep(keep)
         self.positions = check_positions(positions)
         self.application = _check_application(application)
+        self.proportional_attention = proportional_attention
         self.selections: list[Selection] = []
         self.selecting_seconds = 0.0
         self._family = family_of(model)
@@ -81,11 +86,14 @@ class Pruning(Attachment):
         self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
         self._in_generate = False
         self._generating: Shortened | None = None
+        self._proportional: ProportionalAttention | None = None
         self.begin()
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
+        if self.proportional_attention:
+            self._proportional = ProportionalAttention(self.model)  # first: it may refuse
         plain = self.model.generate
 
         @functools.wraps(plain)
@@ -93,12 +101,18 @@ class Pruning(Attachment):
             return self._generate(plain, inputs, args, kwargs)
 
         self.model.__dict__["generate"] = generate
-        self._hook = self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
+        ]
         self._rope_deltas = getattr(self._family.inner, "rope_deltas", None)
 
     def _detach(self) -> None:
         del self.model.__dict__["generate"]
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self._proportional is not None:
+            self._proportional.remove()
         if self._family.mrope:
             self._family.inner.rope_deltas = self._rope_deltas
         self._caches.clear()
@@ -123,19 +137,33 @@ class Pruning(Attachment):
                     cache = DynamicCache(config=self.model.config.get_text_config())
                     named["past_key_values"] = cache
                 self._caches[cache] = shortened
+            self._count_keys(shortened)
             return (), shortened.call(named, self._family.encoder_arguments())
         if (known := self._known(cache)) is not None:
+            self._count_keys(known)
             return (), known.continued_call(named, cache.get_seq_length(), self.positions)
         return None
+
+    def _after_forward(self, _module: Any, _args: Any, _output: Any) -> None:
+        """Run when the model's forward is over, also after an exception."""
+        self._count_keys(None)
+
+    def _count_keys(self, shortened: Shortened | None) -> None:
+        """Have attention count the keys of a prompt until the call is over."""
+        if self._proportional is not None:
+            if shortened is not None:
+                self._proportional.check_call()
+            self._proportional.logs = None if shortened is None else shortened.logs
 
     def _before_step(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run before each step of `generate`: hand the kept rows to those that read the prompt."""
         shortened, input_ids = self._generating, kwargs.get("input_ids")
+        cache: Any = kwargs.get("past_key_values")
+        self._count_keys(self._known(cache) if shortened is None else shortened)
         if shortened is None or input_ids is None:
             return None
-        cache: Any = kwargs.get("past_key_values")
         length = shortened.prompt.length
         if shortened.is_prompt_of(input_ids):
             kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
@@ -322,6 +350,10 @@ class Pruning(Attachment):
             )
             for modality, own in items.items()
         }
+        if self.proportional_attention:
+            result = {
+                modality: _represent(encoded, modality, own) for modality, own in result.items()
+            }
         self.selections = [result[modality][index] for modality, index in in_prompt]
         return result
 
@@ -333,6 +365,18 @@ def _check_application(application: Application) -> Application:
             f"{did_you_mean(str(application), get_args(Application))}"
         )
     return application
+
+
+def _represent(encoded: Encoded, modality: str, selections: list[Selection]) -> list[Selection]:
+    """Return the selections of a modality's items, saying how many tokens each kept one is for."""
+    media = encoded.modalities[modality]
+    result = []
+    for item, one in zip(media.items, selections, strict=True):
+        if one.represented is None:
+            counts = tokens_represented(media.rows[item.rows][None], one.kept[None])
+            one = dataclasses.replace(one, represented=counts[0])
+        result.append(one)
+    return result
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -380,6 +424,7 @@ def apply(
     positions: Positions = "original",
     *,
     apply: Application = "drop",
+    proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning: ...
 
@@ -391,6 +436,7 @@ def apply(
     positions: Positions = "original",
     *,
     apply: Application = "drop",
+    proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning | TrimmedAttention:
     """Make a model's `generate` and calls run pruned until `remove`.
@@ -418,6 +464,12 @@ def apply(
         prompt's full length, and for comparing. The logits of all other tokens are those of
         ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
         into the window.
+    proportional_attention
+        Whether attention counts each kept token as many times as there are tokens it stands for
+        (`tokenprune.tokens_represented`; `Selection.represented` has the numbers): a large even
+        area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
+        tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
+        2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
     **options
         The method's own options.
 
@@ -442,22 +494,31 @@ def apply(
                 "keep, positions or options came with a PruningConfig, which has them already. "
                 "Change them there, with dataclasses.replace."
             )
-        return Pruning(model, method.selector(), method.keep, method.positions, apply)
+        return Pruning(
+            model,
+            method.selector(),
+            method.keep,
+            method.positions,
+            apply,
+            proportional_attention,
+        )
     if keep is None:
         raise BudgetError(
             "keep is missing. Give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
         )
     if method == NAME:
-        return trim(model, keep, positions, apply, options)
+        return trim(model, keep, positions, apply, proportional_attention, options)
     if isinstance(method, Selector):
         if options:
             raise TokenPruneError(
                 f"options {sorted(options)} came with a {type(method).__name__} object, which has "
                 "its options already. Set them there."
             )
-        return Pruning(model, method, keep, positions, apply)
+        return Pruning(model, method, keep, positions, apply, proportional_attention)
     config = PruningConfig(method, keep, positions, options)
-    return Pruning(model, config.selector(), config.keep, config.positions, apply)
+    return Pruning(
+        model, config.selector(), config.keep, config.positions, apply, proportional_attention
+    )
 
 
 _begin = apply  # where `apply` is a parameter's name
@@ -477,6 +538,7 @@ def prune(
     positions: Positions = "original",
     *,
     apply: Application = "drop",
+    proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning: ...
 
@@ -488,13 +550,22 @@ def prune(
     positions: Positions = "original",
     *,
     apply: Application = "drop",
+    proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning | TrimmedAttention:
     """Prune a model inside a ``with`` block; parameters, result and errors as `apply`.
 
     After the block the model is exactly as it was, also after an exception.
     """
-    return _begin(model, method, keep, positions, apply=apply, **options)
+    return _begin(
+        model,
+        method,
+        keep,
+        positions,
+        apply=apply,
+        proportional_attention=proportional_attention,
+        **options,
+    )
 
 
 def remove(model: Any) -> None:

@@ -47,6 +47,9 @@ class Shortened:
         Per modality, how many rows each prompt had.
     following
         LongTensor [..., B], the position of the first token after the prompt, per axis.
+    logs
+        float32 [B, S], log of how many tokens each column stands for: 0 for text, and wherever
+        the selections do not say.
     """
 
     input_ids: Tensor
@@ -55,6 +58,7 @@ class Shortened:
     kept: dict[str, KeptRows]
     rows_per_sample: dict[str, list[int]]
     following: Tensor
+    logs: Tensor
 
     def encoder_outputs(self, batch: int) -> dict[str, Any]:
         """Return `mm_encoder_outputs` for a batch of `batch` prompts, a multiple of B."""
@@ -275,12 +279,17 @@ def shorten_prompt(
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     selected = torch.ones_like(input_ids, dtype=torch.bool)
+    counts = torch.ones_like(input_ids)
     kept, rows_per_sample = {}, {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
         kept[modality] = KeptRows.of(media, selections[modality])
         dropped = places[~kept[modality].staying.to(places.device)]
         selected[dropped[:, 0], dropped[:, 1]] = False
+        for item, selection in zip(media.items, selections[modality], strict=True):
+            if selection.represented is not None:
+                own = places[item.rows[selection.kept].to(places.device)]
+                counts[own[:, 0], own[:, 1]] = selection.represented.to(counts)
         if application == "mask":
             kept[modality] = KeptRows(media, torch.ones_like(kept[modality].staying))
         rows_per_sample[modality] = torch.bincount(places[:, 0], minlength=len(input_ids)).tolist()
@@ -308,7 +317,8 @@ def shorten_prompt(
         shape = (*full_positions.shape[:-2], *counted.shape)
         short["position_ids"] = counted.expand(shape).clone()
         following = (counted.amax(dim=-1) + 1).expand(shape[:-1]).clone()
-    return Shortened(input_ids, prompt, short, kept, rows_per_sample, following)
+    logs = prompt.shorten(counts, 1).float().log()
+    return Shortened(input_ids, prompt, short, kept, rows_per_sample, following, logs)
 
 
 def _full_positions(model: Any, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:

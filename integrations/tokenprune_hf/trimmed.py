@@ -652,7 +652,12 @@ def _refuse(kwargs: dict[str, Any], config: Any) -> None:
 
 
 def trim(
-    model: Any, keep: Keep, positions: str, application: str, options: dict[str, Any]
+    model: Any,
+    keep: Keep,
+    positions: str,
+    application: str,
+    proportional_attention: bool,
+    options: dict[str, Any],
 ) -> TrimmedAttention:
     """Do what ``tokenprune_hf.apply(model, "trimmed-attention", ...)`` asks for.
 
@@ -666,6 +671,7 @@ def trim(
     for name, given, plain in (
         ("positions", positions, "original"),
         ("apply", application, "drop"),
+        ("proportional_attention", proportional_attention, False),
     ):
         if given != plain:
             raise ConfigError(

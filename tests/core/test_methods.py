@@ -373,8 +373,14 @@ def test_copies_tie_even_where_arithmetic_depends_on_position() -> None:
     assert torch.equal(scores, scores[torch.tensor([0, 1, 0, 3, 1, 0])])
 
 
-def most_information(rows: Array, noise: float, keep: int) -> list[int]:
-    """Greedy log det(I + E_S E_Sᵀ / σ²), each determinant computed from nothing."""
+def most_information(
+    embeddings: Array, noise: float, keep: int, weights: Array | None = None
+) -> list[int]:
+    """Greedy log det(I + K_S / σ²), each determinant computed from nothing."""
+    lengths = np.linalg.norm(embeddings, axis=1)
+    rows = embeddings / np.sqrt(lengths)[:, None]  # so that K_ij = cos * sqrt(length * length)
+    if weights is not None:
+        rows = rows * np.sqrt(weights)[:, None]
     level = noise * float(np.mean(np.sum(rows**2, axis=1)))
     kept: list[int] = []
     while len(kept) < keep:
@@ -410,10 +416,10 @@ def test_relevant_information_weighs_by_the_last_tokens_attention() -> None:
     assert isinstance(given, Tensor)
     looked_at = array(given)[:, -1].mean(axis=0)
     weights = 1 + looked_at / looked_at.mean()
-    rows = array(tokens.embeddings) * np.sqrt(weights)[:, None]
+    rows = array(tokens.embeddings)
     for keep in (1, 5, 13):
         selection = tokenprune.select(tokens, "relevant-information", keep)
-        assert selection.kept.tolist() == most_information(rows, 1.0, keep)
+        assert selection.kept.tolist() == most_information(rows, 0.2, keep, weights)
         np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
 
 
@@ -425,12 +431,12 @@ def test_only_candidates_are_weighed() -> None:
     assert isinstance(given, Tensor)
     looked_at = array(given)[:, -1].mean(axis=0)
     rows = array(tokens.embeddings)
-    read = most_information(rows, 1.0, 12)
+    read = most_information(rows, 0.2, 12)
     weights = np.ones(N)
     weights[read] += looked_at[read] / looked_at[read].mean()
     selection = tokenprune.select(tokens, "relevant-information", 5, candidates=0.25)
     np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
-    assert selection.kept.tolist() == most_information(rows * np.sqrt(weights)[:, None], 1.0, 5)
+    assert selection.kept.tolist() == most_information(rows, 0.2, 5, weights)
     with pytest.raises(OptionError, match=r"candidates=0\.0 .* above 0 and at most 1\.0"):
         build("relevant-information", {"candidates": 0.0})
 
@@ -443,12 +449,12 @@ def test_of_a_long_video_every_set_of_frames_has_its_share() -> None:
     for first, share in ((0, 5), (1, 4)):  # frames 0, 2, 4 and frames 1, 3, 5
         own = [frame * 8 + token for frame in (first, first + 2, first + 4) for token in range(8)]
         rows = array(video.embeddings)[own]
-        expected += [own[i] for i in most_information(rows, 1.0, share)]
+        expected += [own[i] for i in most_information(rows, 0.2, share)]
     assert kept == sorted(expected)
 
 
 @pytest.mark.parametrize("options", [{"noise": 0.0}, {"noise": -1.0}])
 @pytest.mark.parametrize("method", ["information", "relevant-information"])
 def test_noise_must_be_above_0(method: str, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=r"noise=.* must be above 0; the default is 1\.0"):
+    with pytest.raises(OptionError, match=r"noise=.* must be above 0; the default is 0\.2"):
         build(method, options)

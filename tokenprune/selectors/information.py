@@ -1,9 +1,9 @@
 """information, relevant-information: keep the tokens from which most of the others can be told.
 
 tokenprune's own methods, one blind to the question and one that reads it. Both take the set S of
-tokens that maximises ``log det(I + E_S E_Sᵀ / σ²)``, E being what the language model would read:
-the information that S holds about a linear picture of the image. docs/selectors.md has the idea,
-what else was tried, and where it loses.
+tokens that maximises ``log det(I + K_S / σ²)``, K being how alike the tokens are that the language
+model would read: the information that S holds about a linear picture of the image.
+docs/selectors.md has the idea, what else was tried, and where it loses.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item 
 class Information(Selector):
     """Keep the tokens that hold most information about the image: loud, and unlike each other.
 
-    Greedy maximum of ``log det(I + E_S E_Sᵀ / σ²)`` over sets S of K rows of the projected tokens
-    E [N, D], with ``σ² = noise * mean_i ||e_i||²``: each step takes the token with most variance
-    left, given those taken. The objective is monotone and submodular, so the greedy set reaches
-    at least 1 - 1/e of the best one's; the sets of growing K are nested. A method of tokenprune's
-    own, see docs/selectors.md; the objective is that of Bayesian D-optimal design and of
-    determinantal point processes.
+    Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
+    ``K_ij = cos(e_i, e_j) * sqrt(||e_i|| ||e_j||)`` and ``σ² = noise * mean_i ||e_i||``: each step
+    takes the token with most variance left, given those taken. A token's own variance is its
+    length. The objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of
+    the best one's; the sets of growing size are nested. A method of tokenprune's own, see
+    docs/selectors.md; the objective is that of Bayesian D-optimal design and of determinantal
+    point processes.
 
     O(K * N * (D + K)) time, so linear in N, and O(N * (D + K)) memory.
 
     Parameters
     ----------
     noise
-        σ² as a multiple of the tokens' mean squared norm. Towards 0 a token is worth only what
-        lies outside the span of those taken; a large one takes the longest tokens first.
+        σ² as a multiple of the tokens' mean length. Towards 0 a token is worth only what lies
+        outside the span of those taken; a large one takes the longest tokens first.
     frames_per_set
         The most frames of a video that are weighed against each other. Longer ones are split into
         sets, every G-th frame one set, with an equal share of the budget each.
@@ -55,7 +56,7 @@ class Information(Selector):
     summary: ClassVar[str] = "what the projected tokens tell about each other (our own)"
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
-    noise: float = 1.0
+    noise: float = 0.2
     frames_per_set: int = 64
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class Information(Selector):
 class RelevantInformation(FrameSets):
     """Keep the tokens that hold most information about what the question looks at.
 
-    As `Information`, with row i of E weighted by ``sqrt(1 + r_i / mean r)``. r_i is the attention
+    As `Information`, with token i's variance times ``1 + r_i / mean r``. r_i is the attention
     that the prompt's last token, the one that the answer's first word is read from, pays to token
     i at the reference layer, averaged over heads. So a token counts twice its own where it is
     looked at as much as the average, and a token nobody looks at still counts as it does there.
@@ -105,7 +106,7 @@ class RelevantInformation(FrameSets):
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
 
     layer: int | None = None
-    noise: float = 1.0
+    noise: float = 0.2
     candidates: float = 1.0
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ class RelevantInformation(FrameSets):
 def _check_noise(method: str, noise: float) -> None:
     if not noise > 0:
         raise OptionError(
-            f"option noise={noise!r} of method {method!r} must be above 0; the default is 1.0."
+            f"option noise={noise!r} of method {method!r} must be above 0; the default is 0.2."
         )
 
 
@@ -185,7 +186,7 @@ def _weights(attention: Tensor) -> Tensor:
 
 
 def pick_informative(
-    embeddings: Tensor, keep: int, noise: float = 1.0, weights: Tensor | None = None
+    embeddings: Tensor, keep: int, noise: float = 0.2, weights: Tensor | None = None
 ) -> Tensor:
     """Take `keep` tokens of each item: always the one with most variance left.
 
@@ -200,9 +201,10 @@ def pick_informative(
     keep
         K, between 1 and N.
     noise
-        σ² as a multiple of the mean over tokens of ``w_i ||e_i||²``; above 0.
+        σ² as a multiple of the mean over tokens of ``w_i ||e_i||``; above 0.
     weights
-        Floating point [B, N], above 0: w_i, by which row i counts; None for 1.
+        Floating point [B, N], above 0: w_i, how many times a token's own variance counts; None
+        for 1.
 
     Returns
     -------
@@ -218,17 +220,17 @@ def pick_informative(
     for start in range(0, size, step):
         part = slice(start, start + step)
         rows = IntegerRows.from_embeddings(embeddings[part])
-        factors = (
-            torch.ones_like(rows.scales)
-            if weights is None
-            else weights[part].to(rows.scales.device, torch.float64).sqrt()
-        )
+        # ||row|| ** -0.5 makes squared lengths lengths; 0 where the row is.
+        factors = rows.squared_norms().sqrt().sqrt().reciprocal()
+        factors.masked_fill_(factors.isinf(), 0.0)
+        if weights is not None:
+            factors *= weights[part].to(factors.device, torch.float64).sqrt()
         kept.append(_greedy(rows, factors, keep, noise))
     return torch.cat(kept).sort(dim=-1).values
 
 
 def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tensor:
-    """Return LongTensor [B, K] in the order taken; row i counts `factors` [B, N] times."""
+    """Return LongTensor [B, K] in the order taken; row i is multiplied by `factors` [B, N]."""
     variance = rows.squared_norms() * factors.square()
     size, total = variance.shape
     level = folded_sum(variance, dim=1) * (noise / total)

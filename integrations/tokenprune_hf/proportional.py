@@ -1,0 +1,106 @@
+"""Proportional attention: a kept token counts as many times as there are tokens it stands for.
+
+log n is added to the logits of a key that stands for n tokens, in every layer and for every query
+that sees it. It goes in as two more numbers of each query and key, so that the model's own fused
+attention computes it: no mask of all pairs is made, and the cache holds what it always does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune_hf.interface import Interception, Plain
+from tokenprune_hf.layout import decoder_of
+from tokenprune_hf.prefix import sliding_window
+
+_QUERY = 8.0
+"""What stands in the queries beside log n in the keys: a power of two, so exact in any dtype."""
+
+_WIDER = 8
+"""Numbers added to each head, of which two are used: fused kernels want multiples of eight."""
+
+
+class ProportionalAttention:
+    """Stands in the attention of a decoder's layers until `remove`.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers.
+
+    Attributes
+    ----------
+    logs
+        float32 [B, S], log n of each of the prompt's columns, for the call that is running; None
+        where attention is left to the model. Rows of a call are the B prompts, each as often as
+        beams or returned sequences need, one after another.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the decoder's attention is not softmax(q kᵀ) v over all that stands before.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.logs: Tensor | None = None
+        self._decoder = decoder_of(model)
+        modules = [layer.self_attn for layer in self._decoder.layers]
+        for module in modules:
+            _check(module)
+        self._interception = Interception(modules, self._attend)
+
+    def remove(self) -> None:
+        """Give the layers their own attention back."""
+        self._interception.remove()
+
+    def check_call(self) -> None:
+        """Raise where layers would run a second time, when the call is over."""
+        if self._decoder.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in self._decoder.layers
+        ):
+            raise PromptError(
+                "gradient checkpointing runs layers a second time after the call, without "
+                "proportional attention. Call model.eval() or "
+                "model.gradient_checkpointing_disable()."
+            )
+
+    def _attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.logs is None:
+            return plain()
+        batch, _, columns, width = key.shape
+        logs = self.logs.to(key.device).repeat_interleave(batch // len(self.logs), dim=0)
+        wanted = torch.nn.functional.pad(logs / (scale * _QUERY), (0, columns - logs.shape[1]))
+        # In bfloat16 one number holds log n to a hundredth; what it misses goes into a second.
+        first = wanted.to(key.dtype)
+        extra = key.new_zeros(batch, columns, _WIDER)
+        extra[..., 0], extra[..., 1] = first, (wanted - first.float()).to(key.dtype)
+        asks = query.new_zeros(_WIDER)
+        asks[:2] = _QUERY
+        output, weights = plain(
+            torch.cat([query, asks.expand(*query.shape[:-1], -1)], dim=-1),
+            torch.cat([key, extra[:, None].expand(-1, key.shape[1], -1, -1)], dim=-1),
+            # Fused kernels want values as wide as keys.
+            torch.nn.functional.pad(value, (0, width + _WIDER - value.shape[-1])),
+        )
+        return output[..., : value.shape[-1]], weights
+
+
+def _check(module: Any) -> None:
+    name = type(module).__name__
+    if sliding_window(module) is not None:
+        raise UnsupportedModelError(
+            f"the attention {name} has a sliding window, whose cache forgets which columns of the "
+            "prompt it holds. Prune this model without proportional_attention."
+        )
+    for effect in ("softcap", "attn_logit_softcapping", "sinks"):
+        if getattr(module, effect, None) is not None:
+            raise UnsupportedModelError(
+                f"the attention {name} has {effect}, which changes logits after log n was added. "
+                "Prune this model without proportional_attention."
+            )

@@ -1,0 +1,51 @@
+"""How many tokens each kept token stands for, so that attention can count it as often.
+
+Attention spreads a query over all keys, so what a token adds depends on how many others are like
+it. Where a hundred tokens of sky become one, that one weighs a hundredth of what the sky did, and
+everything else more. Counting a key n times, by adding log n to its logits, undoes this; the field
+calls it proportional attention (Token Merging, arXiv 2210.09461, section 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokenprune.selectors.diversity import IntegerRows
+
+_BLOCK_ENTRIES = 2**24  # float64 entries of a block of cosines: 128 MiB
+
+
+def tokens_represented(embeddings: Tensor, kept: Tensor) -> Tensor:
+    """Count the tokens that each kept token stands for.
+
+    A kept token stands for itself, and a dropped one is stood for by the kept token whose cosine
+    to it is highest; of equal ones by the first. Cosines come out of exact products, so the counts
+    are the same in any batch and on any device. O(N * K * D) time.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D], what the language model would read.
+    kept
+        LongTensor [B, K], ascending in each row.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K]; each row adds up to N.
+    """
+    counts = torch.zeros_like(kept)
+    step = max(1, _BLOCK_ENTRIES // max(1, kept.shape[1]))
+    for item, (one, own) in enumerate(zip(embeddings, kept, strict=True)):
+        rows = IntegerRows.from_embeddings(one[None])
+        unit, inverse = rows.rows[0], rows.inverse_norms[0]
+        nearest = torch.cat(
+            [
+                (unit[part] @ unit[own].T * (inverse[part, None] * inverse[own])).float().argmax(-1)
+                for part in torch.arange(len(one), device=one.device).split(step)
+            ]
+        )
+        nearest[own] = torch.arange(len(own), device=own.device)
+        counts[item] = torch.bincount(nearest, minlength=len(own))
+    return counts
