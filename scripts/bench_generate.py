@@ -4,14 +4,16 @@
     python scripts/bench_generate.py
 
 The model is LLaVA's architecture with random weights in float32: a CLIP-L/14-336 tower, LLaVA's
-two-layer projector and a Qwen2-0.5B-shaped language model. Three prefills of one prompt run in
-turn, and the medians are compared:
+two-layer projector and a Qwen2-0.5B-shaped language model. Prefills of one prompt run in turn, and
+the medians are compared:
 
     unpruned   the language model reads all 576 visual tokens
-    pruned     selection, shortening of the prompt, and the language model on what is left
+    pruned     selection, shortening of the prompt, and the language model on what is left; once
+               more with proportional attention
     bound      the language model on a prompt that really is that short
 
-The vision encoder runs before the clock starts, the same for all three; its time is printed too.
+The vision encoder runs before the clock starts, the same for all; its time is printed too. Last
+comes how long methods that read the question take to select.
 """
 
 from __future__ import annotations
@@ -58,6 +60,14 @@ def build_model() -> Any:
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
+READING: dict[str, tuple[str, dict[str, Any]]] = {
+    "flexselect": ("flexselect", {}),
+    "relevant-information": ("relevant-information", {}),
+    "relevant-information, candidates=0.25": ("relevant-information", {"candidates": 0.25}),
+}
+"""Methods that read the question, and options."""
+
+
 def prompt(visual: int) -> dict[str, torch.Tensor]:
     """Return input_ids and attention_mask [1, L] with `visual` placeholders in one run."""
     words = torch.arange(100, 100 + TEXT_BEFORE + TEXT_AFTER)
@@ -99,13 +109,16 @@ def main() -> None:
             )
             return model(**inputs, mm_encoder_outputs={"image": outputs}, logits_to_keep=1)
 
-        def pruned() -> Any:
-            with tokenprune_hf.prune(model, arguments.method, arguments.keep):
+        def pruned(proportional: bool) -> Any:
+            with tokenprune_hf.prune(
+                model, arguments.method, arguments.keep, proportional_attention=proportional
+            ):
                 return model(**full, encoded=encoded, logits_to_keep=1)
 
         variants: dict[str, Callable[[], Any]] = {
             "unpruned": lambda: plain(full, VISUAL),
-            "pruned": pruned,
+            "pruned": lambda: pruned(False),
+            "pruned, proportional attention": lambda: pruned(True),
             "bound": lambda: plain(short, arguments.keep),
         }
         times: dict[str, list[float]] = {name: [] for name in variants}
@@ -114,6 +127,13 @@ def main() -> None:
                 took = seconds(run)
                 if turn:  # the first turn warms up
                     times[name].append(took)
+        selecting: dict[str, list[float]] = {name: [] for name in READING}
+        for turn in range(arguments.runs + 1):
+            for name, (method, options) in READING.items():
+                with tokenprune_hf.prune(model, method, arguments.keep, **options) as pruning:
+                    model(**full, encoded=encoded, logits_to_keep=1)
+                if turn:
+                    selecting[name].append(pruning.selecting_seconds)
 
     medians = {name: statistics.median(values) for name, values in times.items()}
     console.print(
@@ -138,6 +158,12 @@ def main() -> None:
         )
     console.print(table)
     console.print(f"pruned reaches {medians['bound'] / medians['pruned']:.1%} of the bound")
+    ranking = statistics.median(selecting["flexselect"])
+    for name, values in selecting.items():
+        middle = statistics.median(values)
+        console.print(
+            f"selecting by {name}: {middle:.3f} s, {middle / ranking:.2f} of flexselect's"
+        )
 
 
 if __name__ == "__main__":

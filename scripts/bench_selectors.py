@@ -112,7 +112,14 @@ def cost(console: Console, runs: int) -> None:
         "cls-attention": cls_attention,
         **{
             method: by_name(method)
-            for method in ("zeroth-order", "divprune", "feature-norm", "uniform", "random")
+            for method in (
+                "zeroth-order",
+                "divprune",
+                "information",
+                "feature-norm",
+                "uniform",
+                "random",
+            )
         },
     }
     once = seconds(by_name("zeroth-order"))
@@ -150,7 +157,7 @@ def growth(console: Console, runs: int) -> None:
     spent: dict[tuple[str, int], float] = {}
     for total in counts:
         tokens = make_tokens(projector, total, 1024)
-        for method in ("cls-attention", "zeroth-order", "feature-norm", "divprune"):
+        for method in ("cls-attention", "zeroth-order", "information", "feature-norm", "divprune"):
             if method == "divprune" and total > 2880:
                 continue
             tokenprune.select(tokens, method, KEEP)

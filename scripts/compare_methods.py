@@ -112,15 +112,10 @@ def of_each(choose: Callable[[Tensor, int], Tensor]) -> Chooser:
     """Return what selects for one video after the other, from its embeddings [T, n, D]."""
 
     def chooser(model: Model, data: Data, keep: int) -> Tensor:
-        frames = [rows.unflatten(0, (item.grid[0], -1)) for rows, item in zip_rows(data)]
+        frames = data.rows.unflatten(1, (data.items[0].grid[0], -1))
         return data.of_questions(torch.stack([choose(one, keep) for one in frames]))
 
     return chooser
-
-
-def zip_rows(data: Data) -> list[tuple[Tensor, tokenprune.VisualTokens]]:
-    """Return each item with its embeddings."""
-    return list(zip(data.rows, data.items, strict=True))
 
 
 def evs(frames: Tensor, keep: int) -> Tensor:

@@ -31,6 +31,7 @@ from tokenprune_eval.bundled.questions import Box
 from tokenprune_hf.loading import ask
 
 _AT_ONCE = 8192  # tokens in a batch
+_NEVER = torch.finfo(torch.float32).min / 2  # bfloat16 holds it
 
 
 @dataclass(frozen=True)
@@ -428,9 +429,6 @@ class Model:
             if attention:
                 self.model.set_attn_implementation("sdpa")
         return output.last_hidden_state, output.attentions
-
-
-_NEVER = torch.finfo(torch.float32).min / 2  # bfloat16 holds it
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ as often as there are tokens that it stands for (``tokenprune.representation``).
 A line gives the share of right answers in % with Wilson's 95 % interval, and for our methods the
 difference to the best published one of its kind at that budget and reading (blind, or reading the
 question too) with its 95 % interval, paired question by question, and McNemar's p. ``oracle`` is no
-method: it knows where the answer is to be seen (see ``compare_methods.py``), and is the ceiling for
-methods that read the question.
+method: it keeps the tokens where the answer is to be seen (see ``compare_methods.py``), which is
+what a method that reads the question could know at best. It is not an upper bound: the other tokens
+may matter as well.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def compare(model: Model, name: str, options: argparse.Namespace) -> list[dict[s
     what = "videos" if video else "images"
     print(f"\n{name}: {len(results.types)} questions about {media} {what}", flush=True)
     whole = results.of(UNPRUNED, total, PLAIN.name)
-    print(f"  {UNPRUNED:52} {percent(whole)}  {by_type(results, whole)}", flush=True)
+    print(f"  {UNPRUNED:56} {percent(whole)}  {by_type(results, whole)}", flush=True)
     found = [figures(results, name, UNPRUNED, total, total, PLAIN.name, whole)]
     for keep in kept:
         found += table(results, name, keep, total, lines)
@@ -205,7 +206,7 @@ def table(
                 row["against"] = against(other, right, results.of(other, keep, reading))
                 compared.append(f"      {reading}: {difference(row['against'])}")
             found.append(row)
-        print("\n".join([f"  {method:52} " + "  ".join(shares), *compared]), flush=True)
+        print("\n".join([f"  {method:56} " + "  ".join(shares), *compared]), flush=True)
     for reading in (PLAIN.name, PROPORTIONAL.name):
         print(f"    by type, {reading}")
         whole = results.of(UNPRUNED, total, PLAIN.name)
@@ -303,10 +304,12 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     print_row("---", *("---:" for _ in budgets))
     for method in dict.fromkeys(row["method"] for row in rows):
         print_row(label(method), *(cell(by_key[method, keep]) for keep in budgets))
-    for row in rows:
-        if "against" in row:
-            print(f"\n{label(row['method'])}, {row['keep']} tokens: {difference(row['against'])}")
-    print()
+    compared = [
+        f"- {label(row['method'])}, {row['keep']} tokens: {difference(row['against'])}"
+        for row in rows
+        if "against" in row
+    ]
+    print("\n".join(["", *compared, *[""] * bool(compared)]))
 
 
 def print_types(whole: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

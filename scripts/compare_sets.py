@@ -95,7 +95,7 @@ def prompts_of(
     if name == "easy-vqa":
         return _easy_vqa(split, count)
     if name == "two-images":
-        return _pairs(own, split, count // 2, rng)
+        return _pairs(own, split, max(1, count // 2), rng)
     if work is None:
         raise SystemExit("videos are kept as files: give --work")
     return _videos(work, split, count, still=name == "still")

@@ -22,7 +22,11 @@ class Plain(Protocol):
     """The model's own attention on the same call."""
 
     def __call__(
-        self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None
+        self,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        /,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output [B, L, H, d], and weights or None; None takes the call's own tensor."""
 
@@ -91,7 +95,7 @@ class Interception:
             name = config._attn_implementation
             if name not in ("sdpa", "eager"):
                 raise UnsupportedModelError(
-                    f"the attention implementation {name!r} cannot take a mask per head. "
+                    f"the attention implementation {name!r} cannot be stood in for. "
                     "Call model.set_attn_implementation('sdpa'), or with 'eager'."
                 )
             masks: Any = AttentionMaskInterface()  # type: ignore[no-untyped-call]

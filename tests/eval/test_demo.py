@@ -463,5 +463,5 @@ def test_demo_says_what_it_did(ran: Ran) -> None:
     html = (ran.folder / "report.html").read_text("utf-8")
     _check_self_contained(html)
     assert html.count('class="card"') == 12
-    assert html.count('class="tile"') == 9 * 9 + 3 * 8
+    assert html.count('class="tile"') == 9 * 11 + 3 * 10
     assert sorted(entry.name for entry in ran.folder.iterdir()) == ["report.html", "results.json"]

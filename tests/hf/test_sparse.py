@@ -324,7 +324,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         tokenprune_hf.sparse(model, tmp_path / "none.json")
     config = decoder_of(model).layers[0].self_attn.config
     config._attn_implementation = "flex_attention"
-    with pytest.raises(UnsupportedModelError, match="'flex_attention' cannot take a mask per head"):
+    with pytest.raises(UnsupportedModelError, match="'flex_attention' cannot be stood in for"):
         tokenprune_hf.sparse(model, heads)
     config._attn_implementation = "sdpa"
     heads.save(tmp_path / "heads.json")

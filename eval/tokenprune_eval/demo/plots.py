@@ -34,11 +34,13 @@ STYLES = {
     "cls-attention": Style("#D55E00", "s"),
     "flexselect": Style("#E69F00", "D"),
     "divprune": Style("#009E73", "^"),
+    "information": Style("#56B4E9", "h"),
+    "relevant-information": Style("#000000", "d"),
     "random": Style("#6b7280", "X", "--", 1.5),
     "uniform": Style("#6b7280", "P", ":", 1.5),
     "feature-norm": Style("#A4708F", "v", "-.", 1.5),
 }
-_OTHERS = (Style("#56B4E9", "h"), Style("#000000", "d"))
+_OTHERS = (Style("#7A4FBF", "p"), Style("#8C564B", "*"))
 
 
 def style_of(method: str, methods: Sequence[str]) -> Style:

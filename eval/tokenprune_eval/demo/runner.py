@@ -35,6 +35,8 @@ METHODS = (
     "zeroth-order",
     "flexselect",
     "divprune",
+    "information",
+    "relevant-information",
     "random",
     "uniform",
     "feature-norm",
