@@ -572,7 +572,8 @@ def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
     needs = {need for method in settings.methods for need in find(method).needs}
     if "query_attention" in needs:
         parallel = vllm_config.parallel_config
-        why = "together with flexselect, which runs the model's first layers itself"
+        reading = [m for m in settings.methods if "query_attention" in find(m).needs]
+        why = f"together with {reading[0]}, which runs the model's first layers itself"
         if parallel.tensor_parallel_size > 1:
             refused.append(f"--tensor-parallel-size above 1 {why}")
         if parallel.pipeline_parallel_size > 1:

@@ -48,15 +48,15 @@ class LanguageModel:
             parts = ("qkv_proj", "o_proj", "rotary_emb", "attn", "scaling", "head_dim")
             if not all(hasattr(attention, part) for part in parts):
                 raise UnsupportedModelError(
-                    f"the language model {type(whole).__name__} has layers of a kind that "
-                    "flexselect cannot read in vLLM; it reads Llama, Qwen2 and Qwen3. Use "
+                    f"the language model {type(whole).__name__} has layers of a kind that cannot "
+                    "be read with the question in vLLM; those of Llama, Qwen2 and Qwen3 can. Use "
                     "flexselect-lite, or a method that needs no language model."
                 )
             if getattr(attention.attn, "sliding_window", None) is not None:
                 raise UnsupportedModelError(
-                    f"the language model {type(whole).__name__} slides its attention window, which "
-                    "flexselect does not do in vLLM. Use flexselect-lite, or a method that needs "
-                    "no language model."
+                    f"the language model {type(whole).__name__} slides its attention window, and "
+                    "such layers are not read with the question in vLLM. Use flexselect-lite, or a "
+                    "method that needs no language model."
                 )
 
     def layer(self, asked: int | None) -> int:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.numerics import folded_sum
-from tokenprune.reading import QueryKeys, Reduction, question_scores, reference_layer
-from tokenprune.selectors.frame_sets import FrameSets
+from tokenprune.reading import QueryKeys, Reduction, question_scores
+from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
 _ALL = "all"
 
 
 @dataclass(frozen=True)
-class FlexSelect(FrameSets):
+class FlexSelect(LayerReading):
     """Keep what the question attends to at a reference layer of the language model.
 
     ``A = softmax(q kᵀ / sqrt(d))`` with q of the text after the video and k of everything;
@@ -57,7 +57,6 @@ class FlexSelect(FrameSets):
     paper: ClassVar[str] = "FlexSelect, arXiv 2506.00993"
     needs: ClassVar[tuple[str, ...]] = ("query_attention",)
 
-    layer: int | None = None
     reduction: Reduction = "max"
     drop_sinks: bool = False
     sink_dimensions: str = _ALL
@@ -66,22 +65,12 @@ class FlexSelect(FrameSets):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is not None and self.layer < 0:
-            raise OptionError(
-                f"option layer={self.layer} of method {self.name!r} counts from 0; leave it out "
-                "for the published layer."
-            )
         parts = self.sink_dimensions.split(",")
         if self.sink_dimensions != _ALL and not all(part.strip().isdecimal() for part in parts):
             raise OptionError(
                 f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} must be "
                 "'all' or numbers with commas between them, such as '1415,2533'."
             )
-
-    def check_model(self, config: Any) -> None:
-        """Raise unless the language model has the layer."""
-        text = config.get_text_config()
-        reference_layer(config.model_type, text.num_hidden_layers, text.hidden_size, self.layer)
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's `question_scores`; see the class."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from torch import Tensor
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import OptionError
 from tokenprune.numerics import folded_sum
-from tokenprune.reading import QueryKeys, question_scores, reference_layer
+from tokenprune.reading import QueryKeys, question_scores
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.selectors.diversity import IntegerRows
-from tokenprune.selectors.frame_sets import FrameSets, pick_in_sets
+from tokenprune.selectors.frame_sets import pick_in_sets
+from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
 _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
@@ -79,7 +80,7 @@ class Information(Selector):
 
 
 @dataclass(frozen=True)
-class RelevantInformation(FrameSets):
+class RelevantInformation(LayerReading):
     """Keep the tokens that hold most information about what the question looks at.
 
     As `Information`, with token i's variance times ``1 + r_i / mean r``. r_i is the attention
@@ -105,28 +106,17 @@ class RelevantInformation(FrameSets):
     summary: ClassVar[str] = "information, weighted by the attention of the prompt's end (our own)"
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
 
-    layer: int | None = None
     noise: float = 0.2
     candidates: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_noise(self.name, self.noise)
-        if self.layer is not None and self.layer < 0:
-            raise OptionError(
-                f"option layer={self.layer} of method {self.name!r} counts from 0; leave it out "
-                "for the published layer."
-            )
         if not 0 < self.candidates <= 1:
             raise OptionError(
                 f"option candidates={self.candidates!r} of method {self.name!r} must be above 0 "
                 "and at most 1.0, which reads every token."
             )
-
-    def check_model(self, config: Any) -> None:
-        """Raise unless the language model has the layer."""
-        text = config.get_text_config()
-        reference_layer(config.model_type, text.num_hidden_layers, text.hidden_size, self.layer)
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's weights, ``1 + r / mean r``; see the class."""
