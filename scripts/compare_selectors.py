@@ -249,8 +249,14 @@ def against(method: str, own: Tensor, other: Tensor) -> dict[str, Any]:
 
 def difference(found: dict[str, Any]) -> str:
     """Write a paired difference with its interval and p."""
+    p = "p < 0.001" if found["p"] < 0.001 else f"p {found['p']:.3f}"
+    return f"{interval(found)} {p} to {found['method']}"
+
+
+def interval(found: dict[str, Any]) -> str:
+    """Write a paired difference with its interval."""
     change, low, high = (100 * found[key] for key in ("difference", "low", "high"))
-    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}] p {found['p']:.3f} to {found['method']}"
+    return f"{change:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def figures(
@@ -279,9 +285,10 @@ def figures(
 
 
 def print_markdown(written: dict[str, Any]) -> None:
-    """Print the figures of one file: for each set and reading a table, differences, types."""
+    """Print the figures of one file: a summary, then all there is of each set."""
     print(f"{written['about']}\n")
     rows = written["figures"]
+    print_summary(rows)
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
         (whole,) = [row for row in own if row["method"] == UNPRUNED]
@@ -294,6 +301,31 @@ def print_markdown(written: dict[str, Any]) -> None:
             print_table(read)
         for keep in dict.fromkeys(row["keep"] for row in own if row is not whole):
             print_types(whole, [row for row in own if row["keep"] == keep and row is not whole])
+
+
+def print_summary(rows: Sequence[dict[str, Any]]) -> None:
+    """Print our methods by sets and budgets, with the difference to the best published one."""
+    compared = [row for row in rows if "against" in row]
+    budgets_of = {
+        row["set"]: tuple(
+            dict.fromkeys(one["keep"] for one in compared if one["set"] == row["set"])
+        )
+        for row in compared
+    }
+    for budgets in dict.fromkeys(budgets_of.values()):
+        print_row("set", "method", "read", "all", *(str(keep) for keep in budgets))
+        print_row("---", "---", "---", *("---:" for _ in range(len(budgets) + 1)))
+        lines: dict[tuple[str, str, str], list[str]] = {}
+        for row in compared:
+            if budgets_of[row["set"]] == budgets:
+                name, found = row["against"]["method"], interval(row["against"])
+                text = f"{100 * row['right'] / row['questions']:.1f} ({found} to {name})"
+                lines.setdefault((row["set"], row["method"], row["reading"]), []).append(text)
+        for (name, method, reading), cells in sorted(lines.items(), key=lambda one: one[0][1]):
+            (whole,) = (row for row in rows if row["set"] == name and row["method"] == UNPRUNED)
+            unpruned = f"{100 * whole['right'] / whole['questions']:.1f}"
+            print_row(name, label(method), reading, unpruned, *cells)
+        print()
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -404,7 +404,7 @@ def test_information_maximises_the_determinant(noise: float) -> None:
     rows = array(tokens.embeddings)
     for keep in (1, 5, 13, 30):  # 30 is above D = 14, the rank
         selection = tokenprune.select(tokens, "information", keep, noise=noise)
-        assert selection.kept.tolist() == most_information(rows, noise, keep)
+        assert selection.kept.tolist() == most_information(rows, noise, keep, 1 + changed(rows))
         assert selection.scores is None
 
 
@@ -419,7 +419,8 @@ def test_relevant_information_weighs_by_the_last_tokens_attention() -> None:
     rows = array(tokens.embeddings)
     for keep in (1, 5, 13):
         selection = tokenprune.select(tokens, "relevant-information", keep)
-        assert selection.kept.tolist() == most_information(rows, 0.2, keep, weights)
+        counted = weights + changed(rows)
+        assert selection.kept.tolist() == most_information(rows, 0.2, keep, counted)
         np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
 
 
@@ -431,26 +432,54 @@ def test_only_candidates_are_weighed() -> None:
     assert isinstance(given, Tensor)
     looked_at = array(given)[:, -1].mean(axis=0)
     rows = array(tokens.embeddings)
-    read = most_information(rows, 0.2, 12)
+    read = most_information(rows, 0.2, 12, 1 + changed(rows))
     weights = np.ones(N)
     weights[read] += looked_at[read] / looked_at[read].mean()
     selection = tokenprune.select(tokens, "relevant-information", 5, candidates=0.25)
     np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
-    assert selection.kept.tolist() == most_information(rows, 0.2, 5, weights)
+    counted = weights + changed(rows)
+    assert selection.kept.tolist() == most_information(rows, 0.2, 5, counted)
     with pytest.raises(OptionError, match=r"candidates=0\.0 .* above 0 and at most 1\.0"):
         build("relevant-information", {"candidates": 0.0})
 
 
 def test_of_a_long_video_every_set_of_frames_has_its_share() -> None:
     frames = draw(6, 8, D, seed=5)
+    frames[3, 2:6] = frames[1, 2:6]  # still for one step of a set
     video = VisualTokens(grid=(6, 2, 4), embeddings=frames.flatten(0, 1))
     kept = tokenprune.select(video, "information", 9, frames_per_set=3).kept.tolist()
     expected = []
     for first, share in ((0, 5), (1, 4)):  # frames 0, 2, 4 and frames 1, 3, 5
         own = [frame * 8 + token for frame in (first, first + 2, first + 4) for token in range(8)]
         rows = array(video.embeddings)[own]
-        expected += [own[i] for i in most_information(rows, 0.2, share)]
+        expected += [own[i] for i in most_information(rows, 0.2, share, 1 + changed(rows, 3))]
     assert kept == sorted(expected)
+
+
+def changed(rows: Array, frames: int = GRID[0]) -> Array:
+    """How much each token of a video changed, over the mean; the first frame has the mean."""
+    unit = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).reshape(frames, -1, D)
+    change = np.array(
+        [[1 - unit[t, i] @ unit[t - 1, i] for i in range(unit.shape[1])] for t in range(1, frames)]
+    )
+    change /= change.mean()
+    return np.concatenate([np.ones(unit.shape[1]), change.ravel()])
+
+
+def test_what_stands_still_is_known() -> None:
+    """Of a still video one frame's tokens are kept, and those of another where it differs."""
+    picture = draw(12, D, seed=8)
+    frames = picture.repeat(4, 1, 1) + 1e-3 * draw(4, 12, D, seed=9)
+    frames[2, 5:8] = draw(3, D, seed=10)
+    video = VisualTokens(grid=(4, 3, 4), embeddings=frames.flatten(0, 1))
+    kept = tokenprune.select(video, "information", 15)
+    assert set(kept.kept.tolist()) >= {29, 30, 31}
+    places = {token % 12 if token not in (29, 30, 31) else token for token in kept.kept.tolist()}
+    assert len(places) >= 14
+    same = VisualTokens(grid=(4, 3, 4), embeddings=picture.repeat(4, 1))
+    assert {
+        token % 12 for token in tokenprune.select(same, "information", 12).kept.tolist()
+    } == set(range(12))
 
 
 @pytest.mark.parametrize("options", [{"noise": 0.0}, {"noise": -1.0}])

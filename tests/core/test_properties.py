@@ -26,6 +26,8 @@ METHODS = list(tokenprune.methods())
 LOOKING = [name for name, method in tokenprune.methods().items() if method.needs]
 PLACELESS = [name for name in LOOKING if name != "flexselect-lite"]
 """Methods to which a token's place says nothing; a decoder counts positions."""
+OF_TIME = ("information", "relevant-information")
+"""Methods that look at what stood at the same place a frame before."""
 GRIDS = [(1, 1, 1), (1, 3, 5), (2, 4, 9), (1, 23, 25)]
 C, D, HEADS = 13, 17, 16
 
@@ -170,6 +172,8 @@ def test_what_comes_twice_or_is_known_is_not_scored_again() -> None:
 @pytest.mark.parametrize("method", PLACELESS)
 def test_of_equal_tokens_the_first_is_kept(method: str, dtype: torch.dtype) -> None:
     for seed, grid in ((0, (1, 23, 25)), (1, (1, 7, 11)), (2, (3, 2, 19))):
+        if grid[0] > 1 and method in OF_TIME:
+            continue  # a copy in a later frame may have changed more
         total = grid[0] * grid[1] * grid[2]
         draws = torch.randint(
             0, total // 3, (total,), generator=torch.Generator().manual_seed(seed)

@@ -36,7 +36,8 @@ class Information(Selector):
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
     ``K_ij = cos(e_i, e_j) * sqrt(||e_i|| ||e_j||)`` and ``σ² = noise * mean_i ||e_i||``: each step
     takes the token with most variance left, given those taken. A token's own variance is its
-    length. The objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of
+    length, in a video times 1 + how much it changed since the frame before (`changes`).
+    The objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of
     the best one's; the sets of growing size are nested. A method of tokenprune's own, see
     docs/selectors.md; the objective is that of Bayesian D-optimal design and of determinantal
     point processes.
@@ -74,7 +75,8 @@ class Information(Selector):
         embeddings = tokens.require("embeddings")
 
         def pick(own: Tensor, share: int) -> Tensor:
-            return pick_informative(embeddings[:, own], share, self.noise)
+            frames = _frames(tokens, own)
+            return pick_informative(embeddings[:, own], share, self.noise, frames=frames)
 
         return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, embeddings.device, pick))
 
@@ -83,7 +85,8 @@ class Information(Selector):
 class RelevantInformation(LayerReading):
     """Keep the tokens that hold most information about what the question looks at.
 
-    As `Information`, with token i's variance times ``1 + r_i / mean r``. r_i is the attention
+    As `Information`, with ``r_i / mean r`` added to how many times token i's length is its
+    variance: ``1 + r_i / mean r`` in an image. r_i is the attention
     that the prompt's last token, the one that the answer's first word is read from, pays to token
     i at the reference layer, averaged over heads. So a token counts twice its own where it is
     looked at as much as the average, and a token nobody looks at still counts as it does there.
@@ -125,7 +128,7 @@ class RelevantInformation(LayerReading):
             tokens.require("query_attention")
             return []
         embeddings = tokens.require("embeddings")
-        chosen = [self._candidates(embeddings[:, own.to(embeddings.device)]) for own in sets]
+        chosen = [self._candidates(tokens, own.to(embeddings.device)) for own in sets]
         if isinstance(given, Tensor):
             last = given[:, :, -1].float()
             rows = [last[..., own.to(given.device)] for own in sets]
@@ -146,15 +149,17 @@ class RelevantInformation(LayerReading):
             weights.append(result.scatter_(1, read.to(result.device), _weights(looked_at)))
         return weights
 
-    def _candidates(self, embeddings: Tensor) -> Tensor:
-        """Return LongTensor [B, c], ascending: the tokens of a set [B, n, D] that are read."""
-        count = tokens_kept(self.candidates, embeddings.shape[1])
-        return pick_informative(embeddings, count, self.noise)
+    def _candidates(self, tokens: TokenBatch, own: Tensor) -> Tensor:
+        """Return LongTensor [B, c], ascending: which of a set's tokens are read."""
+        count = tokens_kept(self.candidates, len(own))
+        rows = tokens.require("embeddings")[:, own]
+        return pick_informative(rows, count, self.noise, frames=_frames(tokens, own))
 
     def pick_of_set(self, tokens: TokenBatch, own: Tensor, scores: Tensor, share: int) -> Tensor:
         """Return LongTensor [B, share]."""
         embeddings = tokens.require("embeddings")
-        return pick_informative(embeddings[:, own.to(embeddings.device)], share, self.noise, scores)
+        rows = embeddings[:, own.to(embeddings.device)]
+        return pick_informative(rows, share, self.noise, scores, _frames(tokens, own))
 
 
 def _check_noise(method: str, noise: float) -> None:
@@ -162,6 +167,12 @@ def _check_noise(method: str, noise: float) -> None:
         raise OptionError(
             f"option noise={noise!r} of method {method!r} must be above 0; the default is 0.2."
         )
+
+
+def _frames(tokens: TokenBatch, own: Tensor) -> int:
+    """Return how many frames a set of tokens has."""
+    _, rows, columns = tokens.grid
+    return len(own) // (rows * columns)
 
 
 def _of_last_token(seen: QueryKeys) -> QueryKeys:
@@ -176,7 +187,11 @@ def _weights(attention: Tensor) -> Tensor:
 
 
 def pick_informative(
-    embeddings: Tensor, keep: int, noise: float = 0.2, weights: Tensor | None = None
+    embeddings: Tensor,
+    keep: int,
+    noise: float = 0.2,
+    weights: Tensor | None = None,
+    frames: int = 1,
 ) -> Tensor:
     """Take `keep` tokens of each item: always the one with most variance left.
 
@@ -194,7 +209,9 @@ def pick_informative(
         σ² as a multiple of the mean over tokens of ``w_i ||e_i||``; above 0.
     weights
         Floating point [B, N], above 0: w_i, how many times a token's own variance counts; None
-        for 1.
+        for 1. In a video `changes` are added.
+    frames
+        How many frames the tokens are of, one after another.
 
     Returns
     -------
@@ -213,10 +230,42 @@ def pick_informative(
         # ||row|| ** -0.5 makes squared lengths lengths; 0 where the row is.
         factors = rows.squared_norms().sqrt().sqrt().reciprocal()
         factors.masked_fill_(factors.isinf(), 0.0)
+        counted = torch.ones_like(factors)
         if weights is not None:
-            factors *= weights[part].to(factors.device, torch.float64).sqrt()
+            counted = weights[part].to(factors.device, torch.float64)
+        if frames > 1:
+            counted = counted + changes(rows, frames)
+        factors *= counted.sqrt()
         kept.append(_greedy(rows, factors, keep, noise))
     return torch.cat(kept).sort(dim=-1).values
+
+
+def changes(rows: IntegerRows, frames: int) -> Tensor:
+    """Return how much tokens changed since the frame before, as a multiple of the mean.
+
+    A change is 1 - the cosine to the token at the same place one frame before. The first frame has
+    the mean.
+
+    Parameters
+    ----------
+    rows
+        Of B videos, N tokens each.
+    frames
+        T, at least 2; N is a multiple of it.
+
+    Returns
+    -------
+    Tensor
+        float64 [B, N]; 1 everywhere where nothing changes at all.
+    """
+    each = rows.rows.shape[1] // frames
+    before, after = rows.rows[:, :-each], rows.rows[:, each:]
+    inverse = rows.inverse_norms
+    cosine = torch.linalg.vecdot(before, after) * (inverse[:, :-each] * inverse[:, each:])
+    change = (1.0 - cosine).clamp_(min=0.0)
+    mean = folded_sum(change, dim=1)[:, None] / change.shape[1]
+    change = torch.where(mean == 0, 1.0, change / mean.masked_fill(mean == 0, 1.0))
+    return torch.nn.functional.pad(change, (each, 0), value=1.0)
 
 
 def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tensor:
