@@ -36,11 +36,10 @@ class Information(Selector):
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
     ``K_ij = cos(e_i, e_j) * sqrt(||e_i|| ||e_j||)`` and ``σ² = noise * mean_i ||e_i||``: each step
     takes the token with most variance left, given those taken. A token's own variance is its
-    length, in a video times 1 + how much it changed since the frame before (`changes`).
-    The objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of
-    the best one's; the sets of growing size are nested. A method of tokenprune's own, see
-    docs/selectors.md; the objective is that of Bayesian D-optimal design and of determinantal
-    point processes.
+    length, in a video times 1 + how much it changed since the frame before (`changes`). The
+    objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of the best
+    one's; the sets of growing size are nested. A method of tokenprune's own, see docs/selectors.md;
+    the objective is that of Bayesian D-optimal design and of determinantal point processes.
 
     O(K * N * (D + K)) time, so linear in N, and O(N * (D + K)) memory.
 
@@ -86,10 +85,10 @@ class RelevantInformation(LayerReading):
     """Keep the tokens that hold most information about what the question looks at.
 
     As `Information`, with ``r_i / mean r`` added to how many times token i's length is its
-    variance: ``1 + r_i / mean r`` in an image. r_i is the attention
-    that the prompt's last token, the one that the answer's first word is read from, pays to token
-    i at the reference layer, averaged over heads. So a token counts twice its own where it is
-    looked at as much as the average, and a token nobody looks at still counts as it does there.
+    variance: ``1 + r_i / mean r`` in an image. r_i is the attention that the prompt's last token,
+    the one that the answer's first word is read from, pays to token i at the reference layer,
+    averaged over heads. So a token counts twice its own where it is looked at as much as the
+    average, and a token nobody looks at still counts as it does there.
     A method of tokenprune's own, see docs/selectors.md. What is read, and its cost, are those of
     `FlexSelect`.
 
