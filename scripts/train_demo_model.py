@@ -74,10 +74,11 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -299,9 +300,9 @@ def encode(
         done = 0
         for batch in batched(images, 32):
             pixels = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-                features = tower(pixel_values=pixels).last_hidden_state[:, 1:]
-            out[done : done + len(batch)] = features.to(torch.float16).numpy()
+            with torch.inference_mode(), torch.autocast(tower.device.type, torch.bfloat16):
+                features = tower(pixel_values=pixels.to(tower.device)).last_hidden_state[:, 1:]
+            out[done : done + len(batch)] = features.to("cpu", torch.float16).numpy()
             done += len(batch)
             if done % 1600 == 0 or done == count:
                 print(f"{target.name}: {done}/{count}, {time.monotonic() - started:.0f} s")
@@ -323,15 +324,21 @@ def batched(items: Iterable[Image.Image], size: int) -> Iterator[list[Image.Imag
         yield batch
 
 
+def rendered(split: scenes.Split, count: int, style: str, workers: int) -> Iterator[scenes.Scene]:
+    """Render the first `count` scenes of a split, in so many processes."""
+    render = partial(scenes.render_scene, split, style=scenes.STYLES[style])
+    with multiprocessing.Pool(workers) as pool:
+        yield from pool.imap(render, range(count), chunksize=32)
+
+
 def scene_records(
-    split: scenes.Split, count: int, target: Path, style: str = "standard"
+    split: scenes.Split, count: int, target: Path, style: str, workers: int
 ) -> list[scenes.Scene]:
     """Say what is in each scene, without its pixels; kept as JSON lines beside the features."""
     if not target.is_file():
         part = target.with_suffix(".part")
         with part.open("w", encoding="utf-8") as out:
-            for number in range(count):
-                scene = scenes.render_scene(split, number, style=scenes.STYLES[style])
+            for scene in rendered(split, count, style, workers):
                 row = {"items": [asdict(i) for i in scene.items], "photograph": scene.photograph}
                 out.write(json.dumps({**row, "crop": scene.crop}) + "\n")
         part.rename(target)
@@ -565,25 +572,30 @@ def logits_of(
     """
     rows, frames, patches, _ = features.shape
     side = math.isqrt(patches)
+    device = model.lm_head.weight.device
+    prefix, ids, positions, labels, mask = (
+        tensor.to(device)
+        for tensor in (batch.prefix, batch.ids, batch.positions, batch.labels, batch.mask)
+    )
     shuffled = model.model.pixel_shuffle(
-        features.reshape(rows * frames, side, side, -1), scale_factor=0.5
+        features.to(device).reshape(rows * frames, side, side, -1), scale_factor=0.5
     )
     visual = model.model.multi_modal_projector(shuffled.flatten(1, 2))
     embed = model.get_input_embeddings()
-    embeddings = embed(batch.prefix).expand(rows, -1, -1)
-    image = (batch.prefix == image_id)[None, :, None]
+    embeddings = embed(prefix).expand(rows, -1, -1)
+    image = (prefix == image_id)[None, :, None]
     embeddings = embeddings.masked_scatter(image, visual.to(embeddings.dtype))
     cache = DynamicCache()
     language_model = model.model.language_model
     language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
     hidden = language_model(
-        inputs_embeds=embed(batch.ids),
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
+        inputs_embeds=embed(ids),
+        attention_mask=mask,
+        position_ids=positions,
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    logits: torch.Tensor = model.lm_head(hidden[batch.labels != -100])
+    logits: torch.Tensor = model.lm_head(hidden[labels != -100])
     return logits
 
 
@@ -782,7 +794,7 @@ def validate(
         with torch.inference_mode():
             logits = logits_of(model, batch, torch.from_numpy(features).float(), layout.image_id)
         # Two labels a branch: the answer and the end of the turn.
-        predicted = logits.argmax(-1)[0::2]
+        predicted = logits.argmax(-1)[0::2].cpu()
         wanted = batch.labels[batch.labels != -100][0::2]
         for hit, a in zip((predicted == wanted).tolist(), chain.from_iterable(asked), strict=True):
             right[a.type].append(hit)
@@ -797,7 +809,7 @@ def trained_state(model: InternVLForConditionalGeneration) -> dict[str, torch.Te
         "lm_head.": "language_model.lm_head.",
     }
     return {
-        new + name.removeprefix(old): tensor.detach().to(torch.float16).contiguous()
+        new + name.removeprefix(old): tensor.detach().to("cpu", torch.float16).contiguous()
         for name, tensor in model.state_dict().items()
         for old, new in prefixes.items()
         if name.startswith(old)
@@ -858,9 +870,10 @@ def train(
         """Add one batch's gradients."""
         features, prefix, branches = rows
         batch = collate(prefix, branches, 0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bfloat16):
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.bfloat16):
             logits = logits_of(model, batch, torch.from_numpy(features).float(), layout.image_id)
-        loss = torch.nn.functional.cross_entropy(logits.float(), batch.labels[batch.labels != -100])
+        wanted = batch.labels[batch.labels != -100].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits.float(), wanted)
         loss.backward()
         return float(loss.detach())
 
@@ -1062,6 +1075,8 @@ def main() -> None:
     parser.add_argument("--validate-every", type=int, default=200)
     parser.add_argument("--start-from", type=Path, help="weights of an earlier run")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1, help="processes that render scenes")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; features are kept on the CPU")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate-only", action="store_true")
     parser.add_argument("--test-videos", type=int, default=100)
@@ -1087,6 +1102,7 @@ def main() -> None:
         trained = sum(t.numel() for t in trained_state(model).values())
         print(f"vocabulary {len(tokenizer)}, trained parameters {trained:,}", flush=True)
 
+        model.to(options.device)
         tower = model.model.vision_tower
         easy: dict[Path, list[Question]] = {}
         for question in load_easy_vqa("train"):
@@ -1107,10 +1123,11 @@ def main() -> None:
                 if options.style == "standard"
                 else f"{options.style}-{split}-{count}"
             )
-            records = scene_records(split, count, options.work / f"{name}.jsonl", options.style)
-            rendered = (scenes.render_scene(split, i, style=style) for i in range(count))
+            file = options.work / f"{name}.jsonl"
+            records = scene_records(split, count, file, options.style, options.workers)
+            drawn = rendered(split, count, options.style, options.workers)
             encoded = encode(
-                (Image.fromarray(scene.pixels) for scene in rendered),
+                (Image.fromarray(scene.pixels) for scene in drawn),
                 count,
                 options.work / f"scenes-{name}.npy",
                 processor,
