@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from torch.nn.functional import normalize
 import tokenprune
 from tokenprune.registry import build
 from tokenprune.selectors.diversity import pick_diverse
+from tokenprune.selectors.zeroth_order import ZerothOrder
+from tokenprune.tokens import stack
 
 BLIND = ("random", "uniform", "feature-norm", "cls-attention", "zeroth-order", "divprune")
 VIDEO_BLIND = ("evs", "vidcom2")
@@ -163,7 +166,7 @@ def oracle(model: Model, data: Data, keep: int) -> Tensor:
     """
     (_, rows, columns) = data.items[0].grid
     seen = torch.stack([overlap(boxes, rows, columns, data.side) for boxes in data.evidence])
-    kernel = linear_kernel(data.rows, EXPONENT)[data.prompt]
+    kernel = unusual_kernel(data.rows)[data.prompt]
     return greedy(kernel, keep, first=seen > 0.1)[:, None]
 
 
@@ -252,6 +255,17 @@ def linear_kernel(rows: Tensor, exponent: float) -> Tensor:
     """Cosine times the lengths to the power `exponent`; [B, N, N]."""
     own = scaled(rows, exponent)
     return own @ own.transpose(1, 2)
+
+
+def scaled_kernel(rows: Tensor, variances: Tensor) -> Tensor:
+    """Cosine times the square roots of these variances [B, N]."""
+    own = normalize(rows.double(), dim=-1) * variances.double().sqrt()[..., None]
+    return own @ own.transpose(1, 2)
+
+
+def unusual_kernel(rows: Tensor, factor: float = 1.0) -> Tensor:
+    """Cosine times lengths and distances from the mean; `information`'s own where factor is 1."""
+    return scaled_kernel(rows, norm(rows.double()) + factor * contrast(rows.double()))
 
 
 def rbf_kernel(rows: Tensor, exponent: float, tau: float) -> Tensor:
@@ -363,6 +377,17 @@ def blind_variants() -> dict[str, Chooser]:
     def ones(rows: Tensor) -> Tensor:
         return torch.ones(rows.shape[:2])
 
+    def with_sensitivity(power: float) -> Chooser:
+        zeroth_order = ZerothOrder()
+
+        def choose(model: Model, data: Data, keep: int) -> Tensor:
+            found = zeroth_order.score(stack(data.items, zeroth_order.needs)).double()
+            factor = (found / found.mean(dim=1, keepdim=True)) ** (power / 2)
+            own = scaled(data.rows, EXPONENT) * factor[..., None]
+            return data.of_questions(greedy(own @ own.transpose(1, 2), keep))
+
+        return choose
+
     return {
         "embedding norm alone": of(lambda rows, keep: highest(norm(rows), keep)),
         "norm without the mean alone": of(lambda rows, keep: highest(contrast(rows), keep)),
@@ -376,21 +401,32 @@ def blind_variants() -> dict[str, Chooser]:
         "facility location, its square": weighed(facility, lambda rows: contrast(rows) ** 2),
         **{
             f"information, length^{exponent:g}": lengths(exponent)
-            for exponent in (0.0, 0.25, 0.75, 1.0)
+            for exponent in (0.0, 0.25, 0.5, 0.75, 1.0)
         },
         **{
-            f"information, noise {noise:g}": lengths(EXPONENT, noise)
+            f"information, length + {factor:g} x distance": informative(
+                partial(unusual_kernel, factor=factor)
+            )
+            for factor in (0.5, 2.0)
+        },
+        "information, distance from the mean alone": informative(
+            lambda rows: scaled_kernel(rows, contrast(rows))
+        ),
+        "information, length x distance": informative(
+            lambda rows: scaled_kernel(rows, norm(rows) * contrast(rows))
+        ),
+        **{
+            f"information, length x sensitivity^{power:g}": with_sensitivity(power)
+            for power in (1.0, 1.5, 2.0)
+        },
+        **{
+            f"information, noise {noise:g}": informative(unusual_kernel, noise)
             for noise in (0.05, 0.1, 0.4, 1.0)
         },
         **{f"information, RBF kernel, tau {tau:g}": radial(tau) for tau in (0.3, 1.0, 3.0)},
         "information, given the mean token": of(given_mean),
         "information without the mean": of(
             lambda rows, keep: greedy(linear_kernel(centred(rows), EXPONENT), keep)
-        ),
-        "information x norm without the mean^0.5": informative(
-            lambda rows: linear_kernel(
-                scaled(rows, EXPONENT) * contrast(rows).double().sqrt()[..., None], 1.0
-            )
         ),
         "information x CLS attention^0.25": with_cls(0.25),
         "information x CLS attention^0.5": with_cls(0.5),

@@ -13,9 +13,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from tokenprune.errors import TokenPruneError, UnsupportedModelError
+from tokenprune.errors import PromptError, TokenPruneError, UnsupportedModelError
 
 _PREFIX = "tokenprune+"
+
+_UNSEEN = ("softcap", "attn_logit_softcapping", "sinks")
+"""Attributes of attention modules that change logits after q kᵀ, where no handler sees it."""
 
 
 class Plain(Protocol):
@@ -107,6 +110,37 @@ class Interception:
         for module in self._modules:
             _HANDLERS[module] = handler
 
+    def check_call(self, decoder: Any, what: str) -> None:
+        """Raise for a call that would run without the handler, or again without it.
+
+        Parameters
+        ----------
+        decoder
+            Whose layers the modules are of.
+        what
+            The handler does.
+
+        Raises
+        ------
+        PromptError
+            If layers would run a second time when the call is over, or the attention
+            implementation has been changed since.
+        """
+        if decoder.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
+        ):
+            raise PromptError(
+                f"gradient checkpointing runs layers a second time after the call, without {what}. "
+                "Call model.eval() or model.gradient_checkpointing_disable()."
+            )
+        for config, name in self._before:
+            now = config._attn_implementation
+            if now != _PREFIX + name:
+                raise PromptError(
+                    f"the attention implementation was set to {now!r} inside the block, which "
+                    f"takes {what} off. Set it before the block begins."
+                )
+
     def remove(self) -> None:
         """Give the modules their own attention back; a second call does nothing."""
         for config, name in self._before:
@@ -115,6 +149,30 @@ class Interception:
         for module in self._modules:
             _HANDLERS.pop(module, None)
         self._modules = []
+
+
+def check_logits(modules: Sequence[Any], what: str) -> None:
+    """Raise for attention that does more with q kᵀ than softmax.
+
+    Parameters
+    ----------
+    modules
+        Attention modules.
+    what
+        A handler does.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a module has a softcap or sinks.
+    """
+    for module in modules:
+        for name in _UNSEEN:
+            if getattr(module, name, None) is not None:
+                raise UnsupportedModelError(
+                    f"the attention {type(module).__name__} has {name}, which does not go "
+                    f"together with {what}. Use this model without {what}."
+                )
 
 
 _HANDLERS: weakref.WeakKeyDictionary[Any, Handler] = weakref.WeakKeyDictionary()

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune_hf.interface import Interception, Plain
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.prefix import sliding_window
+
+_WHAT = "proportional attention"
 
 _QUERY = 8.0
 """What stands in the queries beside log n in the keys: a power of two, so exact in any dtype."""
@@ -49,8 +51,14 @@ class ProportionalAttention:
         self.logs: Tensor | None = None
         self._decoder = decoder_of(model)
         modules = [layer.self_attn for layer in self._decoder.layers]
+        check_logits(modules, _WHAT)
         for module in modules:
-            _check(module)
+            if sliding_window(module) is not None:
+                raise UnsupportedModelError(
+                    f"the attention {type(module).__name__} has a sliding window, whose cache "
+                    "forgets which columns of the prompt it holds. Prune this model without "
+                    f"{_WHAT}."
+                )
         self._interception = Interception(modules, self._attend)
 
     def remove(self) -> None:
@@ -58,15 +66,8 @@ class ProportionalAttention:
         self._interception.remove()
 
     def check_call(self) -> None:
-        """Raise where layers would run a second time, when the call is over."""
-        if self._decoder.training and any(
-            getattr(layer, "gradient_checkpointing", False) for layer in self._decoder.layers
-        ):
-            raise PromptError(
-                "gradient checkpointing runs layers a second time after the call, without "
-                "proportional attention. Call model.eval() or "
-                "model.gradient_checkpointing_disable()."
-            )
+        """Raise where layers would run without it; see `Interception.check_call`."""
+        self._interception.check_call(self._decoder, _WHAT)
 
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
@@ -89,18 +90,3 @@ class ProportionalAttention:
             torch.nn.functional.pad(value, (0, width + _WIDER - value.shape[-1])),
         )
         return output[..., : value.shape[-1]], weights
-
-
-def _check(module: Any) -> None:
-    name = type(module).__name__
-    if sliding_window(module) is not None:
-        raise UnsupportedModelError(
-            f"the attention {name} has a sliding window, whose cache forgets which columns of the "
-            "prompt it holds. Prune this model without proportional_attention."
-        )
-    for effect in ("softcap", "attn_logit_softcapping", "sinks"):
-        if getattr(module, effect, None) is not None:
-            raise UnsupportedModelError(
-                f"the attention {name} has {effect}, which changes logits after log n was added. "
-                "Prune this model without proportional_attention."
-            )

@@ -78,6 +78,10 @@ class Pruning(Attachment):
         self.keep = check_keep(keep)
         self.positions = check_positions(positions)
         self.application = _check_application(application)
+        if not isinstance(proportional_attention, bool):
+            raise ConfigError(
+                f"proportional_attention={proportional_attention!r} is neither. Give True or False."
+            )
         self.proportional_attention = proportional_attention
         self.selections: list[Selection] = []
         self.selecting_seconds = 0.0

@@ -31,15 +31,14 @@ from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category, per_head
 from tokenprune_hf.attached import Attachment, named_arguments
 from tokenprune_hf.families.registry import family_of
-from tokenprune_hf.interface import Interception, Plain
+from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
 from tokenprune_hf.prefix import sliding_window
 
 if TYPE_CHECKING:
     from tokenprune.masks.pooled import PooledBlocks
 
-_UNSEEN = ("softcap", "attn_logit_softcapping", "sinks")
-"""Attributes of attention modules whose effect no kernel here has."""
+_WHAT = "sparse masks"
 
 
 @dataclass(eq=False)
@@ -245,14 +244,7 @@ class Sparse(Attachment):
                 "output_attentions asks for attention maps, which sparse kernels never make. Leave "
                 "it out, or call the model without masks."
             )
-        decoder = self._decoder
-        if decoder.training and any(
-            getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
-        ):
-            raise PromptError(
-                "gradient checkpointing runs layers a second time after the call, without masks. "
-                "Call model.eval() or model.gradient_checkpointing_disable()."
-            )
+        self._interception.check_call(self._decoder, _WHAT)
         positions, mask = named.get("position_ids"), named.get("attention_mask")
         if isinstance(positions, Tensor) and mask is None and named.get("past_key_values") is None:
             # M-RoPE: the first of four axes counts text; three have no such axis.
@@ -344,13 +336,7 @@ def _check_attention(modules: Sequence[Any], config: Any) -> None:
             "this model's text attends to what stands behind it (use_bidirectional_attention), and "
             "masks are for decoders. Use the model without masks."
         )
-    for module in modules:
-        for name in _UNSEEN:
-            if getattr(module, name, None) is not None:
-                raise UnsupportedModelError(
-                    f"the attention {type(module).__name__} has {name}, which attention under "
-                    "sparse masks does not compute. Use the model without masks."
-                )
+    check_logits(modules, _WHAT)
 
 
 def sparse(

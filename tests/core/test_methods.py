@@ -408,6 +408,19 @@ def test_information_maximises_the_determinant(noise: float) -> None:
         assert selection.scores is None
 
 
+def test_information_counts_how_far_a_token_of_an_image_is_from_the_mean() -> None:
+    image = VisualTokens(grid=(1, 5, 6), embeddings=draw(30, D, seed=7) + 2 * draw(D, seed=8))
+    rows = array(image.embeddings)
+    distances = np.linalg.norm(rows - rows.mean(axis=0), axis=1)
+    weights = 1 + distances / np.linalg.norm(rows, axis=1)
+    by_length = 0
+    for keep in (1, 4, 9, 20):
+        kept = tokenprune.select(image, "information", keep).kept.tolist()
+        assert kept == most_information(rows, 0.2, keep, weights)
+        by_length += kept == most_information(rows, 0.2, keep)
+    assert by_length < 4
+
+
 def test_relevant_information_weighs_by_the_last_tokens_attention() -> None:
     tokens = dataclasses.replace(
         item(seed=4), query_attention=draw(4, 3, N + 2, seed=9).softmax(-1)[..., 2:]

@@ -162,5 +162,22 @@ def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"sliding window.*without proportional"):
         tokenprune_hf.prune(model, "random", 3, proportional_attention=True)
     tokenprune_hf.prune(model, "random", 3).remove()  # nothing was left behind
+    with pytest.raises(ConfigError, match=r"proportional_attention='off'.*True or False"):
+        tokenprune_hf.prune(model, "random", 3, proportional_attention="off")  # type: ignore[call-overload]
+    model, inputs = setting("llava")
+    with tokenprune_hf.prune(model, "random", 3, proportional_attention=True):
+        model.set_attn_implementation("eager")
+        with pytest.raises(
+            PromptError, match=r"'eager' inside .* takes proportional attention off"
+        ):
+            model.generate(**inputs, max_new_tokens=1)
+    model.gradient_checkpointing_enable()
+    model.train()
+    with (
+        tokenprune_hf.prune(model, "random", 3, proportional_attention=True),
+        pytest.raises(PromptError, match=r"a second time .* without proportional attention"),
+    ):
+        model(**inputs)
+    model, _ = setting("gemma3")
     with pytest.raises(ConfigError, match=r"proportional_attention=True has no meaning"):
         tokenprune_hf.prune(model, "trimmed-attention", 3, proportional_attention=True)

@@ -150,3 +150,7 @@ def test_calls_that_cannot_be() -> None:
             layer.self_attn.attention_dropout = 0.1
         model.train()
         refused("dropout")
+        model.eval()
+        model.set_attn_implementation("eager")
+        refused("was set to 'eager' inside the block, which takes sparse masks off")
+    assert decoder_of(model).config._attn_implementation == "sdpa"

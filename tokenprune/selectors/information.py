@@ -34,20 +34,21 @@ class Information(Selector):
     """Keep the tokens that hold most information about the image: loud, and unlike each other.
 
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
-    ``K_ij = cos(e_i, e_j) * sqrt(||e_i|| ||e_j||)`` and ``σ² = noise * mean_i ||e_i||``: each step
-    takes the token with most variance left, given those taken. A token's own variance is its
-    length, in a video times 1 + how much it changed since the frame before (`changes`). The
-    objective is monotone and submodular, so the greedy set reaches at least 1 - 1/e of the best
-    one's; the sets of growing size are nested. A method of tokenprune's own, see docs/selectors.md;
-    the objective is that of Bayesian D-optimal design and of determinantal point processes.
+    ``K_ij = cos(e_i, e_j) * sqrt(v_i v_j)`` and ``σ² = noise * mean_i v_i``: each step takes the
+    token with most variance left, given those taken. A token's own variance v_i is its length plus
+    its distance from the mean token (`deviations`); in a video, its length times 1 + how much it
+    changed since the frame before (`changes`). The objective is monotone and submodular, so the
+    greedy set reaches at least 1 - 1/e of the best one's; the sets of growing size are nested. A
+    method of tokenprune's own, see docs/selectors.md; the objective is that of Bayesian D-optimal
+    design and of determinantal point processes.
 
     O(K * N * (D + K)) time, so linear in N, and O(N * (D + K)) memory.
 
     Parameters
     ----------
     noise
-        σ² as a multiple of the tokens' mean length. Towards 0 a token is worth only what lies
-        outside the span of those taken; a large one takes the longest tokens first.
+        σ² as a multiple of the tokens' mean variance. Towards 0 a token is worth only what lies
+        outside the span of those taken; a large one takes those of most variance first.
     frames_per_set
         The most frames of a video that are weighed against each other. Longer ones are split into
         sets, every G-th frame one set, with an equal share of the budget each.
@@ -84,11 +85,11 @@ class Information(Selector):
 class RelevantInformation(LayerReading):
     """Keep the tokens that hold most information about what the question looks at.
 
-    As `Information`, with ``r_i / mean r`` added to how many times token i's length is its
-    variance: ``1 + r_i / mean r`` in an image. r_i is the attention that the prompt's last token,
-    the one that the answer's first word is read from, pays to token i at the reference layer,
-    averaged over heads. So a token counts twice its own where it is looked at as much as the
-    average, and a token nobody looks at still counts as it does there.
+    As `Information`, and a token's variance is its length times ``1 + r_i / mean r``, in a video
+    times that plus the change since the frame before. r_i is the attention that the prompt's last
+    token, the one that the answer's first word is read from, pays to token i at the reference
+    layer, averaged over heads. So a token that is looked at as much as the average has twice its
+    length, and a token nobody looks at still counts.
     A method of tokenprune's own, see docs/selectors.md. What is read, and its cost, are those of
     `FlexSelect`.
 
@@ -205,10 +206,10 @@ def pick_informative(
     keep
         K, between 1 and N.
     noise
-        σ² as a multiple of the mean over tokens of ``w_i ||e_i||``; above 0.
+        σ² as a multiple of the mean variance; above 0.
     weights
-        Floating point [B, N], above 0: w_i, how many times a token's own variance counts; None
-        for 1. In a video `changes` are added.
+        Floating point [B, N], above 0: a token's variance as a multiple of its length. None for 1,
+        to which `deviations` are added in an image. In a video `changes` are added to either.
     frames
         How many frames the tokens are of, one after another.
 
@@ -221,7 +222,7 @@ def pick_informative(
     if keep == total:
         every = torch.arange(total, dtype=torch.int64, device=embeddings.device)
         return every.expand(size, -1)
-    step = max(1, _ENTRIES // (total * (width + keep)))
+    step = max(1, _ENTRIES // (total * (2 * width + keep)))
     kept = []
     for start in range(0, size, step):
         part = slice(start, start + step)
@@ -234,9 +235,36 @@ def pick_informative(
             counted = weights[part].to(factors.device, torch.float64)
         if frames > 1:
             counted = counted + changes(rows, frames)
+        elif weights is None:
+            counted = counted + deviations(rows)
         factors *= counted.sqrt()
         kept.append(_greedy(rows, factors, keep, noise))
     return torch.cat(kept).sort(dim=-1).values
+
+
+def deviations(rows: IntegerRows) -> Tensor:
+    """Return how far each token is from the mean token, as a multiple of its own length.
+
+    Parameters
+    ----------
+    rows
+        Of B items, N tokens each.
+
+    Returns
+    -------
+    Tensor
+        float64 [B, N]; 0 for a token without length.
+    """
+    total = rows.rows.shape[1]
+    mean = folded_sum(rows.rows * rows.scales[..., None], dim=1) / total
+    # As whole numbers, so that products with it are exact too.
+    centre = IntegerRows.from_embeddings(mean[:, None])
+    products = torch.bmm(rows.rows, centre.rows.transpose(1, 2)).squeeze(-1)
+    products *= rows.scales * centre.scales
+    squared = rows.squared_norms()
+    distances = (squared - 2.0 * products + centre.squared_norms()).clamp_(min=0.0).sqrt()
+    inverse = squared.sqrt().reciprocal()
+    return distances * inverse.masked_fill(inverse.isinf(), 0.0)
 
 
 def changes(rows: IntegerRows, frames: int) -> Tensor:
