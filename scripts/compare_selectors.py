@@ -75,8 +75,12 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, nargs="+", help="print these files as Markdown")
     options = parser.parse_args()
     if options.tables:
+        models: dict[str, list[dict[str, Any]]] = {}
         for file in options.tables:
-            print_markdown(json.loads(file.read_text("utf-8")))
+            written = json.loads(file.read_text("utf-8"))
+            models.setdefault(written["about"], []).extend(written["figures"])
+        for about, figures_of_model in models.items():
+            print_markdown(about, figures_of_model)
         return
     torch.set_num_threads(options.threads)
     model = Model(bundled_model_path(options.work, weights=options.weights), options.bfloat16)
@@ -284,11 +288,11 @@ def figures(
 # --- Markdown -----------------------------------------------------------------------------------
 
 
-def print_markdown(written: dict[str, Any]) -> None:
-    """Print the figures of one file: a summary, then all there is of each set."""
-    print(f"{written['about']}\n")
-    rows = written["figures"]
+def print_markdown(about: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the figures of one model: a summary, then all there is of each set."""
+    print(f"{about}\n")
     print_summary(rows)
+    print_counts([row for row in rows if "against" in row])
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
         (whole,) = [row for row in own if row["method"] == UNPRUNED]
@@ -326,6 +330,20 @@ def print_summary(rows: Sequence[dict[str, Any]]) -> None:
             unpruned = f"{100 * whole['right'] / whole['questions']:.1f}"
             print_row(name, label(method), reading, unpruned, *cells)
         print()
+
+
+def print_counts(rows: Sequence[dict[str, Any]]) -> None:
+    """Print in how many cells ours differ from the best published method, by their intervals."""
+    print_row("method", "read", "sets x budgets", "ahead", "no difference", "behind")
+    print_row("---", "---", *["---:"] * 4)
+    for method, reading in dict.fromkeys((row["method"], row["reading"]) for row in rows):
+        own = [
+            row["against"] for row in rows if (row["method"], row["reading"]) == (method, reading)
+        ]
+        ahead, behind = sum(one["low"] > 0 for one in own), sum(one["high"] < 0 for one in own)
+        counts = (len(own), ahead, len(own) - ahead - behind, behind)
+        print_row(label(method), reading, *map(str, counts))
+    print()
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:

@@ -48,7 +48,7 @@ class Selector:
     summary
         What it looks at, in one line.
     paper
-        Title and arXiv number, or "" for a baseline without one.
+        Title and arXiv number, or where else the method comes from; "" for a baseline.
     needs
         Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
     of_place

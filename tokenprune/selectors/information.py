@@ -26,6 +26,7 @@ from tokenprune.selectors.frame_sets import pick_in_sets
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
+_OUR_OWN = "none: tokenprune's own, docs/selectors.md"
 _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
 
 
@@ -55,7 +56,8 @@ class Information(Selector):
     """
 
     name: ClassVar[str] = "information"
-    summary: ClassVar[str] = "what the projected tokens tell about each other (our own)"
+    summary: ClassVar[str] = "what is loud or unlike the rest, and what tokens tell of each other"
+    paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     noise: float = 0.2
@@ -106,7 +108,8 @@ class RelevantInformation(LayerReading):
     """
 
     name: ClassVar[str] = "relevant-information"
-    summary: ClassVar[str] = "information, weighted by the attention of the prompt's end (our own)"
+    summary: ClassVar[str] = "information about what the end of the prompt looks at"
+    paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
 
     noise: float = 0.2
