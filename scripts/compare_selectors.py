@@ -293,6 +293,7 @@ def print_markdown(about: str, rows: Sequence[dict[str, Any]]) -> None:
     print(f"{about}\n")
     print_summary(rows)
     print_counts([row for row in rows if "against" in row])
+    print_means(rows)
     for name in dict.fromkeys(row["set"] for row in rows):
         own = [row for row in rows if row["set"] == name]
         (whole,) = [row for row in own if row["method"] == UNPRUNED]
@@ -343,6 +344,22 @@ def print_counts(rows: Sequence[dict[str, Any]]) -> None:
         ahead, behind = sum(one["low"] > 0 for one in own), sum(one["high"] < 0 for one in own)
         counts = (len(own), ahead, len(own) - ahead - behind, behind)
         print_row(label(method), reading, *map(str, counts))
+    print()
+
+
+def print_means(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the mean over sets of the share of right answers in %."""
+    shares: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        if row["method"] not in (UNPRUNED, "oracle"):
+            own = shares.setdefault((row["reading"], row["method"]), {})
+            own.setdefault(row["keep"], []).append(100 * row["right"] / row["questions"])
+    budgets = list(dict.fromkeys(keep for own in shares.values() for keep in own))
+    print_row("mean over sets", "read", *(str(keep) for keep in budgets))
+    print_row("---", "---", *["---:"] * len(budgets))
+    for (reading, method), own in sorted(shares.items(), key=lambda one: one[0][0]):
+        means = (f"{sum(own[keep]) / len(own[keep]):.1f}" for keep in budgets)
+        print_row(label(method), reading, *means)
     print()
 
 

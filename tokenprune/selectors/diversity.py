@@ -58,18 +58,18 @@ class IntegerRows:
         return squares.mul_(self.scales.square())
 
     def products_with(self, picked: Tensor) -> Tensor:
-        """Return float64 [B, N], each row's product with row `picked` (LongTensor [B])."""
+        """Return float64 [B, m, N], the products of rows `picked` (LongTensor [B, m]) with all."""
         return self._products(picked, self.scales)
 
     def cosines_to(self, picked: Tensor) -> Tensor:
         """Return float32 [B, N], each row's cosine to row `picked` (LongTensor [B]) of its item."""
-        return self._products(picked, self.inverse_norms).float()
+        return self._products(picked[:, None], self.inverse_norms)[:, 0].float()
 
     def _products(self, picked: Tensor, scales: Tensor) -> Tensor:
-        """Return float64 [B, N], the products with row `picked`, each row times its scale."""
-        item = torch.arange(picked.numel(), dtype=torch.int64, device=picked.device)
-        dots = torch.bmm(self.rows, self.rows[item, picked].unsqueeze(-1)).squeeze(-1)
-        return dots.mul_(scales * scales[item, picked, None])
+        """Return float64 [B, m, N], the products of rows `picked`, each row times its scale."""
+        item = torch.arange(len(picked), dtype=torch.int64, device=picked.device)[:, None]
+        dots = torch.bmm(self.rows, self.rows[item, picked].transpose(1, 2)).transpose(1, 2)
+        return dots.mul_(scales[:, None] * scales[item, picked, None])
 
     def nearest_distances(self) -> Tensor:
         """Return float32 [B, N], 1 - cosine of each row to the other row most like it.

@@ -27,6 +27,7 @@ from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
 _OUR_OWN = "none: tokenprune's own, docs/selectors.md"
+_AHEAD = 11  # tokens whose products are computed before it is known that they are taken
 _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
 
 
@@ -309,14 +310,23 @@ def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tens
     kept = torch.empty(size, keep, dtype=torch.int64, device=variance.device)
     # The rows of the Cholesky factor that belong to the tokens taken, over all tokens.
     triangle = torch.empty(keep, size, total, dtype=torch.float64, device=variance.device)
+    # Reading the rows is what takes the time, so the tokens that may be next are looked up with it.
+    known = kept[:, :0]
+    products = triangle.new_empty(size, 0, total)
     for step in range(keep):
+        left = variance.masked_fill(taken, -math.inf)
         # torch.argmax gives the first of equal values.
-        pick = variance.masked_fill(taken, -math.inf).argmax(dim=-1)
+        pick = left.argmax(dim=-1)
         kept[:, step] = pick
         taken.scatter_(1, pick[:, None], True)
         if step + 1 == keep:
             break
-        covariance = rows.products_with(pick) * factors * factors[item, pick, None]
+        if not bool((known == pick[:, None]).any(dim=1).all()):
+            likely = left.topk(min(_AHEAD, total), dim=-1).indices
+            known = torch.cat([pick[:, None], likely], dim=1)
+            products = rows.products_with(known)
+        column = (known == pick[:, None]).byte().argmax(dim=1)
+        covariance = products[item, column] * factors * factors[item, pick, None]
         if step:
             before = triangle[:step]
             covariance -= folded_sum(before * before[:, item, pick, None], dim=0)
