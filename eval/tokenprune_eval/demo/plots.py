@@ -103,7 +103,7 @@ def accuracy_plot(rows: Sequence[Row], narrow: bool = False) -> str:
         axes.legend(
             loc="upper center",
             bbox_to_anchor=(0.5, -0.14 if not narrow else -0.13),
-            ncols=2 if narrow else 4,
+            ncols=2 if narrow else 3,
             frameon=False,
             handlelength=2.4,
             columnspacing=1.4,
