@@ -253,8 +253,7 @@ def scaled(rows: Tensor, exponent: float) -> Tensor:
 
 def linear_kernel(rows: Tensor, exponent: float) -> Tensor:
     """Cosine times the lengths to the power `exponent`; [B, N, N]."""
-    own = scaled(rows, exponent)
-    return own @ own.transpose(1, 2)
+    return scaled_kernel(rows, norm(rows.double()) ** (2 * exponent))
 
 
 def scaled_kernel(rows: Tensor, variances: Tensor) -> Tensor:
@@ -382,9 +381,9 @@ def blind_variants() -> dict[str, Chooser]:
 
         def choose(model: Model, data: Data, keep: int) -> Tensor:
             found = zeroth_order.score(stack(data.items, zeroth_order.needs)).double()
-            factor = (found / found.mean(dim=1, keepdim=True)) ** (power / 2)
-            own = scaled(data.rows, EXPONENT) * factor[..., None]
-            return data.of_questions(greedy(own @ own.transpose(1, 2), keep))
+            relative = found / found.mean(dim=1, keepdim=True)
+            kernel = scaled_kernel(data.rows, norm(data.rows.double()) * relative**power)
+            return data.of_questions(greedy(kernel, keep))
 
         return choose
 

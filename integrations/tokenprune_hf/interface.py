@@ -118,7 +118,7 @@ class Interception:
         decoder
             Whose layers the modules are of.
         what
-            The handler does.
+            What the handler does, as messages name it.
 
         Raises
         ------
@@ -152,14 +152,14 @@ class Interception:
 
 
 def check_logits(modules: Sequence[Any], what: str) -> None:
-    """Raise for attention that does more with q kᵀ than softmax.
+    """Raise for attention that does more with q kᵀ than scaling and softmax.
 
     Parameters
     ----------
     modules
         Attention modules.
     what
-        A handler does.
+        What a handler does, as messages name it.
 
     Raises
     ------

@@ -18,6 +18,7 @@ from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.prefix import sliding_window
 
 _WHAT = "proportional attention"
+"""As refusals name it."""
 
 _QUERY = 8.0
 """What stands in the queries beside log n in the keys: a power of two, so exact in any dtype."""

@@ -80,7 +80,7 @@ class Pruning(Attachment):
         self.application = _check_application(application)
         if not isinstance(proportional_attention, bool):
             raise ConfigError(
-                f"proportional_attention={proportional_attention!r} is neither. Give True or False."
+                f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
         self.selections: list[Selection] = []

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tokenprune.masks.pooled import PooledBlocks
 
 _WHAT = "sparse masks"
+"""As refusals name it."""
 
 
 @dataclass(eq=False)

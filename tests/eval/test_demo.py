@@ -440,7 +440,9 @@ def test_demo_measures_pruning(ran: Ran) -> None:
         rows = sorted(ran.rows(dataset="scenes", method=method), key=lambda row: row["keep"])
         assert len(rows) == 6
         shares = [row["evidence_kept"] for row in rows]
-        assert shares[0] < 0.6 < shares[-1] == 1.0
+        # Two tokens a picture that were chosen for the question may well be evidence.
+        most = 0.6 if method == "relevant-information" else 0.5
+        assert shares[0] < most < shares[-1] == 1.0
         # Fewer tokens are less memory; at 1.0 nothing is selected, which may save some.
         memory = [row["peak_memory_mib"] for row in rows]
         assert memory[:-1] == sorted(memory[:-1])

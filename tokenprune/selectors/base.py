@@ -196,8 +196,7 @@ def _check_type(method: str, option: str, value: Any, hint: Any) -> None:
         wanted = {float: "a finite number", int: "a whole number", bool: "True or False"}.get(
             hint, getattr(hint, "__name__", str(hint))
         )
-        raise OptionError(
-            f"option {option}={value!r} of method {method!r} must be {wanted}, "
-            f"not {type(value).__name__}."
-        )
+        # A float that does not fit is nan or infinite, as it is written already.
+        kind = "" if hint is type(value) is float else f", not {type(value).__name__}"
+        raise OptionError(f"option {option}={value!r} of method {method!r} must be {wanted}{kind}.")
     return None

@@ -29,6 +29,8 @@ class IntegerRows:
     ----------
     rows
         float64 [B, N, D], whole numbers.
+    squares
+        float64 [B, N], ||row||^2, whole numbers.
     inverse_norms
         float64 [B, N], 1 / ||row||, or 0 for a row of zeros: its cosine to anything is 0.
     scales
@@ -36,6 +38,7 @@ class IntegerRows:
     """
 
     rows: Tensor
+    squares: Tensor
     inverse_norms: Tensor
     scales: Tensor
 
@@ -48,14 +51,14 @@ class IntegerRows:
         rows = embeddings.to(torch.float64, copy=True)
         largest.masked_fill_(largest == 0, 1.0)
         rows.div_(largest).mul_(2.0**bits).round_()
-        norms = torch.linalg.vecdot(rows, rows).sqrt_()
+        squares: Tensor = torch.linalg.vecdot(rows, rows)
+        norms = squares.sqrt()
         inverse = norms.reciprocal().masked_fill_(norms == 0, 0.0)
-        return cls(rows, inverse, largest.squeeze(-1).div_(2.0**bits))
+        return cls(rows, squares, inverse, largest.squeeze(-1).div_(2.0**bits))
 
     def squared_norms(self) -> Tensor:
         """Return float64 [B, N], ||embedding||^2."""
-        squares: Tensor = torch.linalg.vecdot(self.rows, self.rows)
-        return squares.mul_(self.scales.square())
+        return self.squares * self.scales.square()
 
     def products_with(self, picked: Tensor) -> Tensor:
         """Return float64 [B, m, N], the products of rows `picked` (LongTensor [B, m]) with all."""

@@ -33,7 +33,7 @@ _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item 
 
 @dataclass(frozen=True)
 class Information(Selector):
-    """Keep the tokens that hold most information about the image: loud, and unlike each other.
+    """Keep the tokens that tell most: loud or unlike the rest, and unlike each other.
 
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
     ``K_ij = cos(e_i, e_j) * sqrt(v_i v_j)`` and ``σ² = noise * mean_i v_i``: each step takes the
