@@ -300,10 +300,6 @@ def test_what_cannot_be_pruned_is_refused_with_a_reason() -> None:
     model, inputs, _ = setting("llava", ["tit"])
     with tokenprune_hf.prune(model, "feature-norm", 3):
         without = {key: value for key, value in inputs.items() if key != "pixel_values"}
-        with pytest.raises(PromptError, match="36 image placeholders and no image"):
-            model.generate(**without)
-        with pytest.raises(PromptError, match="36 image placeholders and no image"):
-            model(**without)
         cut = {**inputs, "input_ids": inputs["input_ids"][:, :-10]}
         cut["attention_mask"] = inputs["attention_mask"][:, :-10]
         with pytest.raises(PromptError, match="placeholders and its images make 36 tokens"):

@@ -19,6 +19,7 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
+from tokenprune_hf.watching import watch_input
 
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
 """What a run of the vision encoder can give to selectors."""
@@ -321,7 +322,7 @@ class Family:
         """
         captured_features: list[Tensor] = []
 
-        def keep_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def keep_input(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
             captured_features.append(args[0])
 
         with ExitStack() as stack:
@@ -329,8 +330,7 @@ class Family:
             if "cls_attention" in needs:
                 attention_module = self.scoring_layer(media)
                 attention = stack.enter_context(probe(attention_module))
-            handle = self.projector_module(media.modality).register_forward_pre_hook(keep_input)
-            stack.callback(handle.remove)
+            stack.enter_context(watch_input(self.projector_module(media.modality), keep_input))
             function = getattr(self.inner, f"get_{media.modality}_features")
             output = function(**media.arguments, return_dict=True)
         if not captured_features:
