@@ -13,7 +13,9 @@ import types
 from collections.abc import Callable
 from typing import Any, Self
 
-from tokenprune.errors import TokenPruneError
+import torch
+
+from tokenprune.errors import PromptError, TokenPruneError
 from tokenprune_hf.wrappers import model_inside
 
 _ON_MODEL = "_tokenprune"
@@ -75,6 +77,8 @@ class StandIn:
         """The plain method, from which `inspect.signature` reads the parameters."""
         return self.plain
 
+    # Not to be traced: what a call does first hangs on its data. Modules inside still are.
+    @torch.compiler.disable(recursive=False)
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the handler or, after `remove`, the plain method."""
         if self._handler is None:
@@ -129,13 +133,24 @@ class Attachment:
                 "it another way."
             )
         self._attach()
+        self._guard = self.model.register_forward_pre_hook(self._check_module)
         self.model.__dict__[_ON_MODEL] = self
 
     def remove(self) -> None:
         """Make the model what it was; a second call does nothing."""
         if self.is_attached:
             del self.model.__dict__[_ON_MODEL]
+            self._guard.remove()
             self._detach()
+
+    def _check_module(self, module: Any, _args: Any) -> None:
+        """Raise if the model that is called is not the one that this is attached to."""
+        if module is not self.model:
+            raise PromptError(
+                f"this {type(module).__name__} is a replica (DataParallel makes them, and "
+                f"copy.copy) of one that is under {type(self).__name__}, and what it would run is "
+                "the original. Use copy.deepcopy, or one process for each device."
+            )
 
     def _attach(self) -> None:
         raise NotImplementedError
@@ -170,6 +185,13 @@ def attached(model: Any) -> Attachment | None:
 
 
 def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return by name what a hook on a module's forward was told that the call passes."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    """Return by name what a call passes to a module's forward."""
+    return named_call(module, "forward", args, kwargs)
+
+
+def named_call(
+    model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return by name what a call passes to a method, which keeps its own class's parameters."""
+    names = list(inspect.signature(getattr(type(model), method)).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,10 +34,17 @@ from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
-from tokenprune_hf.attached import Attachment, StandIn, ThreadState, attached, named_arguments
+from tokenprune_hf.attached import (
+    Attachment,
+    StandIn,
+    ThreadState,
+    attached,
+    named_arguments,
+    named_call,
+)
 from tokenprune_hf.caches import Filling, Held, Holding, cache_length
 from tokenprune_hf.encoding import Encoded, encode_media
-from tokenprune_hf.families.base import ENCODED
+from tokenprune_hf.families.base import ENCODED, Family
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
@@ -124,12 +130,19 @@ class Pruning(Attachment):
                 f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
-        self._family = family_of(self.model)
-        check_method(selector, self.model)
+        check_method(selector, self._family.model)
         self._call = _Call()
         self._last = _Chosen([], 0.0)
         self._proportional: ProportionalAttention | None = None
         self.begin()
+
+    @functools.cached_property
+    def _family(self) -> Family:
+        return family_of(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the family out of copies, which have another model to look at."""
+        return {name: value for name, value in self.__dict__.items() if name != "_family"}
 
     @property
     def selections(self) -> list[Selection]:
@@ -153,26 +166,17 @@ class Pruning(Attachment):
             StandIn(self.model, "generate", self._generate),
             StandIn(self.model, "forward", self._forward),
         ]
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._check_module),
-            self._family.inner.register_forward_pre_hook(self._check_inner, with_kwargs=True),
-        ]
+        self._inner_guard = self._family.inner.register_forward_pre_hook(
+            self._check_inner, with_kwargs=True
+        )
 
     def _detach(self) -> None:
-        for one in [*self._hooks, *reversed(self._stand_ins)]:
+        self._inner_guard.remove()
+        for one in self._stand_ins:
             one.remove()
         if self._proportional is not None:
             self._proportional.remove()
             self._proportional = None
-
-    def _check_module(self, module: Any, _args: Any) -> None:
-        """Raise if the model that is called is not the one that is pruned."""
-        if module is not self.model:
-            raise PromptError(
-                f"this {type(module).__name__} is a replica of a pruned model (DataParallel makes "
-                "them), and what it would run is the original. Prune a copy.deepcopy for each "
-                "device, or start one process a device."
-            )
 
     def _check_inner(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise if images or videos are passed to the model without its head."""
@@ -270,8 +274,7 @@ class Pruning(Attachment):
         if isinstance(plain, functools.partial):  # somebody's defaults, lengths among them
             args, kwargs = (*plain.args, *args), {**plain.keywords, **kwargs}
             plain = plain.func
-        names = list(inspect.signature(type(self.model).generate).parameters)[1:]
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        kwargs = named_call(self.model, "generate", args, kwargs)
         if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
         cache = kwargs.get("past_key_values")
@@ -401,6 +404,7 @@ class Pruning(Attachment):
 
     # Shortening --------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _shorten(self, arguments: dict[str, Any], known_cache: bool) -> Shortened | None:
         """Encode, select and shorten a call's prompt; None where it has no image and no video.
 
