@@ -35,6 +35,7 @@ from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.attached import Attachment, attached, named_arguments
 from tokenprune_hf.encoding import Encoded, encode_media
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.proportional import ProportionalAttention
@@ -108,6 +109,7 @@ class Pruning(Attachment):
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
+            *self._family.hooks(),
         ]
         self._rope_deltas = getattr(self._family.inner, "rope_deltas", None)
 
@@ -130,7 +132,7 @@ class Pruning(Attachment):
         if self._in_generate:
             return self._before_step(args, kwargs)
         named = named_arguments(self.model, args, kwargs)
-        cache: Any = named.get("past_key_values")
+        cache: Any = cache_of(named)
         shortened = self._shorten(named)
         if shortened is not None:
             if named.get("use_cache") is not False:
@@ -139,7 +141,7 @@ class Pruning(Attachment):
                 # Made here, so that this prompt is known again when its cache comes back.
                 if cache is None:
                     cache = DynamicCache(config=self.model.config.get_text_config())
-                    named["past_key_values"] = cache
+                    named.update(cache_argument(self.model, cache))
                 self._caches[cache] = shortened
             self._count_keys(shortened)
             return (), shortened.call(named, self._family.encoder_arguments())
@@ -164,7 +166,7 @@ class Pruning(Attachment):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run before each step of `generate`: hand the kept rows to those that read the prompt."""
         shortened, input_ids = self._generating, kwargs.get("input_ids")
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_of(kwargs)
         self._count_keys(self._known(cache) if shortened is None else shortened)
         if shortened is None or input_ids is None:
             return None
@@ -197,7 +199,7 @@ class Pruning(Attachment):
             kwargs["input_ids"] = inputs
         with torch.no_grad():
             shortened = self._shorten(kwargs)
-        known = self._known(kwargs.get("past_key_values"))
+        known = self._known(cache_of(kwargs))
         if shortened is not None:
             _refuse(kwargs)
             call = shortened.call(kwargs, self._family.encoder_arguments())
@@ -220,7 +222,7 @@ class Pruning(Attachment):
         if isinstance(output, Tensor):
             return full
         output.sequences = full
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if cache is not None and repeats == 1 and shortened is not None:
             self._caches[cache] = shortened
         return output
@@ -273,11 +275,11 @@ class Pruning(Attachment):
             self._check_no_placeholders(arguments)
             self.selections = []
             return None
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         if cache is not None and cache.get_seq_length() > 0:
             raise PromptError(
                 "images or videos cannot be added to a cache that is already filled. Leave out "
-                "the pixel values if the cache holds them, or call without past_key_values."
+                "the pixel values if the cache holds them, or call without a cache."
             )
         if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
             raise PromptError(
@@ -317,7 +319,7 @@ class Pruning(Attachment):
     def _check_no_placeholders(self, arguments: dict[str, Any]) -> None:
         """Raise if the prompt asks for images that were not passed."""
         input_ids = arguments.get("input_ids")
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
             return
         for modality in ("image", "video"):

@@ -36,6 +36,7 @@ from tokenprune.errors import (
 from tokenprune.selection import Selection
 from tokenprune.trimming import QueryReduction, head_scores, union_of_heads
 from tokenprune_hf.attached import Attachment, named_arguments
+from tokenprune_hf.engine import cache_of
 
 NAME = "trimmed-attention"
 """What users write: ``method="trimmed-attention"``."""
@@ -243,7 +244,7 @@ class TrimmedAttention(Attachment):
             kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if inputs is not None:
             kwargs["inputs"] = inputs
-        if _brings_images(kwargs) or any(self._lengths(kwargs.get("past_key_values"))):
+        if _brings_images(kwargs) or any(self._lengths(cache_of(kwargs))):
             _refuse(kwargs, self.model.generation_config)
         else:
             self._forget()
@@ -264,7 +265,7 @@ class TrimmedAttention(Attachment):
         """Before the inner model runs: see whether it is a prompt with images, or goes on."""
         self._call = None
         named = named_arguments(inner, args, kwargs)
-        text, cache = _text_of(named), named.get("past_key_values")
+        text, cache = _text_of(named), cache_of(named)
         if text is None:
             return  # transformers says what is missing
         if not _brings_images(named):
@@ -303,7 +304,7 @@ class TrimmedAttention(Attachment):
                     call.choice = self._choose(layer, named, call)
                 if self._prompts is not None:
                     self._generating = self._generating or call.choice
-            if (cache := named.get("past_key_values")) is not None and first:
+            if (cache := cache_of(named)) is not None and first:
                 self._caches[cache] = call.choice
             choice = call.choice
             if not choice.drops:
@@ -333,7 +334,7 @@ class TrimmedAttention(Attachment):
         if self.model.training and any(one.gradient_checkpointing for one in self._layers.values()):
             raise UnsupportedModelError(
                 "trimmed attention does not work with gradient checkpointing, which runs layers a "
-                "second time after the call. Call model.gradient_checkpointing_disable()."
+                "second time after the call. Call model.eval(), or turn gradient checkpointing off."
             )
         from transformers.cache_utils import DynamicLayer
 
@@ -344,14 +345,14 @@ class TrimmedAttention(Attachment):
         if kinds - {DynamicLayer}:
             raise PromptError(
                 f"a {type(cache).__name__} does not shrink with its vision tokens, so it cannot be "
-                "used with trimmed attention. Leave out cache_implementation and past_key_values, "
-                "or pass a DynamicCache."
+                "used with trimmed attention. Leave out cache_implementation and the cache, or "
+                "pass a DynamicCache."
             )
         if any(self._lengths(cache)):
             raise PromptError(
                 "images cannot be added to a cache that already holds some. Leave out pixel_values "
                 "and cross_attention_states if the cache holds them, or call without "
-                "past_key_values. `generate` takes pixel_values alone: it would pass "
+                "a cache. `generate` takes pixel_values alone: it would pass "
                 "cross_attention_states again at every step."
             )
         pixels = named.get("pixel_values")
