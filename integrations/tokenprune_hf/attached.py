@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tokenprune.errors import TokenPruneError
+from tokenprune_hf.engine import check_release
 
 
 class Attachment:
@@ -22,6 +23,7 @@ class Attachment:
     """
 
     def __init__(self, model: Any) -> None:
+        check_release()
         self.model = model
 
     def begin(self) -> None:

@@ -1,7 +1,7 @@
 """Names and shapes that differ between releases of transformers, found out from the engine itself.
 
-Nothing here, and nowhere else in this adapter, asks for a version number: the engine's own
-signatures and what it returns say how it wants to be called.
+How it wants to be called is said by its own signatures and by what it returns. Its version number
+is read for a warning alone, here and nowhere else in this adapter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from tokenprune.releases import warn_untested
+
+
+def check_release() -> None:
+    """Warn, once per process, if this release of transformers was not tested."""
+    import transformers
+
+    warn_untested("transformers", transformers.__version__)
+
 
 _CACHE_NAMES = ("cache", "past_key_values")
 """What forwards call the cache, the newer name first; the older one is being removed."""

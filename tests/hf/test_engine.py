@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache
 
 import tokenprune_hf
+from tests.hf.mllamas import tiny
 from tests.hf.models import IMAGE, TINY, VIDEO_LLAVA_IMAGES, prompt
+from tokenprune import releases
+from tokenprune.errors import UntestedReleaseWarning
 from tokenprune_hf.engine import (
     cache_argument,
     cache_of,
@@ -131,3 +136,19 @@ def test_prompts_may_keep_unequal_numbers_of_rows(name: str) -> None:
             output = model.generate(**alone, video_frames=told, max_new_tokens=4)
             answers.append(output[0, -4:].tolist())
     assert both[:, length:].tolist() == answers
+
+
+@pytest.mark.parametrize("method", ["feature-norm", "trimmed-attention"])
+def test_an_untested_release_is_warned_of_at_prune(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny() if method == "trimmed-attention" else TINY["llava"].model()
+    monkeypatch.setattr(releases, "_WARNED", set())
+    monkeypatch.setattr(transformers, "__version__", "99.1.0")
+    with (
+        pytest.warns(UntestedReleaseWarning, match=r"transformers 99\.1\.0 .* 5\.19 to 5\.24"),
+        tokenprune_hf.prune(model, method, 0.5),
+    ):
+        pass
+    with warnings.catch_warnings(), tokenprune_hf.prune(model, method, 0.5):
+        warnings.simplefilter("error")
