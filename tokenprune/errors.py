@@ -58,6 +58,10 @@ class MissingPackageError(TokenPruneError, ImportError):
     """A package that this part of tokenprune needs is not installed."""
 
 
+class UntestedReleaseWarning(UserWarning):
+    """An engine is of a release that was not tested; no exception, and none of the above."""
+
+
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:
     """Return the sentence that lists what is allowed, led by the nearest name if there is one.
 

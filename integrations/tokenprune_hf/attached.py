@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from tokenprune.errors import PromptError, TokenPruneError
+from tokenprune_hf.engine import check_release
 from tokenprune_hf.wrappers import model_inside
 
 _ON_MODEL = "_tokenprune"
@@ -78,7 +79,7 @@ class StandIn:
         return self.plain
 
     # Not to be traced: what a call does first hangs on its data. Modules inside still are.
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the handler or, after `remove`, the plain method."""
         if self._handler is None:
@@ -109,6 +110,7 @@ class Attachment:
     """
 
     def __init__(self, model: Any) -> None:
+        check_release()
         self.model = model_inside(model)
         self._entered = 0
 

@@ -34,6 +34,7 @@ from tokenprune.errors import (
 )
 from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.prefix import _heads, sliding_window
@@ -307,8 +308,9 @@ class Dominance:
             )
         inner = self._family.inner
         with ExitStack() as hooks:
-            # On the inner model, behind whatever pruning does to a call of the outer one.
-            begin = inner.register_forward_pre_hook(self._begin, with_kwargs=True)
+            # On the inner model, behind whatever pruning does to a call of the outer one, and in
+            # front of what it does there: SmolVLM's gets embeddings and no ids.
+            begin = inner.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
             hooks.callback(begin.remove)
             hooks.callback(inner.register_forward_hook(self._end, always_call=True).remove)
             for layer, attention in self._attention.items():
@@ -375,7 +377,7 @@ class Dominance:
                 "visual tokens are found by their id: pass input_ids, and no inputs_embeds, while "
                 "modality dominance is measured."
             )
-        cache: Any = named.get("past_key_values")
+        cache: Any = cache_of(named)
         mask = named.get("attention_mask")
         if cache is None or cache.get_seq_length() == 0:
             self._thread.step = _Step(self._new_batch(ids, mask), is_prompt=True)
@@ -443,7 +445,7 @@ class Dominance:
             if step is None or attention is not self._attention[layer]:
                 return  # a copy of the model is not measured
             named = named_arguments(attention, args, kwargs)
-            cache: Any = named.get("past_key_values")
+            cache: Any = cache_of(named)
             if cache is None:
                 raise PromptError(
                     "modality dominance is read from the key-value cache, and this call has none. "
@@ -490,7 +492,7 @@ def _attention_of_newest(
         raise UnsupportedModelError(
             f"a {type(cache).__name__} does not keep the {length} keys of layer "
             f"{attention.layer_idx} as they are, so modality dominance cannot be read from it. "
-            "Leave out cache_implementation and past_key_values, or pass a DynamicCache."
+            "Leave out cache_implementation and the cache, or pass a DynamicCache."
         )
     states: Tensor = named["hidden_states"][:, -1]  # [B, D]
     cos, sin = (part[:, -1][None] for part in named["position_embeddings"])  # [1, B, d]

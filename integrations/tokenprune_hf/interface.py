@@ -134,7 +134,7 @@ class Interception:
         ):
             raise PromptError(
                 f"gradient checkpointing runs layers a second time after the call, without {what}. "
-                "Call model.eval() or model.gradient_checkpointing_disable()."
+                "Call model.eval(), or turn gradient checkpointing off."
             )
         for config, name in self._before:
             now = config._attn_implementation

@@ -44,6 +44,7 @@ from tokenprune_hf.attached import (
 )
 from tokenprune_hf.caches import Filling, Held, Holding, cache_length
 from tokenprune_hf.encoding import Encoded, encode_media
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.families.base import ENCODED, Family
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.proportional import ProportionalAttention
@@ -166,13 +167,13 @@ class Pruning(Attachment):
             StandIn(self.model, "generate", self._generate),
             StandIn(self.model, "forward", self._forward),
         ]
-        self._inner_guard = self._family.inner.register_forward_pre_hook(
-            self._check_inner, with_kwargs=True
-        )
+        self._hooks = [
+            self._family.inner.register_forward_pre_hook(self._check_inner, with_kwargs=True),
+            *self._family.hooks(),
+        ]
 
     def _detach(self) -> None:
-        self._inner_guard.remove()
-        for one in self._stand_ins:
+        for one in [*self._hooks, *self._stand_ins]:
             one.remove()
         if self._proportional is not None:
             self._proportional.remove()
@@ -199,14 +200,14 @@ class Pruning(Attachment):
             if self._call.generating:
                 return plain(*args, **self._step(kwargs))
             named = named_arguments(self.model, args, kwargs)
-            with Filling[Shortened](named.get("past_key_values")) as filling:
+            with Filling[Shortened](cache_of(named)) as filling:
                 if (shortened := self._shorten(named, filling.before is not None)) is not None:
                     if filling.cache is None and named.get("use_cache") is not False:
                         from transformers import DynamicCache
 
                         # Made here, so that it can be noted what it holds.
                         filling.cache = DynamicCache(config=self.model.config.get_text_config())
-                        named["past_key_values"] = filling.cache
+                        named.update(cache_argument(self.model, filling.cache))
                     call = shortened.call(named, self._family.encoder_arguments())
                     empty = shortened.input_ids[:, :0]
                     filling.holding = Holding(shortened.without_media(), empty)
@@ -229,7 +230,7 @@ class Pruning(Attachment):
                 "generate reads embeddings in place of the prompt's tokens, where pruned images "
                 "cannot be put. Leave out what makes them (prompt tuning, inputs_embeds)."
             )
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = cache_of(kwargs)
         length = shortened.prompt.length
         if shortened.is_prompt_of(input_ids):
             self._call.read = True
@@ -277,8 +278,7 @@ class Pruning(Attachment):
         kwargs = named_call(self.model, "generate", args, kwargs)
         if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
-        cache = kwargs.get("past_key_values")
-        with self._running(), Filling[Shortened](cache) as filling:
+        with self._running(), Filling[Shortened](cache_of(kwargs)) as filling:
             with torch.no_grad():
                 shortened = self._shorten(kwargs, filling.before is not None)
             if shortened is not None:
@@ -328,8 +328,8 @@ class Pruning(Attachment):
         output = self._run(plain, call, shortened)
         sequences = output if isinstance(output, Tensor) else output.sequences
         repeats = len(sequences) // len(input_ids)
-        if filling.cache is None:
-            filling.cache = getattr(output, "past_key_values", None)
+        if filling.cache is None and not isinstance(output, Tensor):
+            filling.cache = cache_of(output)
         if filling.cache is not None:
             filling.holding = _generated(known, sequences, repeats, beams)
         prompts = input_ids.to(sequences.device).repeat_interleave(repeats, dim=0)
@@ -404,7 +404,7 @@ class Pruning(Attachment):
 
     # Shortening --------------------------------------------------------------------------------
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _shorten(self, arguments: dict[str, Any], known_cache: bool) -> Shortened | None:
         """Encode, select and shorten a call's prompt; None where it has no image and no video.
 
@@ -422,7 +422,7 @@ class Pruning(Attachment):
                 "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
                 "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
             )
-        filled = cache_length(arguments.get("past_key_values")) > 0
+        filled = cache_length(cache_of(arguments)) > 0
         if encoded is None and not self._family.media(arguments):
             if filled and not known_cache:
                 self._check_no_placeholders(arguments)
@@ -431,7 +431,7 @@ class Pruning(Attachment):
         if filled:
             raise PromptError(
                 "images or videos cannot be added to a cache that is already filled. Leave out "
-                "the pixel values if the cache holds them, or call without past_key_values."
+                "the pixel values if the cache holds them, or call without a cache."
             )
         if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
             raise PromptError(

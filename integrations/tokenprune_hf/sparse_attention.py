@@ -29,6 +29,7 @@ from tokenprune.masks import HeadCategories, ImageSpan, Mask, PromptLayout, cate
 from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category, per_head
 from tokenprune_hf.attached import Attachment, ThreadState, named_arguments
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
@@ -193,7 +194,7 @@ class Sparse(Attachment):
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run before the model reads tokens: see where the prompts' images stand."""
         named = named_arguments(module, args, kwargs)
-        cache = named.get("past_key_values")
+        cache = cache_of(named)
         if cache is not None and cache.get_seq_length() > 0:
             self._check_continued(named.get("input_ids"))
             self._call.samples = []  # what comes after a prompt attends to everything
@@ -271,7 +272,7 @@ class Sparse(Attachment):
             )
         self._interception.check_call(self._decoder, _WHAT)
         positions, mask = named.get("position_ids"), named.get("attention_mask")
-        if isinstance(positions, Tensor) and mask is None and named.get("past_key_values") is None:
+        if isinstance(positions, Tensor) and mask is None and cache_of(named) is None:
             # M-RoPE: the first of four axes counts text; three have no such axis.
             text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
             if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):

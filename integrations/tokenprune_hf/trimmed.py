@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -40,6 +40,7 @@ from tokenprune_hf.attached import (
     named_call,
 )
 from tokenprune_hf.caches import Filling, Held, Holding
+from tokenprune_hf.engine import cache_of
 
 NAME = "trimmed-attention"
 """What users write: ``method="trimmed-attention"``."""
@@ -283,7 +284,7 @@ class TrimmedAttention(Attachment):
     ) -> Any:
         """Run the model's own `generate`, knowing how many prompts its rows belong to."""
         named = named_call(self.model, "generate", args, kwargs)
-        if _brings_images(named) or any(self._lengths(named.get("past_key_values"))):
+        if _brings_images(named) or any(self._lengths(cache_of(named))):
             _refuse(named, self.model.generation_config)
         else:
             self._note(_NOTHING)
@@ -303,15 +304,15 @@ class TrimmedAttention(Attachment):
         """Run the inner model, which has the decoder, on a prompt with images or what follows."""
         named = named_arguments(self._inner, args, kwargs)
         thread = self._thread
-        with Filling[_Choice](named.get("past_key_values")) as filling:
+        with Filling[_Choice](cache_of(named)) as filling:
             thread.call = call = self._begin(named, filling)
             try:
                 output = plain(*args, **kwargs)
             finally:
                 thread.call = None
             if call is not None and call.choice is not None:
-                if filling.cache is None:
-                    filling.cache = getattr(output, "past_key_values", None)
+                if filling.cache is None and isinstance(output, Mapping):
+                    filling.cache = cache_of(output)
                 found = filling.before
                 holding = Holding[_Choice](call.choice, None) if found is None else found.holding
                 filling.holding = replace(holding, prompt=call.choice)
@@ -319,7 +320,7 @@ class TrimmedAttention(Attachment):
 
     def _begin(self, named: dict[str, Any], filling: Filling[_Choice]) -> _Call | None:
         """Return what the layers have to know: of a prompt with images, or of its cache."""
-        text, cache = _text_of(named), named.get("past_key_values")
+        text, cache = _text_of(named), cache_of(named)
         if text is None:
             return None  # transformers says what is missing
         if not _brings_images(named):
@@ -381,7 +382,7 @@ class TrimmedAttention(Attachment):
         if self.model.training and any(one.gradient_checkpointing for one in self._layers.values()):
             raise UnsupportedModelError(
                 "trimmed attention does not work with gradient checkpointing, which runs layers a "
-                "second time after the call. Call model.gradient_checkpointing_disable()."
+                "second time after the call. Call model.eval(), or turn gradient checkpointing off."
             )
         from transformers.cache_utils import DynamicLayer
 
@@ -392,14 +393,14 @@ class TrimmedAttention(Attachment):
         if kinds - {DynamicLayer}:
             raise PromptError(
                 f"a {type(cache).__name__} does not shrink with its vision tokens, so it cannot be "
-                "used with trimmed attention. Leave out cache_implementation and past_key_values, "
-                "or pass a DynamicCache."
+                "used with trimmed attention. Leave out cache_implementation and the cache, or "
+                "pass a DynamicCache."
             )
         if any(self._lengths(cache)):
             raise PromptError(
                 "images cannot be added to a cache that already holds some. Leave out pixel_values "
                 "and cross_attention_states if the cache holds them, or call without "
-                "past_key_values. `generate` takes pixel_values alone: it would pass "
+                "a cache. `generate` takes pixel_values alone: it would pass "
                 "cross_attention_states again at every step."
             )
         pixels = named.get("pixel_values")

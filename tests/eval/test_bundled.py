@@ -53,7 +53,7 @@ def answers(loaded: tuple[Any, Any], questions: list[Question]) -> list[str]:
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "path": str(q.image)},
+                    {"type": "image", "image": Image.open(q.image)},
                     {"type": "text", "text": q.question},
                 ],
             }

@@ -70,6 +70,8 @@ def item_rows(
             [start + 37 * frame + 1 + token for frame in range(4) for token in range(36)]
             for start in starts[:-1:4]
         ]
+    if name in ("idefics3", "smolvlm"):  # tiles of 16 tokens, whatever the encoder put together
+        return [list(range(start, start + 16)) for start in range(0, sum(sizes), 16)]
     return [
         list(range(start, start + size)) for start, size in zip(starts[:-1], sizes, strict=True)
     ]

@@ -36,7 +36,7 @@ def setting(name: str, samples: list[str]) -> tuple[Any, dict[str, Any]]:
 
 def media_of(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """Return the image arguments of some rows of a batch with one image a row."""
-    result = {}
+    result: dict[str, Any] = {}
     for name in ("pixel_values", "image_grid_thw"):
         if name in inputs:
             parts = inputs[name]
@@ -123,7 +123,8 @@ def test_another_block_goes_on_and_no_block_refuses(name: str) -> None:
         assert type(cache) is kind
         with tokenprune_hf.prune(model, "random", 9, "compact"):
             assert go_on(model, talk, cache) == right
-            cache.reset()
+            emptied: Any = cache
+            emptied.reset()
         # An emptied cache is as good as new, also for the plain model.
         text = {"input_ids": MORE, "attention_mask": torch.ones_like(MORE)}
         plain = answer(model, text)
@@ -142,7 +143,7 @@ def test_rows_that_were_moved_repeated_or_left_out(name: str) -> None:
             (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
         ):
             cache, rows = copy.deepcopy(first.past_key_values), torch.tensor(order)
-            change(cache)
+            change(cache)  # type: ignore[no-untyped-call]
             right = answer(model, whole(inputs, talk[rows], rows))
             assert go_on(model, talk[rows], cache) == right
             again = torch.cat([talk[rows], torch.tensor(right), MORE.expand(len(rows), -1)], 1)
@@ -266,10 +267,10 @@ def test_caches_of_other_kinds() -> None:
             **inputs, **GREEDY, cache_implementation="static", return_dict_in_generate=True
         )
         assert torch.equal(static.sequences, plain)
+        rebuilt = DynamicCache(
+            [(layer.keys, layer.values) for layer in static.past_key_values.layers]
+        )
         with pytest.raises(PromptError, match="filled cache"):
-            rebuilt = DynamicCache(
-                [(layer.keys, layer.values) for layer in static.past_key_values.layers]
-            )
             go_on(model, talk, rebuilt)
         changed = model.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values
         changed.layers[0].keys = changed.layers[0].keys + 1

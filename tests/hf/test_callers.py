@@ -363,7 +363,7 @@ def test_compiled_models() -> None:
     model = TINY["llava"].model()
     with torch.no_grad(), tokenprune_hf.prune(model, "feature-norm", 5):
         right, said = model(**inputs).logits, model.generate(**inputs, **GREEDY)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     with torch.no_grad(), tokenprune_hf.prune(compiled, "feature-norm", 5) as pruning:
         assert pruning.model is model
         torch.testing.assert_close(compiled(**inputs).logits, right)

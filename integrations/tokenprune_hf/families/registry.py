@@ -9,7 +9,7 @@ from tokenprune.selectors.base import Selector
 from tokenprune_hf.families.base import PROVIDED, Family
 from tokenprune_hf.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
 from tokenprune_hf.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
-from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL
+from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL, SmolVLM
 from tokenprune_hf.wrappers import model_inside
 
 _FAMILIES: tuple[type[Family], ...] = (
@@ -22,6 +22,7 @@ _FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Idefics3,
+    SmolVLM,
     Gemma3,
 )
 

@@ -53,6 +53,7 @@ from tokenprune_hf.encoded_file import (
     save_encoded,
 )
 from tokenprune_hf.encoding import Encoded
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load, model_path
@@ -462,7 +463,7 @@ class TransformersEngine:
                     prompt_tokens=prompt_tokens,
                     answer_tokens=self._answer_tokens(new[row]),
                     mass_kept=_mass_kept(own),
-                    kv_bytes=_cache_bytes(output.past_key_values, prompt_tokens),
+                    kv_bytes=_cache_bytes(cache_of(output), prompt_tokens),
                     batch=count,
                     seconds=Seconds(
                         encode=encode,
