@@ -648,51 +648,7 @@ def apply(
 ) -> Pruning | TrimmedAttention:
     """Make a model's `generate` and calls run pruned until `remove`.
 
-    Parameters
-    ----------
-    model
-        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
-        or a Llama-3.2-Vision for `method="trimmed-attention"`.
-    method
-        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
-        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
-        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
-        what each head keeps then, `positions` and `apply` do not apply, and the options are
-        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
-    keep
-        Budget of each image, video or crop: an int of tokens or a fraction.
-    positions
-        ``"original"``: kept tokens, and the text after them, have the positions of the full
-        prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
-        FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
-    apply
-        ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
-        cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
-        prompt's full length, and for comparing. The logits of all other tokens are those of
-        ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
-        into the window.
-    proportional_attention
-        Whether attention counts each kept token as many times as there are tokens it stands for
-        (`tokenprune.tokens_represented`; `Selection.represented` has the numbers): a large even
-        area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
-        tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
-        2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
-    **options
-        The method's own options.
-
-    Returns
-    -------
-    Pruning or TrimmedAttention
-        With `selections` of the last call and `remove`.
-
-    Raises
-    ------
-    UnknownMethodError, OptionError, BudgetError, ConfigError
-        For a wrong method, option, budget or way to count positions.
-    UnsupportedModelError
-        If the model, or the method on this model, is not supported.
-    TokenPruneError
-        If the model is pruned already.
+    Parameters, result and errors are those of `prune`.
     """
     check_other(model, method)
     if isinstance(method, PruningConfig):
@@ -760,9 +716,62 @@ def prune(
     proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning | TrimmedAttention:
-    """Prune a model inside a ``with`` block; parameters, result and errors as `apply`.
+    """Prune a model inside a ``with`` block.
+
+    ::
+
+        with tokenprune_hf.prune(model, "zeroth-order", keep=0.1) as pruning:
+            output = model.generate(**inputs, max_new_tokens=32)
+        pruning.selections
 
     After the block the model is exactly as it was, also after an exception.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
+        or a Llama-3.2-Vision for `method="trimmed-attention"`; or a PEFT model, what
+        `torch.compile` returned, or a DistributedDataParallel around one.
+    method
+        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
+        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
+        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
+        what each head keeps then, `positions` and `apply` do not apply, and the options are
+        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
+    keep
+        Budget of each image, video or crop: an int of tokens or a fraction.
+    positions
+        ``"original"``: kept tokens, and the text after them, have the positions of the full
+        prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
+        FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
+    apply
+        ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
+        cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
+        prompt's full length, and for comparing. The logits of all other tokens are those of
+        ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
+        into the window.
+    proportional_attention
+        Whether attention counts each kept token as many times as there are tokens it stands for
+        (`tokenprune.tokens_represented`; `Selection.represented` has the numbers): a large even
+        area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
+        tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
+        2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
+    **options
+        The method's own options.
+
+    Returns
+    -------
+    Pruning or TrimmedAttention
+        With `selections` of the last call and `remove`.
+
+    Raises
+    ------
+    UnknownMethodError, OptionError, BudgetError, ConfigError
+        For a wrong method, option, budget or way to count positions.
+    UnsupportedModelError
+        If the model, its wrapper, or the method on this model, is not supported.
+    TokenPruneError
+        If the model is pruned already.
     """
     return _begin(
         model,
