@@ -27,6 +27,10 @@ from tokenprune.masks import PooledBlocks
 from tokenprune_hf.trimmed import TrimmedAttention
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+# transformers 5.19 calls its own mllama so.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`hidden_state` is deprecated.*MllamaVisionEncoderLayer:FutureWarning"
+)
 MODELS = ["llava", "qwen2_5_vl", "internvl"]
 
 
