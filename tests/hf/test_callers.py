@@ -185,7 +185,6 @@ def test_a_block_that_ends_while_another_thread_generates_gives_no_wrong_answer(
 @pytest.mark.parametrize("name", MODELS)
 def test_a_copy_of_a_pruned_model_is_pruned_by_itself(name: str, how: str) -> None:
     model, (inputs, *_) = TINY[name].model(), questions(name)
-    before = state(model)
     with tokenprune_hf.prune(model, "zeroth-order", 5):
         other = copy.deepcopy(model) if how == "deepcopy" else saved(model)
         right = model.generate(**inputs, **GREEDY)
@@ -200,9 +199,8 @@ def test_a_copy_of_a_pruned_model_is_pruned_by_itself(name: str, how: str) -> No
     tokenprune_hf.remove(other)
     plain = TINY[name].model()
     assert torch.equal(other.generate(**inputs, **GREEDY), plain.generate(**inputs, **GREEDY))
-    untouched = saved(plain) if how == "pickle" and name != "llava" else copy.deepcopy(plain)
-    assert [part[:2] for part in state(other)] == [part[:2] for part in state(untouched)]
-    assert [part[:2] for part in before[:1]] == [part[:2] for part in state(other)[:1]]
+    # Hooks of transformers itself are there after a call, and none of ours.
+    assert [part[:2] for part in state(other)] == [part[:2] for part in state(plain)]
 
 
 def saved(thing: Any) -> Any:
