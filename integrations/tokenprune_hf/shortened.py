@@ -20,6 +20,7 @@ from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
 from tokenprune_hf.encoding import Encoded, KeptRows
 from tokenprune_hf.families.base import Family
+from tokenprune_hf.positions import count_as_published
 from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
 
 Application = Literal["drop", "mask"]
@@ -388,6 +389,12 @@ def shorten_prompt(
         if isinstance(values.get(name), Tensor)
     }
     full_positions = _full_positions(model, arguments, mask)
+    own_axes = family.mrope and arguments.get("position_ids") is None
+    if own_axes:
+        shorter = (~selected).any(dim=-1)
+        full_positions = count_as_published(
+            family, arguments, encoded, placeholders, full_positions, mask, shorter
+        )
     counted = (short["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
     if positions == "original":
         short["position_ids"] = prompt.shorten(full_positions, 0)
@@ -395,6 +402,10 @@ def shorten_prompt(
         last = mask.long().cumsum(dim=-1).argmax(dim=-1)
         columns = last[:, None].expand(*full_positions.shape[:-1], 1)
         following = full_positions.gather(-1, columns)[..., 0] + 1
+        if own_axes:
+            # Behind everything, on every axis, as both engines go on from a cache.
+            highest = full_positions.masked_fill(mask == 0, -1)[-3:].amax(dim=(0, -1))
+            following[-3:] = highest + 1
         if full_positions.ndim == 3 and len(full_positions) == 4:
             # Row 0 counts text for the engine's masks, which take gaps for packed prompts.
             short["position_ids"][0] = counted

@@ -209,6 +209,8 @@ def test_a_prompt_that_ends_with_a_dropped_token(name: str, use_cache: bool) -> 
     embeds = torch.cat([model.get_input_embeddings()(inputs["input_ids"][0, kept]), rows])
     place = positions[..., columns]
     following = positions[..., -1:] + 1
+    if positions.ndim == 3:  # behind the whole image, on every axis
+        following[1:] = positions[1:].max() + 1
     for token in output[0]:
         place_now = place[1:] if place.ndim == 3 else place
         hidden = model.model.language_model(
