@@ -118,7 +118,9 @@ class VllmEngine:
         """Lay the prompts out."""
         content = asked.content
         if isinstance(content, Video):
-            media: dict[str, Any] = {"video": frames_and_metadata(content)}
+            frames, metadata = frames_and_metadata(content)
+            # vLLM's own key: these are the frames, none are to be drawn from them.
+            media: dict[str, Any] = {"video": (frames, {**metadata, "do_sample_frames": False})}
         elif isinstance(content, Image.Image):
             media = {"image": content}
         else:
