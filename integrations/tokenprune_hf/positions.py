@@ -119,7 +119,7 @@ def _times(
         return {}
     places = placeholders["video"]
     result: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    for item, step in zip(encoded.modalities["video"].items, seconds, strict=True):
+    for item, step in zip(encoded.modalities["video"].items, seconds, strict=False):
         own = places[item.rows.to(places.device)]
         frames, rows, columns = item.tokens.grid
         interval = float(step) * family.frame_interval("video")

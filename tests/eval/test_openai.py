@@ -601,7 +601,9 @@ def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="33 frames, of which this server may read"):
                 engine.prepare(Asked(asked.items, asked.prompts, video(33, 1.0)))
             late = replace(video(4, 1.0), times=np.array([0.0, 1.0, 2.0, 3.2]))
-            with pytest.raises(ConfigError, match=r"frame 3 is at 3\.20 s\. Give --fps 1, or start"):
+            with pytest.raises(
+                ConfigError, match=r"frame 3 is at 3\.20 s\. Give --fps 1, or start"
+            ):
                 engine.prepare(Asked(asked.items, asked.prompts, late))
     assert (said["a"].text, said["a"].error) == ("green", None)
     (body,) = faulty.questions()

@@ -27,7 +27,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 
 
 def setting(name: str, samples: list[str]) -> tuple[Any, dict[str, Any]]:
-    """Return a model and a batch with videos of 60 and 11 temporal steps, 2 x 2 and 1 x 3 tokens."""
+    """Return a model, and a batch with videos of 60 and 11 steps of 2 x 2 and 1 x 3 tokens."""
     grids = [[60, 4, 4], [11, 2, 6]]
     tiny = replace(TINY[name], video=_packed("pixel_values_videos", "video_grid_thw", grids))
     inputs = prompt(tiny, samples)
@@ -178,7 +178,9 @@ def test_a_whole_prompt_beside_a_pruned_one() -> None:
 
 def test_positions_of_the_callers_own_stay() -> None:
     model, inputs = setting("qwen2_5_vl", ["tvt"])
-    own = torch.cat([torch.arange(inputs["input_ids"].shape[1])[None, None], engine_positions(model, inputs)])
+    own = torch.cat(
+        [torch.arange(inputs["input_ids"].shape[1])[None, None], engine_positions(model, inputs)]
+    )
     seen = watch(model)
     with tokenprune_hf.prune(model, "uniform", 0.4, apply="mask"):
         model(**inputs, position_ids=own)

@@ -53,9 +53,7 @@ def true_times(name: str) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", RECORDINGS)
-def test_frames_have_their_own_times(
-    name: str, backend: Backend, files: dict[str, Path]
-) -> None:
+def test_frames_have_their_own_times(name: str, backend: Backend, files: dict[str, Path]) -> None:
     expected = true_times(name)
     for count in (1, 5, _COUNT):
         video = read_video(files[name], count, backend=backend)
@@ -66,9 +64,7 @@ def test_frames_have_their_own_times(
 
 @pytest.mark.parametrize("count", [1, 2, 7, _COUNT])
 @pytest.mark.parametrize("name", RECORDINGS)
-def test_index_over_rate_is_a_frames_time(
-    name: str, count: int, files: dict[str, Path]
-) -> None:
+def test_index_over_rate_is_a_frames_time(name: str, count: int, files: dict[str, Path]) -> None:
     video = read_video(files[name], count)
     frames, metadata = frames_and_metadata(video)
     indices = metadata["frames_indices"]
@@ -95,7 +91,9 @@ def test_frames_without_times_are_two_a_second() -> None:
 
 def test_frames_closer_than_a_tick() -> None:
     times = np.arange(8) / 5000
-    video = Video(np.zeros((8, 2, 2, 3), np.uint8), times, np.arange(8), 8, 8 / 5000, Path(), "pyav")
+    video = Video(
+        np.zeros((8, 2, 2, 3), np.uint8), times, np.arange(8), 8, 8 / 5000, Path(), "pyav"
+    )
     _, metadata = frames_and_metadata(video)
     told = np.array(metadata["frames_indices"]) / metadata["fps"]
     assert np.abs(told - times).max() <= 5e-4
