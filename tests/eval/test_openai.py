@@ -592,9 +592,10 @@ def video(count: int, step: float = 0.5) -> Video:
 )
 def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
     asked = Asked([Item("a", "video", Path("v.mp4"), "?", "green")], ["color?"])
+    gap = replace(video(4), times=np.array([0.0, 0.4, 3.1, 3.2]), duration=3.3)
     with serving(faulty), engine_of(settings(faulty.url, tmp_path)) as engine:
         # A server that is not told takes frames for one a second.
-        said = answers(engine, asked, PLAIN, video(4, 0.4 if faulty.open else 1.01))
+        said = answers(engine, asked, PLAIN, gap if faulty.open else video(4, 1.01))
         if faulty.open:
             engine.prepare(Asked(asked.items, asked.prompts, video(33)))
         else:
@@ -614,9 +615,9 @@ def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
     how = {
         "num_frames": -1,
         "fps": 1000.0,
-        "duration": 1.6,
-        "total_num_frames": 1600,
-        "frames_indices": [0, 400, 800, 1200],
+        "duration": 3.3,
+        "total_num_frames": 4267,  # four mean steps
+        "frames_indices": [0, 400, 3100, 3200],
     }
     assert body.get("media_io_kwargs") == ({"video": how} if faulty.open else None)
 
