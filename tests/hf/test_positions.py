@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.hf.models import IMAGE, TINY, VIDEO, _packed, prompt
+from tokenprune_hf.engine import cache_argument, cache_of
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SAMPLES = ["tvt", "tivtvt", "tit", "tt"]
@@ -84,11 +85,6 @@ def watch(model: Any) -> list[Tensor]:
     return seen
 
 
-def cache_in(output: Any) -> dict[str, Any]:
-    """Return an output's cache under its name, which depends on the release and forwards share."""
-    return {name: output[name] for name in output if name in ("cache", "past_key_values")}
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruned_prompts_are_counted_as_published(name: str) -> None:
     model, inputs = setting(name, SAMPLES)
@@ -144,14 +140,16 @@ def test_a_prompt_that_loses_nothing_is_the_plain_engines(name: str) -> None:
         first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
         talk = torch.cat([first.sequences, more], dim=1)
         mask = torch.ones_like(talk)
-        second = model.generate(input_ids=talk, attention_mask=mask, **cache_in(first), **GREEDY)
+        second = model.generate(
+            input_ids=talk, attention_mask=mask, **cache_argument(model, cache_of(first)), **GREEDY
+        )
         output = model(**inputs)
         loop = []
         for _ in range(5):
             logits = output.logits[:, -1]
             logits[:, model.generation_config.suppress_tokens] = -torch.inf
             loop.append(logits.argmax(dim=-1))
-            output = model(input_ids=loop[-1][:, None], **cache_in(output))
+            output = model(input_ids=loop[-1][:, None], **cache_argument(model, cache_of(output)))
         return [
             first.sequences[0, length:].tolist(),
             second[0, talk.shape[1] :].tolist(),
