@@ -22,6 +22,8 @@ def link(package: Distribution, site: Path) -> None:
         if ".." in file.parts:
             continue  # commands, man pages
         target = site / file
+        if target.exists():
+            continue  # a file of several packages; to write over it would reach through the link
         target.parent.mkdir(parents=True, exist_ok=True)
         source = package.locate_file(file)
         try:

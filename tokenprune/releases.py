@@ -14,7 +14,7 @@ from tokenprune.errors import UntestedReleaseWarning
 
 
 @dataclass(frozen=True)
-class Tested:
+class Releases:
     """What was tested of an engine, from `oldest` to `newest`, both as (major, minor).
 
     A bugfix release counts as its minor release.
@@ -38,8 +38,8 @@ class Tested:
 
 
 TESTED = {
-    "transformers": Tested((5, 19), (5, 24)),
-    "vllm": Tested((0, 32), (0, 33)),
+    "transformers": Releases((5, 19), (5, 24)),
+    "vllm": Releases((0, 32), (0, 33)),
 }
 """Engine -> what was tested, by `scripts/test` and by hand."""
 

