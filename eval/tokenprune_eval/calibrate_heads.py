@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
+from tokenprune_eval.packages import TABLES, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,12 @@ if TYPE_CHECKING:
 
 HELP = "find the sparse mask each head of a model can do with, for prompts of several images"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, *TABLES, *needs_of_model(arguments.model))
+
 
 _ALPHAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """What else --alpha might have been."""

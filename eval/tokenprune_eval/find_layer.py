@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, parse_keep
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
+from tokenprune_eval.packages import PLOTS, TABLES, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +24,19 @@ if TYPE_CHECKING:
 
 HELP = "measure which decoder layer of a model finds needles in videos: flexselect's layer"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (
+        *TRANSFORMERS,
+        *VIDEO,
+        *TABLES,
+        *PLOTS,
+        Package("scipy"),
+        *needs_of_model(arguments.model),
+    )
+
 
 BUNDLED = "bundled"
 """In place of a model's name: the bundled model."""
@@ -101,10 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {value} is too small. Give at least {least}.")
     keep = parse_keep(arguments.keep)
 
-    # Whatever can be missing is missed now, and not after the measuring.
-    import matplotlib.figure  # noqa: F401
     import rich.console
-    import scipy.stats  # noqa: F401
 
     from tokenprune.config import PruningConfig
     from tokenprune_eval.demo.output import prepare_folder, write_whole

@@ -17,6 +17,9 @@ from tokenprune.errors import (
     OptionError,
     did_you_mean,
 )
+from tokenprune.packages import Package
+from tokenprune_eval.packages import PLOTS, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +36,12 @@ if TYPE_CHECKING:
 
 HELP = "draw an image, the methods' score maps and the patches they keep"
 EXTRA = "demo"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, *PLOTS, *needs_of_model(arguments.model or "bundled"))
+
 
 _FORMATS = (".png", ".pdf", ".svg")
 _METHODS_ACROSS = 6

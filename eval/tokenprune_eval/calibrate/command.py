@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_positions, parse_keep, parse_options
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
 from tokenprune_eval.evaluation.command import add_how, options_by_method
+from tokenprune_eval.packages import needs_of_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 
 HELP = "find the smallest keep of a method that loses no more accuracy than allowed"
 EXTRA = "eval"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*needs_of_run(arguments.engine or "hf", arguments.model), Package("scipy"))
+
 
 # fmt: off
 GRID = (
@@ -148,10 +156,13 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenprune_eval.calibrate.search import Search, draw
     from tokenprune_eval.demo.output import prepare_folder
     from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.evaluation.checks import check_before_model
     from tokenprune_eval.evaluation.runner import build_engine, load_sets
 
     files = _files(arguments.out, list(dict.fromkeys(settings.method)))
-    media = draw(load_sets(settings), per_media, arguments.limit, settings.seed)
+    sets = load_sets(settings)
+    check_before_model(settings, sets)
+    media = draw(sets, per_media, arguments.limit, settings.seed)
     _check_enough(bounds, len(media))
     prepare_folder(files[LOG].parent)
 

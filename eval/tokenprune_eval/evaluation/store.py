@@ -103,16 +103,8 @@ class Store:
             If nothing can be written.
         """
         records: list[Record] = []
-        if (self.folder / RUN).is_file():
-            before = read_run(self.folder)
-            other = Settings.model_validate(before.about["settings"])
-            # A run that ended before its first answer may be corrected.
-            if before.records and (differing := settings.differences(other)):
-                there = ", ".join(f"{name}={getattr(other, name)!r}" for name in differing)
-                raise ConfigError(
-                    f"{self.folder} holds a run with other settings ({there}), and answers of both "
-                    "would be mixed. Give the same, or another folder with --out."
-                )
+        before = run_before(self.folder, settings)
+        if before is not None:
             if before.records:
                 items = list({one.id: one for one in (*before.items, *items)}.values())
                 conditions = list(
@@ -181,6 +173,30 @@ class Store:
                     return
                 end = start
             stream.truncate(0)
+
+
+def run_before(folder: Path, settings: Settings) -> Run | None:
+    """Return the run that a folder holds, which one with these settings would go on with.
+
+    Raises
+    ------
+    ConfigError
+        If its settings are others.
+    InputFileError
+        If its files are damaged.
+    """
+    if not (folder / RUN).is_file():
+        return None
+    before = read_run(folder)
+    other = Settings.model_validate(before.about["settings"])
+    # A run that ended before its first answer may be corrected.
+    if before.records and (differing := settings.differences(other)):
+        there = ", ".join(f"{name}={getattr(other, name)!r}" for name in differing)
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({there}), and answers of both would be "
+            "mixed. Give the same, or another folder with --out."
+        )
+    return before
 
 
 def _unwritable(file: Path, error: OSError) -> OutputError:

@@ -11,12 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.packages import Package, check_packages
+from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
 if TYPE_CHECKING:
     from tokenprune_hf.lite.model import LiteModel
 
 HELP = "train a small selector that ranks visual tokens as a model's own layer does"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, Package("rich"), Package("scipy"))
+
 
 _DECODER = {
     "width": "hidden_size",
@@ -115,6 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     teacher = FlexSelect(layer=arguments.layer, reduction=arguments.reduction)
     asked = read_data(arguments.data)
+    if any(one.kind == "video" for one in asked):
+        check_packages(VIDEO, EXTRA, "reading the videos")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputFileError(f"--out {arguments.out} is a file; give a folder.")
     console = Console()

@@ -160,7 +160,7 @@ class TransformersEngine:
         for pruning in self.prunings.values():
             check_method(pruning.selector(), self.model)
         if settings.dominance:
-            _check_dominance(self.model, settings.max_new_tokens)
+            check_dominance(self.model, settings.max_new_tokens)
         if settings.cache is not None:
             _check_cache(settings.cache)
             self.needs = sorted({*self.needs, *_all_needs(self.model)})
@@ -492,7 +492,7 @@ class TransformersEngine:
         return int(at[0]) + 1 if len(at) else len(new)
 
 
-def _check_dominance(model: Any, max_new_tokens: int) -> None:
+def check_dominance(model: Any, max_new_tokens: int) -> None:
     """Raise where modality dominance cannot be measured."""
     if max_new_tokens < 2:
         raise ConfigError(
