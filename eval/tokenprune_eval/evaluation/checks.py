@@ -1,7 +1,7 @@
 """What would stop a run, looked for before its first question.
 
-`check_before_model` is what every run does before it loads the model. `problems_of` is
-`tokenprune eval validate`: it looks at the model too, without its weights, and gathers everything.
+`check_before_model` is what every run does before it loads the model's weights. `problems_of` is
+`tokenprune eval validate`: it gathers everything, also what a run finds out by itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _GIB = 2**30
 
 
 def check_before_model(settings: Settings, sets: Sequence[DataSet]) -> None:
-    """Check what needs no model; the engine checks the rest when it is made.
+    """Check what needs no weights; the engine checks the rest when it is made.
 
     Parameters
     ----------
@@ -56,6 +56,8 @@ def check_before_model(settings: Settings, sets: Sequence[DataSet]) -> None:
     _check_packages(sets)
     check_folder(settings.out)
     _check_room(settings, sets)
+    if settings.engine == "hf":  # the others are asked when they start
+        _check_for_transformers(settings)
     _check_letters(settings, sets)
 
 
@@ -236,7 +238,8 @@ def _check_for_transformers(settings: Settings) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from tokenprune_eval.evaluation.engines.transformers import check_dominance
-    from tokenprune_hf.families.registry import check_method, supported_models
+    from tokenprune_hf.families.base import Media
+    from tokenprune_hf.families.registry import check_method, family_of, supported_models
     from tokenprune_hf.loading import model_path
 
     name = model_path(settings.model)
@@ -253,7 +256,10 @@ def _check_for_transformers(settings: Settings) -> None:
     with torch.device("meta"):  # the modules without their weights
         model = models.from_config(config)
     for condition in settings.conditions():
-        check_method(settings.pruning(condition).selector(), model)
+        selector = settings.pruning(condition).selector()
+        check_method(selector, model)
+        if "cls_attention" in selector.needs:
+            family_of(model).scoring_layer(Media("image"))
     if settings.dominance:
         check_dominance(model, settings.max_new_tokens)
     _processor(settings.model)
