@@ -1,9 +1,9 @@
 """Packages beside torch and numpy that a part of tokenprune imports, and what installs them.
 
-A subcommand says in its ``needs`` all that it will import, up to its last stage, and `check_packages`
-looks for them before the first: a package that only the report needs must not be missed when the
-answers are there. What depends on settings or on the data is checked by the same function as soon
-as these are known.
+A subcommand says in its ``needs`` all that it will import, up to its last stage, and
+`check_packages` looks for them before the first: a package that only the report needs must not be
+missed when the answers are there. What depends on settings or on the data is checked by the same
+function as soon as these are known.
 """
 
 from __future__ import annotations

@@ -173,7 +173,8 @@ def test_videos_in_the_data_are_missed_before_the_model_is_loaded(tmp_path: Path
 def test_a_yaml_file_may_ask_for_more_packages(tmp_path: Path) -> None:
     file = tmp_path / "eval.yaml"
     file.write_text(
-        f"model: m\ndata: [work-begins.jsonl]\nengine: vllm\nmethod: [random]\nout: {tmp_path}/out\n"
+        "model: m\ndata: [work-begins.jsonl]\nengine: vllm\nmethod: [random]\n"
+        f"out: {tmp_path}/out\n"
     )
     result, said = hidden("vllm", "eval", "--config", str(file))
     assert result["status"] == 2
