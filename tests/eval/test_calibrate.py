@@ -25,10 +25,11 @@ import torch
 from PIL import Image
 
 import tokenprune_hf
+from tokenprune.arguments import parse_share
 from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
-from tokenprune_eval.calibrate.command import parse_share, serve_command
+from tokenprune_eval.calibrate.command import serve_command
 from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
 from tokenprune_eval.data.item import DataSet, Item

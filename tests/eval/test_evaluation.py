@@ -389,7 +389,7 @@ def test_wrong_arguments_stop_before_the_work(
 
 def test_settings_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    text = "model: bundled\ndata: [scenes]\nmethod: [uniform]\nkeep: [0.5, 8]\nlimit: 7\nout: out\n"
+    text = "model: bundled\ndata: [scenes]\nmethod: [uniform]\nkeep: [50%, 8]\nlimit: 7\nout: out\n"
     file.write_text(text, "utf-8")
     assert main(["eval", "validate", "--config", str(file), "--limit", "5"]) == 0
     seen = capsys.readouterr().out

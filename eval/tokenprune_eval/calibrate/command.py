@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_positions, parse_keep, parse_options
+from tokenprune.arguments import add_positions, parse_keep, parse_options, parse_share
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
 from tokenprune_eval.evaluation.command import add_how, options_by_method
@@ -232,35 +232,6 @@ def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Item]]) ->
 
 
 # Arguments --------------------------------------------------------------------------------------
-
-
-def parse_share(name: str, text: str) -> float:
-    """Return ``"1%"`` or ``"0.01"`` as 0.01.
-
-    Parameters
-    ----------
-    name
-        The argument, for the message.
-    text
-        What was given.
-
-    Raises
-    ------
-    ConfigError
-        If it is no share above 0 and below 1.
-    """
-    number, percent, rest = text.strip().partition("%")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if rest or math.isnan(value):
-        raise ConfigError(f"{name} {text} is no share. Write 1% or 0.01.")
-    share = value / 100 if percent else value
-    if not 0 < share < 1:
-        hint = "" if percent or share < 1 else f" For {number} percent write {number}%."
-        raise ConfigError(f"{name} {text} must lie above 0 and below 1, which is 100%.{hint}")
-    return share
 
 
 def bounds_of(arguments: argparse.Namespace) -> Bounds:

@@ -73,8 +73,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--keep",
         nargs="+",
         metavar="KEEP",
-        help="numbers of tokens, or fractions (default: 1.0 0.5 0.25 0.125 0.0625); the unpruned "
-        "model is run in any case",
+        help="numbers of tokens, or fractions such as 0.25 or 25%% (default: 1.0 0.5 0.25 0.125 "
+        "0.0625); the unpruned model is run in any case",
     )
     what.add_argument(
         "--option",

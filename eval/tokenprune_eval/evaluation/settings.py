@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tokenprune.arguments import parse_keep
 from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean
@@ -41,6 +42,7 @@ class Settings(BaseModel):
         Data sets, see `tokenprune_eval.data.load.load_data`.
     method, keep
         Every method is run with every budget; 1.0 is the unpruned model and is run once, always.
+        A budget may also be text, such as ``"25%"``.
     options
         Method -> its own options.
     positions
@@ -140,7 +142,10 @@ class Settings(BaseModel):
     @classmethod
     def _keep(cls, keep: list[int | float | str]) -> list[int | float | str]:
         try:
-            return [check_keep(one) for one in keep]
+            return [
+                check_keep(parse_keep(one, "keep=") if isinstance(one, str) else one)
+                for one in keep
+            ]
         except TokenPruneError as error:
             raise ValueError(str(error)) from None
 
