@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, reason_of
 from tokenprune.packages import Package
 from tokenprune_eval.packages import TABLES, needs_of_model
 from tokenprune_hf.packages import TRANSFORMERS
@@ -201,8 +201,7 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{file} cannot be written: {error.strerror or error}. Make room, or give another "
-            "place."
+            f"{file} cannot be written: {reason_of(error)}. Make room, or give another place."
         ) from None
 
 

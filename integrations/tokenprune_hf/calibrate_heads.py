@@ -9,6 +9,7 @@ Source: BlindSight (arXiv 2507.09071); see `tokenprune.masks.coverage` for what 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, InputFileError, LayoutError, UnsupportedModelError
+from tokenprune.errors import (
+    ConfigError,
+    InputFileError,
+    LayoutError,
+    UnsupportedModelError,
+    reason_of,
+)
 from tokenprune.masks.coverage import (
     PromptCoverage,
     categories_of,
@@ -390,7 +397,7 @@ def read_prompts(
     generator = np.random.default_rng(seed)
     found: list[Prompt] = []
     for path in data:
-        if path.is_dir():
+        if os.path.isdir(path):  # of a name that is too long: False
             files = _pictures(path, images)
             order = generator.permutation(len(files)).tolist()
             for start in range(0, len(files) - images + 1, images):
@@ -422,7 +429,7 @@ def _read_lines(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
         raise InputFileError(
             f"{file}: the data cannot be read ({reason}). Give a JSON Lines file of prompts, or a "
             "folder of pictures."
@@ -434,7 +441,7 @@ def _read_lines(file: Path) -> list[Prompt]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({error}).") from None
+            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
         fields = values if isinstance(values, dict) else {}
         images, question = fields.get("images"), fields.get("question")
         if not (

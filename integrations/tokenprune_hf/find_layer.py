@@ -31,6 +31,7 @@ from tokenprune.errors import (
     TokensError,
     UnsupportedModelError,
     did_you_mean,
+    reason_of,
 )
 from tokenprune.reading import Reduction, question_scores
 from tokenprune.selectors.base import top_k
@@ -483,7 +484,7 @@ def read_needles(path: Path) -> list[Needle]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
         raise InputFileError(
             f"{path}: the needles cannot be read ({reason}). Give a JSONL file with an image and a "
             "question in each line."

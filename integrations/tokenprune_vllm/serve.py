@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.packages import Package
 from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.packages import VLLM
@@ -135,7 +135,9 @@ def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
         try:
             text = arguments.pruning.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputFileError(f"--pruning {arguments.pruning} cannot be read: {error}") from None
+            raise InputFileError(
+                f"--pruning {arguments.pruning} cannot be read: {reason_of(error)}."
+            ) from None
         return PruningConfig.from_json(text)
     for name in ("method", "keep"):
         if getattr(arguments, name) is None:
@@ -174,7 +176,9 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--hf-overrides {text!r} is not JSON: {error}.") from error
+            raise ConfigError(
+                f"--hf-overrides {text!r} is not JSON: {reason_of(error)}."
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"--hf-overrides {text} is not a JSON object.")
         found.update(values)

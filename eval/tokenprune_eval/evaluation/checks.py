@@ -19,6 +19,7 @@ from tokenprune.errors import (
     InputFileError,
     TokenPruneError,
     UnsupportedModelError,
+    reason_of,
 )
 from tokenprune.packages import check_packages
 from tokenprune_eval.data.choose import missing_media
@@ -137,10 +138,10 @@ def check_folder(folder: Path, argument: str = "--out") -> None:
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
-        reason = error.strerror or error
         where = folder if there == folder else f"{folder}, which would be made in {there}"
         raise OutputError(
-            f"nothing can be written to {where}: {reason}. Give another folder with {argument}."
+            f"nothing can be written to {where}: {reason_of(error)}. Give another folder with "
+            f"{argument}."
         ) from None
 
 
@@ -196,7 +197,7 @@ def _processor(model: str) -> Any:
 
 
 def _unloadable(model: str, error: Exception) -> InputFileError:
-    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
+    reason = f"{type(error).__name__}: {reason_of(error)}"
     return InputFileError(
         f"the model {model} cannot be loaded ({reason}). Give the folder of a checkpoint with its "
         "processor, or a name that transformers can find."

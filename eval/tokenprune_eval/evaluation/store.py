@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import ConfigError, TokenPruneError, reason_of
 from tokenprune_eval.demo.output import OutputError, prepare_folder, write_whole
 from tokenprune_eval.evaluation.records import Condition, Record
 from tokenprune_eval.evaluation.settings import Settings
@@ -201,6 +201,6 @@ def run_before(folder: Path, settings: Settings) -> Run | None:
 
 def _unwritable(file: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{file} cannot be written: {error.strerror or error}. Make room and run the same command "
+        f"{file} cannot be written: {reason_of(error)}. Make room and run the same command "
         "again: it goes on where it was."
     )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.config import Positions
-from tokenprune.errors import InputFileError
+from tokenprune.errors import InputFileError, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.output import write_whole
 from tokenprune_eval.evaluation.records import (
@@ -412,11 +412,11 @@ def read_results(folder: Path) -> Results:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise InputFileError(
-            f"{file} cannot be read: {error.strerror or error}. Give the folder of a run."
+            f"{file} cannot be read: {reason_of(error)}. Give the folder of a run."
         ) from None
     except ValueError as error:
         raise InputFileError(
-            f"{file} is no JSON ({error}). Have it written again from the run's records."
+            f"{file} is no JSON ({reason_of(error)}). Have it written again from the run's records."
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:

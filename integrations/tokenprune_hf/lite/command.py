@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.packages import Package, check_packages
 from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
@@ -235,8 +235,7 @@ def _from_checkpoint(name: str) -> tuple[dict[str, Any], Callable[[LiteModel], N
     try:
         found = make.AutoModel.from_pretrained(name, dtype="float32")
     except Exception as error:  # what is wrong with a checkpoint can show in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise InputFileError(f"--init-from {name} cannot be loaded ({reason}).") from None
+        raise InputFileError(f"--init-from {name} cannot be loaded ({reason_of(error)}).") from None
     source = getattr(found, "language_model", found)
     if source.config.model_type != "qwen2":
         raise ConfigError(

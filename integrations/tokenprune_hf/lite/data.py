@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.reading import question_scores
 from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune.selectors.frame_sets import frame_sets
@@ -94,7 +94,7 @@ def read_data(file: Path) -> list[Asked]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"the data file {file} cannot be read: {error}.") from None
+        raise InputFileError(f"the data file {file} cannot be read: {reason_of(error)}.") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -102,7 +102,7 @@ def read_data(file: Path) -> list[Asked]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({error}).") from None
+            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
         kinds = [kind for kind in ("image", "video") if isinstance(values, dict) and kind in values]
         question = values.get("question") if kinds else None
         if len(kinds) != 1 or not isinstance(question, str) or not question.strip():

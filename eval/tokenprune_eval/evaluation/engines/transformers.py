@@ -32,6 +32,7 @@ from tokenprune.errors import (
     PromptError,
     TokenPruneError,
     UnsupportedModelError,
+    reason_of,
 )
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -366,7 +367,7 @@ class TransformersEngine:
             save_encoded(prepared.file, prepared.encoded, model, seconds=prepared.encode_seconds)
         except OSError as error:
             raise OutputError(
-                f"{prepared.file} cannot be written: {error.strerror or error}. Make room, give "
+                f"{prepared.file} cannot be written: {reason_of(error)}. Make room, give "
                 "another folder with --cache, or leave it out."
             ) from None
 
@@ -511,7 +512,7 @@ def _check_cache(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(
-            f"nothing can be written to {folder}: {error.strerror or error}. Give another folder "
+            f"nothing can be written to {folder}: {reason_of(error)}. Give another folder "
             "with --cache, or leave it out."
         ) from None
 
