@@ -75,6 +75,17 @@ def answers(folder: Path) -> dict[tuple[str, str], str | None]:
     return found
 
 
+def test_a_draw_says_of_how_many_questions(ran: Path) -> None:
+    whole = len(load_data("scenes").items)
+    said = f"24 of {whole:,} questions"
+    assert f"## scenes: {said}, 64 visual tokens unpruned" in (ran / "table.md").read_text("utf-8")
+    report = (ran / "report.html").read_text("utf-8")
+    assert f"{said} of scenes" in report
+    assert f"{said}." in report
+    (data,) = json.loads((ran / "results.json").read_text("utf-8"))["data"]
+    assert (data["questions"], data["of_questions"]) == (24, whole)
+
+
 def test_accuracy_is_what_transformers_says(ran: Path) -> None:
     items = choose(load_data("scenes"), 24, 0).items
     model, processor = tokenprune_hf.load(str(bundled_model_path()))
@@ -184,6 +195,7 @@ def test_shards_make_the_whole(ran: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     merged = run("merge", str(whole), *map(str, shards))
     assert merged.returncode == 0, merged.stderr
+    assert f"scenes: 24 of {len(load_data('scenes').items):,} questions" in merged.stdout
     assert answers(whole) == answers(ran)
     of = {row.condition: row.accuracy for row in read_results(ran).rows}
     assert {row.condition: row.accuracy for row in read_results(whole).rows} == of

@@ -148,7 +148,9 @@ def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
     items = list({one.id: one for run in runs for one in run.items}.values())
     about = {
         **runs[0].about,
-        "data": [],
+        "data": list(
+            {one["name"]: one for run in runs for one in run.about.get("data", ())}.values()
+        ),
         "complete": all(run.about.get("complete") for run in runs),
         "seconds": sum(run.about.get("seconds") or 0.0 for run in runs),
         "shards": [run.about["settings"]["shard"] for run in runs],

@@ -127,7 +127,7 @@ def run(settings: Settings, progress: Progress) -> Results:
         known = store.begin(
             settings,
             {
-                "data": [{"name": one.name, "items": len(one.items)} for one in sets],
+                "data": [{"name": one.name, "of": one.drawn_from} for one in sets],
                 "bundled": settings.model == BUNDLED,
                 "versions": _versions(),
                 "machine": _machine(),

@@ -106,6 +106,8 @@ class Store:
         before = run_before(self.folder, settings)
         if before is not None:
             if before.records:
+                sets = (*before.about.get("data", ()), *about.get("data", ()))
+                about = {**about, "data": list({one["name"]: one for one in sets}.values())}
                 items = list({one.id: one for one in (*before.items, *items)}.values())
                 conditions = list(
                     {one.key: one for one in (*before.conditions, *conditions)}.values()

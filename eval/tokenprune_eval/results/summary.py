@@ -244,12 +244,15 @@ class DataInfo(BaseModel):
         Its name.
     questions
         How many were to be asked.
+    of_questions
+        Of how many they were drawn, with ``--limit`` or ``--shard``; None where they are all.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     questions: int
+    of_questions: int | None = None
 
 
 class Results(BaseModel):
@@ -356,7 +359,10 @@ def summarise(
         bundled=about.get("bundled") is True or model == "bundled",
         started=about.get("started"),
         wall_seconds=about.get("seconds"),
-        data=[DataInfo(name=name, questions=len(own)) for name, own in sets.items()],
+        data=[
+            DataInfo(name=name, questions=len(own), of_questions=_drawn_from(about, name, len(own)))
+            for name, own in sets.items()
+        ],
         conditions=list(conditions),
         rows=[
             _row(name, own, condition, given[condition.key], answers)
@@ -457,6 +463,13 @@ def _by_condition(
             )
         given[record.condition][record.item] = record
     return given
+
+
+def _drawn_from(about: Mapping[str, Any], name: str, questions: int) -> int | None:
+    """Return of how many questions those of a run were drawn; None where they are all."""
+    noted = {one["name"]: one.get("of") for one in about.get("data") or ()}
+    whole = noted.get(name)
+    return None if whole is None or whole <= questions else int(whole)
 
 
 def _row(
