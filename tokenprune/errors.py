@@ -54,6 +54,10 @@ class InputFileError(TokenPruneError, ValueError):
     """A file given to tokenprune is missing, damaged or of a kind it cannot read."""
 
 
+class OutputError(TokenPruneError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
 class MissingPackageError(TokenPruneError, ImportError):
     """A package that this part of tokenprune needs is not installed."""
 

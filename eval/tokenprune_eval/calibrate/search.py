@@ -27,6 +27,9 @@ from tokenprune_eval.evaluation.scoring import prompt_of
 from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
 
+CUT = "the answer was cut off before it named anything; give more --max-new-tokens."
+"""Why there is no answer to a question whose answer is longer than allowed."""
+
 GIVE_UP = 10
 """Questions without an answer, and none with one, after which the search ends."""
 
@@ -257,8 +260,9 @@ class Answers:
 
     def _note(self, record: Record, condition: Condition) -> None:
         self.of(condition)[record.item] = record.correct
-        if record.error is not None:
-            self.errors_of(condition)[record.item] = record.error
+        if record.correct is None:
+            # No loss can be measured against an answer that names nothing.
+            self.errors_of(condition)[record.item] = record.error or CUT
 
 
 class _Trial:
@@ -466,18 +470,25 @@ class Search:
         )
         with closing(reading):
             for group, is_known in zip(groups, known, strict=True):
-                yield Asked(group, ()) if is_known else next(reading)
+                if is_known:
+                    yield Asked(group, ())
+                    continue
+                left = len(group)
+                while left:  # a group may come in parts
+                    part = next(reading)
+                    left -= len(part.items)
+                    yield part
 
     def _ask(self, chunk: Sequence[Asked], conditions: Sequence[Condition]) -> None:
+        if to_encode := [one for one in chunk if one.error is None and one.prompts]:
+            self.engine.begin(to_encode)
+        # What cannot be read, prepared or encoded has no answer under any condition.
         for asked in chunk:
             if asked.error is not None:
                 for item in asked.items:
                     if not self.answers.recall(item, _FULL):
                         self.answers.note(item, _FULL, Said(error=asked.error))
-        good = [one for one in chunk if one.error is None]
-        if good:
-            if to_encode := [one for one in good if one.prompts]:
-                self.engine.begin(to_encode)
+        if good := [one for one in chunk if one.error is None]:
             for condition in (_FULL, *conditions):
                 self._answer(good, condition)
         self._check_answers(GIVE_UP)

@@ -6,11 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from tokenprune.errors import TokenPruneError, reason_of
-
-
-class OutputError(TokenPruneError, OSError):
-    """A result cannot be written where it was asked for."""
+from tokenprune.errors import OutputError as OutputError
+from tokenprune.errors import reason_of
 
 
 def prepare_folder(folder: Path) -> None:

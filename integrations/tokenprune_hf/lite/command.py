@@ -102,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tokenprune.selectors.flexselect import FlexSelect
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.lite.data import rank, read_data
     from tokenprune_hf.lite.training import Recipe, split, train
     from tokenprune_hf.loading import load, model_path
@@ -146,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             teacher,
             arguments.frames,
             lambda: progress.advance(task),
+            LeftOut(lambda text: console.print(text, soft_wrap=True, markup=False)),
         )
     learnt, held_out = split(files, arguments.held_out, recipe.seed)
     features, _, _ = learnt[0].tensors()
