@@ -34,6 +34,7 @@ from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import load_data
+from tokenprune_eval.evaluation.engines.base import Said
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import load, model_path
 
@@ -310,6 +311,96 @@ def test_a_model_that_answers_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "answered none of" in printed.err
     assert "no image that can be read" in printed.err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["answers"]
+
+
+# Questions without an answer --------------------------------------------------------------------
+
+
+class Canned:
+    """An engine without a model: what it says is a function of the question and the condition."""
+
+    media_at_once: dict[str, int] = {"image": 4, "video": 1}  # noqa: RUF012
+
+    def __init__(self, says: Any) -> None:
+        self._says = says
+
+    def about(self) -> dict[str, Any]:
+        return {"architecture": "Canned"}
+
+    def prepare(self, asked: Any) -> None:
+        asked.prepared = "prepared"
+
+    def begin(self, media: Any) -> None:
+        assert all(one.prepared for one in media)
+
+    def answer(self, media: Any, wanted: Sequence[Item], condition: Any, done: Any) -> None:
+        there = {item.id for one in media for item in one.items}
+        for item in wanted:
+            assert item.id in there
+            said = self._says(item, condition)
+            done(item, said if isinstance(said, Said) else Said(text=said))
+
+    def close(self) -> None:
+        pass
+
+
+def _canned(monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
+    from tokenprune_eval.evaluation import runner
+
+    monkeypatch.setattr(runner, "build_engine", lambda settings: Canned(says))
+
+
+def test_a_method_that_answers_nothing_has_no_budget_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(item: Item, condition: Any) -> Any:
+        refused = Said(error="odd tensors")
+        return refused if condition.method == "divprune" else item.answer
+
+    _canned(monkeypatch, says)
+    out = tmp_path / "out"
+    arguments = [*BASE, "--data", "scenes", "--method", "divprune", "uniform", "--max-drop", "20%"]
+    assert main([*arguments, "--keep-grid", "0.5", "0.25", "--out", str(out)]) == 1
+    log = json.loads((out / "calibration.json").read_text())
+    assert log["found"] == {"divprune": None, "uniform": 0.25}
+    decisions = [one for one in log["decisions"] if one["method"] == "divprune"]
+    assert [(one["keep"], one["outcome"]) for one in decisions] == [(0.5, "unanswered")] or {
+        one["outcome"] for one in decisions
+    } == {"unanswered"}
+    for one in decisions:
+        assert set(one["errors"].values()) == {"odd tensors"}
+        assert len(one["errors"]) == one["questions"] <= 10
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unanswered" in printed
+    assert "missing and count as wrong, for example to scenes/" in printed
+    assert ": odd tensors" in printed
+
+
+def test_one_odd_question_is_left_out_or_counts_as_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpruned it has no place in any comparison; pruned alone it is a loss that a user would see."""
+    odd: dict[str, set[str]] = {"unpruned": set(), "uniform@0.25": set()}
+
+    def says(item: Item, condition: Any) -> Any:
+        number = int(item.id.rpartition("-")[2])
+        for key, rest in (("unpruned", 3), ("uniform@0.25", 5)):
+            if condition.key == key and number % 11 == rest:
+                odd[key].add(item.id)
+                return Said(error="odd")
+        return item.answer
+
+    _canned(monkeypatch, says)
+    out = tmp_path / "out"
+    arguments = [*BASE, "--data", "scenes", "--method", "uniform", "--max-drop", "40%"]
+    assert main([*arguments, "--keep-grid", "0.25", "--out", str(out)]) == 0
+    log = json.loads((out / "calibration.json").read_text())
+    (decision,) = log["decisions"]
+    assert set(log["unpruned"]["errors"]) == odd["unpruned"]
+    assert odd["unpruned"]
+    assert odd["uniform@0.25"]
+    assert set(decision["lost"]) == set(decision["errors"]) <= odd["uniform@0.25"]
+    assert decision["drop"] == pytest.approx(len(decision["lost"]) / decision["questions"])
 
 
 # A search that goes on -------------------------------------------------------------------------
