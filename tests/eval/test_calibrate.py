@@ -379,7 +379,7 @@ def test_a_method_that_answers_nothing_has_no_budget_and_leaves_the_others(
 def test_one_odd_question_is_left_out_or_counts_as_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unpruned it has no place in any comparison; pruned alone it is a loss that a user would see."""
+    """Unpruned it has no place in any comparison; pruned alone it is a loss a user would see."""
     odd: dict[str, set[str]] = {"unpruned": set(), "uniform@0.25": set()}
 
     def says(item: Item, condition: Any) -> Any:

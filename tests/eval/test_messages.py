@@ -183,9 +183,9 @@ def test_bad_folders(reader: str, tmp_path: Path) -> None:
     assert "no JSON" not in str(raised.value)
     for content in CONTENTS.values():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(TokenPruneError) as raised:
+        with pytest.raises(TokenPruneError) as refused:
             read(tmp_path)
-        check(raised.value)
+        check(refused.value)
 
 
 @pytest.mark.parametrize(

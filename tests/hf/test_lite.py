@@ -257,7 +257,7 @@ def test_questions_that_cannot_be_ranked_are_left_out(
     from tokenprune_eval.bundled.model import bundled_model_path
     from tokenprune_hf.failures import LeftOut, NothingLeftError
     from tokenprune_hf.lite import data as module
-    from tokenprune_hf.loading import load
+    from tokenprune_hf.loading import ask, load
 
     for name in ("a.png", "b.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
@@ -267,7 +267,7 @@ def test_questions_that_cannot_be_ranked_are_left_out(
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     asked = read_data(tmp_path / "data.jsonl")
     model, processor = load(str(bundled_model_path()))
-    plain = module.ask
+    plain = ask
 
     def refuse(processor: Any, question: str, **media: Any) -> Any:
         if question == "odd ?":
