@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
 from tokenprune_hf.families.base import VIDEO_FRAMES
 from tokenprune_hf.families.registry import supported_models
 from tokenprune_hf.video import Video
@@ -83,7 +83,7 @@ def load(name: str) -> tuple[Any, Any]:
     except TokenPruneError:
         raise
     except Exception as error:  # what is wrong with a checkpoint can show in any way
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputFileError(
             f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
             "its processor, or a name that transformers can find."

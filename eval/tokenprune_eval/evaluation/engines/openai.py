@@ -35,7 +35,7 @@ from anyio.from_thread import start_blocking_portal
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
+from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
@@ -674,7 +674,7 @@ def _reason(error: Exception, timeout: float) -> str:
     if isinstance(error, openai.APIError):
         return f"the server broke the answer off: {error.message.strip().rstrip('.')}"
     if isinstance(error, ValueError):
-        return f"the server sent what is no JSON ({error})"
+        return f"the server sent what is no JSON ({reason_of(error)})"
     return str(error)
 
 
