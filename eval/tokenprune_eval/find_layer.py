@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_keep, parse_keep
+from tokenprune.arguments import Parser, add_keep, add_model, parse_keep
 from tokenprune.errors import ConfigError
+from tokenprune.providers import BUNDLED
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,21 +23,14 @@ if TYPE_CHECKING:
 HELP = "measure which decoder layer of a model finds needles in videos: flexselect's layer"
 EXTRA = "train"
 
-BUNDLED = "bundled"
-"""In place of a model's name: the bundled model."""
-
 _LINE, _SOFT = "#20639b", "#5c6672"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     # A list of files swallows what comes after it, so the model is shown first.
     parser.usage = f"{parser.prog} MODEL --video FILE [FILE ...] [options]"
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"a checkpoint of transformers, a folder or a name; {BUNDLED!r}: the bundled model",
-    )
+    add_model(parser, "a checkpoint of transformers, a folder or a name, or bundled")
     parser.add_argument(
         "--video",
         nargs="+",
@@ -123,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
                 videos.append(read_video(file, arguments.frames, max_side=arguments.max_side))
                 advance(1)
         with progress.step("loading the model", 1):
-            model, processor = load(_path(arguments.model))
+            model, processor = load(arguments.model)
         about = _about(arguments, model, needles, videos)
         numbers = arguments.out / "layer_recall.json"
         planned = len(videos) * len(needles) * arguments.repeats
@@ -176,15 +170,6 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _path(model: str) -> str:
-    """Return what to load for the name that the user gave."""
-    if model != BUNDLED:
-        return model
-    from tokenprune_eval.bundled.model import bundled_model_path
-
-    return str(bundled_model_path())
 
 
 def _name(model: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -11,12 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import (
-    ConfigError,
-    OptionError,
-    did_you_mean,
+from tokenprune.arguments import (
+    Parser,
+    add_keep,
+    add_methods,
+    add_model,
+    add_options,
+    add_positions,
+    options_by_method,
+    parse_keep,
 )
+from tokenprune.errors import ConfigError
+from tokenprune.providers import BUNDLED
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,27 +81,17 @@ class Shown:
         return text
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
-    parser.add_argument(
-        "--model",
-        metavar="PATH_OR_NAME",
-        help="a checkpoint of transformers (default: the bundled model)",
-    )
+    add_model(parser, "a checkpoint of transformers (default: the bundled model)", required=False)
     parser.add_argument(
         "--question", metavar="TEXT", help="also answer this, with all tokens and with those kept"
     )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        action="extend",
-        metavar="METHOD",
-        help="one panel each (default: zeroth-order cls-attention divprune)",
-    )
+    add_methods(parser, "one panel each (default: zeroth-order cls-attention divprune)")
     add_keep(parser, default="0.25")
     add_positions(parser)
-    add_options(parser, "an option of those methods that have it")
+    add_options(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -147,22 +142,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
     """Return the methods, each with those options that it has."""
-    from tokenprune.registry import build, find
+    from tokenprune.registry import build
 
-    values = parse_options(options)
-    fields = {
-        method: {field.name for field in dataclasses.fields(find(method))} for method in methods
-    }
-    known = set().union(*fields.values())
-    for name in values:
-        if name not in known:
-            raise OptionError(
-                f"none of {', '.join(methods)} has an option {name!r}. {did_you_mean(name, known)}"
-            )
-    return [
-        build(method, {name: value for name, value in values.items() if name in fields[method]})
-        for method in methods
-    ]
+    values = options_by_method(options, methods)
+    return [build(method, values.get(method, {})) for method in methods]
 
 
 def _check_out(out: Path) -> None:
@@ -196,11 +179,10 @@ def _look(
 
     import tokenprune_hf
     from tokenprune.selecting import select_many
-    from tokenprune_eval.bundled.model import bundled_model_path
     from tokenprune_hf.families.registry import check_method
     from tokenprune_hf.loading import ask, load
 
-    model, processor = load(model_name or str(bundled_model_path()))
+    model, processor = load(model_name or BUNDLED)
     for selector in selectors:
         check_method(selector, model)
     inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
