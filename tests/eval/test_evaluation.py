@@ -296,7 +296,7 @@ def test_validate_says_what_is_missing_and_writes_nothing(
         (["--keep", "0"], "keeps nothing"),
         (["--keep", "many"], "is no number"),
         (["--method", "cls-atention"], "Did you mean 'cls-attention'"),
-        (["--option", "layer=3"], "METHOD.NAME=VALUE"),
+        (["--option", "layer=3"], "has no option 'layer'"),
         (["--option", "flexselect.layer=3"], "not among the methods"),
         (["--option", "cls-attention.layer=3"], "layer"),
         (["--shard", "3/2"], "i from 1 to n"),
