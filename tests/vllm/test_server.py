@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 from tests.vllm.servers import COMMON, PLAIN, TOKENPRUNE, Server, chat, serve
 from tokenprune_eval.bundled.model import bundled_model_path
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "what color is the shape?"
 
 
@@ -229,6 +231,23 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
     assert sum(used) == 0
     running = [value for name, value in page.items() if "num_requests_running" in name]
     assert sum(running) == 0
+
+
+def test_the_script_serves_the_bundled_model_and_the_readme_asks_it(tmp_path: Path) -> None:
+    blocks = (ROOT / "README.md").read_text("utf-8").split("```")
+    (asking,) = [block.removeprefix("bash") for block in blocks if "curl http" in block]
+    with serve([str(ROOT / "scripts" / "serve")], tmp_path) as running:
+        command = asking.replace("http://localhost:8000", f"--silent --show-error {running.url}")
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["model"] == "bundled"
+        assert answer["choices"][0]["message"]["content"].strip() == "bag"
+        alone = tokens_of(running.ask(None, "what is the yellow item?", model="bundled"))
+        # Two tokens begin and end an image.
+        assert answer["usage"]["prompt_tokens"] == alone + 16 + 2
 
 
 @pytest.fixture(scope="module")
