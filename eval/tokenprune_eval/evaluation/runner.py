@@ -22,8 +22,8 @@ from tokenprune_eval.demo.runner import _cores, _processor
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
-from tokenprune_eval.evaluation.scoring import likeliest, normalised, prompt_of, read_choice
-from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.evaluation.scoring import prompt_of, score
+from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import ItemInfo, Results, summarise, write_results
@@ -290,50 +290,6 @@ class _Run:
             raise EvaluationError(
                 f"{items[0].path}: {error} Run without --strict to record such files and go on."
             )
-
-
-def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> Record:
-    """Return the record of an answer, read against the right one.
-
-    An open answer is right if it equals the right one but for case, spaces and outer punctuation.
-
-    Parameters
-    ----------
-    item
-        The question.
-    condition
-        How the model was pruned.
-    said
-        What it said.
-    choose_by
-        What counts for questions with choices.
-    """
-    record = Record(item=item.id, condition=condition.key, error=said.error)
-    if said.error is not None:
-        return record
-    for name in (
-        "text",
-        "likelihoods",
-        "visual_tokens",
-        "of_visual_tokens",
-        "prompt_tokens",
-        "answer_tokens",
-        "mass_kept",
-        "kv_bytes",
-        "batch",
-        "seconds",
-    ):
-        setattr(record, name, getattr(said, name))
-    if not item.choices:
-        record.correct_by_text = normalised(said.text) == normalised(item.answer)
-        record.correct = record.correct_by_text
-        return record
-    record.choice = read_choice(said.text, item)
-    record.correct_by_text = record.choice == item.answer
-    if said.likelihoods is not None:
-        record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
-    record.correct = record.correct_by_text if choose_by == "text" else record.correct_by_likelihood
-    return record
 
 
 def _chunks(reading: Iterator[Asked], at_once: dict[str, int]) -> Iterator[list[Asked]]:

@@ -62,6 +62,10 @@ def render(results: Results) -> str:
         headline=next((one["headline"] for one in sets if one["headline"]), None),
         answered=answered,
         errors=errors,
+        cut=sum(row.cut for row in results.rows),
+        cut_note=words.CUT,
+        failed=sum(one.failed for one in results.data),
+        failed_note=words.failed(sum(one.failed for one in results.data)),
         missing=sum(row.missing for row in results.rows),
         methods=list(
             dict.fromkeys(one.method for one in results.conditions if one.method != UNPRUNED)
@@ -243,6 +247,10 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             ("mass, %", "share of the scores on the kept tokens, mean", "mass"),
             any(row.mass_kept is not None for row in rows),
         ),
+        (
+            ("cut", "answers cut off before they named anything", "cut"),
+            any(row.cut for row in rows),
+        ),
         (("errors", "questions without an answer", "errors"), any(row.errors for row in rows)),
         (("open", "questions not yet asked", "open"), any(row.missing for row in rows)),
     ]
@@ -289,6 +297,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             "kv": cell(row.kv_bytes, words.mebibytes(row.kv_bytes)),
             "peak": cell(row.peak_bytes, words.mebibytes(row.peak_bytes)),
             "mass": cell(row.mass_kept, words.percent(row.mass_kept)),
+            "cut": cell(row.cut, f"{row.cut:,}"),
             "errors": cell(row.errors, str(row.errors)),
             "open": cell(row.missing, f"{row.missing:,}"),
         },

@@ -27,6 +27,9 @@ class Said:
     ----------
     error
         Why there is no answer; then the rest is empty.
+    cut
+        Whether the engine stopped because the answer had `Settings.max_new_tokens`, or the context
+        was full, and not because it had ended.
     kept
         Indices of the kept tokens, where the engine tells them.
     """
@@ -34,6 +37,7 @@ class Said:
     text: str = ""
     likelihoods: dict[str, float] | None = None
     error: str | None = None
+    cut: bool = False
     visual_tokens: int | None = None
     of_visual_tokens: int | None = None
     prompt_tokens: int | None = None

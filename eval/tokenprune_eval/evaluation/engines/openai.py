@@ -593,6 +593,7 @@ async def _read(stream: Any, letters: str, started: float | None) -> Said:
         seconds = Seconds(decode=end - first, first_token=first - started, total=end - started)
     return Said(
         text="".join(texts).strip(),
+        cut=finish == "length",
         likelihoods=likelihoods,
         prompt_tokens=usage.prompt_tokens if usage else None,
         answer_tokens=usage.completion_tokens if usage else None,

@@ -453,14 +453,16 @@ class TransformersEngine:
                 spent = 0.0 if scoring is None else scoring[1]
                 chosen[row][keep] = own, spent + selecting / choosing
             select = chosen[row][keep][1]
+            answer_tokens, ended = self._answer_tokens(new[row])
             result.append(
                 Said(
                     text=str(texts[row]).strip(),
+                    cut=not ended and answer_tokens >= self.settings.max_new_tokens,
                     likelihoods=first.likelihoods(row, letters_of(question.item)),
                     visual_tokens=after,
                     of_visual_tokens=before,
                     prompt_tokens=prompt_tokens,
-                    answer_tokens=self._answer_tokens(new[row]),
+                    answer_tokens=answer_tokens,
                     mass_kept=_mass_kept(own),
                     kv_bytes=_cache_bytes(output.past_key_values, prompt_tokens),
                     batch=count,
@@ -483,12 +485,12 @@ class TransformersEngine:
         pad = tokenizer.pad_token_id
         return int(tokenizer.eos_token_id if pad is None else pad)
 
-    def _answer_tokens(self, new: Tensor) -> int:
-        """Return how many tokens were generated, the end among them."""
+    def _answer_tokens(self, new: Tensor) -> tuple[int, bool]:
+        """Return how many tokens were generated, and whether the end is among them."""
         ends = self.model.generation_config.eos_token_id
         known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
         at = torch.isin(new, known.flatten()).nonzero()
-        return int(at[0]) + 1 if len(at) else len(new)
+        return (int(at[0]) + 1, True) if len(at) else (len(new), False)
 
 
 def _check_dominance(model: Any, max_new_tokens: int) -> None:

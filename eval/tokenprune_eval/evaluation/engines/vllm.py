@@ -231,6 +231,7 @@ def _said(
         )
     return Said(
         text=answer.text.strip(),
+        cut=answer.finish_reason == "length",
         likelihoods=likelihoods,
         visual_tokens=sum(token in placeholders for token in output.prompt_token_ids),
         prompt_tokens=len(output.prompt_token_ids),
