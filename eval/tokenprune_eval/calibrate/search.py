@@ -24,6 +24,9 @@ from tokenprune_eval.evaluation.records import UNPRUNED, Condition
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import Settings
 
+CUT = "the answer was cut off before it named anything; give more --max-new-tokens."
+"""Why there is no answer to a question whose answer is longer than allowed."""
+
 GIVE_UP = 10
 """Questions without an answer, and none with one, after which the search ends."""
 
@@ -433,9 +436,11 @@ class Search:
             return
 
         def done(item: Item, said: Said) -> None:
-            known[item.id] = score(item, condition, said, self.settings.choose_by).correct
-            if condition is _FULL and said.error is not None:
-                self.answers.errors[item.id] = said.error
+            record = score(item, condition, said, self.settings.choose_by)
+            known[item.id] = record.correct
+            if condition is _FULL and record.correct is None:
+                # An answer that was cut names nothing: no loss can be measured against it.
+                self.answers.errors[item.id] = said.error or CUT
 
         self.answers.calls[condition.key] += len(wanted)
         self.engine.answer(media, wanted, condition, done)

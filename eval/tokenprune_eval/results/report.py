@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -347,7 +348,7 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
             }
             for name in names
         ],
-        **_picture_view(loss),
+        **_picture_view(loss, bool(results.settings.get("allow_truncated"))),
     }
 
 
@@ -365,11 +366,11 @@ def _said_view(said: Said, item: ItemInfo) -> dict[str, Any]:
     return {"text": full or "(nothing)", "short": short or "(nothing)", "right": said.correct}
 
 
-def _picture_view(loss: Loss) -> dict[str, Any]:
+def _picture_view(loss: Loss, allow_truncated: bool) -> dict[str, Any]:
     """Return the thumbnail with its veil, or why there is none."""
     view: dict[str, Any] = {"uri": None, "note": "", "dimmed": "", "veil": "", "caption": ""}
     try:
-        picture, frame, view["caption"] = _load(loss)
+        picture, frame, view["caption"] = _load(loss, allow_truncated)
     except TokenPruneError as error:
         return view | {"note": f"No picture: {error}"}
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -397,7 +398,7 @@ def _picture_view(loss: Loss) -> dict[str, Any]:
     }
 
 
-def _load(loss: Loss) -> tuple[Image.Image, int, str]:
+def _load(loss: Loss, allow_truncated: bool) -> tuple[Image.Image, int, str]:
     """Return the picture, which row of frames in the grid it shows, and what it is.
 
     Raises
@@ -409,14 +410,17 @@ def _load(loss: Loss) -> tuple[Image.Image, int, str]:
     if item.kind == "image":
         return load_image(item.path), 0, ""
     frames = loss.grid[0] if loss.grid else 1
+    reading = partial(
+        read_video, item.path, max_side=2 * THUMBNAIL, allow_truncated=allow_truncated
+    )
     frame = _fullest(loss.kept, loss.grid) if loss.kept and loss.grid else 0
     if item.times:
         # Models that read several frames as one have fewer rows of frames than the item has times.
         wanted = item.times[(2 * frame + 1) * len(item.times) // (2 * frames)]
-        video = read_video(item.path, _FRAMES_TO_SEARCH, max_side=2 * THUMBNAIL)
+        video = reading(frames=_FRAMES_TO_SEARCH)
         place = int(np.abs(video.times - wanted).argmin())
     else:
-        video = read_video(item.path, frames, max_side=2 * THUMBNAIL)
+        video = reading(frames=frames)
         place = (2 * frame + 1) * len(video.times) // (2 * frames)
     caption = f"frame at {video.times[place]:.1f} s"
     if frames > 1:
