@@ -215,9 +215,13 @@ def test_cut_answers_stand_beside_right_and_wrong(tmp_path: Path) -> None:
     text = markdown(results)
     assert "unpruned 1, divprune@0.5 1" in text.replace("\\", "")
     assert "--max-new-tokens" in text
-    assert [cell.strip() for cell in text.splitlines()[4].split("|")][-3:-1] == ["cut", "answered"]
+    assert [cell.strip() for cell in text.splitlines()[4].split("|")][-4:-1] == [
+        *("cut", "at least, %", "answered"),
+    ]
+    assert [row.at_least for row in results.rows] == [2 / 4, 2 / 4, 1]
     page = render(results)
     assert "2 answers were cut off before they named anything" in page
+    assert "of the answers are right with" not in page, "no headline over what was not cut"
     # Files from before have no such field.
     write_results(tmp_path, results)
     content = json.loads((tmp_path / "results.json").read_text("utf-8"))

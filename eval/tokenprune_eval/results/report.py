@@ -33,6 +33,9 @@ THUMBNAIL = 160
 HEADLINE_SHARE = 0.25
 """The headline and the table by type show the budget nearest to this share of visual tokens."""
 
+_MOST_CUT = 0.05
+"""Share of cut answers up to which a condition may be in the headline."""
+
 _FRAMES_TO_SEARCH = 64
 _LONGEST = 300
 
@@ -156,10 +159,11 @@ def _nearest(budgets: Sequence[list[Row]]) -> list[Row] | None:
 def _headline(unpruned: Row | None, main: Sequence[Row] | None) -> dict[str, Any] | None:
     """Return the unpruned row, the best of the main budget, and random at the same budget.
 
-    Only conditions that are through count: the others have answered other questions.
+    Only conditions that are through count: the others have answered other questions. So have those
+    with many answers cut off.
     """
-    known = [row for row in main or () if row.accuracy is not None and not row.missing]
-    if unpruned is None or unpruned.accuracy is None or unpruned.missing or not known:
+    known = [row for row in main or () if row.accuracy is not None and _through(row)]
+    if unpruned is None or unpruned.accuracy is None or not _through(unpruned) or not known:
         return None
     serious = [row for row in known if row.method not in BASELINES] or known
     best = max(serious, key=lambda row: row.accuracy.share if row.accuracy else 0.0)
@@ -170,6 +174,10 @@ def _headline(unpruned: Row | None, main: Sequence[Row] | None) -> dict[str, Any
         "of": len(serious),
         "random": next((row for row in known if row.method == "random" and row is not best), None),
     }
+
+
+def _through(row: Row) -> bool:
+    return not row.missing and row.cut <= _MOST_CUT * (row.answered + row.cut)
 
 
 def _plots(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -252,6 +260,10 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             ("cut", "answers cut off before they named anything", "cut"),
             any(row.cut for row in rows),
         ),
+        (
+            ("at least, %", "share of right answers if all that were cut were wrong", "at_least"),
+            any(row.cut for row in rows),
+        ),
         (("errors", "questions without an answer", "errors"), any(row.errors for row in rows)),
         (("open", "questions not yet asked", "open"), any(row.missing for row in rows)),
     ]
@@ -299,6 +311,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             "peak": cell(row.peak_bytes, words.mebibytes(row.peak_bytes)),
             "mass": cell(row.mass_kept, words.percent(row.mass_kept)),
             "cut": cell(row.cut, f"{row.cut:,}"),
+            "at_least": cell(row.at_least, words.percent(row.at_least)),
             "errors": cell(row.errors, str(row.errors)),
             "open": cell(row.missing, f"{row.missing:,}"),
         },

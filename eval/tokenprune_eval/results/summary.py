@@ -165,6 +165,16 @@ class Row(BaseModel):
     mass_kept: float | None
     dominance: Dominance | None = None
 
+    @property
+    def at_least(self) -> float | None:
+        """Share of right answers if all that were cut were wrong; `accuracy` knows nothing of them.
+
+        A method that makes a model ramble has many cut answers, and a good accuracy on the few
+        that are left.
+        """
+        told = self.answered + self.cut
+        return (self.accuracy.correct if self.accuracy else 0) / told if told else None
+
 
 class Said(BaseModel):
     """What was answered to one question.

@@ -13,12 +13,14 @@ from tokenprune_eval.results import words
 from tokenprune_eval.results.summary import DataInfo, Results, Row
 
 NOTES = (
-    "right: share of right answers over the answered questions, 95 % Wilson interval. difference: "
-    "to unpruned in percentage points over the questions answered under both, 95 % paired "
-    "bootstrap interval; p: exact McNemar test, not adjusted for the number of conditions. same: "
-    "same answer as unpruned. tokens: visual tokens read, mean. first: median time to the first "
-    "answer token. answered: shown where some questions have no answer, because it was cut, "
-    "because of an error, or because they are not asked yet. Questions are taken as independent."
+    "right: share of right answers over the answered questions, 95 % Wilson interval. "
+    "difference: to unpruned in percentage points over the questions answered under both, 95 % "
+    "paired bootstrap interval; p: exact McNemar test, not adjusted for the number of "
+    "conditions. same: same answer as unpruned. tokens: visual tokens read, mean. first: median "
+    "time to the first answer token. cut: answers cut off before they named anything, neither "
+    "right nor wrong; at least: the share of right answers if all of these were wrong. answered:"
+    " shown where some questions have no answer, because it was cut, because of an error, or "
+    "because they are not asked yet. Questions are taken as independent."
 )
 
 Columns = Sequence[tuple[str, Sequence[str]]]
@@ -38,6 +40,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("same, %", lambda row: words.agreement(row.against_unpruned)),
     ("first, ms", lambda row: words.milliseconds(row.seconds.first_token)),
     ("cut", lambda row: f"{row.cut:,}" if row.cut else words.NOTHING),
+    ("at least, %", lambda row: words.percent(row.at_least) if row.cut else words.NOTHING),
     (_ANSWERED, lambda row: f"{row.answered:,}"),
 )
 
