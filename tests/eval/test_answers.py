@@ -25,6 +25,13 @@ STATES = ("moving", "not moving", "broken", "cannot be determined")
 DEEDS = ("He opens the door.", "He closes the window.", "He sits down.", "He leaves the room.")
 DOZENS = ("12", "15", "18", "20")
 LETTERS = ("A", "B", "C", "D")
+TURNS = ("It turns left.", "It turns right.", "It stops.", "It reverses.")
+PEOPLE = ("Alice", "Bob", "Carol", "Nobody")
+BALLS = ("red", "blue", "green", "I cannot tell")
+CROWDS = ("1 person", "2 people", "3 people", "more than 3 people")
+TIMES = ("0:05", "0:15", "1:05", "None of the above")
+TRUTH = ("true", "false")
+PETS = ("cat", "dog", "bird", "fish", "elephant")
 WAYS = tuple(f"way {number}" for number in range(9))
 
 
@@ -175,6 +182,128 @@ BY_TEXT = [
 ]
 
 MORE = [
+    (TURNS, "The vehicle turns right at the intersection. So the answer is B.", "B"),
+    (
+        TURNS,
+        "To determine what the car does, let me look at the frames.\n1. In "
+        "the first frame the car is on the left.\n2. It then turns "
+        "right.\n\nAnswer: B",
+        "B",
+    ),
+    (TURNS, "It turns right.", "B"),
+    (TURNS, "it turns right", "B"),
+    (TURNS, "The car: It turns right", "B"),
+    (
+        TURNS,
+        "Step 1: consider A. It does not turn left.\nStep 2: consider B. It does.\nConclusion: B",
+        "B",
+    ),
+    (TURNS, "After careful consideration, I'd choose B over A.", "B"),
+    (TURNS, "B is the answer, A is not.", "B"),
+    (TURNS, "The answer is definitely not C. I believe it's B.", "B"),
+    (TURNS, "A? B? It has to be B.", "B"),
+    (
+        TURNS,
+        "A) It turns left: No\nB) It turns right: Yes\nC) It stops: No\nD) It "
+        "reverses: No\n\nSo, B.",
+        "B",
+    ),
+    (TURNS, "My choice: B", "B"),
+    (TURNS, "I'll pick B.", "B"),
+    (TURNS, "I vote for C.", "C"),
+    (TURNS, "Selected option: D", "D"),
+    (TURNS, "Correct: B", "B"),
+    (TURNS, "**Final Answer**: B", "B"),
+    (TURNS, "Final answer is B", "B"),
+    (TURNS, "Final Answer: The correct option is B.", "B"),
+    (TURNS, "The final answer is: $\\boxed{B}$", "B"),
+    (TURNS, "The final answer is $\\boxed{B. It turns right.}$", "B"),
+    (TURNS, "A: It turns right.", "B"),
+    (TURNS, "(A) It turns left.", "A"),
+    (TURNS, "It is either A or B, but I think B.", "B"),
+    (TURNS, "It could be A, though B is more likely.", "B"),
+    (TURNS, "I can't answer that, but if I had to guess, B.", "B"),
+    (PEOPLE, "Bob", "B"),
+    (PEOPLE, "The winner is Bob.", "B"),
+    (PEOPLE, "Bob, not Alice", "B"),
+    (PEOPLE, "Nobody is there", "D"),
+    (PEOPLE, "It was Carol who opened the door.", "C"),
+    (BALLS, "I cannot tell", "D"),
+    (BALLS, "I cannot tell.", "D"),
+    (BALLS, "D. I cannot tell", "D"),
+    (BALLS, "The ball is red", "A"),
+    (BALLS, "It's not blue; it's green.", "C"),
+    (CROWDS, "There are 3 people.", "C"),
+    (CROWDS, "three people", "C"),
+    (CROWDS, "more than 3 people", "D"),
+    (CROWDS, "B. 2 people", "B"),
+    (TIMES, "0:15", "B"),
+    (TIMES, "At 0:15", "B"),
+    (TIMES, "None of the above", "D"),
+    (TIMES, "none of the above.", "D"),
+    (TRUTH, "True", "A"),
+    (TRUTH, "False.", "B"),
+    (TRUTH, "The statement is true.", "A"),
+    (TRUTH, "It is false", "B"),
+    (TRUTH, "A", "A"),
+    (PETS, "E", "E"),
+    (PETS, "E. elephant", "E"),
+    (PETS, "e", "E"),
+    (PETS, "The answer is E", "E"),
+    (PETS, "e.g. a cat", "A"),
+    (PETS, "i.e. dog", "B"),
+    (PETS, "An elephant", "E"),
+    (PETS, "It is a big elephant.", "E"),
+    (PETS, "A cat is shown in the picture. The answer is A.", "A"),
+    (PETS, "A bird in a cage", "C"),
+    (
+        TURNS,
+        "Let me think step by step. The options are A, B, C and D. The car "
+        "goes to the right. Therefore B.",
+        "B",
+    ),
+    (TURNS, "Looking at the options A, B, C, and D, the most appropriate one is B.", "B"),
+    (
+        TURNS,
+        "Option A says it turns left, which is wrong. Option C says it "
+        "stops, which is wrong. Option B is right.",
+        "B",
+    ),
+    (
+        TURNS,
+        "Options: A. It turns left. B. It turns right. C. It stops. D. It reverses. Answer: C",
+        "C",
+    ),
+    (TURNS, "The answer is B, and not A.", "B"),
+    (TURNS, "The answer is B, not A or C.", "B"),
+    (TURNS, "It is not A, it is C.", "C"),
+    (TURNS, "No, it is B", "B"),
+    (TURNS, "Definitely B.", "B"),
+    (TURNS, "Probably B", "B"),
+    (TURNS, "B, I think.", "B"),
+    (TURNS, "B I guess", "B"),
+    (TURNS, "Hmm, B", "B"),
+    (TURNS, "Sure, B.", "B"),
+    (TURNS, "the letter b", "B"),
+    (TURNS, "letter: B", "B"),
+    (TURNS, "Letter B", "B"),
+    (TURNS, "#B", "B"),
+    (TURNS, "- B", "B"),
+    (TURNS, "> B", "B"),
+    (TURNS, "B\n\n\n", "B"),
+    (TURNS, "B,", "B"),
+    (TURNS, "B;", "B"),
+    (TURNS, "B:", "B"),
+    (TURNS, "A:", "A"),
+    (TURNS, "<|im_start|>assistant\nB", "B"),
+    (TURNS, "assistant: B", "B"),
+    (TURNS, "ASSISTANT: B", "B"),
+    (TURNS, "Assistant: The answer is B", "B"),
+    (TURNS, '{"choice": "B"}', "B"),
+    (TURNS, "{'answer': 'B'}", "B"),
+    (TURNS, '```json\n{"answer": "B"}\n```', "B"),
+    (TURNS, "answer = B", "B"),
+    (TURNS, "[[B]]", "B"),
     (CARS, "The correct answer is **B. a red car**.", "B"),
     (CARS, "The correct answer is:\n\n**B. a red car**", "B"),
     (CARS, "The answer is: B) a red car", "B"),
@@ -374,6 +503,25 @@ NOTHING = [
     (COLORS, "blue-green"),
     (COLORS, "The ball is red; the box is blue."),
     (CARS, "B\n\nA"),
+    (TURNS, "There's not enough information."),
+    (TURNS, "Not sure."),
+    (TURNS, "None"),
+    (TURNS, "All of the above"),
+    (TURNS, "N/A"),
+    (TURNS, "Sorry, I am unable to view the video."),
+    (TURNS, "As a language model I can't watch videos."),
+    (PEOPLE, "Alice and Bob"),
+    (PEOPLE, "Alice's brother Bob"),
+    (BALLS, "redish"),
+    (BALLS, "The ball isn't red."),
+    (CROWDS, "2"),
+    (TIMES, "At 10:15"),
+    (TRUTH, "That is not true."),
+    (PETS, "cat, dog"),
+    (PETS, "catfish"),
+    (PETS, "cats"),
+    (TURNS, "From the options: A, B, C, D"),
+    (TURNS, "Not A or B."),
 ]
 
 

@@ -160,8 +160,11 @@ def normalised(text: str) -> str:
 
 
 # Word characters of scripts that put spaces between words: beside Chinese, Japanese and Korean
-# signs a letter stands alone.
-_W = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+# signs a letter stands alone. Without regard to case, `re` would go through every sign of these
+# ranges.
+_W = r"(?-i:[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af])"
+
+_WORD_SIGN = re.compile(_W)
 
 _QUOTES = r"[\(\[\{\"'<]*"
 _LEAD = (
@@ -231,7 +234,7 @@ _SIGN = r"(?:\"?\s*(?:[:=]+>?|->|=>|→))"
 _STRONG = re.compile(
     # "The correct answer is", "Answer:", {"answer": "B"}
     r"(?P<final>\bfinal\s+)?\b(?:answer|option|choice|solution|response|selection|letter|conclusion"
-    r"|guess|ans|(?:correct|right|best)\s+one)\b"
+    r"|guess|ans|(?:correct|right|best|appropriate|suitable|accurate|likely)\s+one)\b"
     r"(?:\s+(?:to|for|of)\s+(?:this|the|your)\s+\w+)?(?:\s+here)?"
     r"(?:\s+(?:that|which)(?:\s+\w+){1,5}?)?"
     rf"(?:\s*{_SIGN}|\s+{_COPULA}\b){_ADVERBS}\s*{_SIGN}?"
@@ -261,12 +264,12 @@ _WEAK = re.compile(
 _HENCE = re.compile(
     r"(?:\b(?:so|thus|hence|therefore|then|consequently|finally|overall|leaves(?:\s+us\s+with)?"
     r"|leaving|going\s+with|go\s+with|but(?:\s+rather)?|corresponds?\s+to|points?\s+to)\b,?"
-    r"|=>|->|→|⇒|∴)\s*",
+    r"|\b(?:definitely|certainly|clearly|obviously|probably|perhaps|maybe)\b|=>|->|→|⇒|∴)\s*",
     re.IGNORECASE,
 )
 _IS_RIGHT = re.compile(
     r"\s*(?:\([^)]*\)\s*)?,?\s*(?:is|seems|appears\s+to\s+be|looks|would\s+be|must\s+be|should\s+be)"
-    r"(?:\s+\w+ly)?\s+(?:the\s+)?(?:most\s+|only\s+)?"
+    r"(?:\s+\w+ly)?\s+(?:the\s+)?(?:most\s+|more\s+|only\s+)?"
     r"(?:correct|right\b|best|better|true\b|accurate|appropriate|answer|likely|suitable|one\b)"
     r"|\s*(?:\([^)]*\)\s*)?(?:best\s+)?(?:matches|fits|describes)\b"
     r"|\s*(?:项|項|选项)?(?:是)?正确",
@@ -326,7 +329,7 @@ class _Reader:
         self.letters = LETTERS[: len(choices)]
         self.choices = choices
         self.plain = [normalised(choice) for choice in choices]
-        self.patterns = [_pattern(choice) for choice in choices]
+        self.phrases = [_phrase(choice) for choice in choices]
         # A longer piece than the longest choice; without a bound, long texts take quadratic time.
         self._reach = 100 + 2 * max(map(len, choices), default=0)
 
@@ -356,7 +359,7 @@ class _Reader:
 
     def _whole(self, said: str) -> str:
         """Return the letter of a text that is a letter or a choice and nothing else."""
-        bare = said.strip(" .,;:!?\n")
+        bare = said.strip(" .,;:!?#\n")
         # What a choice says counts before a small letter that might be meant as one.
         label = _LABEL.fullmatch(bare)
         if label and label["letter"].upper() in self.letters and label["letter"].isupper():
@@ -411,7 +414,7 @@ class _Reader:
         if letter not in self.letters:
             return False
         text = re.sub(r"^[\s.:,;)\]\-]+", "", rest)
-        return self.patterns[self.letters.index(letter)].match(text) is not None
+        return self.phrases[self.letters.index(letter)].match(text) is not None
 
     def _several(self, said: str, label: _Label) -> bool:
         """Say whether another letter is joined to one, as in "A or B", "A, B and C"."""
@@ -534,7 +537,7 @@ class _Reader:
             return label.end
         skipped = re.compile(r"[\s.:,;)\]\-(]+").match(said, label.end)
         place = skipped.end() if skipped else label.end
-        own = self.patterns[self.letters.index(label.letter)].match(said, place)
+        own = self.phrases[self.letters.index(label.letter)].match(said, place)
         return own.end() if own else label.end
 
     def _mentioned_letter(self, said: str) -> str:
@@ -575,8 +578,8 @@ class _Reader:
     def _longest(self, said: str, place: int) -> tuple[int, str] | None:
         ends = [
             (match.end(), letter)
-            for letter, pattern in zip(self.letters, self.patterns, strict=True)
-            if (match := pattern.match(said, place))
+            for letter, phrase in zip(self.letters, self.phrases, strict=True)
+            if (match := phrase.match(said, place))
         ]
         if not ends:
             return None
@@ -610,8 +613,8 @@ class _Reader:
         """
         found = [
             (match.start(), match.end(), letter)
-            for letter, pattern in zip(self.letters, self.patterns, strict=True)
-            for match in pattern.finditer(said)
+            for letter, phrase in zip(self.letters, self.phrases, strict=True)
+            for match in phrase.finditer(said)
         ]
         longest = [
             one
@@ -671,20 +674,54 @@ def _sentences(said: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+|\n+", said) if part.strip()]
 
 
-@lru_cache(maxsize=4096)
-def _pattern(choice: str) -> re.Pattern[str]:
-    """Return what finds a choice's text, with or without its article, at the bounds of words."""
-    plain = unicodedata.normalize("NFKC", choice.translate(_PLAIN)).strip(_OUTER)
-    words = plain.split()
-    if len(words) > 1 and words[0].lower() in _ARTICLES:
-        words = words[1:]
-    if not words or (len(plain) == 1 and plain.isalpha() and plain.isascii()):
-        return re.compile(r"(?!)")  # a choice that is a letter is only ever the whole answer
-    parts = [_word(word) for word in words]
-    before = rf"(?<!{_W})(?<!{_W}-)(?<!\d[.,])" if re.match(_W, words[0]) else ""
-    after = rf"(?!-?{_W}|[.,]\d)" if re.match(_W, words[-1][-1]) else ""
-    article = r"(?:(?:a|an|the)\s+)?"
-    return re.compile(rf"{before}{article}{before}" + r"[\s,]+".join(parts) + after, re.IGNORECASE)
+class _Phrase:
+    """Finds a choice's text, with or without its article, at the bounds of words.
+
+    The bounds are looked at here and not by the pattern: to compile a class of signs takes
+    milliseconds, and a data set has thousands of choices.
+    """
+
+    def __init__(self, choice: str) -> None:
+        plain = unicodedata.normalize("NFKC", choice.translate(_PLAIN)).strip(_OUTER)
+        words = plain.split()
+        if len(words) > 1 and words[0].lower() in _ARTICLES:
+            words = words[1:]
+        # A choice that is a letter is only ever the whole answer.
+        letter = len(plain) == 1 and plain.isalpha() and plain.isascii()
+        text = r"[\s,]+".join(map(_word, words)) if words and not letter else "(?!)"
+        self._found = re.compile(rf"(?:\b(?:a|an|the)\s+)?({text})", re.IGNORECASE)
+
+    def match(self, said: str, place: int = 0) -> re.Match[str] | None:
+        """Return the text at a place, if it stands there."""
+        found = self._found.match(said, place)
+        return found if found and self._stands(said, found) else None
+
+    def finditer(self, said: str) -> Iterator[re.Match[str]]:
+        """Yield every place where the text stands."""
+        return (found for found in self._found.finditer(said) if self._stands(said, found))
+
+    @staticmethod
+    def _stands(said: str, found: re.Match[str]) -> bool:
+        """Say whether neither a word nor a number goes on before or behind the text."""
+        start, end = found.span(1)
+        inside_word = _is_word(said[start]) and (
+            _is_word(said[start - 1 : start])
+            or (said[start - 1 : start] == "-" and _is_word(said[start - 2 : start - 1]))
+            or (said[start - 1 : start] in (".", ",") and said[start - 2 : start - 1].isdigit())
+        )
+        goes_on = _is_word(said[end - 1]) and (
+            _is_word(said[end : end + 1])
+            or (said[end : end + 1] == "-" and _is_word(said[end + 1 : end + 2]))
+            or (said[end : end + 1] in (".", ",") and said[end + 1 : end + 2].isdigit())
+        )
+        return not inside_word and not goes_on
+
+
+def _is_word(sign: str) -> bool:
+    return _WORD_SIGN.fullmatch(sign) is not None
+
+
+_phrase = lru_cache(maxsize=4096)(_Phrase)
 
 
 def _word(word: str) -> str:
