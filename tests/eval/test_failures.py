@@ -213,6 +213,10 @@ def test_many_failures_after_an_answer_end_nothing(
     use(monkeypatch, lambda item, one: None if item.question.endswith(" 0?") else "too long")
     assert GIVE_UP < 11
     assert [row.errors for row in run(settings(pictures), Quiet()).rows] == [22, 22]
+    # Nor do they when they alone are asked again.
+    again = run(settings(pictures, retry_errors=True), Quiet())
+    assert [row.errors for row in again.rows] == [22, 22]
+    assert again.complete
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ class _Run:
 
         Files that cannot be read are left to `finish`: each has a reason of its own.
         """
-        if self._answered:
+        if self._answered or self._answers_before:
             return
         for one in chunk:
             reason = self._reasons.get(one.items[0].id)
