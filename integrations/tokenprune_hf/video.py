@@ -607,7 +607,8 @@ def _check_whole(file: Path, listing: _Listing, allow_truncated: bool) -> None:
     if listing.missing is not None and not allow_truncated:
         raise InputFileError(
             f"{file}: the video is cut off or damaged: {listing.missing}. Copy or download it "
-            "again, or pass allow_truncated=True to use what there is."
+            "again, or pass allow_truncated=True (`--allow-truncated` of tokenprune eval) to use "
+            "what there is."
         )
 
 

@@ -26,9 +26,7 @@ pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 import tokenprune_hf
 from tokenprune.cli import main
 from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_eval.data.item import Item
 from tokenprune_eval.data.load import choose, load_data
-from tokenprune_eval.evaluation.scoring import prompt_of, read_choice
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import read_results
 from tokenprune_hf.images import load_image
@@ -409,37 +407,6 @@ def test_settings_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     file.write_text(text + "metod: [uniform]\n", "utf-8")
     assert main(["eval", "validate", "--config", str(file)]) == 2
     assert "metod is no setting. Did you mean 'method'?" in capsys.readouterr().err
-
-
-CHOICES = ("a red car", "blue", "the answer", "green")
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"),
-        ("(B)", "B"),
-        ("B. blue", "B"),
-        ("b", ""),
-        ("**C**", "C"),
-        ("The answer is B.", "B"),
-        ("the correct option is: (D)", "D"),
-        ("Answer: A", "A"),
-        ("Option C because B is wrong", "C"),
-        ("blue", "B"),
-        ("It is green.", "D"),
-        ("blue and green", ""),
-        ("A red car drives by", "A"),
-        ("E", ""),
-        ("I think it must be D", "D"),
-        ("A man in a hat", ""),
-        ("", ""),
-    ],
-)
-def test_letters_are_read_leniently(text: str, letter: str) -> None:
-    item = Item("1", "image", Path("x.png"), "which?", "B", CHOICES)
-    assert read_choice(text, item) == letter
-    assert prompt_of(item).splitlines()[:3] == ["which?", "A. a red car", "B. blue"]
 
 
 def test_a_model_without_letters_says_so_before_any_answer(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ class Faulty:
     """A server: what it is, how it fails, and what it was sent.
 
     `plan` gives for a text of a question what goes wrong, request by request; then all is well.
+    With the question that has `dies_at` in it the server becomes `dead`: it answers nothing more.
     """
 
     methods: tuple[str, ...] = ("cls-attention", "uniform")
@@ -62,6 +63,8 @@ class Faulty:
     seconds: float = 0.0
     top: dict[str, float] = field(default_factory=dict)
     plan: dict[str, list[str]] = field(default_factory=dict)
+    dies_at: str = ""
+    dead: bool = False
     bodies: list[dict[str, Any]] = field(default_factory=list)
     at_once: int = 0
     most_at_once: int = 0
@@ -118,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
             faulty.most_at_once = max(faulty.most_at_once, faulty.at_once)
             waiting = next((p for text, p in faulty.plan.items() if text in text_of(body)), [])
             fault = waiting.pop(0) if waiting and body.get("stream") else ""
+            faulty.dead |= bool(faulty.dies_at) and faulty.dies_at in text_of(body)
         try:
             with suppress(ConnectionError):  # clients that have given up
                 self._chat(body, fault)
@@ -133,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         if refusal := self._refusal(body, part, asked):
             self._error(400, refusal)
             return
+        if faulty.dead:
+            fault = "500"
         if fault in ("500", "503", "400"):
             self._error(int(fault), f"this is a planned {fault}.")
             return
@@ -200,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._event(json.dumps({"error": {"message": "planned.", "code": code}}))
         if fault not in ("unfinished", "abort"):
             self._chunk({"content": color[2:]})
-            self._chunk({}, finish="stop")
+            self._chunk({}, finish="length" if fault == "length" else "stop")
         elif fault == "abort":
             self._chunk({}, finish="abort")
         self._event(json.dumps({"id": "1", "choices": [], "usage": usage}))

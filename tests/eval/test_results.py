@@ -184,6 +184,84 @@ def test_summary_counts_by_hand(by_hand: Results) -> None:
     assert (by_hand.losses[0].shown, by_hand.losses[0].kept) == (TWO.key, [0, 3])
 
 
+def test_cut_answers_stand_beside_right_and_wrong(tmp_path: Path) -> None:
+    items = [_item(name) for name in "abcd"]
+    cut: dict[str, Any] = {"cut": True, "correct": None, "visual_tokens": 8}
+    records = [
+        _record("set/a", FULL, "red", visual_tokens=4),
+        _record("set/b", FULL, "the thing in", **cut),
+        _record("set/c", FULL, "red", visual_tokens=4),
+        _record("set/d", FULL, "blue", visual_tokens=4),
+        _record("set/a", HALF, "blue"),
+        _record("set/b", HALF, "red"),
+        _record("set/c", HALF, "well, I", **cut),
+        _record("set/d", HALF, "red"),
+        # A likelihood decides without the text.
+        *(_record(f"set/{name}", TWO, "red", cut=True, correct=True) for name in "abcd"),
+    ]
+    results = summarise(_about(), items, [FULL, HALF, TWO], records)
+    full, half, two = results.rows
+    for row in (full, half):
+        assert (row.questions, row.answered, row.cut, row.errors, row.missing) == (4, 3, 1, 0, 0)
+    assert full.accuracy
+    assert (full.accuracy.correct, full.accuracy.questions) == (2, 3)
+    assert full.visual_tokens == 5  # what a cut answer cost counts
+    assert half.against_unpruned
+    # a: lost, d: gained; b and c are cut under one of both.
+    pair = half.against_unpruned
+    assert (pair.questions, pair.gained, pair.lost) == (2, 1, 1)
+    assert (two.answered, two.cut) == (4, 0)
+    assert not results.errors
+    text = markdown(results)
+    assert "unpruned 1, divprune@0.5 1" in text.replace("\\", "")
+    assert "--max-new-tokens" in text
+    assert [cell.strip() for cell in text.splitlines()[4].split("|")][-4:-1] == [
+        *("cut", "at least, %", "answered"),
+    ]
+    assert [row.at_least for row in results.rows] == [2 / 4, 2 / 4, 1]
+    page = render(results)
+    assert "2 answers were cut off before they named anything" in page
+    assert "of the answers are right with" not in page, "no headline over what was not cut"
+    # Files from before have no such field.
+    write_results(tmp_path, results)
+    content = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    for row in content["rows"]:
+        del row["cut"]
+    for data in content["data"]:
+        del data["failed"]
+    (tmp_path / "results.json").write_text(json.dumps(content), "utf-8")
+    assert [row.cut for row in read_results(tmp_path).rows] == [0, 0, 0]
+
+
+def test_what_failed_under_one_condition_is_compared_under_none() -> None:
+    items = [_item(name) for name in "abcde"]
+    gone = Condition(method="uniform", keep=0.5)
+    records = [_record(item.id, FULL, "red") for item in items]
+    records += [_record(f"set/{name}", HALF, "blue") for name in "abde"]
+    records += [_record(f"set/{name}", TWO, "red") for name in "acde"]
+    records += [
+        Record(item="set/c", condition=HALF.key, error="too long"),
+        Record(item="set/b", condition=TWO.key, error="too long"),
+        # What failed altogether says nothing about the others.
+        *(Record(item=item.id, condition=gone.key, error="no such thing") for item in items),
+    ]
+    results = summarise(_about(), items, [FULL, HALF, TWO, gone], records)
+    full, half, two, none = results.rows
+    assert results.data[0].failed == 2
+    assert full.accuracy
+    assert full.accuracy.questions == 5
+    for row, lost in ((half, 3), (two, 0)):
+        assert row.accuracy
+        assert row.accuracy.questions == 4
+        assert row.against_unpruned
+        assert (row.against_unpruned.questions, row.against_unpruned.lost) == (3, lost)
+    assert (none.answered, none.errors, none.against_unpruned) == (0, 5, None)
+    assert "2 questions failed under at least one condition" in markdown(results)
+    page = render(results)
+    assert "2 questions failed under at least one condition" in page
+    assert "too long" in page
+
+
 def test_losses_take_turns_and_the_most_tokens_are_shown() -> None:
     sets = {"x": 20, "y": 2}
     items = [_item(str(i), data_set=name) for name, count in sets.items() for i in range(count)]
@@ -505,6 +583,31 @@ def test_two_runs_are_compared_on_what_both_have(tmp_path: Path) -> None:
         assert "Only A has divprune@0.5." in shown
         assert "other/model" in shown
     assert paired({}, {}) is None
+
+
+def test_two_runs_leave_out_what_failed_in_either(tmp_path: Path) -> None:
+    items = [_item(name) for name in "abcd"]
+    a, b = tmp_path / "a", tmp_path / "b"
+    cut = _record("set/d", FULL, "it", cut=True, correct=None)
+    for folder, text in ((a, "red"), (b, "blue")):
+        records = [_record(item.id, one, text) for one in (FULL, HALF) for item in items[:3]]
+        _write_run(folder, items, [FULL, HALF], [*records, cut] if folder == a else records)
+    with (b / "records.jsonl").open("w") as stream:
+        failed = Record(item="set/a", condition=HALF.key, error="too long")
+        stream.writelines(f"{record.model_dump_json()}\n" for record in [*records, failed])
+    comparison = compare(a, b)
+    assert comparison.data[0].failed == 1
+    full, half = comparison.pairs
+    for pair in (full, half):
+        assert pair.b_against_a
+        # a failed under one condition of B, d was cut in A and never asked in B.
+        assert (pair.b_against_a.questions, pair.b_against_a.lost) == (2, 2)
+    assert (full.cut_a, full.cut_b, full.errors_a, full.errors_b) == (1, 0, 0, 0)
+    assert (half.cut_a, half.cut_b, half.errors_a, half.errors_b) == (0, 0, 0, 1)
+    text = comparison_markdown(comparison)
+    assert "1 that failed under some condition and are left out" in text
+    assert "1/0" in text
+    assert "0/1" in text
 
 
 def test_a_damaged_run_is_told(tmp_path: Path) -> None:

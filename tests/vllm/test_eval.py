@@ -149,3 +149,31 @@ def test_memory_that_vllm_would_not_find_is_found_before(
     check(2 * gib, None, kv_cache_memory_bytes=gib)
     with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE"):
         check(gib, None, kv_cache_memory_bytes=gib)
+
+
+def test_a_prompt_that_is_too_long_fails_alone(server: Server, tmp_path: Path) -> None:
+    Image.new("RGB", (224, 224), "white").save(tmp_path / "white.png")
+    texts = ["what color is the shape?", "word " * 600, "is there a circle?"]
+    file = tmp_path / "odd.jsonl"
+    lines = [{"image": "white.png", "question": text, "answer": "red"} for text in texts]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ("dtype=float32", "enforce_eager=true", "max_model_len=512", "max_num_seqs=8")
+    engines = {
+        "openai": (f"--base-url={server.url}/v1", "--model=tiny"),
+        "vllm": ("--model=bundled", "--batch=8", *(f"--engine-arg={one}" for one in arguments)),
+    }
+    for engine, more in engines.items():
+        out = tmp_path / engine
+        command = [*TOKENPRUNE, "eval", f"--engine={engine}", *more, f"--data={file}"]
+        # One token is no whole answer to an open question.
+        command += ["--method=uniform", "--keep=0.25", "--max-new-tokens=1", f"--out={out}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        records = read_run(out).records
+        assert len(records) == 6
+        for record in records:
+            if record.item == "odd/odd-2":
+                assert record.error is not None
+                assert "512" in record.error, engine
+            else:
+                assert (record.error, record.cut, record.correct) == (None, True, None), engine

@@ -22,8 +22,7 @@ from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
-from tokenprune_eval.evaluation.runner import score
-from tokenprune_eval.evaluation.scoring import prompt_of
+from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
 

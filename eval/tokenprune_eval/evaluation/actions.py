@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import ConfigError
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.summary import REPORT, TABLE, Results
 
@@ -223,7 +223,7 @@ class RunProgress:
     ) -> None:
         """Stop drawing; after an error, say what is not lost."""
         self._bar.stop()
-        if kind is not None and not issubclass(kind, TokenPruneError) and self._done:
+        if kind is not None and self._done:
             self._console.print(
                 f"{self._done:,} answers are on disk; the same command goes on behind them.",
                 highlight=False,

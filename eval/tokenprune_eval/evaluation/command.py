@@ -116,6 +116,12 @@ def add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     asking.add_argument("--frames", type=int, help="of each video (default: 32)")
     asking.add_argument("--fps", type=float, help="frames a second, --frames at most")
     asking.add_argument("--max-side", type=int, metavar="PIXELS", help="of a video's frames")
+    asking.add_argument(
+        "--allow-truncated",
+        action="store_true",
+        default=None,
+        help="use what can be decoded of videos that are cut off or damaged",
+    )
     asking.add_argument("--instruction", metavar="TEXT", help="put behind every open question")
     asking.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 16")
     asking.add_argument(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
-from tokenprune.errors import TokenPruneError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked
+from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_hf.images import load_image
 from tokenprune_hf.video import read_video
@@ -46,10 +47,16 @@ def read_ahead(
     Yields
     ------
     Asked
-        In order. What cannot be read has `error` set.
+        In order. What cannot be read or prepared has `error` set; where only some questions of a
+        group cannot be prepared, each of these comes on its own.
+
+    Raises
+    ------
+    TokenPruneError
+        For what is not about one image, video or question; see `failure_of`.
     """
 
-    def read(group: Sequence[Item]) -> Asked:
+    def read(group: Sequence[Item]) -> list[Asked]:
         asked = Asked(group, [prompt_of(item) for item in group])
         first = group[0]
         try:
@@ -62,22 +69,60 @@ def read_ahead(
                     fps=None if first.times else settings.fps,
                     times=first.times or None,
                     max_side=settings.max_side,
+                    allow_truncated=settings.allow_truncated,
                 )
-            prepare(asked)
-        except TokenPruneError as error:
-            asked.error = str(error)
-        asked.content = None
-        return asked
+        except Exception as error:  # a decoder may raise anything on a damaged file
+            asked.error, asked.unread = failure_of(error), True
+            return [asked]
+        parts = _prepared(asked, prepare)
+        for part in parts:
+            part.content = None
+        return parts
 
-    waiting: deque[Future[Asked]] = deque()
+    waiting: deque[Future[list[Asked]]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         try:
             for group in groups:
                 waiting.append(pool.submit(read, group))
                 if len(waiting) > settings.ahead:
-                    yield waiting.popleft().result()
+                    yield from waiting.popleft().result()
             while waiting:
-                yield waiting.popleft().result()
+                yield from waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def _prepared(asked: Asked, prepare: Callable[[Asked], None]) -> list[Asked]:
+    """Prepare the questions about one image or video; those that cannot be come on their own."""
+    _try_to_prepare(asked, prepare)
+    if asked.error is None or len(asked.items) == 1:
+        return [asked]
+    # The image or video may be the reason, or one question: each is tried alone.
+    alone = [
+        replace(asked, items=[item], prompts=[prompt], prepared=None, error=None)
+        for item, prompt in zip(asked.items, asked.prompts, strict=True)
+    ]
+    for one in alone:
+        _try_to_prepare(one, prepare)
+    good = [one for one in alone if one.error is None]
+    if not good:
+        return [asked]
+    # The others share one encoding again.
+    together = replace(
+        asked,
+        items=[one.items[0] for one in good],
+        prompts=[one.prompts[0] for one in good],
+        prepared=None,
+        error=None,
+    )
+    _try_to_prepare(together, prepare)
+    parts = [together] if together.error is None else good
+    return [*parts, *(one for one in alone if one.error is not None)]
+
+
+def _try_to_prepare(asked: Asked, prepare: Callable[[Asked], None]) -> None:
+    try:
+        prepare(asked)
+    except Exception as error:  # a processor may raise anything on what it cannot take
+        asked.error = failure_of(error)

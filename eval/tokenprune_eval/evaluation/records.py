@@ -124,10 +124,13 @@ class Record(BaseModel):
         The letter that `text` was read as, for questions with choices; ``""`` where none was found.
     likelihoods
         Letter -> log-probability as the first answer token, for questions with choices.
+    cut
+        True where the answer was cut off by its length before its text named an answer:
+        `correct_by_text` is then None. None otherwise.
     correct_by_text, correct_by_likelihood
         Whether it is right, read either way; None where it was not read that way.
     correct
-        The one of both that the run counts, see `Settings.choose_by`.
+        The one of both that the run counts, see `Settings.choose_by`; None where that was cut.
     visual_tokens, of_visual_tokens
         Visual tokens the language model read, and how many there were.
     prompt_tokens
@@ -162,6 +165,7 @@ class Record(BaseModel):
     text: str | None = None
     choice: str | None = None
     likelihoods: dict[str, float] | None = None
+    cut: Literal[True] | None = None
     correct_by_text: bool | None = None
     correct_by_likelihood: bool | None = None
     correct: bool | None = None

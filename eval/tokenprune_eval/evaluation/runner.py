@@ -15,17 +15,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.demo.runner import _cores, _processor
 from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
+from tokenprune_eval.evaluation.failures import alike, failure_of
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
-from tokenprune_eval.evaluation.scoring import likeliest, normalised, prompt_of, read_choice
-from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.evaluation.scoring import prompt_of, score
+from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import ItemInfo, Results, summarise, write_results
@@ -36,8 +37,12 @@ LOSSES_SHOWN = 20
 _PACKAGES = ("tokenprune-vlm", "torch", "transformers", "vllm", "openai", "numpy", "av", "decord")
 
 
+GIVE_UP = 10
+"""Images or videos that fail alike, none answered before, after which a run ends."""
+
+
 class EvaluationError(TokenPruneError, RuntimeError):
-    """A question could not be answered, and the run was asked to be strict."""
+    """No question could be answered, or one could not and the run was asked to be strict."""
 
 
 class Progress(Protocol):
@@ -110,8 +115,8 @@ def run(settings: Settings, progress: Progress) -> Results:
     ------
     TokenPruneError
         For settings, data or a model that cannot be used, for a folder that holds another run or
-        cannot be written, and with `strict` for the first question without an answer. What was
-        answered stays in the folder.
+        cannot be written, where no question can be answered at all or the engine is lost, and with
+        `strict` for the first question without an answer. What was answered stays in the folder.
     """
     settings.check_methods()
     sets = load_sets(settings)
@@ -149,6 +154,7 @@ def run(settings: Settings, progress: Progress) -> Results:
                 work = _Run(settings, engine, store, progress, known.records)
                 for data_set in sets:
                     work.run(data_set)
+                work.finish()
             finally:
                 engine.close()
         progress.at("working out the results")
@@ -174,7 +180,13 @@ def results_of(folder: Path) -> Results:
 
 
 class _Run:
-    """The run of one data set after the other through one engine."""
+    """The run of one data set after the other through one engine.
+
+    One odd question ends nothing: it is recorded as failed. Failures before the first answer are
+    held back, for they may be of the run's own making, such as a wrong folder or a server that
+    refuses everything. Where no answer comes they are dropped with an error, so that the folder
+    holds no empty result, and the same command asks these questions again.
+    """
 
     def __init__(
         self,
@@ -193,6 +205,11 @@ class _Run:
         self._right_unpruned: set[str] = set()
         self._losses: Counter[str] = Counter()
         self._looked_at: set[str] = set()
+        self._answers_before = any(record.error is None for record in records)
+        self._answered = False
+        self._held: list[Record] = []
+        self._reasons: dict[str, str] = {}  # of questions that failed in this call, the first one
+        self._failing: Counter[str] = Counter()
         for record in records:
             self._note(record)
 
@@ -215,13 +232,66 @@ class _Run:
             self.progress.at(data_set.name)
             for one in chunk:
                 if one.error is not None:
-                    self._fail(one.items, one.error)
+                    self._fail(one)
             good = [one for one in chunk if one.error is None]
-            if not good:
-                continue
-            self.engine.begin(good)
-            for condition in self.conditions:
+            if good:
+                self.engine.begin(good)
+            for one in good:
+                if one.error is not None:
+                    self._fail(one)
+            good = [one for one in good if one.error is None]
+            for condition in self.conditions if good else ():
                 self._answer(good, condition, measured, data_set.name)
+            self._check_systematic(chunk)
+
+    def finish(self) -> None:
+        """Record what failed, unless nothing was answered.
+
+        Raises
+        ------
+        EvaluationError
+            If there is no answer in the folder.
+        """
+        if self._reasons and not self._answered and not self._answers_before:
+            raise self._none_answered(f"none of the {len(self._reasons):,} questions")
+        self._keep([], flush=True)
+
+    def _check_systematic(self, chunk: Sequence[Asked]) -> None:
+        """End the run if the first images or videos all failed alike, whatever the condition.
+
+        Files that cannot be read are left to `finish`: each has a reason of its own.
+        """
+        if self._answered or self._answers_before:
+            return
+        for one in chunk:
+            reason = self._reasons.get(one.items[0].id)
+            if reason is not None and not one.unread:
+                self._failing[alike(reason)] += 1
+        if any(count >= GIVE_UP for count in self._failing.values()):
+            raise self._none_answered(
+                f"no question about the first {sum(self._failing.values())} images or videos"
+            )
+
+    def _none_answered(self, which: str) -> EvaluationError:
+        item, reason = next(iter(self._reasons.items()))
+        return EvaluationError(
+            f"{which} could be answered, for example {item}: {_sentence(reason)} Nothing of it is "
+            "recorded. Correct the settings, the data or the server, and run the same command "
+            "again; `tokenprune eval validate` helps to find the reason."
+        )
+
+    def _keep(self, records: Sequence[Record], *, flush: bool = False) -> None:
+        """Put records on disk; failures not before there is an answer, or on `flush`."""
+        for record in records:
+            if record.error is not None:
+                self._reasons.setdefault(record.item, record.error)
+            else:
+                self._answered = True
+        self._held += records
+        if self._answered or flush or self.settings.strict:
+            self.store.append(self._held)
+            self._held = []
+        self.progress.advance(len(records))
 
     def _pending(self, item: Item) -> bool:
         return any((one.key, item.id) not in self.store.done for one in self.conditions)
@@ -243,16 +313,15 @@ class _Run:
             item = wanted[len(peaks)]
             try:
                 peaks[item.id] = self.engine.peak_bytes(media, item, condition)
-            except TokenPruneError:  # the answer's record will say why
+            except Exception as error:  # the answer's record will say why
+                failure_of(error)
                 peaks[item.id] = None
             measured[condition.key] += 1
         dominances: dict[str, dict[Depth, ModalityIndices] | None] = {}
         if isinstance(self.engine, MeasuresDominance):
-            dominances = {
-                item.id: self.engine.dominance(media, item, condition)
-                for item in wanted
-                if item.id in self._looked_at
-            }
+            for item in wanted:
+                if item.id in self._looked_at:
+                    dominances[item.id] = self._dominance(self.engine, media, item, condition)
 
         def done(item: Item, said: Said) -> None:
             record = score(item, condition, said, self.settings.choose_by)
@@ -263,15 +332,25 @@ class _Run:
                 if lost and said.kept is not None and self._losses[condition.key] < LOSSES_SHOWN:
                     record.kept, record.grid = said.kept.tolist(), said.grid
                 self._note(record)
-                self.store.append([record])
-                self.progress.advance(1)
+                self._keep([record])
             if self.settings.strict and record.error is not None:
                 raise EvaluationError(
-                    f"{item.id}, {condition.key}: {record.error} Run without --strict to record "
-                    "such questions and go on."
+                    f"{item.id}, {condition.key}: {_sentence(record.error)} Run without --strict "
+                    "to record such questions and go on."
                 )
 
         self.engine.answer(media, wanted, condition, done)
+
+    def _dominance(
+        self, engine: MeasuresDominance, media: Sequence[Asked], item: Item, condition: Condition
+    ) -> dict[Depth, ModalityIndices] | None:
+        try:
+            return engine.dominance(media, item, condition)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # the answer's record will say why
+            failure_of(error)
+            return None
 
     def _note(self, record: Record) -> None:
         if record.condition == UNPRUNED and record.correct:
@@ -279,63 +358,26 @@ class _Run:
         if record.kept is not None:
             self._losses[record.condition] += 1
 
-    def _fail(self, items: Sequence[Item], error: str) -> None:
+    def _fail(self, asked: Asked) -> None:
+        """Record an image or video that cannot be put to the model, under every condition."""
+        error = asked.error or ""
         records = [
             Record(item=item.id, condition=one.key, error=error)
-            for item in items
+            for item in asked.items
             for one in self.conditions
             if (one.key, item.id) not in self.store.done
         ]
-        self.store.append(records)
-        self.progress.advance(len(records))
+        with self._lock:
+            self._keep(records)
         if self.settings.strict:
             raise EvaluationError(
-                f"{items[0].path}: {error} Run without --strict to record such files and go on."
+                f"{asked.items[0].path}: {_sentence(error)} Run without --strict to record such "
+                "files and go on."
             )
 
 
-def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> Record:
-    """Return the record of an answer, read against the right one.
-
-    An open answer is right if it equals the right one but for case, spaces and outer punctuation.
-
-    Parameters
-    ----------
-    item
-        The question.
-    condition
-        How the model was pruned.
-    said
-        What it said.
-    choose_by
-        What counts for questions with choices.
-    """
-    record = Record(item=item.id, condition=condition.key, error=said.error)
-    if said.error is not None:
-        return record
-    for name in (
-        "text",
-        "likelihoods",
-        "visual_tokens",
-        "of_visual_tokens",
-        "prompt_tokens",
-        "answer_tokens",
-        "mass_kept",
-        "kv_bytes",
-        "batch",
-        "seconds",
-    ):
-        setattr(record, name, getattr(said, name))
-    if not item.choices:
-        record.correct_by_text = normalised(said.text) == normalised(item.answer)
-        record.correct = record.correct_by_text
-        return record
-    record.choice = read_choice(said.text, item)
-    record.correct_by_text = record.choice == item.answer
-    if said.likelihoods is not None:
-        record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
-    record.correct = record.correct_by_text if choose_by == "text" else record.correct_by_likelihood
-    return record
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def _chunks(reading: Iterator[Asked], at_once: dict[str, int]) -> Iterator[list[Asked]]:

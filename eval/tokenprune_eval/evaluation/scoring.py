@@ -1,27 +1,20 @@
-"""How a question is put and how its answer is read.
+"""How a question is put, and what its answer counts as.
 
 Choices are laid out one a line behind their letters, and the letter is asked for, as LLaVA's
-evaluation does; the text is read leniently, since models wrap the letter in words.
+evaluation does. `tokenprune_eval.evaluation.answer_text` reads the answers.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Mapping
 
 from tokenprune_eval.data.item import LETTERS, Item
+from tokenprune_eval.evaluation.answer_text import is_right, read_choice
+from tokenprune_eval.evaluation.engines.base import Said
+from tokenprune_eval.evaluation.records import Condition, Record
+from tokenprune_eval.evaluation.settings import ChooseBy
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
-
-_LETTER = r"[\(\[\"'*_`]*([A-Z])[\)\]\"'*_`]*"
-_STANDING_ALONE = re.compile(rf"^{_LETTER}(?:[.:,;)\-\s]|$)")
-_ANNOUNCED = re.compile(
-    rf"(?:answer|option|choice)(?:\s+is)?\s*[:\-]?\s*(?:the\s+)?(?:option|choice|letter)?\s*{_LETTER}"
-    r"(?![A-Za-z])",
-    re.IGNORECASE,
-)
-_ANYWHERE = re.compile(r"(?<![A-Za-z'])\(?([A-Z])\)?(?![A-Za-z'])")
 
 
 def prompt_of(item: Item, instruction: str = "") -> str:
@@ -47,51 +40,50 @@ def letters_of(item: Item) -> str:
     return LETTERS[: len(item.choices)]
 
 
-def read_choice(text: str, item: Item) -> str:
-    """Return the letter that an answer names, or ``""``.
-
-    In this order: a letter at the start, standing alone; a letter announced by "answer", "option"
-    or "choice"; the text of exactly one choice; a single letter that stands alone anywhere.
-
-    Parameters
-    ----------
-    text
-        What the model said.
-    item
-        A question with choices.
-    """
-    said = text.strip()
-    letters = letters_of(item)
-    # "A man in a hat" begins with a word.
-    if (match := _STANDING_ALONE.match(said)) and match[1] in letters and said[:2] != "A ":
-        return str(match[1])
-    announced = [
-        str(match[1]).upper() for match in _ANNOUNCED.finditer(said) if match[1].upper() in letters
-    ]
-    if announced:
-        return announced[-1]
-    plain = normalised(said)
-    texts = [normalised(choice) for choice in item.choices]
-    exact = [letter for letter, choice in zip(letters, texts, strict=True) if choice == plain]
-    within = exact or [
-        letter
-        for letter, choice in zip(letters, texts, strict=True)
-        if choice and re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", plain)
-    ]
-    if len(within) == 1:
-        return within[0]
-    alone = {match for match in _ANYWHERE.findall(said) if match in letters}
-    if len(alone) == 1 and not within and not re.search(r"\bA [a-z]", said):
-        return str(alone.pop())
-    return ""
-
-
-def normalised(text: str) -> str:
-    """Return an open answer as it is compared: lower case, single spaces, no outer punctuation."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).lower().split())
-    return plain.strip(" .,;:!?\"'`()[]")
-
-
 def likeliest(likelihoods: Mapping[str, float]) -> str:
     """Return the likeliest letter; of equals, the first."""
     return max(sorted(likelihoods), key=lambda letter: likelihoods[letter])
+
+
+def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> Record:
+    """Return the record of an answer, read against the right one.
+
+    Parameters
+    ----------
+    item
+        The question.
+    condition
+        How the model was pruned.
+    said
+        What it said.
+    choose_by
+        What counts for questions with choices.
+    """
+    record = Record(item=item.id, condition=condition.key, error=said.error)
+    if said.error is not None:
+        return record
+    for name in (
+        "text",
+        "likelihoods",
+        "visual_tokens",
+        "of_visual_tokens",
+        "prompt_tokens",
+        "answer_tokens",
+        "mass_kept",
+        "kv_bytes",
+        "batch",
+        "seconds",
+    ):
+        setattr(record, name, getattr(said, name))
+    if item.choices:
+        record.choice = read_choice(said.text, item, cut=said.cut)
+        undecided = said.cut and not record.choice
+        record.correct_by_text = None if undecided else record.choice == item.answer
+        if said.likelihoods is not None:
+            record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
+    else:
+        record.correct_by_text = is_right(said.text, item.answer, cut=said.cut)
+    record.cut = True if record.correct_by_text is None else None
+    by_text = choose_by == "text" or not item.choices
+    record.correct = record.correct_by_text if by_text else record.correct_by_likelihood
+    return record

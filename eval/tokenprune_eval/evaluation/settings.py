@@ -57,6 +57,9 @@ class Settings(BaseModel):
         See `load_data`.
     frames, fps, max_side
         Of each video, see `tokenprune_hf.read_video`.
+    allow_truncated
+        Whether what can be decoded of a video that is cut off or damaged is used, see
+        `tokenprune_hf.read_video`; otherwise it is an error.
     instruction
         Put behind every open question, on a line of its own.
     choose_by
@@ -110,6 +113,7 @@ class Settings(BaseModel):
     frames: int = Field(default=32, ge=1)
     fps: float | None = Field(default=None, gt=0)
     max_side: int | None = Field(default=None, ge=16)
+    allow_truncated: bool = False
     instruction: str = ""
     choose_by: ChooseBy = "likelihood"
     max_new_tokens: int = Field(default=16, ge=1)

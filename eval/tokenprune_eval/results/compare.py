@@ -19,6 +19,7 @@ from tokenprune_eval.results.statistics import (
     Paired,
     accuracy_of,
     answer_of,
+    failed_items,
     paired,
 )
 from tokenprune_eval.results.summary import ItemInfo
@@ -38,11 +39,12 @@ class Pair:
     method, positions, keep
         Of the condition, as they stand in tables.
     a, b
-        Accuracy of each run over the questions that both answered; None where there are none.
+        Accuracy of each run over the questions that both answered, without those that failed under
+        any condition of both runs; None where there are none.
     b_against_a
         B against A as reference: positive is B better. None where no question was answered by both.
-    errors_a, errors_b
-        Errors of each on the questions that both have.
+    cut_a, cut_b, errors_a, errors_b
+        Cut answers and errors of each on the questions that both have.
     """
 
     data_set: str
@@ -53,6 +55,8 @@ class Pair:
     a: Accuracy | None
     b: Accuracy | None
     b_against_a: Paired | None
+    cut_a: int
+    cut_b: int
     errors_a: int
     errors_b: int
 
@@ -71,6 +75,8 @@ class DataDifference:
         Questions that one alone has.
     changed
         Questions with the same id and another text, answer, choices or kind of file; left out.
+    failed
+        Questions of both that failed in either run under a condition that both have; left out.
     """
 
     data_set: str
@@ -78,6 +84,7 @@ class DataDifference:
     only_a: int
     only_b: int
     changed: int
+    failed: int
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,8 @@ def compare(a: Path, b: Path) -> Comparison:
         left, right = ours.items_of(name), theirs.items_of(name)
         known = left.keys() & right.keys()
         same = [item for item in left if item in known and _alike(left[item], right[item])]
+        keys = [one.key for one in shared]
+        failed = ours.failed(keys, same) | theirs.failed(keys, same)
         data.append(
             DataDifference(
                 data_set=name,
@@ -143,13 +152,17 @@ def compare(a: Path, b: Path) -> Comparison:
                 only_a=len(left) - len(known),
                 only_b=len(right) - len(known),
                 changed=len(known) - len(same),
+                failed=len(failed),
             )
         )
         if not same:
             continue
         for condition in shared:
-            answers_a, errors_a = ours.answers(condition.key, same)
-            answers_b, errors_b = theirs.answers(condition.key, same)
+            in_a, in_b = (one.answers(condition.key, same) for one in (ours, theirs))
+            answers_a, answers_b = (
+                {item: answer for item, answer in one.items() if item not in failed}
+                for one in (in_a, in_b)
+            )
             both = [item for item in same if item in answers_a and item in answers_b]
             pairs.append(
                 Pair(
@@ -161,8 +174,10 @@ def compare(a: Path, b: Path) -> Comparison:
                     a=accuracy_of([answers_a[item].correct for item in both]),
                     b=accuracy_of([answers_b[item].correct for item in both]),
                     b_against_a=paired(answers_b, answers_a),
-                    errors_a=errors_a,
-                    errors_b=errors_b,
+                    cut_a=ours.cut(condition.key, same),
+                    cut_b=theirs.cut(condition.key, same),
+                    errors_a=len(ours.errors(condition.key, same)),
+                    errors_b=len(theirs.errors(condition.key, same)),
                 )
             )
     return Comparison(
@@ -224,7 +239,8 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
 _NOTE = (
     "A, B: share of right answers with its 95 % Wilson interval, over the questions that both runs "
     "answered. B - A: in percentage points, 95 % paired bootstrap interval; p: exact McNemar test, "
-    "not adjusted for the number of conditions. same: same answer in both. Questions are taken as "
+    "not adjusted for the number of conditions. same: same answer in both. cut, errors: answers "
+    "cut off before they named anything, and failures, in A and in B. Questions are taken as "
     "independent."
 )
 _NOTHING_SHARED = "No condition and question is in both runs, so there is nothing to compare."
@@ -247,15 +263,32 @@ class _Lookup:
         """Return the questions of a data set by id."""
         return self._items.get(name, {})
 
-    def answers(self, key: str, items: Sequence[str]) -> tuple[dict[str, Answer], int]:
-        """Return the answers to these questions under a condition, and how many are errors."""
-        records = [self.given[key][item] for item in items if item in self.given[key]]
-        answers = {
+    def answers(self, key: str, items: Sequence[str]) -> dict[str, Answer]:
+        """Return the answers to these questions under a condition."""
+        return {
             record.item: answer
-            for record in records
+            for record in self._records(key, items)
             if (answer := answer_of(record, self._choose_by)) is not None
         }
-        return answers, len(records) - len(answers)
+
+    def errors(self, key: str, items: Sequence[str]) -> set[str]:
+        """Return which of these questions failed under a condition."""
+        return {record.item for record in self._records(key, items) if record.error is not None}
+
+    def cut(self, key: str, items: Sequence[str]) -> int:
+        """Return how many answers to these questions were cut off before they named anything."""
+        asked = len(self._records(key, items))
+        return asked - len(self.answers(key, items)) - len(self.errors(key, items))
+
+    def failed(self, keys: Sequence[str], items: Sequence[str]) -> set[str]:
+        """Return which of these questions no paired figure counts."""
+        return failed_items(
+            {key: self.errors(key, items) for key in keys},
+            {key: len(self.answers(key, items)) for key in keys},
+        )
+
+    def _records(self, key: str, items: Sequence[str]) -> list[Record]:
+        return [self.given[key][item] for item in items if item in self.given[key]]
 
 
 def _alike(one: ItemInfo, other: ItemInfo) -> bool:
@@ -302,6 +335,8 @@ def _remarks(comparison: Comparison) -> list[str]:
             parts.append(f"{one.only_a:,} in A alone")
         if one.only_b:
             parts.append(f"{one.only_b:,} in B alone")
+        if one.failed:
+            parts.append(f"{one.failed:,} that failed under some condition and are left out")
         if one.changed:
             parts.append(f"{one.changed:,} that differ under the same id and are left out")
         if parts:
@@ -320,7 +355,6 @@ def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
         pairs = [pair for pair in comparison.pairs if pair.data_set == one.data_set]
         if not pairs:
             continue
-        errors = any(pair.errors_a or pair.errors_b for pair in pairs)
         columns: list[tuple[str, list[str]]] = [
             ("method", [words.plain(words.label(pair.method, pair.positions)) for pair in pairs]),
             ("keep", [pair.keep for pair in pairs]),
@@ -340,8 +374,12 @@ def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
                 [words.agreement(pair.b_against_a) for pair in pairs],
             ),
         ]
-        if errors:
-            columns.append(("errors", [f"{pair.errors_a}/{pair.errors_b}" for pair in pairs]))
+        for title, counts in (
+            ("cut", [(pair.cut_a, pair.cut_b) for pair in pairs]),
+            ("errors", [(pair.errors_a, pair.errors_b) for pair in pairs]),
+        ):
+            if any(map(any, counts)):
+                columns.append((title, [f"{a}/{b}" for a, b in counts]))
         tables.append((f"{one.data_set}: {one.both:,} questions in both", columns))
     return tables
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -31,6 +32,9 @@ THUMBNAIL = 160
 
 HEADLINE_SHARE = 0.25
 """The headline and the table by type show the budget nearest to this share of visual tokens."""
+
+_MOST_CUT = 0.05
+"""Share of cut answers up to which a condition may be in the headline."""
 
 _FRAMES_TO_SEARCH = 64
 _LONGEST = 300
@@ -63,6 +67,10 @@ def render(results: Results) -> str:
         headline=next((one["headline"] for one in sets if one["headline"]), None),
         answered=answered,
         errors=errors,
+        cut=sum(row.cut for row in results.rows),
+        cut_note=words.CUT,
+        failed=sum(one.failed for one in results.data),
+        failed_note=words.failed(sum(one.failed for one in results.data)),
         missing=sum(row.missing for row in results.rows),
         methods=list(
             dict.fromkeys(one.method for one in results.conditions if one.method != UNPRUNED)
@@ -153,10 +161,11 @@ def _nearest(budgets: Sequence[list[Row]]) -> list[Row] | None:
 def _headline(unpruned: Row | None, main: Sequence[Row] | None) -> dict[str, Any] | None:
     """Return the unpruned row, the best of the main budget, and random at the same budget.
 
-    Only conditions that are through count: the others have answered other questions.
+    Only conditions that are through count: the others have answered other questions. So have those
+    with many answers cut off.
     """
-    known = [row for row in main or () if row.accuracy is not None and not row.missing]
-    if unpruned is None or unpruned.accuracy is None or unpruned.missing or not known:
+    known = [row for row in main or () if row.accuracy is not None and _through(row)]
+    if unpruned is None or unpruned.accuracy is None or not _through(unpruned) or not known:
         return None
     serious = [row for row in known if row.method not in BASELINES] or known
     best = max(serious, key=lambda row: row.accuracy.share if row.accuracy else 0.0)
@@ -167,6 +176,10 @@ def _headline(unpruned: Row | None, main: Sequence[Row] | None) -> dict[str, Any
         "of": len(serious),
         "random": next((row for row in known if row.method == "random" and row is not best), None),
     }
+
+
+def _through(row: Row) -> bool:
+    return not row.missing and row.cut <= _MOST_CUT * (row.answered + row.cut)
 
 
 def _plots(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
@@ -245,6 +258,14 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             ("mass, %", "share of the scores on the kept tokens, mean", "mass"),
             any(row.mass_kept is not None for row in rows),
         ),
+        (
+            ("cut", "answers cut off before they named anything", "cut"),
+            any(row.cut for row in rows),
+        ),
+        (
+            ("at least, %", "share of right answers if all that were cut were wrong", "at_least"),
+            any(row.cut for row in rows),
+        ),
         (("errors", "questions without an answer", "errors"), any(row.errors for row in rows)),
         (("open", "questions not yet asked", "open"), any(row.missing for row in rows)),
     ]
@@ -291,6 +312,8 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             "kv": cell(row.kv_bytes, words.mebibytes(row.kv_bytes)),
             "peak": cell(row.peak_bytes, words.mebibytes(row.peak_bytes)),
             "mass": cell(row.mass_kept, words.percent(row.mass_kept)),
+            "cut": cell(row.cut, f"{row.cut:,}"),
+            "at_least": cell(row.at_least, words.percent(row.at_least)),
             "errors": cell(row.errors, str(row.errors)),
             "open": cell(row.missing, f"{row.missing:,}"),
         },
@@ -340,7 +363,7 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
             }
             for name in names
         ],
-        **_picture_view(loss),
+        **_picture_view(loss, bool(results.settings.get("allow_truncated"))),
     }
 
 
@@ -358,11 +381,11 @@ def _said_view(said: Said, item: ItemInfo) -> dict[str, Any]:
     return {"text": full or "(nothing)", "short": short or "(nothing)", "right": said.correct}
 
 
-def _picture_view(loss: Loss) -> dict[str, Any]:
+def _picture_view(loss: Loss, allow_truncated: bool) -> dict[str, Any]:
     """Return the thumbnail with its veil, or why there is none."""
     view: dict[str, Any] = {"uri": None, "note": "", "dimmed": "", "veil": "", "caption": ""}
     try:
-        picture, frame, view["caption"] = _load(loss)
+        picture, frame, view["caption"] = _load(loss, allow_truncated)
     except TokenPruneError as error:
         return view | {"note": f"No picture: {error}"}
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
@@ -390,7 +413,7 @@ def _picture_view(loss: Loss) -> dict[str, Any]:
     }
 
 
-def _load(loss: Loss) -> tuple[Image.Image, int, str]:
+def _load(loss: Loss, allow_truncated: bool) -> tuple[Image.Image, int, str]:
     """Return the picture, which row of frames in the grid it shows, and what it is.
 
     Raises
@@ -402,14 +425,17 @@ def _load(loss: Loss) -> tuple[Image.Image, int, str]:
     if item.kind == "image":
         return load_image(item.path), 0, ""
     frames = loss.grid[0] if loss.grid else 1
+    reading = partial(
+        read_video, item.path, max_side=2 * THUMBNAIL, allow_truncated=allow_truncated
+    )
     frame = _fullest(loss.kept, loss.grid) if loss.kept and loss.grid else 0
     if item.times:
         # Models that read several frames as one have fewer rows of frames than the item has times.
         wanted = item.times[(2 * frame + 1) * len(item.times) // (2 * frames)]
-        video = read_video(item.path, _FRAMES_TO_SEARCH, max_side=2 * THUMBNAIL)
+        video = reading(frames=_FRAMES_TO_SEARCH)
         place = int(np.abs(video.times - wanted).argmin())
     else:
-        video = read_video(item.path, frames, max_side=2 * THUMBNAIL)
+        video = reading(frames=frames)
         place = (2 * frame + 1) * len(video.times) // (2 * frames)
     caption = f"frame at {video.times[place]:.1f} s"
     if frames > 1:

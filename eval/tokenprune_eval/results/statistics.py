@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tokenprune.errors import ConfigError
 from tokenprune_eval.demo.results import wilson
+from tokenprune_eval.evaluation.answer_text import read_open
 from tokenprune_eval.evaluation.records import Record
 
 RESAMPLES = 10_000
@@ -168,11 +169,11 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
 
 def answer_of(record: Record, choose_by: object = None) -> Answer | None:
-    """Return what a record counts as; None where it holds an error.
+    """Return what a record counts as; None where it holds an error or a cut answer.
 
     The answer is the letter of a question with choices: the most likely one where likelihoods are
     known and the run does not count by text, otherwise as read from the text. Where there is no
-    letter, it is the text in lower case with single spaces.
+    letter, it is the text as an open answer is read, or else in lower case with single spaces.
 
     Parameters
     ----------
@@ -184,9 +185,9 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
     Raises
     ------
     ConfigError
-        If it holds neither an error nor whether it is right.
+        If it holds neither an error nor whether it is right, and was not cut.
     """
-    if record.error is not None:
+    if record.error is not None or (record.cut and record.correct is None):
         return None
     if record.correct is None:
         raise ConfigError(
@@ -196,8 +197,25 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
     if choose_by != BY_TEXT and record.likelihoods:
         said = max(sorted(record.likelihoods), key=record.likelihoods.__getitem__)
     else:
-        said = record.choice or " ".join((record.text or "").split()).casefold()
+        text = record.text or ""
+        said = record.choice or read_open(text) or " ".join(text.split()).casefold()
     return Answer(record.correct, said)
+
+
+def failed_items(errors: Mapping[str, set[str]], answered: Mapping[str, int]) -> set[str]:
+    """Return the questions that failed under any condition: no paired figure counts them.
+
+    So every condition is compared over the same questions, and none looks better because it
+    refused the hard ones. A condition that answered nothing at all is no reason to leave out all.
+
+    Parameters
+    ----------
+    errors
+        Key of a condition -> ids of the questions that failed under it.
+    answered
+        Key of a condition -> how many questions it answered.
+    """
+    return {item for key, items in errors.items() if answered.get(key) for item in items}
 
 
 def paired(here: Mapping[str, Answer], reference: Mapping[str, Answer]) -> Paired | None:

@@ -32,6 +32,7 @@ from tokenprune_eval.results.statistics import (
     Paired,
     accuracy_of,
     answer_of,
+    failed_items,
     paired,
 )
 
@@ -113,25 +114,27 @@ class Row(BaseModel):
         `Condition.key`.
     method, keep, positions
         See `Condition`.
-    questions, answered, errors, missing
-        Questions of the data set: all, answered, failed with an error, not yet asked.
+    questions, answered, cut, errors, missing
+        Questions of the data set: all; answered, right or wrong; cut off before the answer named
+        anything; failed with an error; not yet asked. The last four add up to the first.
     accuracy
         Over the answered questions.
     against_unpruned
-        Against the unpruned condition; None for itself and where it did not run.
+        Against the unpruned condition, over the questions that both answered and that failed under
+        no condition (`failed_items`); None for itself and where it did not run.
     by_type
         Type of question -> accuracy over the answered ones of that type, None where there are
         none. Empty where the data set has no types.
     visual_tokens, of_visual_tokens, prompt_tokens, answer_tokens
-        Means over the answered questions; see `Record`.
+        Means over the questions answered or cut; see `Record`.
     seconds
-        Medians over the answered questions, in seconds; see `Seconds`.
+        Medians over the same questions, in seconds; see `Seconds`.
     items_per_second
         Questions divided by the sum of their `Seconds.total`.
     peak_bytes
         The most that any question took.
     kv_bytes, mass_kept
-        Means over the answered questions; see `Record`.
+        Means over the questions answered or cut; see `Record`.
     dominance
         Where it was measured.
     """
@@ -145,6 +148,7 @@ class Row(BaseModel):
     positions: Positions
     questions: int
     answered: int
+    cut: int = 0
     errors: int
     missing: int
     accuracy: Accuracy | None
@@ -160,6 +164,16 @@ class Row(BaseModel):
     kv_bytes: float | None
     mass_kept: float | None
     dominance: Dominance | None = None
+
+    @property
+    def at_least(self) -> float | None:
+        """Share of right answers if all that were cut were wrong; `accuracy` knows nothing of them.
+
+        A method that makes a model ramble has many cut answers, and a good accuracy on the few
+        that are left.
+        """
+        told = self.answered + self.cut
+        return (self.accuracy.correct if self.accuracy else 0) / told if told else None
 
 
 class Said(BaseModel):
@@ -246,6 +260,8 @@ class DataInfo(BaseModel):
         How many were to be asked.
     of_questions
         Of how many they were drawn, with ``--limit`` or ``--shard``; None where they are all.
+    failed
+        How many of them failed under at least one condition and are left out of all paired figures.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -253,6 +269,7 @@ class DataInfo(BaseModel):
     name: str
     questions: int
     of_questions: int | None = None
+    failed: int = 0
 
 
 class Results(BaseModel):
@@ -336,7 +353,7 @@ def summarise(
         If two questions or conditions have the same name, or a record is about a question or
         condition that the run does not have.
     ConfigError
-        If a record holds neither an error nor whether it is right.
+        If a record holds neither an error nor whether it is right, and was not cut.
     """
     given = _by_condition(items, conditions, records)
     settings = dict(about.get("settings") or {})
@@ -352,6 +369,7 @@ def summarise(
     sets: dict[str, list[ItemInfo]] = {}
     for item in items:
         sets.setdefault(item.data_set, []).append(item)
+    failed = {name: _failed(own, given, answers) for name, own in sets.items()}
     model = settings.get("model")
     return Results(
         complete=bool(about.get("complete")),
@@ -360,12 +378,17 @@ def summarise(
         started=about.get("started"),
         wall_seconds=about.get("seconds"),
         data=[
-            DataInfo(name=name, questions=len(own), of_questions=_drawn_from(about, name, len(own)))
+            DataInfo(
+                name=name,
+                questions=len(own),
+                of_questions=_drawn_from(about, name, len(own)),
+                failed=len(failed[name]),
+            )
             for name, own in sets.items()
         ],
         conditions=list(conditions),
         rows=[
-            _row(name, own, condition, given[condition.key], answers)
+            _row(name, own, condition, given[condition.key], answers, failed[name])
             for name, own in sets.items()
             for condition in conditions
         ],
@@ -478,12 +501,15 @@ def _row(
     condition: Condition,
     given: Mapping[str, Record],
     answers: _Answers,
+    failed: set[str],
 ) -> Row:
     own = {item.id: answers[condition.key].get(item.id) for item in items}
     answered = {item: answer for item, answer in own.items() if answer is not None}
-    records = [given[item] for item in answered]
-    errors = sum(item.id in given for item in items) - len(answered)
+    asked = [given[item.id] for item in items if item.id in given]
+    # An answer that was cut has taken its tokens and seconds like any other.
+    records = [record for record in asked if record.error is None]
     reference = None if condition.method == UNPRUNED else answers.get(UNPRUNED)
+    compared = {item: answer for item, answer in answered.items() if item not in failed}
     types: dict[str, list[bool]] = {}
     for item in items:
         right = types.setdefault(item.type, [])
@@ -499,10 +525,11 @@ def _row(
         positions=condition.positions,
         questions=len(items),
         answered=len(answered),
-        errors=errors,
-        missing=len(items) - len(answered) - errors,
+        cut=len(records) - len(answered),
+        errors=len(asked) - len(records),
+        missing=len(items) - len(asked),
         accuracy=accuracy_of([answer.correct for answer in answered.values()]),
-        against_unpruned=None if reference is None else paired(answered, reference),
+        against_unpruned=None if reference is None else paired(compared, reference),
         by_type=(
             {}
             if set(types) <= {""}
@@ -524,6 +551,17 @@ def _row(
         mass_kept=_mean(record.mass_kept for record in records),
         dominance=_dominance([one.dominance for one in records if one.dominance is not None]),
     )
+
+
+def _failed(items: Sequence[ItemInfo], given: _Given, answers: _Answers) -> set[str]:
+    """Return the questions of a data set that no paired figure counts."""
+    ids = [item.id for item in items]
+    errors = {
+        key: {item for item in ids if item in records and records[item].error is not None}
+        for key, records in given.items()
+    }
+    answered = {key: sum(item in of_key for item in ids) for key, of_key in answers.items()}
+    return failed_items(errors, answered)
 
 
 def _dominance(measured: Sequence[Mapping[Depth, ModalityIndices]]) -> Dominance | None:

@@ -10,15 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenprune_eval.results import words
-from tokenprune_eval.results.summary import Results, Row
+from tokenprune_eval.results.summary import DataInfo, Results, Row
 
 NOTES = (
-    "right: share of right answers over the answered questions, 95 % Wilson interval. difference: "
-    "to unpruned in percentage points over the questions answered under both, 95 % paired "
-    "bootstrap interval; p: exact McNemar test, not adjusted for the number of conditions. same: "
-    "same answer as unpruned. tokens: visual tokens read, mean. first: median time to the first "
-    "answer token. answered: shown where some questions have no answer, because of an error or "
-    "because they have not been asked yet. Questions are taken as independent."
+    "right: share of right answers over the answered questions, 95 % Wilson interval. "
+    "difference: to unpruned in percentage points over the questions answered under both, 95 % "
+    "paired bootstrap interval; p: exact McNemar test, not adjusted for the number of "
+    "conditions. same: same answer as unpruned. tokens: visual tokens read, mean. first: median "
+    "time to the first answer token. cut: answers cut off before they named anything, neither "
+    "right nor wrong; at least: the share of right answers if all of these were wrong. answered:"
+    " shown where some questions have no answer, because it was cut, because of an error, or "
+    "because they are not asked yet. Questions are taken as independent."
 )
 
 Columns = Sequence[tuple[str, Sequence[str]]]
@@ -37,6 +39,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("p", lambda row: words.p_value(row.against_unpruned)),
     ("same, %", lambda row: words.agreement(row.against_unpruned)),
     ("first, ms", lambda row: words.milliseconds(row.seconds.first_token)),
+    ("cut", lambda row: f"{row.cut:,}" if row.cut else words.NOTHING),
+    ("at least, %", lambda row: words.percent(row.at_least) if row.cut else words.NOTHING),
     (_ANSWERED, lambda row: f"{row.answered:,}"),
 )
 
@@ -85,7 +89,7 @@ def markdown(results: Results) -> str:
         rows = [row for row in results.rows if row.data_set == one.name]
         lines += [f"## {escape(title(results, one.name))}", ""]
         lines += [*markdown_table(columns(rows)), ""]
-        if said := _errors(rows):
+        for said in _left_out(one, rows):
             lines += [escape(said), ""]
     return "\n".join([*lines, NOTES, ""])
 
@@ -103,7 +107,7 @@ def print_tables(console: Console, results: Results) -> None:
     for one in results.data:
         rows = [row for row in results.rows if row.data_set == one.name]
         console.print(rich_table(title(results, one.name), columns(rows)))
-        if said := _errors(rows):
+        for said in _left_out(one, rows):
             console.print(Text(said))
     console.print(Text(NOTES, style="dim"))
     if not results.complete:
@@ -112,10 +116,20 @@ def print_tables(console: Console, results: Results) -> None:
         console.print(Text(words.BUNDLED, style="bold"))
 
 
-def _errors(rows: Sequence[Row]) -> str:
-    """Return how many attempts failed, for those that read the table; empty where none did."""
-    parts = [f"{words.plain(row.condition)} {row.errors:,}" for row in rows if row.errors]
-    return f"Attempts that ended with an error: {', '.join(parts)}." if parts else ""
+def _left_out(data: DataInfo, rows: Sequence[Row]) -> list[str]:
+    """Return what the accuracies leave out, a line for each reason there is."""
+
+    def counts(field: str) -> str:
+        parts = [(words.plain(row.condition), getattr(row, field)) for row in rows]
+        return ", ".join(f"{condition} {count:,}" for condition, count in parts if count)
+
+    lines = []
+    if cut := counts("cut"):
+        lines.append(f"Answers cut off before they named anything: {cut}. {words.CUT}")
+    if errors := counts("errors"):
+        failed = f" {words.failed(data.failed)}" if data.failed else ""
+        lines.append(f"Attempts that ended with an error: {errors}.{failed}")
+    return lines
 
 
 def escape(text: str) -> str:

@@ -13,6 +13,20 @@ BUNDLED = (
     "say nothing about public models."
 )
 
+CUT = (
+    "They are neither right nor wrong, and left out of the accuracies; with more --max-new-tokens "
+    "they would come to an end."
+)
+
+
+def failed(count: int) -> str:
+    """Return what becomes of questions that failed under some condition."""
+    which = "1 question" if count == 1 else f"{count:,} questions"
+    return (
+        f"{which} failed under at least one condition and {'is' if count == 1 else 'are'} left out "
+        "of the paired figures of all."
+    )
+
 
 def plain(text: str) -> str:
     """Return a text on one line, without anything that a terminal would act on."""

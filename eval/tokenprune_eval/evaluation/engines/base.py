@@ -27,6 +27,9 @@ class Said:
     ----------
     error
         Why there is no answer; then the rest is empty.
+    cut
+        Whether the engine stopped because the answer had `Settings.max_new_tokens`, or the context
+        was full, and not because it had ended.
     kept
         Indices of the kept tokens, where the engine tells them.
     """
@@ -34,6 +37,7 @@ class Said:
     text: str = ""
     likelihoods: dict[str, float] | None = None
     error: str | None = None
+    cut: bool = False
     visual_tokens: int | None = None
     of_visual_tokens: int | None = None
     prompt_tokens: int | None = None
@@ -61,7 +65,10 @@ class Asked:
     prepared
         What `Engine.prepare` made of it.
     error
-        Why the image or video cannot be read; then it has no content.
+        Why there is no answer to any of the questions: the image or video cannot be read, prepared
+        or encoded.
+    unread
+        Whether that is because the file cannot be read.
     """
 
     items: Sequence[Item]
@@ -69,6 +76,7 @@ class Asked:
     content: Image.Image | Video | None = None
     prepared: Any = None
     error: str | None = None
+    unread: bool = False
 
 
 Done = Callable[[Item, Said], None]
@@ -92,21 +100,25 @@ class Engine(Protocol):
     def prepare(self, asked: Asked) -> None:
         """Fill in `asked.prepared`; called in a thread beside the model.
 
-        Raises
-        ------
-        TokenPruneError
-            If this image or video cannot be put to this model.
+        Whatever it raises is taken for the reason why these questions cannot be put to this model,
+        but for what `failure_of` names.
         """
 
     def begin(self, media: Sequence[Asked]) -> None:
-        """Do once what all conditions share, such as encoding."""
+        """Do once what all conditions share, such as encoding; set `Asked.error` where it fails."""
 
     def answer(
         self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
     ) -> None:
         """Answer the wanted ones of the media's questions under one condition.
 
-        A question that cannot be answered is told as `Said.error`; it ends nothing.
+        A question that cannot be answered is told as `Said.error`; it ends nothing. Where a batch
+        fails its questions are asked one by one.
+
+        Raises
+        ------
+        EngineLostError
+            If no further question can be answered.
         """
 
     def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:

@@ -35,9 +35,10 @@ from anyio.from_thread import start_blocking_portal
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean, reason_of
+from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.evaluation.failures import EngineLostError
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -60,13 +61,16 @@ _DAMAGED = (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error)
 _REFUSED = (openai.BadRequestError, openai.UnprocessableEntityError)
 """What a server says of a request that it understands and does not take."""
 
+_NOT_THE_REQUEST = (401, 403, 404, 408, 429)
+"""Status codes that say something of the server or the key, whatever the request."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0
 """Seconds between two tries, doubled each time; those of the library."""
 
 _Result = TypeVar("_Result")
 
 
-class ServerError(TokenPruneError, RuntimeError):
+class ServerError(EngineLostError):
     """The server cannot be reached, or does not let us in."""
 
 
@@ -75,7 +79,17 @@ class _BrokenError(Exception):
 
 
 class _FailedError(Exception):
-    """There is no answer, and trying again has not helped or would not."""
+    """There is no answer, and trying again has not helped or would not.
+
+    Attributes
+    ----------
+    refused
+        Whether the server is well and does not take this request.
+    """
+
+    def __init__(self, message: str, refused: bool) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 @dataclass(frozen=True)
@@ -90,11 +104,14 @@ class _Server:
         Whether it tells the likelihoods of `TOP` tokens.
     context
         Tokens of prompt and answer, where it tells.
+    part
+        A small picture or video that it answers questions about.
     """
 
     open: bool
     logprobs: bool
     context: int | None
+    part: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -229,6 +246,8 @@ class OpenAIEngine:
                 try:
                     said = await self._ask(request, letters_of(item))
                 except _FailedError as error:
+                    if not error.refused:
+                        await self._check_alive()
                     said = Said(error=str(error))
             done(item, said)
 
@@ -239,6 +258,22 @@ class OpenAIEngine:
         except ExceptionGroup as errors:
             # Whatever `done` raised; the other questions are cancelled by then.
             raise errors.exceptions[0] from None
+
+    async def _check_alive(self) -> None:
+        """Raise unless the server still answers the small question it answered at the start.
+
+        A failure may be about one question. Where the server is gone every further question would
+        fail, and be recorded as if it were the reason.
+
+        Raises
+        ------
+        ServerError
+            If it does not.
+        """
+        try:
+            await _tokens(self._client, self.settings, self._server.part, None)
+        except openai.APIError as error:
+            raise _unreachable(error, self.settings) from None
 
     async def _ask(self, request: dict[str, Any], letters: str) -> Said:
         """Return the answer to one request.
@@ -341,13 +376,13 @@ async def _look_at(client: openai.AsyncOpenAI, settings: Settings) -> _Server:
             whole = await _tokens(client, settings, part, _pruned(UNPRUNED, 1.0))
         except _REFUSED as error:
             await _check_closed(client, settings, _message(error))
-            return _Server(open=False, logprobs=logprobs, context=context)
+            return _Server(open=False, logprobs=logprobs, context=context, part=part)
         for condition in settings.conditions():
             if condition.method != UNPRUNED:
                 await _check_method(client, settings, part, condition.method, whole)
     except openai.APIError as error:
         raise _unreachable(error, settings) from None
-    return _Server(open=True, logprobs=logprobs, context=context)
+    return _Server(open=True, logprobs=logprobs, context=context, part=part)
 
 
 async def _context(client: openai.AsyncOpenAI, settings: Settings) -> int | None:
@@ -620,6 +655,7 @@ async def _read(stream: Any, letters: str, started: float | None) -> Said:
         seconds = Seconds(decode=end - first, first_token=first - started, total=end - started)
     return Said(
         text="".join(texts).strip(),
+        cut=finish == "length",
         likelihoods=likelihoods,
         prompt_tokens=usage.prompt_tokens if usage else None,
         answer_tokens=usage.completion_tokens if usage else None,
@@ -658,7 +694,10 @@ def _passing(error: Exception) -> bool:
 
 def _failed(error: Exception, tries: int, timeout: float) -> _FailedError:
     often = "once" if tries == 1 else f"{tries} times"
-    return _FailedError(f"{_reason(error, timeout)}. Tried {often}.")
+    refused = not _passing(error)
+    if isinstance(error, openai.APIStatusError):
+        refused = 400 <= error.status_code < 500 and error.status_code not in _NOT_THE_REQUEST
+    return _FailedError(f"{_reason(error, timeout)}. Tried {often}.", refused)
 
 
 def _reason(error: Exception, timeout: float) -> str:

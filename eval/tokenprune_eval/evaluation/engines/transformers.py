@@ -42,6 +42,7 @@ from tokenprune_eval.demo.costs import peak_bytes
 from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
+from tokenprune_eval.evaluation.failures import failure_of, free_memory
 from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -207,6 +208,8 @@ class TransformersEngine:
     def begin(self, media: Sequence[Asked]) -> None:
         """Encode every image and video, or read what an earlier run made of it.
 
+        What cannot be encoded has `Asked.error` set.
+
         Raises
         ------
         ConfigError
@@ -226,7 +229,13 @@ class TransformersEngine:
                 prepared.encoded = load_encoded(prepared.file, model)
                 prepared.encode_seconds = encoding_seconds(prepared.file)
             else:
-                self._encode(prepared, model)
+                try:
+                    self._encode(prepared, model)
+                except Exception as error:  # an encoder may raise anything on odd pixels
+                    one.error = failure_of(error)
+                if one.error is not None:
+                    free_memory()
+                    return
             prepared.prompts[0] = {
                 name: value
                 for name, value in prepared.prompts[0].items()
@@ -240,9 +249,15 @@ class TransformersEngine:
     ) -> None:
         """Answer in batches of prompts of about one length, at least one for each worker."""
         ids = {item.id for item in wanted}
+        for one in media:
+            if one.error is not None:
+                for item in one.items:
+                    if item.id in ids:
+                        done(item, Said(error=one.error))
         questions = [
             _Question(item, prompt, one.prepared)
             for one in media
+            if one.error is None
             for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
             if item.id in ids
         ]
@@ -384,18 +399,23 @@ class TransformersEngine:
     def _answer_batch(
         self, questions: Sequence[_Question], pruning: PruningConfig, done: Done, model: Any
     ) -> None:
+        said: list[Said] = []
+        reason = ""
         try:
             said = self.ask(questions, pruning, model)
-        except TokenPruneError as error:
-            if len(questions) == 1:
-                done(questions[0].item, Said(error=str(error)))
-                return
-            # One of them is the reason; the others have an answer.
-            for question in questions:
-                self._answer_batch([question], pruning, done, model)
+        except Exception as error:  # a model may raise anything on an odd prompt
+            reason = failure_of(error)
+        if said:
+            for question, one in zip(questions, said, strict=True):
+                done(question.item, one)
             return
-        for question, one in zip(questions, said, strict=True):
-            done(question.item, one)
+        free_memory()
+        if len(questions) == 1:
+            done(questions[0].item, Said(error=reason))
+            return
+        # One of them is the reason, or all together need too much memory.
+        for question in questions:
+            self._answer_batch([question], pruning, done, model)
 
     def ask(self, questions: Sequence[_Question], pruning: PruningConfig, model: Any) -> list[Said]:
         """Return what a model says to a batch of questions."""
@@ -455,14 +475,16 @@ class TransformersEngine:
                 spent = 0.0 if scoring is None else scoring[1]
                 chosen[row][keep] = own, spent + selecting / choosing
             select = chosen[row][keep][1]
+            answer_tokens, ended = self._answer_tokens(new[row])
             result.append(
                 Said(
                     text=str(texts[row]).strip(),
+                    cut=not ended and answer_tokens >= self.settings.max_new_tokens,
                     likelihoods=first.likelihoods(row, letters_of(question.item)),
                     visual_tokens=after,
                     of_visual_tokens=before,
                     prompt_tokens=prompt_tokens,
-                    answer_tokens=self._answer_tokens(new[row]),
+                    answer_tokens=answer_tokens,
                     mass_kept=_mass_kept(own),
                     kv_bytes=_cache_bytes(cache_of(output), prompt_tokens),
                     batch=count,
@@ -485,12 +507,12 @@ class TransformersEngine:
         pad = tokenizer.pad_token_id
         return int(tokenizer.eos_token_id if pad is None else pad)
 
-    def _answer_tokens(self, new: Tensor) -> int:
-        """Return how many tokens were generated, the end among them."""
+    def _answer_tokens(self, new: Tensor) -> tuple[int, bool]:
+        """Return how many tokens were generated, and whether the end is among them."""
         ends = self.model.generation_config.eos_token_id
         known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
         at = torch.isin(new, known.flatten()).nonzero()
-        return int(at[0]) + 1 if len(at) else len(new)
+        return (int(at[0]) + 1, True) if len(at) else (len(new), False)
 
 
 def check_dominance(model: Any, max_new_tokens: int) -> None:

@@ -20,6 +20,7 @@ from tokenprune.providers import model_path
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
+from tokenprune_eval.evaluation.failures import EngineLostError, failure_of
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -172,15 +173,23 @@ class VllmEngine:
         condition: Condition,
         done: Done,
     ) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         requests = [self._request(prompt, media, condition) for _, prompt, media in questions]
         tokens = [self._letters.of(item) for item, _, _ in questions]
         try:
             outputs = self._llm.generate(
                 requests, [self._sampling(own) for own in tokens], use_tqdm=False
             )
-        except (TokenPruneError, ValueError) as error:  # vLLM's for a prompt that is too long
+        except EngineDeadError as error:
+            raise EngineLostError(
+                f"vLLM has stopped ({error}). Its log above has the reason. The answers so far are "
+                "on disk; the same command goes on behind them."
+            ) from error
+        except Exception as error:  # too long a prompt, a processor that refuses, …
+            reason = failure_of(error)
             if len(questions) == 1:
-                done(questions[0][0], Said(error=str(error)))
+                done(questions[0][0], Said(error=reason))
                 return
             # One of them is the reason; the others have an answer.
             for question in questions:
@@ -234,6 +243,7 @@ def _said(
         )
     return Said(
         text=answer.text.strip(),
+        cut=answer.finish_reason == "length",
         likelihoods=likelihoods,
         visual_tokens=sum(token in placeholders for token in output.prompt_token_ids),
         prompt_tokens=len(output.prompt_token_ids),

@@ -1,0 +1,79 @@
+"""Failures: which are about one question and are recorded, and which are about the whole run.
+
+Whatever a reader, a processor or an engine raises on one image, video or question is recorded with
+its reason, and the run goes on. What would meet every further question ends the run instead: a full
+disk, a missing package, an engine or a device that is gone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import re
+
+from tokenprune.errors import MissingPackageError, TokenPruneError
+from tokenprune_eval.demo.output import OutputError
+
+_LONGEST = 1000
+"""Characters of a reason that are kept."""
+
+_LOST = re.compile(r"(CUDA|HIP) error|CUBLAS_STATUS|CUDNN_STATUS_INTERNAL|device-side assert")
+"""What torch says when the device answers no further call of this process."""
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineLostError(TokenPruneError, RuntimeError):
+    """The engine can answer no further question."""
+
+
+def failure_of(error: Exception) -> str:
+    """Return why a question has no answer.
+
+    Parameters
+    ----------
+    error
+        What was raised when it was read, prepared or answered.
+
+    Raises
+    ------
+    TokenPruneError
+        If the error is not about that question: the error itself, or `EngineLostError`.
+    """
+    if isinstance(error, OutputError | MissingPackageError | EngineLostError):
+        raise error
+    text = " ".join(str(error).split())[:_LONGEST]
+    if _LOST.search(text):
+        raise EngineLostError(
+            f"the device has failed and takes no further call ({text}). The answers so far are on "
+            "disk; the same command goes on behind them."
+        ) from error
+    _logger.debug("a question failed", exc_info=error)
+    if isinstance(error, TokenPruneError):
+        return str(error)
+    if _out_of_memory(error):
+        return f"there is not enough memory for it ({text or type(error).__name__})"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def free_memory() -> None:
+    """Give back what a failed call held, so that a smaller one finds room.
+
+    To be called outside of the ``except`` clause: the error holds the tensors of the call.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def alike(reason: str) -> str:
+    """Return a reason without its numbers and names: equal for failures of one kind."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|\d+", "#", reason)
