@@ -42,6 +42,23 @@ class UnsupportedModelError(TokenPruneError, TypeError):
     """The model is no vision-language model that tokenprune can prune, or not with that method."""
 
 
+class UnreadableProjectorError(UnsupportedModelError):
+    """A projector's weights are not what it computes with, or not known.
+
+    Parameters
+    ----------
+    reason
+        Why, without a full stop.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}. Load the projector plain, in float16, bfloat16 or float32 and with adapters "
+            "merged; or choose a method that does not look at its weights."
+        )
+        self.reason = reason
+
+
 class PromptError(TokenPruneError, ValueError):
     """The prompt does not match its images or videos, or cannot be pruned as it was passed."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, did_you_mean
-from tokenprune.tokens import TokenBatch
+from tokenprune.tokens import Projector, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,23 @@ class Selector:
         ------
         UnsupportedModelError
             Naming what does not fit.
+        """
+        return None
+
+    def check_projector(self, projector: Projector) -> None:
+        """Raise unless the method can work with a model's projector, whose weights may be missing.
+
+        Asked before anything runs, of methods that name the projector in `needs`.
+
+        Parameters
+        ----------
+        projector
+            The model's, as `TokenBatch.projector` will be.
+
+        Raises
+        ------
+        OptionError, UnsupportedModelError
+            Saying why it cannot.
         """
         return None
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import Projector, VisualTokens
 from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
 
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
@@ -128,7 +129,7 @@ class Family:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.inner: Any = getattr(model, "model", model)
-        self._projectors: dict[str, MLPProjector] = {}
+        self._projectors: dict[str, ModelProjector] = {}
 
     # What a family says about itself -----------------------------------------------------------
 
@@ -137,12 +138,32 @@ class Family:
         return self.inner.vision_tower
 
     def projector_module(self, modality: str) -> nn.Module:
-        """Return the module whose input is the tokens' features [..., C]."""
+        """Return the module that the model calls to project."""
         module: nn.Module = self.inner.multi_modal_projector
         return module
 
+    def entrance(self, modality: str) -> nn.Module:
+        """Return the module whose input is the tokens' features: the projector, or a part of it."""
+        return self.projector_module(modality)
+
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Send features [..., C] through `run`, which is called as the model calls its projector.
+
+        Returns
+        -------
+        Tensor
+            [..., D].
+        """
+        return run(features)
+
     def build_projector(self, modality: str) -> MLPProjector:
-        """Return the projector as a callable of features [..., C] that knows its structure."""
+        """Return the layers of the projector as they are now; only where a method asks.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If their weights are not what they compute with.
+        """
         module: Any = self.inner.multi_modal_projector
         return MLPProjector(first=module.linear_1, activation=module.act, second=module.linear_2)
 
@@ -152,10 +173,17 @@ class Family:
 
     # What follows from it ----------------------------------------------------------------------
 
-    def projector(self, modality: str) -> MLPProjector:
-        """Return `build_projector`'s result, one per model, so its matrix is computed once."""
+    def projector(self, modality: str) -> ModelProjector:
+        """Return the projector, one for all items, as a callable of features [..., C].
+
+        Nothing of it is read before a method asks.
+        """
         if modality not in self._projectors:
-            self._projectors[modality] = self.build_projector(modality)
+            self._projectors[modality] = ModelProjector(
+                self.projector_module(modality),
+                lambda: self.build_projector(modality),
+                self.around_projector,
+            )
         return self._projectors[modality]
 
     def scoring_layer(self, media: Media) -> nn.Module:
@@ -329,7 +357,7 @@ class Family:
             if "cls_attention" in needs:
                 attention_module = self.scoring_layer(media)
                 attention = stack.enter_context(probe(attention_module))
-            handle = self.projector_module(media.modality).register_forward_pre_hook(keep_input)
+            handle = self.entrance(media.modality).register_forward_pre_hook(keep_input)
             stack.callback(handle.remove)
             function = getattr(self.inner, f"get_{media.modality}_features")
             output = function(**media.arguments, return_dict=True)

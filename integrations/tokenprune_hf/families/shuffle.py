@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import square
+from tokenprune.tokens import Projector, square
 from tokenprune_hf.families.base import Captured, Family, Item, Media
 from tokenprune_hf.families.llava import frames_side_by_side
 
@@ -155,19 +155,30 @@ class Gemma3(MergedTiles):
             "needs no language model (see `tokenprune methods`)."
         )
 
-    def projector_module(self, modality: str) -> nn.Module:
+    def entrance(self, modality: str) -> nn.Module:
         """Return the norm, whose input is the pooled features."""
         module: nn.Module = self.inner.multi_modal_projector.mm_soft_emb_norm
         return module
 
     def build_projector(self, modality: str) -> MLPProjector:
-        """Return norm and linear layer; Gemma counts the norm's weight from one."""
+        """Return norm and linear layer, which here is a bare parameter."""
         module: Any = self.inner.multi_modal_projector
-        gemma_norm = module.mm_soft_emb_norm
-        norm = nn.RMSNorm(gemma_norm.weight.shape[0], eps=gemma_norm.eps)
-        norm.weight = nn.Parameter(1.0 + gemma_norm.weight.detach().float(), requires_grad=False)
         linear: Any = SimpleNamespace(weight=module.mm_input_projection_weight.mT, bias=None)
-        return MLPProjector(first=linear, norm=norm)
+        return MLPProjector(first=linear, norm=module.mm_soft_emb_norm)
+
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Give each token's features to all patches that its pooling averages.
+
+        So that the projector is called whole, pooling included.
+        """
+        module: Any = self.inner.multi_modal_projector
+        side, kernel = int(module.tokens_per_side), int(module.kernel_size)
+        rows = features.reshape(-1, features.shape[-1])
+        missing = -len(rows) % side**2
+        images = nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, side, side, rows.shape[-1])
+        patches = images.repeat_interleave(kernel, 1).repeat_interleave(kernel, 2).flatten(1, 2)
+        projected = run(patches).flatten(0, 1)[: len(rows)]
+        return projected.unflatten(0, features.shape[:-1])
 
     def merge(self, attention: Tensor) -> Tensor:
         """Pool the scores as the features are pooled."""

@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import Projector
 from tokenprune_vllm.regions import Region, Segment
 from tokenprune_vllm.scoring import Watched, picture_attention, plain_linear
 
@@ -78,8 +80,33 @@ class Family:
         """
         return self.projector(model)
 
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Send features [..., C] through `run`, which is called as vLLM calls the projector.
+
+        Returns
+        -------
+        Tensor
+            [..., D].
+        """
+        return run(features)
+
+    def model_projector(self, model: Any) -> ModelProjector:
+        """Return the projector as a callable of features [..., C]; read only where a method asks.
+
+        Under tensor parallelism all ranks have to call or read it together.
+        """
+        return ModelProjector(
+            self.projector(model), lambda: self.build_projector(model), self.around_projector
+        )
+
     def build_projector(self, model: Any) -> MLPProjector:
-        """Return the projector as a callable of features [..., C] that knows its structure."""
+        """Return the layers of the projector as they are now.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If their weights are not what they compute with (quantised).
+        """
         module: Any = model.multi_modal_projector
         return MLPProjector(
             first=plain_linear(module.linear_1),
