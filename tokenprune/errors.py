@@ -53,7 +53,7 @@ class UnreadableProjectorError(UnsupportedModelError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"{reason}. Load the projector plain, in float16, bfloat16 or float32 and with adapters "
+            f"{reason}. Load the projector plain, in float16, bfloat16 or float32, with adapters "
             "merged; or choose a method that does not look at its weights."
         )
         self.reason = reason

@@ -55,6 +55,8 @@ class Selector:
         Whether the choice hangs on an item's place in its batch too, as where rows were prepared
         for known items. No method should need it; an item that comes several times is then chosen
         from each time.
+    needs_picture
+        Whether the method looks at neighbours in the grid; items that are no picture are refused.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class Selector:
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
     of_place: ClassVar[bool] = False
+    needs_picture: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -7,6 +7,7 @@ scores, and how the rows that the encoder returns are laid out in items; the res
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -263,11 +264,58 @@ class Family:
             return None
         return grid_attention(captured.attention_module, captured.attention, self.has_cls(modality))
 
+    def patch_grid(self, modality: str, pixels: Tensor) -> tuple[int, int] | None:
+        """Return the rows and columns of patches of a picture, or None where they are not known.
+
+        Parameters
+        ----------
+        modality
+            Its modality.
+        pixels
+            [..., height, width], as the tower is given it.
+        """
+        size = getattr(self.tower(modality).config, "patch_size", None)
+        if size is None:
+            return None
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return pixels.shape[-2] // int(rows), pixels.shape[-1] // int(columns)
+
+    def pictures_grid(
+        self, modality: str, pixels: Tensor, count: int, factor: float = 1
+    ) -> tuple[int, int]:
+        """Return rows and columns of `count` tokens that a picture must have become.
+
+        Parameters
+        ----------
+        modality, pixels
+            See `patch_grid`.
+        count
+            How many tokens there are.
+        factor
+            Tokens on a side for each patch on it.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it is not known, or is not what the model made.
+        """
+        patches = self.patch_grid(modality, pixels)
+        grid = None if patches is None else tuple(round(side * factor) for side in patches)
+        if grid is None or math.prod(grid) != count:
+            said = "says no patch_size" if grid is None else f"makes {grid[0]} x {grid[1]} of it"
+            raise UnsupportedModelError(
+                f"the encoder of {type(self.model).__name__} returned {count} tokens for a picture "
+                f"of {pixels.shape[-2]} x {pixels.shape[-1]} pixels, and its config {said}: "
+                "tokenprune does not know how they lie. Load the model with its own config."
+            )
+        rows, columns = grid
+        return rows, columns
+
     def item(
         self,
         media: Media,
         label: str,
-        grid: tuple[int, int, int],
+        grid: tuple[int, int, int] | None,
         rows: Tensor,
         all_rows: Tensor,
         features: Tensor,
@@ -282,7 +330,7 @@ class Family:
         label
             What to call it in an error.
         grid
-            (frames, rows, columns).
+            (frames, rows, columns), or None where it is not known how the tokens lie.
         rows
             LongTensor [N] into `all_rows`.
         all_rows
@@ -295,7 +343,8 @@ class Family:
         return Item(
             rows,
             VisualTokens(
-                grid=grid,
+                grid=(1, 1, len(rows)) if grid is None else grid,
+                is_picture=grid is not None,
                 features=features,
                 embeddings=all_rows[rows],
                 cls_attention=attention,
@@ -379,8 +428,10 @@ class Family:
 
 def _encoder_layers(tower: Any) -> Sequence[Any]:
     """Return a vision tower's layers."""
-    encoder = getattr(tower, "encoder", None) or getattr(
-        getattr(tower, "vision_model", None), "encoder", None
+    encoder = (
+        getattr(tower, "encoder", None)
+        or getattr(getattr(tower, "vision_model", None), "encoder", None)
+        or getattr(tower, "transformer", None)
     )
     for name in ("layers", "layer"):
         layers = getattr(encoder, name, None)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import Projector, square
+from tokenprune.tokens import Projector
 from tokenprune_hf.families.base import Captured, Family, Item, Media
 from tokenprune_hf.families.llava import frames_side_by_side
 
@@ -27,9 +27,11 @@ class MergedTiles(Family):
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
         """Return one item per tile or, where the caller told them, per video."""
         attention = self.patch_attention(captured, media.modality)
-        scores = None if attention is None else self.merge(attention)
         tokens = sizes[0]
-        side = square(tokens, "a tile")
+        pixels = media.arguments["pixel_values"]
+        grid = self.pictures_grid(media.modality, pixels, tokens, self.tokens_per_patch())
+        patches = self.patch_grid(media.modality, pixels)
+        scores = None if attention is None or patches is None else self.merge(attention, patches)
         counts = self._pictures(media, len(sizes))
         items = []
         first = 0
@@ -39,7 +41,7 @@ class MergedTiles(Family):
                 self.item(
                     media,
                     f"{'video' if count > 1 else 'image'} {index}",
-                    (count, side, side),
+                    (count, *grid),
                     torch.arange(first * tokens, (first + count) * tokens, device=rows.device),
                     rows,
                     captured.features[mine].flatten(0, 1),
@@ -69,8 +71,15 @@ class MergedTiles(Family):
             )
         return counts
 
-    def merge(self, attention: Tensor) -> Tensor:
-        """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token."""
+    def tokens_per_patch(self) -> float:
+        """Return how many tokens there are on a side of a tile for each patch on it."""
+        raise NotImplementedError
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
+        """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token.
+
+        `patches` are the rows and columns of patches, P in all.
+        """
         raise NotImplementedError
 
 
@@ -89,11 +98,14 @@ class InternVL(MergedTiles):
             norm=module.layer_norm,
         )
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pixel shuffle."""
+        return float(self.model.config.downsample_ratio)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
-        heads, patches = attention.shape[1:]
-        side = square(patches, "a tile")
-        maps = attention.mT.unflatten(1, (side, side))
+        heads = attention.shape[1]
+        maps = attention.mT.unflatten(1, patches)
         shuffled = self.inner.pixel_shuffle(
             maps.contiguous(), scale_factor=self.model.config.downsample_ratio
         )
@@ -127,7 +139,11 @@ class Idefics3(MergedTiles):
         """Return False: the encoder has no CLS token."""
         return False
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pixel shuffle."""
+        return 1 / int(self.inner.connector.scale_factor)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
         heads = attention.shape[1]
         connector = self.inner.connector
@@ -180,9 +196,13 @@ class Gemma3(MergedTiles):
         projected = run(patches).flatten(0, 1)[: len(rows)]
         return projected.unflatten(0, features.shape[:-1])
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pooling."""
+        return 1 / int(self.inner.multi_modal_projector.kernel_size)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Pool the scores as the features are pooled."""
         module: Any = self.inner.multi_modal_projector
-        maps = attention.unflatten(-1, (module.patches_per_image, module.patches_per_image))
+        maps = attention.unflatten(-1, patches)
         pooled: Tensor = module.avg_pool(maps).flatten(2)
         return pooled

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import Projector
@@ -118,6 +119,12 @@ class Family:
         """Return how many pictures the encoder was given for one item."""
         return 1
 
+    def patch_grid(self) -> tuple[int, int]:
+        """Return the rows and columns of patches of a picture, which all are of one size."""
+        vision = self.config.vision_config
+        pixels, patch = (_both(getattr(vision, name)) for name in ("image_size", "patch_size"))
+        return pixels[0] // patch[0], pixels[1] // patch[1]
+
     def entries(self, value: Any) -> int:
         """Return how many entries of a flat field belong to an item whose size field is `value`."""
         return int(value)
@@ -178,6 +185,30 @@ class Family:
             name.rpartition(".")[2] in ("class_embedding", "cls_token")
             for name, _ in self.tower(model).named_parameters()
         )
+
+
+def check_count(count: int, grid: tuple[int, int], what: str) -> tuple[int, int]:
+    """Return a grid that has as many tokens as vLLM says that there are.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it has not: how the tokens lie is never guessed from their number.
+    """
+    rows, columns = grid
+    if rows * columns != count:
+        raise UnsupportedModelError(
+            f"{what} has {count} tokens in vLLM, and by the model's config {rows} x {columns}: "
+            "tokenprune does not know how they lie. Serve the model with its own config."
+        )
+    return grid
+
+
+def _both(side: Any) -> tuple[int, int]:
+    if isinstance(side, int):
+        return side, side
+    height, width = side
+    return int(height), int(width)
 
 
 def sizes_of(fields: Fields, name: str) -> Tensor:
