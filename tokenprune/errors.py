@@ -34,6 +34,10 @@ class ConfigError(TokenPruneError, ValueError):
     """A pruning configuration has unknown keys or values it cannot take."""
 
 
+class SelectorError(TokenPruneError, ValueError):
+    """A selector is defined wrongly, or returns something else than a selector must."""
+
+
 class RegistryError(TokenPruneError, RuntimeError):
     """A selector cannot be registered or loaded."""
 

@@ -12,7 +12,7 @@ import sys
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from tokenprune.errors import RegistryError, UnknownMethodError, did_you_mean
+from tokenprune.errors import RegistryError, SelectorError, UnknownMethodError, did_you_mean
 from tokenprune.selectors.base import Selector
 
 GROUP = "tokenprune.selectors"
@@ -60,7 +60,7 @@ def _load(entry: EntryPoint) -> type[Selector]:
     module_name, _, class_name = entry.value.partition(":")
     try:
         loaded = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SelectorError) as error:
         raise RegistryError(
             f"the selector {entry.name!r} cannot be loaded from {entry.value}: {error}. "
             "Repair or uninstall the package that registers it."

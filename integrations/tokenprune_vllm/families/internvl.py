@@ -106,6 +106,14 @@ class InternVLChat(InternVL):
         "pixel_values_flat_video": "video_num_patches",
     }
 
+    def patch_grid(self) -> tuple[int, int]:
+        """Return the rows and columns of patches of a tile, which the config may force."""
+        side = getattr(self.config, "force_image_size", None)
+        if not side:
+            return super().patch_grid()
+        patch = int(self.config.vision_config.patch_size)
+        return int(side) // patch, int(side) // patch
+
     def tower(self, model: Any) -> nn.Module:
         """Return the vision encoder."""
         module: nn.Module = model.vision_model
