@@ -15,6 +15,7 @@ from tokenprune.arguments import add_keep, add_options, add_positions, parse_kee
 from tokenprune.errors import (
     ConfigError,
     OptionError,
+    TokensError,
     did_you_mean,
 )
 
@@ -210,6 +211,11 @@ def _look(
         )
         items = [item.tokens for item in encoded.modalities["image"].items]
         whole = len(items) - 1 if model.config.model_type in _WHOLE_IMAGE_LAST else 0
+        if not items[whole].is_picture:
+            raise TokensError(
+                f"{items[whole].label}: how its {items[whole].total} tokens lie in the picture is "
+                "not known, so they cannot be drawn. Show a model with a grid of tokens."
+            )
         plain = None
         if question is not None:
             plain = _answer(model, processor, inputs)
