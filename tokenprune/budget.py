@@ -39,8 +39,8 @@ class PublishedBudget(int):
         budget.name = name
         return budget
 
-    def __getnewargs__(self) -> tuple[str]:  # for pickle and copy
-        return (self.name,)
+    def __reduce__(self) -> tuple[type[PublishedBudget], tuple[str]]:  # for pickle and copy
+        return PublishedBudget, (self.name,)
 
 
 def check_keep(keep: Keep) -> int | float:

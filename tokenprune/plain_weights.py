@@ -94,7 +94,7 @@ def _only_moved(module: nn.Module) -> bool:
     It puts such hooks on every layer where a model is spread over several devices.
     """
     hook = vars(module).get("_hf_hook")
-    parts = getattr(hook, "hooks", (hook,))
+    parts: Any = getattr(hook, "hooks", (hook,))
     moved = all(type(part).__name__ == "AlignDevicesHook" and not part.offload for part in parts)
     before = getattr(vars(module).get("_old_forward"), "__func__", None)
     return moved and before is type(module).forward

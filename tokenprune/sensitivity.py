@@ -84,16 +84,16 @@ def difference(step: float | None = None) -> Derivative:
     """
 
     def derivative(function: Projector, points: Tensor, along: Tensor) -> Tensor:
-        size: Tensor | float
-        if step is None:
-            size = torch.linalg.vector_norm(points, dim=-1, keepdim=True) * _RELATIVE_STEP
-            size = size.clamp_min(1e-6)
-        else:
-            size = step
+        size: Tensor | float = step or _twentieth(points)
         moved = size * along
         return (function(points + moved) - function(points - moved)) / (2.0 * size)
 
     return derivative
+
+
+def _twentieth(points: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    return (lengths * _RELATIVE_STEP).clamp_min(1e-6)
 
 
 def why_not_differentiable(function: Projector, width: int, like: Tensor) -> str | None:

@@ -275,7 +275,9 @@ def test_what_is_put_on_the_whole_projector_is_seen(monkeypatch: pytest.MonkeyPa
     assert torch.equal(select(projector).scores, plain)  # type: ignore[arg-type]
     check_alike(projector, projector.structure())
     module.linear_1 = nn.Identity()  # type: ignore[assignment]
-    with pytest.raises(UnreadableProjectorError, match=r"of its layer `first`, the kind is .*Identity"):
+    with pytest.raises(
+        UnreadableProjectorError, match=r"of its layer `first`, the kind is .*Identity"
+    ):
         projector.structure()
 
 
@@ -369,7 +371,7 @@ def test_hooks_that_only_move_inputs_leave_weights_readable() -> None:
     for part in module.modules():
         before = part.forward
         part._old_forward, part._hf_hook = before, hook  # type: ignore[assignment]
-        part.forward = lambda x, before=before: before(x)  # type: ignore[method-assign, misc]
+        part.forward = lambda x, before=before: before(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(select(engine_projector(module)).scores, expected)  # type: ignore[arg-type]

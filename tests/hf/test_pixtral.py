@@ -190,7 +190,7 @@ def siglip() -> Any:
 def test_tokens_that_make_no_grid_are_no_picture(tmp_path: Path) -> None:
     model = siglip()
     ids = torch.tensor([[BOS, *[IMAGE] * 35, 7]])
-    inputs = {
+    inputs: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(1, 3, 24, 24),

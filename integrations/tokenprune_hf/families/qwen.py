@@ -33,7 +33,8 @@ class Qwen2VL(Family):
     def around_projector(self, run: Projector, features: Tensor) -> Tensor:
         """Lay the patches of each token one after another, as the merger takes them."""
         patches = features.reshape(-1, features.shape[-1] // self._merged())
-        return run(patches).unflatten(0, features.shape[:-1])
+        projected: Tensor = run(patches).unflatten(0, features.shape[:-1])
+        return projected
 
     def build_projector(self, modality: str) -> MLPProjector:
         """Return the merger on four patches side by side."""

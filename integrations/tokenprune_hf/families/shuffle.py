@@ -194,7 +194,8 @@ class Gemma3(MergedTiles):
         images = nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, side, side, rows.shape[-1])
         patches = images.repeat_interleave(kernel, 1).repeat_interleave(kernel, 2).flatten(1, 2)
         projected = run(patches).flatten(0, 1)[: len(rows)]
-        return projected.unflatten(0, features.shape[:-1])
+        result: Tensor = projected.unflatten(0, features.shape[:-1])
+        return result
 
     def tokens_per_patch(self) -> float:
         """Return the ratio of the pooling."""
