@@ -424,7 +424,8 @@ class TrimmedAttention(Attachment):
             kept, scores = self._choose_row(
                 layer, query[index], key[index], seen[index], counted[index]
             )
-            self.selections.append(Selection(kept, total, grid, scores))
+            # Images, tiles, patches of a tile: places in lists, and not in a picture.
+            self.selections.append(Selection(kept, total, grid, scores, is_picture=False))
         choice = self._joined(rows, total)
         self.cache_share = sum(choice.lengths) / (total * len(choice.lengths))
         self.selecting_seconds = time.perf_counter() - started

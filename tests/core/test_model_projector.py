@@ -275,9 +275,8 @@ def test_what_is_put_on_the_whole_projector_is_seen(monkeypatch: pytest.MonkeyPa
     assert torch.equal(select(projector).scores, plain)  # type: ignore[arg-type]
     check_alike(projector, projector.structure())
     module.linear_1 = nn.Identity()  # type: ignore[assignment]
-    with pytest.raises(
-        UnreadableProjectorError, match=r"of its layer `first`, the kind is .*Identity"
-    ):
+    says = r"of its layer `first`, the kind is .*Identity"
+    with pytest.raises(UnreadableProjectorError, match=says):
         projector.structure()
 
 
