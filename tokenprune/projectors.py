@@ -107,7 +107,7 @@ class MLPProjector:
                 f"MLPProjector: norm_groups={norm_groups} does not divide the "
                 f"{first.weight.shape[1]} inputs of `first` into equal parts."
             )
-        self.grams: dict[torch.dtype, Grams] = {}
+        self.grams: dict[torch.dtype, Grams] = {}  # the last ones made, for as long as they hold
 
     def check(self) -> None:
         """Raise unless the layers compute what their weights say, now.
