@@ -22,6 +22,27 @@ InternVL's number counts ``<img>`` and ``</img>`` of 32 frames, which here are t
 """
 
 
+class PublishedBudget(int):
+    """A number of tokens that was given by a published name: an int in every other way.
+
+    Attributes
+    ----------
+    name
+        Out of `PUBLISHED`.
+    """
+
+    name: str
+
+    def __new__(cls, name: str) -> PublishedBudget:
+        """Return the budget of that name."""
+        budget = super().__new__(cls, PUBLISHED[name])
+        budget.name = name
+        return budget
+
+    def __reduce__(self) -> tuple[type[PublishedBudget], tuple[str]]:  # for pickle and copy
+        return PublishedBudget, (self.name,)
+
+
 def check_keep(keep: Keep) -> int | float:
     """Return `keep` as a plain int or float if it is a budget, and raise if it is not.
 
@@ -34,7 +55,7 @@ def check_keep(keep: Keep) -> int | float:
     Returns
     -------
     int or float
-        The same value as a built-in number.
+        The same value as a built-in number; a `PublishedBudget` for a name.
 
     Raises
     ------
@@ -48,12 +69,14 @@ def check_keep(keep: Keep) -> int | float:
                 f"keep={keep!r} is no published budget. {did_you_mean(keep, PUBLISHED)} Or give a "
                 "number of tokens (keep=64) or a fraction of them (keep=0.1)."
             )
-        return PUBLISHED[keep]
+        return PublishedBudget(keep)
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
         raise BudgetError(
             f"keep={keep!r} ({type(keep).__name__}) is not a budget. Give a whole number of tokens "
             "(keep=64) or a fraction of them (keep=0.1)."
         )
+    if isinstance(keep, PublishedBudget):
+        return keep
     if isinstance(keep, numbers.Integral):
         if keep < 1:
             raise BudgetError(

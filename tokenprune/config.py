@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from tokenprune.budget import Keep, check_keep
+from tokenprune.budget import Keep, PublishedBudget, check_keep
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
@@ -72,10 +72,13 @@ class PruningConfig:
         return build(self.method, self.options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types: ``{"method", "keep", "positions", "options"}``."""
+        """Return plain JSON types: ``{"method", "keep", "positions", "options"}``.
+
+        A published budget is its name, so that whoever reads it knows where the number is from.
+        """
         return {
             "method": self.method,
-            "keep": self.keep,
+            "keep": self.keep.name if isinstance(self.keep, PublishedBudget) else self.keep,
             "positions": self.positions,
             "options": dict(self.options),
         }

@@ -34,12 +34,33 @@ class ConfigError(TokenPruneError, ValueError):
     """A pruning configuration has unknown keys or values it cannot take."""
 
 
+class SelectorError(TokenPruneError, ValueError):
+    """A selector is defined wrongly, or returns something else than a selector must."""
+
+
 class RegistryError(TokenPruneError, RuntimeError):
     """A selector cannot be registered or loaded."""
 
 
 class UnsupportedModelError(TokenPruneError, TypeError):
     """The model is no vision-language model that tokenprune can prune, or not with that method."""
+
+
+class UnreadableProjectorError(UnsupportedModelError):
+    """A projector's weights are not what it computes with, or not known.
+
+    Parameters
+    ----------
+    reason
+        Why, without a full stop.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}. Load the projector plain, in float16, bfloat16 or float32, with adapters "
+            "merged; or choose a method that does not look at its weights."
+        )
+        self.reason = reason
 
 
 class PromptError(TokenPruneError, ValueError):

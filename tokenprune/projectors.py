@@ -22,18 +22,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.errors import UnsupportedModelError
-from tokenprune.numerics import blocks_of
+from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.numerics import blocks_of, directional_derivative
+from tokenprune.plain_weights import why_altered, why_not_loaded, why_not_plain
 
 Activation = Callable[[Tensor], Tensor]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _ROWS = 1024  # tokens done at once: bounds the hidden activations held to _ROWS * H
 _BLOCK = 512  # columns of the quadratic form's matrix done at once
 _ENTRIES = 2**24  # entries of the widest intermediate when directions are pushed through
@@ -54,8 +54,8 @@ class Affine(Protocol):
 class MLPProjector:
     """A projector ``[..., C] -> [..., D]`` made of an optional norm and one or two linear layers.
 
-    It refers to the engine's own modules and copies no weights. Calling it does what the engine's
-    projector does, in the weights' dtype; `lifted` gives the same function in float32.
+    It refers to the engine's own modules and copies no weights. Calling it calls them, in the
+    weights' dtype; `lifted` gives the same function in float32, from the weights alone.
 
     Parameters
     ----------
@@ -74,7 +74,8 @@ class MLPProjector:
     Raises
     ------
     UnsupportedModelError
-        If the layers do not fit each other, or weights are not plain floating point (quantised).
+        If the layers do not fit each other, or one of them computes something else than its weight
+        says: quantised, offloaded, or with an adapter or hooks on it.
     """
 
     def __init__(
@@ -85,16 +86,12 @@ class MLPProjector:
         norm: nn.Module | None = None,
         norm_groups: int = 1,
     ) -> None:
-        for name, layer in (("first", first), ("second", second)):
-            if layer is None:
-                continue
-            weight = layer.weight
-            if weight.dtype not in _FLOATS or weight.ndim != 2:
-                raise UnsupportedModelError(
-                    f"MLPProjector: the weight of `{name}` has dtype {weight.dtype} and shape "
-                    f"{list(weight.shape)}; it must be an unquantised matrix. Load the projector "
-                    "in float16, bfloat16 or float32, or choose a method that does not look at it."
-                )
+        self.first = first
+        self.activation = activation
+        self.second = second
+        self.norm = norm
+        self.norm_groups = norm_groups
+        self.check()
         if second is None and activation is not None:
             raise UnsupportedModelError(
                 "MLPProjector: an activation needs a linear layer after it. Pass second=..., or "
@@ -110,12 +107,20 @@ class MLPProjector:
                 f"MLPProjector: norm_groups={norm_groups} does not divide the "
                 f"{first.weight.shape[1]} inputs of `first` into equal parts."
             )
-        self.first = first
-        self.activation = activation
-        self.second = second
-        self.norm = norm
-        self.norm_groups = norm_groups
-        self._grams: dict[torch.dtype, _Grams] = {}
+        self.grams: dict[torch.dtype, Grams] = {}  # the last ones made, for as long as they hold
+
+    def check(self) -> None:
+        """Raise unless the layers compute what their weights say, now.
+
+        Raises
+        ------
+        UnreadableProjectorError
+            Naming the layer and what was done to it.
+        """
+        for name, layer in (("first", self.first), ("second", self.second)):
+            reason = None if layer is None else why_not_plain(layer)
+            if reason is not None:
+                raise UnreadableProjectorError(f"of its layer `{name}`, {reason}")
 
     def __call__(self, features: Tensor) -> Tensor:
         """Project `features` [..., C] to [..., D] as the engine does, in the weights' dtype."""
@@ -123,12 +128,10 @@ class MLPProjector:
         if self.norm is not None:
             parts = torch.unflatten(hidden, -1, (self.norm_groups, -1))
             hidden = cast(Tensor, self.norm(parts)).flatten(-2)
-        hidden = F.linear(hidden, self.first.weight, self.first.bias)
+        hidden = _apply(self.first, hidden)
         if self.activation is not None:
             hidden = self.activation(hidden)
-        if self.second is not None:
-            hidden = F.linear(hidden, self.second.weight, self.second.bias)
-        return hidden
+        return hidden if self.second is None else _apply(self.second, hidden)
 
     def __repr__(self) -> str:
         widths = [self.first.weight.shape[1], self.first.weight.shape[0]]
@@ -148,13 +151,20 @@ class MLPProjector:
         Raises
         ------
         UnsupportedModelError
-            If the norm in front is neither layer norm nor RMS norm.
+            If the norm in front is neither layer norm nor RMS norm, or see `check`.
         """
+        self.check()
         return LiftedProjector(self, dtype)
 
     @cached_property
     def _slope(self) -> Activation:
         return _slope_of(self.activation, self.first.weight.device)
+
+
+def _apply(layer: Affine, hidden: Tensor) -> Tensor:
+    if isinstance(layer, nn.Module):  # with whatever was put on it since
+        return cast(Tensor, layer(hidden))
+    return F.linear(hidden, layer.weight, layer.bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +189,15 @@ class _Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class _Grams:
+class Grams:
     """The matrices that belong to the model alone, as column blocks of their upper triangles.
 
     Attributes
     ----------
     digests
-        What the weights were when these were made.
+        What the weights were when these were made: of each layer, and of the norm's gain.
+    kind
+        What else they hang on: the number of the norm's parts, and whether it centres.
     parts
         For each part of the norm the blocks of ``(W2' W2) o (A A')``.
     outer
@@ -193,6 +205,7 @@ class _Grams:
     """
 
     digests: list[Tensor]
+    kind: tuple[object, ...]
     parts: list[list[Tensor]]
     outer: list[Tensor]
 
@@ -376,17 +389,17 @@ class LiftedProjector:
         return parts
 
     @cached_property
-    def _grams(self) -> _Grams:
+    def _grams(self) -> Grams:
         """The model's matrices, from the projector's cache if its weights are what they were."""
         digests = [_digest(weight) for weight in self._weights()]
-        known = self._projector._grams.get(self._dtype)
-        if known is None or not _same(known.digests, digests):
-            self._projector._grams.pop(self._dtype, None)  # never two sets of matrices at once
+        known = self._projector.grams.get(self._dtype)
+        if known is None or known.kind != self._kind or not _same(known.digests, digests):
+            self._projector.grams.pop(self._dtype, None)  # never two sets of matrices at once
             known = self._build_grams(digests)
-            self._projector._grams[self._dtype] = known
+            self._projector.grams[self._dtype] = known
         return known
 
-    def _build_grams(self, digests: list[Tensor]) -> _Grams:
+    def _build_grams(self, digests: list[Tensor]) -> Grams:
         first = self._centred_parts()
         second = cast(Tensor, self._second)
         parts: list[list[Tensor]] = [[] for _ in first]
@@ -399,13 +412,17 @@ class LiftedProjector:
                 blocks.append((weights[: columns.stop] @ weights[columns].T).mul_(block))
             if self._norm is not None:
                 outer.append(block)
-        return _Grams(digests, parts, outer)
+        return Grams(digests, self._kind, parts, outer)
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        return self._projector.norm_groups, None if self._norm is None else self._norm.centred
 
     def _weights(self) -> list[Tensor]:
-        """Return the tensors that `_Grams` is computed from, as the engine holds them."""
-        layers: list[Any] = [self._projector.first, self._projector.second, self._projector.norm]
-        tensors = [getattr(layer, "weight", None) for layer in layers]
-        return [tensor for tensor in tensors if tensor is not None]
+        """Return the tensors that `Grams` is computed from."""
+        layers = (self._projector.first, self._projector.second)
+        weights = [layer.weight for layer in layers if layer is not None]
+        return weights if self._norm is None else [*weights, self._norm.gain]
 
     @property
     def _part_width(self) -> int:
@@ -424,7 +441,7 @@ class LiftedProjector:
 
 
 def _quadratic(blocks: list[Tensor], vectors: Tensor) -> Tensor:
-    """Return v' M v for each row v of `vectors` [n, H], with M given as `_Grams` keeps it.
+    """Return v' M v for each row v of `vectors` [n, H], with M given as `Grams` keeps it.
 
     Only the upper triangle's blocks are multiplied: a little over half of the operations.
     """
@@ -469,6 +486,9 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
         If it is none of them.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    reason = why_altered(norm) or (None if weight is None else why_not_loaded("weight", weight))
+    if reason is not None:
+        raise UnreadableProjectorError(f"of the norm in front, {reason}")
     own = device if weight is None else weight.device
     own_dtype = dtype if weight is None else weight.dtype
     epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
@@ -548,8 +568,7 @@ def _slope_of(activation: Activation | None, device: torch.device) -> Activation
     known = activation
 
     def by_forward_mode(hidden: Tensor) -> Tensor:
-        # Unlike the reverse mode it needs no graph, so it works in inference mode too.
-        return cast(Tensor, torch.func.jvp(known, (hidden.clone(),), (torch.ones_like(hidden),))[1])
+        return directional_derivative(known, hidden.clone(), torch.ones_like(hidden))
 
     learns = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
     if not learns:

@@ -11,7 +11,7 @@ from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.entries import unique_entries
-from tokenprune.errors import RegistryError, UnknownMethodError, did_you_mean
+from tokenprune.errors import RegistryError, SelectorError, UnknownMethodError, did_you_mean
 
 if TYPE_CHECKING:
     from tokenprune.selectors.base import Selector
@@ -49,7 +49,7 @@ def _load(entry: EntryPoint) -> type[Selector]:
     module_name, _, class_name = entry.value.partition(":")
     try:
         loaded = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SelectorError) as error:
         raise RegistryError(
             f"the selector {entry.name!r} cannot be loaded from {entry.value}: {error}. "
             "Repair or uninstall the package that registers it."

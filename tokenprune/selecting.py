@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
-from tokenprune.budget import Keep, check_keep, tokens_kept
-from tokenprune.errors import TokensError
+from tokenprune.budget import Keep, PublishedBudget, check_keep, tokens_kept
+from tokenprune.errors import OptionError, TokensError
 from tokenprune.registry import build
 from tokenprune.selection import Selection
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks, Selector, check_picks
 from tokenprune.tokens import VisualTokens, batch_key, stack
 
 
-def select(tokens: VisualTokens, method: str, keep: Keep, **options: Any) -> Selection:
+def select(tokens: VisualTokens, method: str | Selector, keep: Keep, **options: Any) -> Selection:
     """Choose which visual tokens of one image or video stay.
 
     Parameters
@@ -23,11 +24,11 @@ def select(tokens: VisualTokens, method: str, keep: Keep, **options: Any) -> Sel
     tokens
         What the method may look at.
     method
-        A name out of `tokenprune.methods()`.
+        A name out of `tokenprune.methods()`, or a `tokenprune.Selector` of your own.
     keep
         A number of tokens (int) or a fraction of them (float); ``1.0`` keeps all.
     **options
-        The method's own options.
+        The options of a method given by name. A selector has its own already.
 
     Returns
     -------
@@ -39,8 +40,17 @@ def select(tokens: VisualTokens, method: str, keep: Keep, **options: Any) -> Sel
     UnknownMethodError, OptionError, BudgetError, TokensError
         For an unknown method, a wrong option, a wrong budget, or tokens that lack what the method
         needs or hold NaN.
+    SelectorError
+        If a selector of your own returns something else than it must.
     """
-    return select_many([tokens], build(method, options), keep)[0]
+    if not isinstance(method, Selector):
+        return select_many([tokens], build(method, options), keep)[0]
+    if options:
+        raise OptionError(
+            f"options {sorted(options)} came with a {type(method).__name__} object, which has its "
+            "options already. Set them there, or give the method by its name."
+        )
+    return select_many([tokens], method, keep)[0]
 
 
 def select_many(
@@ -73,10 +83,12 @@ def select_many(
 
     Raises
     ------
-    BudgetError, TokensError
+    BudgetError, TokensError, SelectorError
         As for `select`; an error about tokens names the item.
     """
     keep = check_keep(keep)
+    if selector.needs_picture:
+        _check_pictures(items, selector)
     earlier = [None] * len(items) if known is None else list(known)
     check_known(earlier, [item.total for item in items])
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -107,20 +119,41 @@ def select_many(
                 picks = Picks(selector.pick(batch, scores, count), scores)
             else:
                 picks = selector.select(batch, count)
-            if picks.kept.shape != (batch.size, count):
-                raise TokensError(
-                    f"{batch.labels[0]}: the selector {selector.name!r} returned kept tokens of "
-                    f"shape {list(picks.kept.shape)}; it must be [B, K] = "
-                    f"{[batch.size, count]}, ascending. Correct its `select`."
-                )
+            check_picks(selector, batch, picks, count)
             for row, index in enumerate(indices):
                 selections[index] = Selection(
                     kept=picks.kept[row].clone(),
                     total=batch.total,
                     grid=batch.grid,
                     scores=None if picks.scores is None else picks.scores[row].clone(),
+                    is_picture=batch.is_picture,
                 )
+    _say_if_nothing_was_pruned(keep, selections.values())
     return [selections[index] for index in first]
+
+
+def _check_pictures(items: Sequence[VisualTokens], selector: Selector) -> None:
+    """Raise TokensError if an item is no picture."""
+    for item in items:
+        if not item.is_picture:
+            raise TokensError(
+                f"{item.label}: method {selector.name!r} looks at neighbours in a picture, and "
+                f"how the {item.total} tokens lie in it is not known. Give VisualTokens their "
+                "grid, or choose another method (see `tokenprune methods`)."
+            )
+
+
+def _say_if_nothing_was_pruned(keep: int | float, selections: Iterable[Selection]) -> None:
+    """Warn where a budget that was given by a published name keeps all there is."""
+    if isinstance(keep, PublishedBudget) and any(len(one) == one.total for one in selections):
+        # The same words for all items, so that Python shows them once.
+        warnings.warn(
+            f"keep={keep.name!r} is {int(keep)} tokens, and there are items with no more than "
+            "that: nothing of them was pruned. Give a smaller number, or a fraction such as "
+            "keep=0.1.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def check_known(known: Sequence[Selection | None], totals: Sequence[int]) -> None:

@@ -20,6 +20,9 @@ class Selection:
         N, how many tokens there were.
     grid
         (frames, rows, columns) of the tokens; their product is N.
+    is_picture
+        Whether neighbours in the grid are neighbours in a picture or video. Where not, as a rule
+        the grid is (1, 1, N), and it cannot be drawn.
     scores
         float32 [N], higher means more worth keeping, or None where the method has no score per
         token. A method that also weighs tokens against each other (diversity) does not keep
@@ -34,6 +37,7 @@ class Selection:
     grid: tuple[int, int, int]
     scores: Tensor | None = None
     represented: Tensor | None = None
+    is_picture: bool = True
 
     def __len__(self) -> int:
         """Return K, how many tokens stay."""
@@ -57,4 +61,5 @@ class Selection:
         return None if self.scores is None else self.scores.view(self.grid)
 
     def __repr__(self) -> str:
-        return f"Selection(kept {len(self)} of {self.total}, grid={self.grid})"
+        place = "" if self.is_picture else ", no picture"
+        return f"Selection(kept {len(self)} of {self.total}, grid={self.grid}{place})"

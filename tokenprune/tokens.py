@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import TokensError, UnsupportedModelError
+from tokenprune.errors import TokensError
 from tokenprune.reading import QueryReader
 
 Projector = Callable[[Tensor], Tensor]
@@ -34,7 +33,8 @@ class VisualTokens:
     Parameters
     ----------
     grid
-        (T, R, W): frames, rows, columns; N = T * R * W tokens.
+        (T, R, W): frames, rows, columns; N = T * R * W tokens. Where only N is known: (1, 1, N),
+        with ``is_picture=False``.
     features
         [N, C] output of the vision encoder, before the projector. Where several patches become
         one token (pixel shuffle, 2x2 merger), the patches of a token side by side.
@@ -44,7 +44,9 @@ class VisualTokens:
         [H, N] or [N], the softmax attention of the CLS token to each token at the scoring layer;
         on an encoder without CLS token the attention each token receives.
     projector
-        Callable [..., C] -> [..., D]. `tokenprune.MLPProjector` lets closed forms be used.
+        Callable [..., C] -> [..., D]. Closed forms can be used of a `tokenprune.MLPProjector`, a
+        ``torch.nn.Linear`` and a ``torch.nn.Sequential`` of an optional norm, a linear layer and,
+        after an activation, another one.
     query_attention
         [H, Q, N], the attention of the question's Q tokens to each visual token; or a
         `tokenprune.reading.QueryReader`, which reads some of the tokens at a time, so that a long
@@ -53,11 +55,15 @@ class VisualTokens:
         LongTensor [Q], the ids of the text after the item, in the model's own vocabulary.
     label
         What to call this item in an error, for example ``"image 2"``.
+    is_picture
+        Whether neighbours in the grid are neighbours in a picture or video. False where tokens have
+        no places (queries of a resampler) or their places are not known.
 
     Raises
     ------
     TokensError
-        If the grid is not three positive ints, or a tensor's shape does not fit it.
+        If the grid is not three positive ints, or not (1, 1, N) without a picture, or a tensor's
+        shape does not fit it.
     """
 
     grid: tuple[int, int, int]
@@ -68,6 +74,7 @@ class VisualTokens:
     query_attention: Tensor | QueryReader | None = None
     question: Tensor | None = None
     label: str = "the item"
+    is_picture: bool = True
 
     def __post_init__(self) -> None:
         grid = tuple(self.grid)
@@ -79,6 +86,11 @@ class VisualTokens:
                 "numbers of at least 1. A single image has one frame: (1, rows, columns)."
             )
         object.__setattr__(self, "grid", grid)
+        if not self.is_picture and grid[:2] != (1, 1):
+            raise TokensError(
+                f"{self.label}: grid={grid} came with is_picture=False. Tokens without places in a "
+                f"picture have the grid (1, 1, {self.total}); pass that, or leave is_picture out."
+            )
         for name, dims in (
             ("features", (2,)),
             ("embeddings", (2,)),
@@ -124,6 +136,9 @@ class TokenBatch:
     ----------
     grid
         (T, R, W) of every item.
+    is_picture
+        Whether neighbours in the grid are neighbours in a picture; where not, the grid is (1, 1, N)
+        and says nothing but N.
     labels
         What to call each item in an error, B strings.
     device
@@ -151,6 +166,7 @@ class TokenBatch:
     projector: Projector | None = None
     query_attention: Tensor | QueryReader | None = None
     question: Tensor | None = None
+    is_picture: bool = True
 
     @property
     def size(self) -> int:
@@ -197,7 +213,7 @@ class TokenBatch:
 
 def batch_key(item: VisualTokens, needs: Sequence[str]) -> tuple[object, ...]:
     """Return what two items must share to be put into one batch for a method with these needs."""
-    key: list[object] = [item.grid]
+    key: list[object] = [item.grid, item.is_picture]
     for name in needs:
         value = getattr(item, name)
         if isinstance(value, Tensor):
@@ -263,6 +279,7 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
         labels=tuple(item.label for item in items),
         device=device,
         projector=first.projector if "projector" in needs else None,
+        is_picture=first.is_picture,
         **fields,
         **readers,
     )
@@ -270,19 +287,3 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
 
 def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-def square(count: int, what: str) -> int:
-    """Return the side of a square grid of `count` tokens.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If `count` is no square number.
-    """
-    side = math.isqrt(count)
-    if side * side != count:
-        raise UnsupportedModelError(
-            f"{what} has {count} tokens, which is no square grid; tokenprune cannot lay it out."
-        )
-    return side

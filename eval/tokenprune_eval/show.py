@@ -21,7 +21,13 @@ from tokenprune.arguments import (
     options_by_method,
     parse_keep,
 )
-from tokenprune.errors import ConfigError, MissingPackageError, OutputError, UnsupportedModelError
+from tokenprune.errors import (
+    ConfigError,
+    MissingPackageError,
+    OutputError,
+    TokensError,
+    UnsupportedModelError,
+)
 from tokenprune.packages import Package
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, needs_of_model
@@ -204,6 +210,11 @@ def _look(
         encoded, usable = _encode(model, inputs, selectors, left_out)
         items = [item.tokens for item in encoded.modalities["image"].items]
         whole = len(items) - 1 if model.config.model_type in _WHOLE_IMAGE_LAST else 0
+        if not items[whole].is_picture:
+            raise TokensError(
+                f"{items[whole].label}: how its {items[whole].total} tokens lie in the picture is "
+                "not known, so they cannot be drawn. Show a model with a grid of tokens."
+            )
         plain = None
         if question is not None:
             with left_out.around("the answer with all tokens"):

@@ -106,6 +106,36 @@ def grid_attention(attention: Any, seen: AttentionProbe, has_cls: bool) -> Tenso
     return received(query, key, scale, mask)
 
 
+def packed_rows_attention(attention: Any, seen: AttentionProbe, lengths: list[int]) -> Tensor:
+    """Return the attention received in a tower that packs images into one row (Pixtral).
+
+    Parameters
+    ----------
+    attention
+        The module that was watched, with `q_proj`, `k_proj` and 2-D rotary positions.
+    seen
+        What `probe` saw, of one row [1, P, ...].
+    lengths
+        Patches of each image; attention stays inside them. They add up to P.
+
+    Returns
+    -------
+    Tensor
+        float32 [H, P].
+    """
+    if seen.query is None or seen.key is None:
+        raise RuntimeError("the scoring layer did not run while it was watched")
+    heads = int(attention.num_heads)
+    query, key = _heads(seen.query, heads), _heads(seen.key, heads)
+    cos, sin = seen.arguments["position_embeddings"]
+    # The family's own rotary function: its convention is not ours to repeat.
+    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    query, key = rotary(query, key, cos.float(), sin.float(), unsqueeze_dim=0)
+    scale = float(attention.scaling)
+    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
+    return torch.cat([received(one, other, scale)[0] for one, other in parts], dim=-1)
+
+
 def packed_attention(attention: Any, seen: AttentionProbe) -> Tensor:
     """Return the attention received in a tower that packs images into one sequence (Qwen-VL).
 

@@ -156,6 +156,7 @@ def save_encoded(file: Path, encoded: Encoded, model: Any, *, seconds: float = 0
             items.append(
                 {
                     "grid": tokens.grid,
+                    "is_picture": tokens.is_picture,
                     "label": tokens.label,
                     "tensors": sorted(there),
                     "embeddings_are_rows": are_rows,
@@ -317,7 +318,15 @@ def _modality(
             there["projector"] = family.projector(modality)
         _check(set(needs) <= set(there), f"what is there of {modality} {number}")
         items.append(
-            Item(own, VisualTokens(grid=tuple(one["grid"]), label=str(one["label"]), **there))
+            Item(
+                own,
+                VisualTokens(
+                    grid=tuple(one["grid"]),
+                    label=str(one["label"]),
+                    is_picture=bool(one.get("is_picture", True)),
+                    **there,
+                ),
+            )
         )
     return EncodedModality(
         rows, sizes, bool(said["stacked"]), deepstack, items, bool(said["videos_told"])

@@ -167,6 +167,8 @@ def _sizes(
         patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
         packed = family._pack(media, torch.zeros(crops, patches, 1, dtype=torch.float64))
         return [len(one) for one in packed]
+    if isinstance(family, Llava) and family.packs_images(modality):
+        return [math.prod(grid) for grid in family.image_grids(media)]
     pixels = next(value for name, value in media.arguments.items() if name.startswith("pixel"))
     return [total // len(pixels)] * len(pixels)  # all images are equally large
 

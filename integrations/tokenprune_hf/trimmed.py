@@ -476,7 +476,8 @@ class TrimmedAttention(Attachment):
             kept, scores = self._choose_row(
                 layer, query[index], key[index], seen[index], counted[index]
             )
-            selections.append(Selection(kept, total, grid, scores))
+            # Images, tiles, patches of a tile: places in lists, and not in a picture.
+            selections.append(Selection(kept, total, grid, scores, is_picture=False))
         choice = self._joined(selections, rows, total)
         share = sum(choice.lengths) / (total * len(choice.lengths))
         self._note(_Chosen(selections, share, time.perf_counter() - started))

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tokenprune.plain_weights import ONLY_WATCHES
+
 
 @contextmanager
 def watch_input(
@@ -35,6 +37,7 @@ def watch_input(
         if threading.get_ident() == thread:
             see(args, kwargs)
 
+    setattr(hook, ONLY_WATCHES, True)
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
@@ -51,6 +54,7 @@ def watch_output(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
         if threading.get_ident() == thread:
             see(output)
 
+    setattr(hook, ONLY_WATCHES, True)
     handle = module.register_forward_hook(hook)
     try:
         yield

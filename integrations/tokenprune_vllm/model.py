@@ -27,7 +27,7 @@ from vllm.multimodal.inputs import (
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError, UnsupportedModelError
-from tokenprune.projectors import MLPProjector
+from tokenprune.model_projector import ModelProjector
 from tokenprune.registry import find
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
@@ -179,7 +179,7 @@ class Pruner:
             for name, options in settings.methods.items()
         }
         self._needs = {need for selector in self._selectors.values() for need in selector.needs}
-        self._projector: MLPProjector | None = None
+        self._projector: ModelProjector | None = None
         self._attention: nn.Module | None = None
         self._attention_name = "none"
         if "cls_attention" in self._needs:
@@ -187,11 +187,14 @@ class Pruner:
             self._attention_name = name
         if "projector" in self._needs:
             keep_weights_plain(family.projector(model))
+            self._projector = family.model_projector(model)
         self._language_model: LanguageModel | None = None
         if "query_attention" in self._needs:
             self._language_model = LanguageModel(model, family)
         for selector in self._selectors.values():
             selector.check_model(family.config)
+            if self._projector is not None and "projector" in selector.needs:
+                selector.check_projector(self._projector)
         scheduler = vllm_config.scheduler_config
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
         self._most_rows = int(
@@ -329,7 +332,6 @@ class Pruner:
             found = self._family.tokens(
                 self._model, watched, regions, [item.fields for item in items]
             )
-            projector = self._projector_if_needed()
             for index, (item, parts) in enumerate(zip(items, found, strict=True)):
                 pruning = item.ticket.pruning
                 if pruning is None:
@@ -344,7 +346,7 @@ class Pruner:
                         features=features,
                         embeddings=embeddings[segment.rows.to(embeddings.device)],
                         cls_attention=attention,
-                        projector=projector,
+                        projector=self._projector,
                         label=f"{item.ticket.modality} {index} {segment.label}".strip(),
                     )
                     if reads_prompt(pruning.method):
@@ -405,11 +407,6 @@ class Pruner:
             order = torch.cat([segment.rows, loose]).to(rows.device)
             reader = EngineReader(self._language_model, prompt, rows[order], segment.grid, interval)
         return replace(tokens, question=prompt.question, query_attention=reader)
-
-    def _projector_if_needed(self) -> MLPProjector | None:
-        if "projector" in self._needs and self._projector is None:
-            self._projector = self._family.build_projector(self._model)
-        return self._projector
 
     def _keep(self, item: _Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:
         """Return one item's rows that stay, in the order of its region in the prompt."""

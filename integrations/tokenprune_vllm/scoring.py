@@ -21,10 +21,16 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 from vllm.model_executor.layers.attention import MMEncoderAttention
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
 
 from tokenprune.attention import cls_row, received
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.plain_weights import why_altered
 
 
 @dataclass
@@ -163,27 +169,38 @@ def _all_heads(attention: Tensor, heads: int) -> Tensor:
 def plain_linear(layer: Any) -> Any:
     """Return something with the whole `weight` and `bias` of one of vLLM's linear layers.
 
+    Under tensor parallelism they are gathered anew each time: a copy would outlive the weights,
+    which a trainer may update while the server runs.
+
     Raises
     ------
-    UnsupportedModelError
-        If the weights are not laid out as a plain matrix (quantised, or repacked).
+    UnreadableProjectorError
+        If the layer computes something else, or the weights are not laid out as a plain matrix
+        (quantised, or repacked).
     """
     if not isinstance(layer, LinearBase):
         return layer
-    weight = layer.weight
-    if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise UnsupportedModelError(
-            f"the projector's weight is {weight.dtype} of shape {list(weight.shape)}, which is no "
-            "plain matrix, so methods that look at the projector cannot serve this model. Leave "
-            "the projector out of the quantisation, or choose another method."
+    reason = why_altered(layer)
+    if reason is not None:
+        raise UnreadableProjectorError(f"of its {type(layer).__name__}, {reason}")
+    if not isinstance(layer.quant_method, UnquantizedLinearMethod):
+        raise UnreadableProjectorError(
+            f"its {type(layer).__name__} is quantised ({type(layer.quant_method).__name__})"
         )
-    bias = layer.bias
+    # vLLM's own class of parameters says how they are loaded, and no more.
+    weight = layer.weight.data.as_subclass(Tensor)
+    if weight.ndim != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise UnreadableProjectorError(
+            f"a weight of it is {weight.dtype} of shape {list(weight.shape)}, which is no plain "
+            "matrix (quantised, or repacked)"
+        )
+    bias = None if layer.bias is None else layer.bias.data.as_subclass(Tensor)
     if layer.tp_size > 1:
         if isinstance(layer, ColumnParallelLinear):
-            weight = tensor_model_parallel_all_gather(weight.data, dim=0)
-            bias = None if bias is None else tensor_model_parallel_all_gather(bias.data, dim=0)
+            weight = tensor_model_parallel_all_gather(weight, dim=0)
+            bias = None if bias is None else tensor_model_parallel_all_gather(bias, dim=0)
         elif isinstance(layer, RowParallelLinear):
-            weight = tensor_model_parallel_all_gather(weight.data, dim=1)
+            weight = tensor_model_parallel_all_gather(weight, dim=1)
     return SimpleNamespace(weight=weight, bias=bias)
 
 

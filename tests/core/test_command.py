@@ -40,7 +40,7 @@ def test_methods_prints_every_method_with_its_options() -> None:
     for name, selector in tokenprune.methods().items():
         assert f"\n{name} " in f"\n{done.stdout}"
         assert selector.summary in done.stdout
-    assert "estimator='frobenius'" in done.stdout
+    assert "estimator='auto'" in done.stdout
 
 
 def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:

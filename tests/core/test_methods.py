@@ -328,11 +328,11 @@ def _gaps_differ_by_at_most_one(places: Tensor) -> bool:
     return gaps.numel() == 0 or int(gaps.max() - gaps.min()) <= 1
 
 
-def test_frobenius_says_what_to_do_without_an_mlp_projector() -> None:
+def test_frobenius_says_what_to_do_without_weights() -> None:
     tokens = item()
-    plain = VisualTokens(GRID, tokens.features, tokens.embeddings, projector=nn.Linear(C, D))
-    with pytest.raises(OptionError, match=r"MLPProjector.*not as a Linear.*estimator='jvp'"):
-        tokenprune.select(plain, "zeroth-order", 4)
+    opaque = VisualTokens(GRID, tokens.features, tokens.embeddings, projector=lambda x: x)
+    with pytest.raises(OptionError, match=r"function does not show.*estimator='jvp'.*MLPProjector"):
+        tokenprune.select(opaque, "zeroth-order", 4, estimator="frobenius")
 
 
 @pytest.mark.parametrize("estimator", ["jvp", "finite-difference"])

@@ -7,9 +7,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from tests.core.test_properties import Largest
 from tokenprune import ranking
 from tokenprune.ranking import hard_rank, l1_loss, soft_rank, spearman_loss
+from tokenprune.testing import Largest
 
 
 def full(values: Tensor, temperature: float) -> Tensor:

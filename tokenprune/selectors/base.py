@@ -12,13 +12,13 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import OptionError, did_you_mean
-from tokenprune.tokens import TokenBatch
+from tokenprune.errors import OptionError, SelectorError, did_you_mean
+from tokenprune.tokens import INPUTS, Projector, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,13 @@ class Selector:
         Whether the choice hangs on an item's place in its batch too, as where rows were prepared
         for known items. No method should need it; an item that comes several times is then chosen
         from each time.
+    needs_picture
+        Whether the method looks at neighbours in the grid; items that are no picture are refused.
 
     Raises
     ------
+    SelectorError
+        When a subclass is defined, for `needs` that are no names out of `INPUTS`.
     OptionError
         On construction, for an option of the wrong type or a value outside its `Literal`.
     """
@@ -67,6 +71,12 @@ class Selector:
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
     of_place: ClassVar[bool] = False
+    needs_picture: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "needs" in vars(cls):
+            _check_needs(cls.__name__, cls.needs)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -105,6 +115,23 @@ class Selector:
         """
         return None
 
+    def check_projector(self, projector: Projector) -> None:
+        """Raise unless the method can work with a model's projector, whose weights may be missing.
+
+        Asked before anything runs, of methods that name the projector in `needs`.
+
+        Parameters
+        ----------
+        projector
+            The model's, as `TokenBatch.projector` will be.
+
+        Raises
+        ------
+        OptionError, UnsupportedModelError
+            Saying why it cannot.
+        """
+        return None
+
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 scores [B, N], higher for a token more worth keeping.
 
@@ -140,6 +167,7 @@ class Selector:
             K, between 1 and N.
         """
         scores = self.score(tokens)
+        _check_scores(self, tokens, scores)
         return Picks(self.pick(tokens, scores, keep), scores)
 
 
@@ -161,6 +189,92 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     # torch.topk leaves the order of equal scores open; a stable sort does not.
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
     return order[..., :keep].sort(dim=-1).values
+
+
+def check_picks(selector: Selector, tokens: TokenBatch, picks: Picks, keep: int) -> None:
+    """Raise unless a selector returned what it must.
+
+    Parameters
+    ----------
+    selector
+        Whose `select` it was.
+    tokens
+        The B items it was given.
+    picks
+        What it returned.
+    keep
+        K, how many it was to keep.
+
+    Raises
+    ------
+    SelectorError
+        Saying what it returned and what it must return.
+    """
+    if not isinstance(picks, Picks):
+        raise SelectorError(
+            f"`select` of the selector {selector.name!r} returned {type(picks).__name__}; it must "
+            "be tokenprune.Picks(kept, scores)."
+        )
+    kept, shape = picks.kept, (tokens.size, keep)
+    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape != shape:
+        raise SelectorError(
+            f"{tokens.labels[0]}: the selector {selector.name!r} returned kept tokens "
+            f"{_described(kept)}; it must be int64 [B, K] = {list(shape)}, ascending. Correct its "
+            "`select` or `pick`."
+        )
+    flags = [((kept[:, 1:] > kept[:, :-1]).all() & (kept >= 0).all() & (kept < tokens.total).all())]
+    if picks.scores is not None:
+        _check_scores(selector, tokens, picks.scores)
+        flags.append(~picks.scores.isnan().any())
+    # One look for both: on a GPU each waits for the device.
+    whole, *numbers = torch.stack([flag.to(kept.device) for flag in flags]).tolist()
+    if not all(numbers):
+        bad = int(cast(Tensor, picks.scores).isnan().any(dim=1).nonzero()[0])
+        raise SelectorError(
+            f"{tokens.labels[bad]}: the scores of the selector {selector.name!r} hold NaN, and "
+            "must be numbers. Correct its `score`."
+        )
+    if not whole:
+        for label, row in zip(tokens.labels, kept.tolist(), strict=True):
+            if sorted(set(row)) != row or row[0] < 0 or row[-1] >= tokens.total:
+                raise SelectorError(
+                    f"{label}: the selector {selector.name!r} returned kept tokens "
+                    f"{row[:20]}{' ...' if len(row) > 20 else ''}; they must ascend, each once, "
+                    f"between 0 and {tokens.total - 1}. Correct its `select` or `pick`."
+                )
+
+
+def _check_scores(selector: Selector, tokens: TokenBatch, scores: Any) -> None:
+    """Raise SelectorError unless scores are float32 [B, N]."""
+    shape = (tokens.size, tokens.total)
+    if not isinstance(scores, Tensor) or scores.dtype != torch.float32 or scores.shape != shape:
+        raise SelectorError(
+            f"{tokens.labels[0]}: the selector {selector.name!r} returned scores "
+            f"{_described(scores)}; it must be float32 [B, N] = {list(shape)}, one for each token "
+            "of each item. Correct its `score`."
+        )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"of dtype {value.dtype} and shape {list(value.shape)}"
+    return f"that are a {type(value).__name__}"
+
+
+def _check_needs(name: str, needs: Any) -> None:
+    """Raise SelectorError unless `needs` is a tuple of names out of `INPUTS`."""
+    if not isinstance(needs, tuple):
+        comma = f" For one name write needs = ({needs!r},)." if isinstance(needs, str) else ""
+        raise SelectorError(
+            f"selector {name}: needs={needs!r} is no tuple of names.{comma} "
+            f"{did_you_mean('', INPUTS)}"
+        )
+    for need in needs:
+        if need not in INPUTS:
+            raise SelectorError(
+                f"selector {name}: needs names {need!r}, which no adapter gathers. "
+                f"{did_you_mean(str(need), INPUTS)}"
+            )
 
 
 def _check_type(method: str, option: str, value: Any, hint: Any) -> None:
@@ -189,7 +303,7 @@ def _check_type(method: str, option: str, value: Any, hint: Any) -> None:
         float: isinstance(value, int | float)
         and not isinstance(value, bool)
         and math.isfinite(value),
-    }.get(hint, hint is None or not isinstance(hint, type) or isinstance(value, hint))
+    }.get(hint, hint in (None, Any) or not isinstance(hint, type) or isinstance(value, hint))
     if hint in (None, type(None)):
         fits = value is None
     if not fits:

@@ -17,7 +17,8 @@ class Uniform(Selector):
     """Spread exactly `keep` tokens evenly over frames, then rows, then columns.
 
     Each axis is cut into equal parts and the middle of each part is kept. Frames differ by at
-    most one token, and so do the rows used in a frame.
+    most one token, and so do the rows used in a frame. Tokens that have no places in a picture
+    (`VisualTokens.is_picture`) are one axis, in their order: every so many stays.
     """
 
     name: ClassVar[str] = "uniform"

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokenprune.errors import OptionError, TokensError
-from tokenprune.numerics import blocks_of, first_equal_row, full_precision
-from tokenprune.projectors import LiftedProjector, MLPProjector
+from tokenprune import sensitivity
+from tokenprune.errors import (
+    OptionError,
+    TokensError,
+    UnreadableProjectorError,
+    UnsupportedModelError,
+)
+from tokenprune.model_projector import check_alike, entry_dtype, module_of, read_projector
+from tokenprune.numerics import directional_derivative, first_equal_row, full_precision
+from tokenprune.projectors import LiftedProjector
 from tokenprune.selectors.base import Selector, top_k
 from tokenprune.selectors.diversity import pick_diverse
 from tokenprune.tokens import Projector, TokenBatch
 
 _ROWS = 4096  # rows pushed through the projector at once, tokens times directions
+
+_SAID: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""What was said of each projector: it is said once."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +53,22 @@ class ZerothOrder(Selector):
     Parameters
     ----------
     estimator
-        How S is found, all in float32 or better whatever the model's dtype.
+        How S is found, in float32 or better wherever the projector can be had so.
+
+        ``"auto"``: the closed form where the projector's weights are what it computes with, else
+        ``"jvp"``, which only calls it: with adapters, quantised or offloaded weights, hooks, or
+        any function. Which, and why, is said in one warning. Where an operation in it has no
+        derivative (some quantised kernels), it is differences along the same directions, of a
+        twentieth of each feature's length.
 
         ``"frobenius"``: the root mean square over all directions instead of the mean over a few,
         ``||J_i||_F / sqrt(C)``, in closed form. No randomness, and by far the cheapest; closer to
         the paper's estimator at 4,096 directions than the paper's own 64 are. It needs the
-        projector as a `tokenprune.MLPProjector`.
+        weights, so a projector that `tokenprune.model_projector.read_projector` can read.
 
         ``"jvp"``: the exact derivative along the paper's directions, for any projector that torch
-        can differentiate.
+        can differentiate. Where C is no larger than `directions`, along the C axes: there is
+        nothing left to draw then, and S is that of ``"frobenius"``.
 
         ``"finite-difference"``: the paper's ``[M(x + h u) - M(x - h u)] / 2h``.
     directions
@@ -67,7 +86,7 @@ class ZerothOrder(Selector):
         On construction, for a value that cannot be used.
     """
 
-    estimator: Literal["frobenius", "jvp", "finite-difference"] = "frobenius"
+    estimator: Literal["auto", "frobenius", "jvp", "finite-difference"] = "auto"
     directions: int = 64
     step: float = 0.01
     seed: int = 0
@@ -90,6 +109,20 @@ class ZerothOrder(Selector):
                     f"option {option}={getattr(self, option)!r} of method {self.name!r} must be "
                     f"{wanted}."
                 )
+
+    def check_projector(self, projector: Projector) -> None:
+        """Raise if the closed form was asked for and the projector's weights cannot be used.
+
+        Raises
+        ------
+        OptionError
+            Saying why, and which estimators need no weights.
+        """
+        if self.estimator == "frobenius":
+            try:
+                read_projector(projector)
+            except UnsupportedModelError as error:
+                raise self._refusal(error) from error
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return S, float32 [B, N]: how strongly the projector reacts to each token.
@@ -124,33 +157,102 @@ class ZerothOrder(Selector):
 
     def _measure(self, projector: Projector, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the features [N, C] of one item to its S [N]."""
+        working = torch.promote_types(
+            torch.promote_types(features.dtype, torch.float32), entry_dtype(projector, features)
+        )
+        try:
+            mlp = read_projector(projector)
+            lifted = mlp.lifted(working)
+            check_alike(projector, mlp)
+        except UnsupportedModelError as error:
+            if self.estimator == "frobenius":
+                raise self._refusal(error) from error
+            return self._by_calls(projector, features, working, _reason(error))
+        return self._by_weights(lifted, features, working)
+
+    def _by_weights(
+        self, lifted: LiftedProjector, features: Tensor, working: torch.dtype
+    ) -> Callable[[Tensor], Tensor]:
+        """Measure with the weights."""
         width = features.shape[-1]
-        dtype = _working_dtype(projector, features)
-        function = _lift(projector, dtype)
-        if self.estimator == "frobenius":
-            if not isinstance(function, LiftedProjector):
+        closed = self.estimator in ("auto", "frobenius")
+        if closed or (self.estimator == "jvp" and self.directions >= width):
+            return lambda item: lifted.jacobian_norm(item) / math.sqrt(width)
+        directions = self._directions(features, working)
+        if self.estimator == "jvp":
+            return lambda item: lifted.directional_norm(item, directions)
+        return self._along(lifted, sensitivity.difference(self.step), directions)
+
+    def _by_calls(
+        self, projector: Projector, features: Tensor, working: torch.dtype, reason: str
+    ) -> Callable[[Tensor], Tensor]:
+        """Measure with calls alone; `reason` is why the weights cannot be used."""
+        width = features.shape[-1]
+        function = sensitivity.callable_form(projector, features, working)
+        directions = self._directions(features, working)
+        if self.estimator == "finite-difference":
+            return self._along(function, sensitivity.difference(self.step), directions)
+        derivative: sensitivity.Derivative = directional_derivative
+        how = "exact derivatives"
+        refused = sensitivity.why_not_differentiable(function, width, directions)
+        if refused is not None:
+            if self.estimator == "jvp":
                 raise OptionError(
-                    f"estimator='frobenius' of method {self.name!r} needs the projector as a "
-                    f"tokenprune.MLPProjector, whose structure it knows, not as a "
-                    f"{type(projector).__name__}. Wrap it in one, or pass estimator='jvp', which "
-                    "takes any projector."
+                    f"estimator='jvp' of method {self.name!r} cannot differentiate the projector: "
+                    f"{refused}. Pass estimator='finite-difference', or 'auto', which takes "
+                    "differences there."
                 )
-            closed = function
-            return lambda item: closed.jacobian_norm(item) / math.sqrt(width)
-        directions = _unit_directions(self.directions, width, self.seed).to(features.device, dtype)
-        if self.estimator == "jvp" and isinstance(function, LiftedProjector):
-            linearised = function
-            return lambda item: linearised.directional_norm(item, directions)
-        derivative = self._forward_mode if self.estimator == "jvp" else self._difference
-        _check_evaluates(projector, function, features[0, :1].to(dtype))
-        return lambda item: _mean_norm(function, derivative, item.to(dtype), directions)
+            derivative = sensitivity.difference()
+            how = f"differences, since it cannot be differentiated ({refused}),"
+        if self.estimator == "auto":
+            _say_once(
+                projector,
+                f"method {self.name!r} cannot use the weights of the projector "
+                f"({type(module_of(projector) or projector).__name__}): {reason}. It calls the "
+                f"projector instead (estimator='jvp'): {how} along "
+                f"{min(self.directions, width)} directions. That takes longer, and scores differ "
+                "a little from the closed form's.",
+            )
+        if self.directions >= width:
+            return lambda item: (
+                sensitivity.jacobian_norm(function, derivative, item.to(working), _ROWS)
+                / math.sqrt(width)
+            )
+        return self._along(function, derivative, directions)
 
-    def _forward_mode(self, function: Projector, points: Tensor, along: Tensor) -> Tensor:
-        return cast(Tensor, torch.func.jvp(function, (points,), (along,))[1])
+    def _along(
+        self, function: Projector, derivative: sensitivity.Derivative, directions: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda item: sensitivity.mean_norm(
+            function, derivative, item.to(directions.dtype), directions, _ROWS
+        )
 
-    def _difference(self, function: Projector, points: Tensor, along: Tensor) -> Tensor:
-        ahead, behind = points + self.step * along, points - self.step * along
-        return (function(ahead) - function(behind)) / (2.0 * self.step)
+    def _directions(self, features: Tensor, working: torch.dtype) -> Tensor:
+        drawn = _unit_directions(self.directions, features.shape[-1], self.seed)
+        return drawn.to(features.device, working)
+
+    def _refusal(self, error: UnsupportedModelError) -> OptionError:
+        return OptionError(
+            f"estimator='frobenius' of method {self.name!r} needs the projector's weights: "
+            f"{_reason(error)}. Leave the estimator out, or pass estimator='jvp', which "
+            "takes any projector; or give the projector as a tokenprune.MLPProjector."
+        )
+
+
+def _reason(error: UnsupportedModelError) -> str:
+    return error.reason if isinstance(error, UnreadableProjectorError) else str(error).rstrip(".")
+
+
+def _say_once(projector: Projector, text: str) -> None:
+    """Warn of a projector, unless the same was said of it before."""
+    subject: Any = module_of(projector) or projector
+    try:
+        if _SAID.get(subject) == text:
+            return
+        _SAID[subject] = text
+    except TypeError:  # not every callable can be referred to weakly
+        pass
+    warnings.warn(text, UserWarning, stacklevel=2)
 
 
 def _with_exact_ties(measure: Callable[[Tensor], Tensor], item: Tensor) -> Tensor:
@@ -159,75 +261,9 @@ def _with_exact_ties(measure: Callable[[Tensor], Tensor], item: Tensor) -> Tenso
     return measure(item.clone()).float()[first_equal_row(item)]
 
 
-def _mean_norm(
-    function: Projector,
-    derivative: Callable[[Projector, Tensor, Tensor], Tensor],
-    features: Tensor,
-    directions: Tensor,
-) -> Tensor:
-    """Return the mean over directions of ||derivative||_2 at each row of `features`, [N]."""
-    count = len(directions)
-    totals = []
-    for rows in blocks_of(features, max(1, _ROWS // count)):
-        total = rows.new_zeros(len(rows))
-        for part in blocks_of(directions, _ROWS):
-            shape = (len(part), *rows.shape)
-            points = rows.expand(shape).reshape(-1, rows.shape[-1])
-            along = part.unsqueeze(1).expand(shape).reshape(-1, rows.shape[-1])
-            slopes = derivative(function, points, along)
-            total += torch.linalg.vector_norm(slopes, dim=-1).view(shape[:2]).sum(0)
-        totals.append(total)
-    return torch.cat(totals) / count
-
-
 def _unit_directions(count: int, width: int, seed: int) -> Tensor:
     """Return float32 [count, width] on the CPU: N(0, I) scaled to unit length, from `seed` only."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn = torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu")
     norms: Tensor = torch.linalg.vector_norm(drawn, dim=-1, keepdim=True)
     return drawn.div_(norms.add_(1e-12))
-
-
-def _working_dtype(projector: Projector, features: Tensor) -> torch.dtype:
-    """Return float32, or float64 where the features or the projector's weights have it."""
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    if isinstance(projector, MLPProjector):
-        dtype = torch.promote_types(dtype, projector.first.weight.dtype)
-    elif isinstance(projector, nn.Module):
-        for parameter in projector.parameters():
-            if parameter.is_floating_point():
-                dtype = torch.promote_types(dtype, parameter.dtype)
-    return dtype
-
-
-def _lift(projector: Projector, dtype: torch.dtype) -> Projector:
-    """Return the projector as a function that computes in `dtype`, where that can be arranged."""
-    if isinstance(projector, MLPProjector):
-        return projector.lifted(dtype)
-    if not isinstance(projector, nn.Module):
-        return projector
-    module = projector
-    state: dict[str, Any] = {
-        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    }
-
-    def call(features: Tensor) -> Tensor:
-        return cast(Tensor, torch.func.functional_call(module, state, (features,)))
-
-    return call
-
-
-def _check_evaluates(projector: Projector, function: Projector, sample: Tensor) -> None:
-    """Raise OptionError unless `function` takes and returns the dtype of `sample` [1, C]."""
-    hint = (
-        f"The scores are computed in {sample.dtype}, so the projector "
-        f"({type(projector).__name__}) must be a torch.nn.Module, a tokenprune.MLPProjector or a "
-        "function that works in that dtype. Pass one of these."
-    )
-    try:
-        result = function(sample)
-    except RuntimeError as error:
-        raise OptionError(f"the projector cannot be evaluated: {error}. {hint}") from error
-    if result.dtype != sample.dtype:
-        raise OptionError(f"the projector returned {result.dtype}. {hint}")

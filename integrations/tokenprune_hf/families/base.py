@@ -6,6 +6,7 @@ scores, and how the rows that the encoder returns are laid out in items; the res
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import VisualTokens
+from tokenprune.tokens import Projector, VisualTokens
 from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
 from tokenprune_hf.engine import encoder_arguments, encoder_names
 from tokenprune_hf.watching import watch_input
@@ -130,7 +132,7 @@ class Family:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.inner: Any = getattr(model, "model", model)
-        self._projectors: dict[str, MLPProjector] = {}
+        self._projectors: dict[str, ModelProjector] = {}
 
     # What a family says about itself -----------------------------------------------------------
 
@@ -139,12 +141,32 @@ class Family:
         return self.inner.vision_tower
 
     def projector_module(self, modality: str) -> nn.Module:
-        """Return the module whose input is the tokens' features [..., C]."""
+        """Return the module that the model calls to project."""
         module: nn.Module = self.inner.multi_modal_projector
         return module
 
+    def entrance(self, modality: str) -> nn.Module:
+        """Return the module whose input is the tokens' features: the projector, or a part of it."""
+        return self.projector_module(modality)
+
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Send features [..., C] through `run`, which is called as the model calls its projector.
+
+        Returns
+        -------
+        Tensor
+            [..., D].
+        """
+        return run(features)
+
     def build_projector(self, modality: str) -> MLPProjector:
-        """Return the projector as a callable of features [..., C] that knows its structure."""
+        """Return the layers of the projector as they are now; only where a method asks.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If their weights are not what they compute with.
+        """
         module: Any = self.inner.multi_modal_projector
         return MLPProjector(first=module.linear_1, activation=module.act, second=module.linear_2)
 
@@ -158,10 +180,17 @@ class Family:
 
     # What follows from it ----------------------------------------------------------------------
 
-    def projector(self, modality: str) -> MLPProjector:
-        """Return `build_projector`'s result, one per model, so its matrix is computed once."""
+    def projector(self, modality: str) -> ModelProjector:
+        """Return the projector, one for all items, as a callable of features [..., C].
+
+        Nothing of it is read before a method asks.
+        """
         if modality not in self._projectors:
-            self._projectors[modality] = self.build_projector(modality)
+            self._projectors[modality] = ModelProjector(
+                self.projector_module(modality),
+                lambda: self.build_projector(modality),
+                self.around_projector,
+            )
         return self._projectors[modality]
 
     def scoring_layer(self, media: Media) -> nn.Module:
@@ -245,11 +274,58 @@ class Family:
             return None
         return grid_attention(captured.attention_module, captured.attention, self.has_cls(modality))
 
+    def patch_grid(self, modality: str, pixels: Tensor) -> tuple[int, int] | None:
+        """Return the rows and columns of patches of a picture, or None where they are not known.
+
+        Parameters
+        ----------
+        modality
+            Its modality.
+        pixels
+            [..., height, width], as the tower is given it.
+        """
+        size = getattr(self.tower(modality).config, "patch_size", None)
+        if size is None:
+            return None
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return pixels.shape[-2] // int(rows), pixels.shape[-1] // int(columns)
+
+    def pictures_grid(
+        self, modality: str, pixels: Tensor, count: int, factor: float = 1
+    ) -> tuple[int, int]:
+        """Return rows and columns of `count` tokens that a picture must have become.
+
+        Parameters
+        ----------
+        modality, pixels
+            See `patch_grid`.
+        count
+            How many tokens there are.
+        factor
+            Tokens on a side for each patch on it.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it is not known, or is not what the model made.
+        """
+        patches = self.patch_grid(modality, pixels)
+        grid = None if patches is None else tuple(round(side * factor) for side in patches)
+        if grid is None or math.prod(grid) != count:
+            said = "says no patch_size" if grid is None else f"makes {grid[0]} x {grid[1]} of it"
+            raise UnsupportedModelError(
+                f"the encoder of {type(self.model).__name__} returned {count} tokens for a picture "
+                f"of {pixels.shape[-2]} x {pixels.shape[-1]} pixels, and its config {said}: "
+                "tokenprune does not know how they lie. Load the model with its own config."
+            )
+        rows, columns = grid
+        return rows, columns
+
     def item(
         self,
         media: Media,
         label: str,
-        grid: tuple[int, int, int],
+        grid: tuple[int, int, int] | None,
         rows: Tensor,
         all_rows: Tensor,
         features: Tensor,
@@ -264,7 +340,7 @@ class Family:
         label
             What to call it in an error.
         grid
-            (frames, rows, columns).
+            (frames, rows, columns), or None where it is not known how the tokens lie.
         rows
             LongTensor [N] into `all_rows`.
         all_rows
@@ -277,7 +353,8 @@ class Family:
         return Item(
             rows,
             VisualTokens(
-                grid=grid,
+                grid=(1, 1, len(rows)) if grid is None else grid,
+                is_picture=grid is not None,
                 features=features,
                 embeddings=all_rows[rows],
                 cls_attention=attention,
@@ -338,7 +415,7 @@ class Family:
             if "cls_attention" in needs:
                 attention_module = self.scoring_layer(media)
                 attention = stack.enter_context(probe(attention_module))
-            stack.enter_context(watch_input(self.projector_module(media.modality), keep_input))
+            stack.enter_context(watch_input(self.entrance(media.modality), keep_input))
             function = getattr(self.inner, f"get_{media.modality}_features")
             output = function(**media.arguments, return_dict=True)
         if not captured_features:
@@ -359,8 +436,10 @@ class Family:
 
 def _encoder_layers(tower: Any) -> Sequence[Any]:
     """Return a vision tower's layers."""
-    encoder = getattr(tower, "encoder", None) or getattr(
-        getattr(tower, "vision_model", None), "encoder", None
+    encoder = (
+        getattr(tower, "encoder", None)
+        or getattr(getattr(tower, "vision_model", None), "encoder", None)
+        or getattr(tower, "transformer", None)
     )
     for name in ("layers", "layer"):
         layers = getattr(encoder, name, None)

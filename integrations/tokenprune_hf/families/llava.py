@@ -1,48 +1,94 @@
-"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA."""
+"""LLaVA-1.5 (Pixtral towers too), LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenprune.tokens import square
+from tokenprune_hf.attention import packed_rows_attention
 from tokenprune_hf.families.base import Captured, Family, Item, Media
 
 
 class Llava(Family):
-    """LLaVA-1.5: one image, one square grid of patches, each a token."""
+    """LLaVA-1.5: one image, one grid of patches, each a token.
+
+    A Pixtral tower packs images of any sizes into one sequence; their sizes come with the pixels.
+    """
 
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
 
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
         """Return one item per image; a CLS token among the features ("full") always stays."""
+        if self.packs_images(media.modality):
+            return self._packed_items(media, rows, captured)
         attention = self.patch_attention(captured, media.modality)
+        pixels = next(value for name, value in media.arguments.items() if name.startswith("pixel"))
+        patches = self.patch_grid(media.modality, pixels)
         items = []
         start = 0
         for index, size in enumerate(sizes):
-            features = captured.features[index]
-            first = 0 if _is_square(size) else 1  # a CLS token in front
-            side = square(size - first, "an image")
+            first, grid = self._layout(media, patches, size)
+            scores = None if attention is None else attention[index]
             items.append(
                 self.item(
                     media,
                     f"{media.modality} {index}",
-                    (1, side, side),
+                    grid,
                     torch.arange(start + first, start + size, device=rows.device),
                     rows,
-                    features[first:],
-                    None if attention is None else attention[index],
+                    captured.features[index][first:],
+                    # Tokens that the model dropped in front have scores too.
+                    None if scores is None else scores[:, first - size :],
                 )
             )
             start += size
         return items
 
+    def _layout(
+        self, media: Media, patches: tuple[int, int] | None, size: int
+    ) -> tuple[int, tuple[int, int, int] | None]:
+        """Return how many tokens stand in front of an image's patches, and how the patches lie."""
+        if patches is not None:
+            cls = size == math.prod(patches) + 1 and self.has_cls(media.modality)
+            if cls or size == math.prod(patches):
+                return int(cls), (1, *patches)
+        return 0, None
 
-def _is_square(count: int) -> bool:
-    return math.isqrt(count) ** 2 == count
+    def packs_images(self, modality: str) -> bool:
+        """Say whether the tower packs images of any sizes into one sequence (Pixtral)."""
+        return getattr(self.tower(modality).config, "model_type", None) == "pixtral"
+
+    def _packed_items(self, media: Media, rows: Tensor, captured: Captured) -> list[Item]:
+        """Return one item per image of a tower that packs images."""
+        grids = self.image_grids(media)
+        sizes = [math.prod(grid) for grid in grids]
+        attention = None
+        if captured.attention_module is not None and captured.attention is not None:
+            attention = packed_rows_attention(captured.attention_module, captured.attention, sizes)
+        edges = itertools.pairwise([0, *itertools.accumulate(sizes)])
+        return [
+            self.item(
+                media,
+                f"{media.modality} {index}",
+                (1, *grid),
+                torch.arange(start, end, device=rows.device),
+                rows,
+                captured.features[0, start:end],
+                None if attention is None else attention[:, start:end],
+            )
+            for index, (grid, (start, end)) in enumerate(zip(grids, edges, strict=True))
+        ]
+
+    def image_grids(self, media: Media) -> list[tuple[int, int]]:
+        """Return rows and columns of patches of each image, as a Pixtral tower cuts them."""
+        side = int(self.tower(media.modality).patch_size)
+        pixels, given = media.arguments["pixel_values"], media.arguments.get("image_sizes")
+        sizes = [pixels.shape[-2:]] * len(pixels) if given is None else given
+        return [(int(height) // side, int(width) // side) for height, width in sizes]
 
 
 class VideoLlava(Llava):
@@ -61,7 +107,8 @@ class VideoLlava(Llava):
         frames = media.arguments["pixel_values_videos"].shape[1]
         videos = len(sizes) // frames
         per_frame = sizes[0]
-        side = square(per_frame - 1, "a video frame")
+        pixels = media.arguments["pixel_values_videos"]
+        grid = self.pictures_grid("video", pixels, per_frame - 1)  # a CLS token in front
         grid_rows = torch.arange(len(rows), device=rows.device).view(videos, frames, per_frame)
         features = captured.features.view(videos, frames, per_frame, -1)[:, :, 1:]
         attention = self.patch_attention(captured, "video")
@@ -69,7 +116,7 @@ class VideoLlava(Llava):
             self.item(
                 media,
                 f"video {index}",
-                (frames, side, side),
+                (frames, *grid),
                 grid_rows[index, :, 1:].flatten(),
                 rows,
                 features[index].flatten(0, 1),
@@ -102,7 +149,7 @@ class LlavaNext(Llava):
         crop = torch.arange(crops, device=rows.device)[:, None].expand(-1, patches)
         patch = torch.arange(patches, device=rows.device).expand(crops, -1)
         packed = self._pack(media, torch.stack([crop, patch], dim=-1).double())
-        side = square(patches, "a crop")
+        _, side = self.pictures_grid("image", media.arguments["pixel_values"], patches)
         items = []
         start = 0
         for index, (size, where) in enumerate(zip(sizes, packed, strict=True)):
@@ -175,7 +222,7 @@ class LlavaOnevision(LlavaNext):
         if media.modality == "video":
             return self._videos(media, rows, sizes, captured.features, attention)
         patches = captured.features.shape[1]
-        side = square(patches, "a crop")
+        rows_of_crop, _ = self.pictures_grid("image", media.arguments["pixel_values"], patches)
         # Packed with a flag of 1 for patches, so that newline rows, -1, are told from them.
         flags = self._pack(media, captured.features.new_ones(*captured.features.shape[:2], 1))
         features = self._pack(media, captured.features.float())
@@ -186,7 +233,7 @@ class LlavaOnevision(LlavaNext):
         start = 0
         for index, size in enumerate(sizes):
             is_patch = flags[index][:, 0] > 0
-            parts = [(torch.arange(patches, device=rows.device), side)]
+            parts = [(torch.arange(patches, device=rows.device), rows_of_crop)]
             high = is_patch.nonzero()[:, 0][patches:]
             if len(high):
                 height = int((~is_patch).sum())  # one newline ends each row of the map
@@ -215,14 +262,18 @@ class LlavaOnevision(LlavaNext):
         features: Tensor,
         attention: Tensor | None,
     ) -> list[Item]:
-        frames = media.arguments["pixel_values_videos"].shape[1]
+        pixels = media.arguments["pixel_values_videos"]
+        frames = pixels.shape[1]
         pooled = self.inner.apply_pooling(features.float()).unflatten(0, (-1, frames))
         scores = (
             None
             if attention is None
             else self.inner.apply_pooling(attention.mT).unflatten(0, (-1, frames))
         )
-        side = square(pooled.shape[2], "a video frame")
+        patches = self.pictures_grid("video", pixels, features.shape[1])
+        # The engine pools two by two and keeps what is left over.
+        grid = (frames, *(math.ceil(side / 2) for side in patches))
+        known = math.prod(grid) == frames * pooled.shape[2]
         items = []
         start = 0
         for index, size in enumerate(sizes):
@@ -230,7 +281,7 @@ class LlavaOnevision(LlavaNext):
                 self.item(
                     media,
                     f"video {index}",
-                    (frames, side, side),
+                    grid if known else None,
                     torch.arange(start, start + size - 1, device=rows.device),  # last is newline
                     rows,
                     pooled[index].flatten(0, 1),

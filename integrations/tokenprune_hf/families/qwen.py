@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import Projector
 from tokenprune_hf.attention import packed_attention
 from tokenprune_hf.families.base import Captured, Family, Item, Media
 
@@ -28,6 +30,12 @@ class Qwen2VL(Family):
         module: nn.Module = self.inner.visual.merger
         return module
 
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Lay the patches of each token one after another, as the merger takes them."""
+        patches = features.reshape(-1, features.shape[-1] // self._merged())
+        projected: Tensor = run(patches).unflatten(0, features.shape[:-1])
+        return projected
+
     def build_projector(self, modality: str) -> MLPProjector:
         """Return the merger on four patches side by side."""
         merger: Any = self.inner.visual.merger
@@ -39,7 +47,7 @@ class Qwen2VL(Family):
             norm_groups=self._merged(),
         )
 
-    def projector(self, modality: str) -> MLPProjector:
+    def projector(self, modality: str) -> ModelProjector:
         """Return one projector for images and videos."""
         return super().projector("image")
 

@@ -69,6 +69,8 @@ def check_method(selector: Selector, model: Any) -> None:
     ------
     UnsupportedModelError
         Naming what is missing.
+    OptionError
+        If an option asks for what this model's projector does not allow.
     """
     missing = [name for name in selector.needs if name not in PROVIDED]
     if missing:
@@ -77,3 +79,5 @@ def check_method(selector: Selector, model: Any) -> None:
             f"gather from {type(model).__name__}. It gathers: {', '.join(PROVIDED)}."
         )
     selector.check_model(model.config)
+    if "projector" in selector.needs:
+        selector.check_projector(family_of(model).projector("image"))

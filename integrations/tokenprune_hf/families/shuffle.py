@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import square
+from tokenprune.tokens import Projector
 from tokenprune_hf.attached import named_arguments
 from tokenprune_hf.engine import rows_per_picture
 from tokenprune_hf.families.base import Captured, Family, Item, Media
@@ -34,9 +34,11 @@ class MergedTiles(Family):
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
         """Return one item per tile or, where the caller told them, per video."""
         attention = self.patch_attention(captured, media.modality)
-        scores = None if attention is None else self.merge(attention)
         tokens = sizes[0]
-        side = square(tokens, "a tile")
+        pixels = media.arguments["pixel_values"]
+        grid = self.pictures_grid(media.modality, pixels, tokens, self.tokens_per_patch())
+        patches = self.patch_grid(media.modality, pixels)
+        scores = None if attention is None or patches is None else self.merge(attention, patches)
         counts = self._pictures(media, len(sizes))
         items = []
         first = 0
@@ -46,7 +48,7 @@ class MergedTiles(Family):
                 self.item(
                     media,
                     f"{'video' if count > 1 else 'image'} {index}",
-                    (count, side, side),
+                    (count, *grid),
                     torch.arange(first * tokens, (first + count) * tokens, device=rows.device),
                     rows,
                     captured.features[mine].flatten(0, 1),
@@ -76,8 +78,15 @@ class MergedTiles(Family):
             )
         return counts
 
-    def merge(self, attention: Tensor) -> Tensor:
-        """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token."""
+    def tokens_per_patch(self) -> float:
+        """Return how many tokens there are on a side of a tile for each patch on it."""
+        raise NotImplementedError
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
+        """Return [B, H, N] of patch scores [B, H, P]: the mean over the patches of each token.
+
+        `patches` are the rows and columns of patches, P in all.
+        """
         raise NotImplementedError
 
 
@@ -96,11 +105,14 @@ class InternVL(MergedTiles):
             norm=module.layer_norm,
         )
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pixel shuffle."""
+        return float(self.model.config.downsample_ratio)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
-        heads, patches = attention.shape[1:]
-        side = square(patches, "a tile")
-        maps = attention.mT.unflatten(1, (side, side))
+        heads = attention.shape[1]
+        maps = attention.mT.unflatten(1, patches)
         shuffled = self.inner.pixel_shuffle(
             maps.contiguous(), scale_factor=self.model.config.downsample_ratio
         )
@@ -134,7 +146,11 @@ class Idefics3(MergedTiles):
         """Return False: the encoder has no CLS token."""
         return False
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pixel shuffle."""
+        return 1 / int(self.inner.connector.scale_factor)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
         heads = attention.shape[1]
         connector = self.inner.connector
@@ -192,23 +208,39 @@ class Gemma3(MergedTiles):
             "needs no language model (see `tokenprune methods`)."
         )
 
-    def projector_module(self, modality: str) -> nn.Module:
+    def entrance(self, modality: str) -> nn.Module:
         """Return the norm, whose input is the pooled features."""
         module: nn.Module = self.inner.multi_modal_projector.mm_soft_emb_norm
         return module
 
     def build_projector(self, modality: str) -> MLPProjector:
-        """Return norm and linear layer; Gemma counts the norm's weight from one."""
+        """Return norm and linear layer, which here is a bare parameter."""
         module: Any = self.inner.multi_modal_projector
-        gemma_norm = module.mm_soft_emb_norm
-        norm = nn.RMSNorm(gemma_norm.weight.shape[0], eps=gemma_norm.eps)
-        norm.weight = nn.Parameter(1.0 + gemma_norm.weight.detach().float(), requires_grad=False)
         linear: Any = SimpleNamespace(weight=module.mm_input_projection_weight.mT, bias=None)
-        return MLPProjector(first=linear, norm=norm)
+        return MLPProjector(first=linear, norm=module.mm_soft_emb_norm)
 
-    def merge(self, attention: Tensor) -> Tensor:
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Give each token's features to all patches that its pooling averages.
+
+        So that the projector is called whole, pooling included.
+        """
+        module: Any = self.inner.multi_modal_projector
+        side, kernel = int(module.tokens_per_side), int(module.kernel_size)
+        rows = features.reshape(-1, features.shape[-1])
+        missing = -len(rows) % side**2
+        images = nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, side, side, rows.shape[-1])
+        patches = images.repeat_interleave(kernel, 1).repeat_interleave(kernel, 2).flatten(1, 2)
+        projected = run(patches).flatten(0, 1)[: len(rows)]
+        result: Tensor = projected.unflatten(0, features.shape[:-1])
+        return result
+
+    def tokens_per_patch(self) -> float:
+        """Return the ratio of the pooling."""
+        return 1 / int(self.inner.multi_modal_projector.kernel_size)
+
+    def merge(self, attention: Tensor, patches: tuple[int, int]) -> Tensor:
         """Pool the scores as the features are pooled."""
         module: Any = self.inner.multi_modal_projector
-        maps = attention.unflatten(-1, (module.patches_per_image, module.patches_per_image))
+        maps = attention.unflatten(-1, patches)
         pooled: Tensor = module.avg_pool(maps).flatten(2)
         return pooled

@@ -13,7 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import Projector
 from tokenprune_vllm.regions import Region, Segment
 from tokenprune_vllm.scoring import Watched, picture_attention, plain_linear
 
@@ -78,8 +81,33 @@ class Family:
         """
         return self.projector(model)
 
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Send features [..., C] through `run`, which is called as vLLM calls the projector.
+
+        Returns
+        -------
+        Tensor
+            [..., D].
+        """
+        return run(features)
+
+    def model_projector(self, model: Any) -> ModelProjector:
+        """Return the projector as a callable of features [..., C]; read only where a method asks.
+
+        Under tensor parallelism all ranks have to call or read it together.
+        """
+        return ModelProjector(
+            self.projector(model), lambda: self.build_projector(model), self.around_projector
+        )
+
     def build_projector(self, model: Any) -> MLPProjector:
-        """Return the projector as a callable of features [..., C] that knows its structure."""
+        """Return the layers of the projector as they are now.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If their weights are not what they compute with (quantised).
+        """
         module: Any = model.multi_modal_projector
         return MLPProjector(
             first=plain_linear(module.linear_1),
@@ -90,6 +118,12 @@ class Family:
     def tiles(self, region: Region, fields: Fields) -> int:
         """Return how many pictures the encoder was given for one item."""
         return 1
+
+    def patch_grid(self) -> tuple[int, int]:
+        """Return the rows and columns of patches of a picture, which all are of one size."""
+        vision = self.config.vision_config
+        pixels, patch = (_both(getattr(vision, name)) for name in ("image_size", "patch_size"))
+        return pixels[0] // patch[0], pixels[1] // patch[1]
 
     def entries(self, value: Any) -> int:
         """Return how many entries of a flat field belong to an item whose size field is `value`."""
@@ -151,6 +185,30 @@ class Family:
             name.rpartition(".")[2] in ("class_embedding", "cls_token")
             for name, _ in self.tower(model).named_parameters()
         )
+
+
+def check_count(count: int, grid: tuple[int, int], what: str) -> tuple[int, int]:
+    """Return a grid that has as many tokens as vLLM says that there are.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it has not: how the tokens lie is never guessed from their number.
+    """
+    rows, columns = grid
+    if rows * columns != count:
+        raise UnsupportedModelError(
+            f"{what} has {count} tokens in vLLM, and by the model's config {rows} x {columns}: "
+            "tokenprune does not know how they lie. Serve the model with its own config."
+        )
+    return grid
+
+
+def _both(side: Any) -> tuple[int, int]:
+    if isinstance(side, int):
+        return side, side
+    height, width = side
+    return int(height), int(width)
 
 
 def sizes_of(fields: Fields, name: str) -> Tensor:

@@ -21,8 +21,7 @@ from vllm.model_executor.models.internvl import (
 )
 
 from tokenprune.projectors import MLPProjector
-from tokenprune.tokens import square
-from tokenprune_vllm.families.base import Family, Fields
+from tokenprune_vllm.families.base import Family, Fields, check_count
 from tokenprune_vllm.model import PrunedModel
 from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits, register
 from tokenprune_vllm.regions import Region, Segment
@@ -42,11 +41,13 @@ class InternVL(Family):
         """Return one segment for each tile of an image, or one for a video."""
         tiles = int(fields[f"{modality}_num_patches"])
         each = rows // tiles
-        side = square(each, "a tile")
+        ratio = float(self.config.downsample_ratio)
+        height, width = (round(side * ratio) for side in self.patch_grid())
+        grid = check_count(each, (height, width), "a tile")
         if modality == "video":
-            return [Segment(torch.arange(rows), (tiles, side, side))]
+            return [Segment(torch.arange(rows), (tiles, *grid))]
         return [
-            Segment(torch.arange(tile * each, (tile + 1) * each), (1, side, side), f"tile {tile}")
+            Segment(torch.arange(tile * each, (tile + 1) * each), (1, *grid), f"tile {tile}")
             for tile in range(tiles)
         ]
 
@@ -90,9 +91,8 @@ class InternVL(Family):
 
     def merge(self, model: Any, attention: Tensor) -> Tensor:
         """Send the scores through the model's own pixel shuffle, and average what it lays aside."""
-        heads, patches = attention.shape[1:]
-        side = square(patches, "a tile")
-        maps = attention.mT.unflatten(1, (side, side)).contiguous()
+        heads = attention.shape[1]
+        maps = attention.mT.unflatten(1, self.patch_grid()).contiguous()
         shuffled = model.pixel_shuffle(maps, scale_factor=model.downsample_ratio)
         merged: Tensor = shuffled.flatten(1, 2).unflatten(-1, (-1, heads)).mean(dim=2).mT
         return merged
@@ -105,6 +105,14 @@ class InternVLChat(InternVL):
         "pixel_values_flat": "image_num_patches",
         "pixel_values_flat_video": "video_num_patches",
     }
+
+    def patch_grid(self) -> tuple[int, int]:
+        """Return the rows and columns of patches of a tile, which the config may force."""
+        side = getattr(self.config, "force_image_size", None)
+        if not side:
+            return super().patch_grid()
+        patch = int(self.config.vision_config.patch_size)
+        return int(side) // patch, int(side) // patch
 
     def tower(self, model: Any) -> nn.Module:
         """Return the vision encoder."""

@@ -28,8 +28,7 @@ from vllm.model_executor.models.llava_onevision import (
 )
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.tokens import square
-from tokenprune_vllm.families.base import Family, Fields, sizes_of
+from tokenprune_vllm.families.base import Family, Fields, check_count, sizes_of
 from tokenprune_vllm.model import PrunedModel
 from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits, register
 from tokenprune_vllm.regions import Region, Segment
@@ -50,10 +49,11 @@ class Llava(Family):
 
     def segments(self, modality: str, rows: int, fields: Fields) -> Sequence[Segment]:
         """Return the whole image; a CLS token among the rows ("full") always stays."""
-        first = 0 if math.isqrt(rows) ** 2 == rows else 1
-        side = square(rows - first, "an image")
+        grid = self.patch_grid()
+        first = int(rows == math.prod(grid) + 1)
+        check_count(rows - first, grid, "an image")
         cells = torch.arange(first, rows)
-        return [Segment(cells, (1, side, side), cells=cells)]
+        return [Segment(cells, (1, *grid), cells=cells)]
 
     def tokens(
         self, model: Any, watched: Watched, regions: Sequence[Region], fields: Sequence[Fields]
@@ -119,8 +119,7 @@ class LlavaNext(Family):
         return values.new_full((values.shape[-1],), -1.0)
 
     def _side(self) -> int:
-        vision = self.config.vision_config
-        return int(vision.image_size // vision.patch_size)
+        return self.patch_grid()[0]
 
 
 class LlavaOnevision(LlavaNext):
@@ -136,8 +135,10 @@ class LlavaOnevision(LlavaNext):
         """Return two segments for an image (one where it is a single crop), one for a video."""
         if modality == "video":
             frames = len(fields["pixel_values_videos"])
-            side = square((rows - 1) // frames, "a video frame")
-            return [Segment(torch.arange(rows - 1), (frames, side, side))]  # the last is a newline
+            # vLLM pools two by two and keeps what is left over.
+            height, width = (math.ceil(one / 2) for one in self.patch_grid())
+            grid = check_count((rows - 1) // frames, (height, width), "a video frame")
+            return [Segment(torch.arange(rows - 1), (frames, *grid))]  # the last is a newline
         side = self._side()
         crops = len(fields["pixel_values"])
         flags = self.pack(fields, torch.ones(crops, side * side, 1))[:, 0] > 0
@@ -146,8 +147,8 @@ class LlavaOnevision(LlavaNext):
         high = flags.nonzero()[:, 0][side * side :]
         if len(high):
             height = int((~flags).sum())  # one newline ends each row of the map
-            grid = (1, height, len(high) // height)
-            segments.append(Segment(high, grid, "high resolution"))
+            width = len(high) // height
+            segments.append(Segment(high, (1, height, width), "high resolution"))
         return segments
 
     def tokens(

@@ -27,6 +27,7 @@ from vllm.model_executor.models.qwen3_vl import (
 )
 
 from tokenprune.projectors import MLPProjector
+from tokenprune.tokens import Projector
 from tokenprune_vllm.families.base import Family, Fields, sizes_of
 from tokenprune_vllm.model import PrunedModel
 from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits, register
@@ -68,6 +69,12 @@ class Qwen2VL(Family):
         """Return the merger's norm, whose input is the patches [P, 1, C]."""
         module: nn.Module = model.visual.merger.ln_q
         return module
+
+    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
+        """Lay the patches of each token one after another, as the merger takes them."""
+        patches = features.reshape(-1, 1, features.shape[-1] // self._merged())
+        projected: Tensor = run(patches).unflatten(0, features.shape[:-1])
+        return projected
 
     def build_projector(self, model: Any) -> MLPProjector:
         """Return the merger on four patches side by side."""

@@ -497,7 +497,7 @@ class TransformersEngine:
                         total=encode + select + prefill + decode,
                     ),
                     kept=own[0].kept.cpu().numpy() if len(own) == 1 else None,
-                    grid=own[0].grid if len(own) == 1 else None,
+                    grid=own[0].grid if len(own) == 1 and own[0].is_picture else None,
                 )
             )
         return result
