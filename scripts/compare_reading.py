@@ -28,6 +28,7 @@ from tokenprune.reading import reference_layer
 from tokenprune.representation import tokens_represented
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.questions import Box
+from tokenprune_hf.engine import cache_argument
 from tokenprune_hf.loading import ask
 
 _AT_ONCE = 8192  # tokens in a batch
@@ -412,7 +413,7 @@ class Model:
                 inputs_embeds=batch.before,
                 position_ids=batch.positions,
                 attention_mask=mask,
-                past_key_values=cached,
+                **cache_argument(language_model, cached),
                 use_cache=True,
             )
             if attention:
@@ -422,7 +423,7 @@ class Model:
                 inputs_embeds=batch.after,
                 position_ids=batch.after_positions,
                 attention_mask=later,
-                past_key_values=cached,
+                **cache_argument(language_model, cached),
                 use_cache=True,
                 output_attentions=attention,
             )

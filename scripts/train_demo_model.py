@@ -112,6 +112,7 @@ from tokenprune_eval.bundled.model import (
     bundled_model_path,
 )
 from tokenprune_eval.bundled.questions import Question
+from tokenprune_hf.engine import cache_argument
 
 SPECIAL = (
     "<pad>",
@@ -585,14 +586,14 @@ def logits_of(
     embeddings = embed(prefix).expand(rows, -1, -1)
     image = (prefix == image_id)[None, :, None]
     embeddings = embeddings.masked_scatter(image, visual.to(embeddings.dtype))
-    cache = DynamicCache()
     language_model = model.model.language_model
-    language_model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+    cached = cache_argument(language_model, DynamicCache())
+    language_model(inputs_embeds=embeddings, **cached, use_cache=True)
     hidden = language_model(
         inputs_embeds=embed(ids),
         attention_mask=mask,
         position_ids=positions,
-        past_key_values=cache,
+        **cached,
         use_cache=True,
     ).last_hidden_state
     logits: torch.Tensor = model.lm_head(hidden[labels != -100])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import BudgetError, OptionError
+from tokenprune.errors import BudgetError, ConfigError, OptionError
 
 if TYPE_CHECKING:
     from tokenprune.budget import Keep
@@ -20,7 +21,7 @@ def add_keep(parser: argparse.ArgumentParser, default: str | None = None) -> Non
         "--keep",
         default=default,
         metavar="KEEP",
-        help=f"a number of tokens such as 16, or a fraction such as 0.25{ending}",
+        help=f"a number of tokens such as 16, or a fraction such as 0.25 or 25%%{ending}",
     )
 
 
@@ -45,10 +46,17 @@ def add_options(parser: argparse.ArgumentParser, help_text: str) -> None:
     )
 
 
-def parse_keep(text: str) -> Keep:
-    """Return ``--keep`` as a number: with a decimal point a fraction, without one a count.
+def parse_keep(text: str, name: str = "--keep ") -> Keep:
+    """Return a budget written as text: with a decimal point or ``%`` a fraction, else a count.
 
     The name of a published budget becomes its number.
+
+    Parameters
+    ----------
+    text
+        What was given.
+    name
+        Put in front of it in the message.
 
     Raises
     ------
@@ -59,20 +67,53 @@ def parse_keep(text: str) -> Keep:
 
     if text in PUBLISHED:
         return check_keep(text)
-
-    try:
-        return check_keep(int(text))
-    except ValueError as error:
-        if isinstance(error, BudgetError):
-            raise
-    try:
-        return check_keep(float(text))
-    except ValueError as error:
-        if isinstance(error, BudgetError):
-            raise
+    value = _number(text)
+    if value is None:
         raise BudgetError(
-            f"--keep {text} is no number. Give a number of tokens (64) or a fraction (0.1)."
-        ) from None
+            f"{name}{text} is no number. Give a number of tokens (64) or a fraction (0.1 or 10%)."
+        )
+    return check_keep(value)
+
+
+def parse_share(name: str, text: str) -> float:
+    """Return ``"1%"`` or ``"0.01"`` as 0.01.
+
+    Parameters
+    ----------
+    name
+        The argument, for the message.
+    text
+        What was given.
+
+    Raises
+    ------
+    ConfigError
+        If it is no share above 0 and below 1.
+    """
+    share = _number(text)
+    if share is None or math.isnan(share):
+        raise ConfigError(f"{name} {text} is no share. Write 1% or 0.01.")
+    if not 0 < share < 1:
+        hint = "" if "%" in text or share < 1 else f" For {text} percent write {text}%."
+        raise ConfigError(f"{name} {text} must lie above 0 and below 1, which is 100%.{hint}")
+    return share
+
+
+def _number(text: str) -> int | float | None:
+    """Return a number as it is written, ``25%`` as 0.25; None where it is none."""
+    number, percent, rest = text.strip().partition("%")
+    try:
+        if not percent:
+            return int(number)
+    except ValueError:
+        pass
+    try:
+        value = float(number)
+    except ValueError:
+        return None
+    if rest:
+        return None
+    return value / 100 if percent else value
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ A subcommand is a module registered in the entry point group ``tokenprune.comman
     EXTRA      the extra of this distribution that it needs, or ""
     configure  (parser) -> None, adds its arguments
     run        (arguments) -> int, the exit status
+    needs      optional: (arguments) -> the packages it will import, up to its last stage; they are
+               looked for before `run`
     TAKES_MORE optional: True where arguments it does not know go to `run` as `arguments.more`
 
 and imports torch and the engines inside `run` only.
@@ -20,6 +22,7 @@ from importlib.metadata import EntryPoint, entry_points, version
 from typing import Protocol, cast
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.packages import Package, check_packages, missing_packages
 
 GROUP = "tokenprune.commands"
 
@@ -76,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if more and not getattr(command, "TAKES_MORE", False):
         parser.error(f"{arguments.command} has no arguments {' '.join(more)}")
     try:
+        if hasattr(command, "needs"):
+            check_packages(command.needs(arguments), command.EXTRA, "this subcommand")
         return command.run(arguments)
     except TokenPruneError as error:
         print(f"tokenprune {arguments.command}: {error}", file=sys.stderr)
@@ -83,11 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not command.EXTRA or (error.name or "").startswith("tokenprune"):
             raise
-        print(
-            f"tokenprune {arguments.command}: the package {error.name!r} is missing. Install what "
-            f"this subcommand needs: pip install 'tokenprune-vlm[{command.EXTRA}]'",
-            file=sys.stderr,
-        )
+        # What `needs` left out: a package that one of those it names needs in its turn.
+        missing = missing_packages([Package(error.name or "?")], command.EXTRA, "this subcommand")
+        print(f"tokenprune {arguments.command}: {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ntokenprune {arguments.command}: interrupted", file=sys.stderr)

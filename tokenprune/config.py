@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from tokenprune.budget import Keep, PublishedBudget, check_keep
-from tokenprune.errors import ConfigError, did_you_mean
+from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
 
@@ -127,5 +127,7 @@ class PruningConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"a pruning configuration must be JSON: {error}.") from error
+            raise ConfigError(
+                f"a pruning configuration must be JSON: {reason_of(error)}."
+            ) from error
         return cls.from_dict(values)

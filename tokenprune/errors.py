@@ -75,8 +75,38 @@ class InputFileError(TokenPruneError, ValueError):
     """A file given to tokenprune is missing, damaged or of a kind it cannot read."""
 
 
+class OutputError(TokenPruneError, OSError):
+    """A result cannot be written where it was asked for."""
+
+
 class MissingPackageError(TokenPruneError, ImportError):
     """A package that this part of tokenprune needs is not installed."""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an exception says, to stand inside a sentence of our own.
+
+    Every place that puts a foreign error into a message does it through this function: whatever an
+    error says, the message then has one line and one full stop.
+
+    Parameters
+    ----------
+    error
+        Of the system or a library. One of ours is a whole message; hand it on as it is.
+
+    Returns
+    -------
+    str
+        Its first line without a full stop at the end, of the system's errors what the system
+        says; its class where it says nothing.
+    """
+    said = getattr(error, "strerror", None) if isinstance(error, OSError) else None
+    lines = (" ".join(line.split()).rstrip(".") for line in str(said or error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
+class UntestedReleaseWarning(UserWarning):
+    """An engine is of a release that was not tested; no exception, and none of the above."""
 
 
 def did_you_mean(given: str, allowed: Iterable[str]) -> str:

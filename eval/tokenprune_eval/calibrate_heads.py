@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, reason_of
+from tokenprune.packages import Package
+from tokenprune_eval.packages import TABLES, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +24,12 @@ if TYPE_CHECKING:
 
 HELP = "find the sparse mask each head of a model can do with, for prompts of several images"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, *TABLES, *needs_of_model(arguments.model))
+
 
 _ALPHAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """What else --alpha might have been."""
@@ -43,7 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DATA",
         help='a file with lines of {"images": [paths relative to the file], "question": text}, or '
-        "a folder of pictures; all are opened before anything is run",
+        "a folder of pictures; all are opened before anything is run, and a prompt that cannot be "
+        "used is left out",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="where the heads are written, JSON"
@@ -122,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         measure_heads,
         read_prompts,
     )
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.layout import identity_of
     from tokenprune_hf.loading import load, model_path
 
@@ -145,15 +156,21 @@ def run(arguments: argparse.Namespace) -> int:
     pictures = len({file for prompt in prompts for file in prompt.images})
     done = 0
     with TerminalProgress(console) as progress:
+        left_out = LeftOut(progress.say)
         with progress.step("opening the pictures", pictures) as advance:
-            check_pictures(prompts, lambda: advance(1))
+            prompts = check_pictures(prompts, lambda: advance(1), left_out)
+            left_out.check("prompt", len(prompts))
         with progress.step("loading the model", 1):
             model, processor = load(model_path(arguments.model))
             if arguments.dtype is not None:
                 model = model.to(getattr(torch, arguments.dtype))
         limits = thresholds(identity_of(model).layers, **given)
         with progress.step(f"looking for sinks, {len(prompts)} prompts", len(prompts)) as advance:
-            sinks = find_sinks(model, processor, prompts, on_prompt=lambda: advance(1))
+            sinks = find_sinks(
+                model, processor, prompts, on_prompt=lambda: advance(1), left_out=left_out
+            )
+        prompts = [one for one in prompts if one.name not in left_out.reasons]
+        left_out.check("prompt", len(prompts))
         try:
             with progress.step(f"measuring, {len(prompts)} prompts", len(prompts)) as advance:
 
@@ -171,6 +188,7 @@ def run(arguments: argparse.Namespace) -> int:
                     sinks,
                     block=arguments.block,
                     on_prompt=keep_prompt,
+                    left_out=left_out,
                 )
         except KeyboardInterrupt:
             if done:
@@ -192,8 +210,7 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OutputError(
-            f"{file} cannot be written: {error.strerror or error}. Make room, or give another "
-            "place."
+            f"{file} cannot be written: {reason_of(error)}. Make room, or give another place."
         ) from None
 
 

@@ -12,15 +12,32 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, parse_keep
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
+from tokenprune_eval.packages import PLOTS, TABLES, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.find_layer import LayerRecall, Needle
     from tokenprune_hf.video import Video
 
 HELP = "measure which decoder layer of a model finds needles in videos: flexselect's layer"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (
+        *TRANSFORMERS,
+        *VIDEO,
+        *TABLES,
+        *PLOTS,
+        Package("scipy"),
+        *needs_of_model(arguments.model),
+    )
+
 
 BUNDLED = "bundled"
 """In place of a model's name: the bundled model."""
@@ -44,7 +61,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="the videos to hide needles in; all are read before anything is run",
+        help="the videos to hide needles in; all are read before anything is run, and one that "
+        "cannot be used is left out",
     )
     parser.add_argument(
         "--needles",
@@ -101,14 +119,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option} {value} is too small. Give at least {least}.")
     keep = parse_keep(arguments.keep)
 
-    # Whatever can be missing is missed now, and not after the measuring.
-    import matplotlib.figure  # noqa: F401
     import rich.console
-    import scipy.stats  # noqa: F401
 
     from tokenprune.config import PruningConfig
     from tokenprune_eval.demo.output import prepare_folder, write_whole
     from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.find_layer import drawn_needles, find_layer, read_needles
     from tokenprune_hf.loading import load
     from tokenprune_hf.video import read_video
@@ -117,11 +133,14 @@ def run(arguments: argparse.Namespace) -> int:
     needles = drawn_needles() if arguments.needles is None else read_needles(arguments.needles)
     console = rich.console.Console()
     with TerminalProgress(console) as progress:
+        left_out = LeftOut(progress.say)
         with progress.step("reading the videos", len(arguments.video)) as advance:
             videos = []
             for file in arguments.video:
-                videos.append(read_video(file, arguments.frames, max_side=arguments.max_side))
+                with left_out.around(str(file)):
+                    videos.append(read_video(file, arguments.frames, max_side=arguments.max_side))
                 advance(1)
+            left_out.check("video", len(videos))
         with progress.step("loading the model", 1):
             model, processor = load(_path(arguments.model))
         about = _about(arguments, model, needles, videos)
@@ -133,7 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
 
                 def keep_run(recall: LayerRecall) -> None:
                     nonlocal done
-                    write_whole(numbers, _report(about, recall))
+                    write_whole(numbers, _report(about, recall, left_out))
                     done = len(recall.runs)
                     advance(1)
 
@@ -146,11 +165,13 @@ def run(arguments: argparse.Namespace) -> int:
                     repeats=arguments.repeats,
                     seed=arguments.seed,
                     on_run=keep_run,
+                    left_out=left_out,
                 )
         except KeyboardInterrupt:
             if done:
                 print(f"\n{done} of {planned} runs are kept in {numbers}", file=sys.stderr)
             raise
+    write_whole(numbers, _report(about, recall, left_out))
     options = {"layer": recall.best, "reduction": recall.reduction}
     config = PruningConfig("flexselect", keep, options=options)
     title = f"{_name(arguments.model)}: Recall@K of needles, K = {_tokens(recall)}"
@@ -237,7 +258,7 @@ def _about(
     }
 
 
-def _report(about: dict[str, Any], recall: LayerRecall) -> str:
+def _report(about: dict[str, Any], recall: LayerRecall, left_out: LeftOut) -> str:
     """Return layer_recall.json."""
     rows = zip(recall.layers, recall.recall, recall.intervals(), strict=True)
     values = {
@@ -246,6 +267,7 @@ def _report(about: dict[str, Any], recall: LayerRecall) -> str:
         "seed": recall.seed,
         "runs_planned": recall.planned,
         "runs_done": len(recall.runs),
+        "left_out": left_out.reasons,
         "interval": "t interval of the mean over runs, 95 %, within 0 and 1",
         "chance": recall.chance,
         "layer": recall.best,

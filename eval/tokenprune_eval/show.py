@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
@@ -14,10 +15,16 @@ from typing import TYPE_CHECKING, Any
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
 from tokenprune.errors import (
     ConfigError,
+    MissingPackageError,
     OptionError,
+    OutputError,
     TokensError,
+    UnsupportedModelError,
     did_you_mean,
 )
+from tokenprune.packages import Package
+from tokenprune_eval.packages import PLOTS, needs_of_model
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,12 +35,20 @@ if TYPE_CHECKING:
     from tokenprune.budget import Keep
     from tokenprune.selection import Selection
     from tokenprune.selectors.base import Selector
+    from tokenprune_hf.encoding import Encoded
+    from tokenprune_hf.failures import LeftOut
 
     Pixels = npt.NDArray[np.float64]
     """[H, W, 3], 0 to 1."""
 
 HELP = "draw an image, the methods' score maps and the patches they keep"
 EXTRA = "demo"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, *PLOTS, *needs_of_model(arguments.model or "bundled"))
+
 
 _FORMATS = (".png", ".pdf", ".svg")
 _METHODS_ACROSS = 6
@@ -124,12 +139,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
     _check_out(arguments.out)
 
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.images import load_image
 
     image = load_image(arguments.image)
+    # Methods are the items here: one that this model cannot serve leaves the others.
+    said: list[str] = []
+    left_out = LeftOut(said.append, ends=(MissingPackageError, OutputError))
     picture, shown, plain = _look(
-        image, arguments.model, arguments.question, selectors, keep, arguments.positions
+        image, arguments.model, arguments.question, selectors, keep, arguments.positions, left_out
     )
+    for text in said:
+        print(f"tokenprune show: {text}", file=sys.stderr)
 
     from tokenprune_eval.demo.output import write_whole
 
@@ -168,8 +189,6 @@ def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]
 
 def _check_out(out: Path) -> None:
     """Raise unless the picture can be written there."""
-    from tokenprune_eval.demo.output import OutputError
-
     if out.suffix.lower() not in _FORMATS:
         raise ConfigError(
             f"{out}: a picture of the kind {out.suffix!r} cannot be written. Name the file "
@@ -191,6 +210,7 @@ def _look(
     selectors: Sequence[Selector],
     keep: Keep,
     positions: Any,
+    left_out: LeftOut,
 ) -> tuple[Pixels, list[Shown], str | None]:
     """Return the picture the encoder saw, what each method did, and the unpruned answer."""
     import torch
@@ -198,17 +218,12 @@ def _look(
     import tokenprune_hf
     from tokenprune.selecting import select_many
     from tokenprune_eval.bundled.model import bundled_model_path
-    from tokenprune_hf.families.registry import check_method
     from tokenprune_hf.loading import ask, load
 
     model, processor = load(model_name or str(bundled_model_path()))
-    for selector in selectors:
-        check_method(selector, model)
     inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
     with torch.inference_mode():
-        encoded = tokenprune_hf.encode(
-            model, needs=sorted({need for one in selectors for need in one.needs}), **inputs
-        )
+        encoded, usable = _encode(model, inputs, selectors, left_out)
         items = [item.tokens for item in encoded.modalities["image"].items]
         whole = len(items) - 1 if model.config.model_type in _WHOLE_IMAGE_LAST else 0
         if not items[whole].is_picture:
@@ -218,19 +233,51 @@ def _look(
             )
         plain = None
         if question is not None:
-            plain = _answer(model, processor, inputs)
+            with left_out.around("the answer with all tokens"):
+                plain = _answer(model, processor, inputs)
         shown = []
-        for selector in selectors:
-            answer = None
-            if question is None:
-                selections = select_many(items, selector, keep)
-            else:
-                with tokenprune_hf.prune(model, selector, keep, positions) as pruning:
-                    answer = _answer(model, processor, inputs, encoded=encoded)
-                selections = pruning.selections
-            others = tuple(one for place, one in enumerate(selections) if place != whole)
-            shown.append(Shown(selector.name, selections[whole], others, answer))
+        for selector in usable:
+            with left_out.around(selector.name):
+                answer = None
+                if question is None:
+                    selections = select_many(items, selector, keep)
+                else:
+                    with tokenprune_hf.prune(model, selector, keep, positions) as pruning:
+                        answer = _answer(model, processor, inputs, encoded=encoded)
+                    selections = pruning.selections
+                others = tuple(one for place, one in enumerate(selections) if place != whole)
+                shown.append(Shown(selector.name, selections[whole], others, answer))
+    left_out.check("method", len(shown))
     return _seen(inputs, processor, image, whole), shown, plain
+
+
+def _encode(
+    model: Any, inputs: Any, selectors: Sequence[Selector], left_out: LeftOut
+) -> tuple[Encoded, list[Selector]]:
+    """Return the encoded image, and the methods that this model has all for that they look at."""
+    import tokenprune_hf
+    from tokenprune_hf.families.registry import check_method
+
+    def encode(of: Sequence[Selector]) -> Encoded:
+        needs = sorted({need for one in of for need in one.needs})
+        return tokenprune_hf.encode(model, needs=needs, **inputs)
+
+    usable = []
+    for selector in selectors:
+        with left_out.around(selector.name):
+            check_method(selector, model)
+            usable.append(selector)
+    try:
+        return encode(usable), usable
+    except UnsupportedModelError:
+        # One of them asks for what this encoder has not; each by itself tells which.
+        able = []
+        for selector in usable:
+            with left_out.around(selector.name):
+                encode([selector])
+                able.append(selector)
+        left_out.check("method", len(able))
+        return encode(able), able
 
 
 def _answer(model: Any, processor: Any, inputs: Any, **more: Any) -> str:

@@ -6,6 +6,7 @@ computed from them by `tokenprune.attention`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
@@ -15,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenprune.attention import cls_row, received
+from tokenprune_hf.watching import watch_input, watch_output
 
 
 @dataclass
@@ -52,27 +54,21 @@ def probe(attention: Any) -> Iterator[AttentionProbe]:
     seen = AttentionProbe()
     signature = inspect.signature(attention.forward)
 
-    def arguments(_: nn.Module, args: Any, kwargs: Any) -> None:
+    def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.arguments = dict(signature.bind(*args, **kwargs).arguments)
         seen.arguments.update(seen.arguments.pop("kwargs", {}))
 
-    def output_into(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            setattr(seen, name, output)
-
-        return hook
-
     with ExitStack() as hooks:
-        handles = [attention.register_forward_pre_hook(arguments, with_kwargs=True)]
+        hooks.enter_context(watch_input(attention, arguments))
         if hasattr(attention, "qkv"):
-            handles.append(attention.qkv.register_forward_hook(output_into("fused")))
+            watched = {"fused": attention.qkv}
         else:
-            query = getattr(attention, "q_norm", attention.q_proj)
-            key = getattr(attention, "k_norm", attention.k_proj)
-            handles.append(query.register_forward_hook(output_into("query")))
-            handles.append(key.register_forward_hook(output_into("key")))
-        for handle in handles:
-            hooks.callback(handle.remove)
+            watched = {
+                "query": getattr(attention, "q_norm", attention.q_proj),
+                "key": getattr(attention, "k_norm", attention.k_proj),
+            }
+        for name, module in watched.items():
+            hooks.enter_context(watch_output(module, functools.partial(setattr, seen, name)))
         yield seen
 
 

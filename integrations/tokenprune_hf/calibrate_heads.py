@@ -9,6 +9,7 @@ Source: BlindSight (arXiv 2507.09071); see `tokenprune.masks.coverage` for what 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -20,7 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, InputFileError, LayoutError, UnsupportedModelError
+from tokenprune.errors import (
+    ConfigError,
+    InputFileError,
+    LayoutError,
+    UnsupportedModelError,
+    reason_of,
+)
 from tokenprune.masks.coverage import (
     PromptCoverage,
     categories_of,
@@ -34,6 +41,7 @@ from tokenprune.masks.heads import HeadCategories, ModelIdentity, Thresholds, la
 from tokenprune.masks.layout import PromptLayout
 from tokenprune.masks.mask import BLOCK
 from tokenprune.masks.sinks import Sinks, SinkSearch, massive_activations
+from tokenprune_hf.failures import LeftOut, around
 from tokenprune_hf.images import load_image
 from tokenprune_hf.interface import Interception, Plain
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
@@ -67,6 +75,11 @@ class Prompt:
     images: tuple[Path, ...]
     question: str
 
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        return f"the prompt about {', '.join(str(file) for file in self.images)}"
+
 
 @dataclass(frozen=True, eq=False)
 class HeadCoverage:
@@ -81,7 +94,7 @@ class HeadCoverage:
     prompts
         One for each prompt that was measured until then.
     planned
-        How many prompts there are in all.
+        How many prompts there are in all, with those that were left out.
     block
         Queries, and keys, of a block, for the densities.
     """
@@ -159,6 +172,7 @@ def find_sinks(
     prompts: Sequence[Prompt],
     *,
     on_prompt: Callable[[], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> Sinks:
     """Find the places of an image whose tokens are sinks; see `tokenprune.masks.sinks`.
 
@@ -168,6 +182,8 @@ def find_sinks(
         As for `calibrate_heads`.
     on_prompt
         Called after each prompt.
+    left_out
+        Notes prompts that fail, by `Prompt.name`; None: the first one is an error.
     """
     _check(prompts)
     decoder = decoder_of(model)
@@ -176,7 +192,8 @@ def find_sinks(
     whole = [number for number, one in enumerate(modules) if sliding_window(one) is None]
     voting = set(whole or range(len(modules)))
     search = SinkSearch(identity_of(model).hidden_size)
-    for prompt in prompts:
+
+    def look_at(prompt: Prompt) -> None:
         inputs, layout = _prepare(model, processor, prompt)
         both_ways = "token_type_ids" in inputs
         attention = torch.zeros(layout.length)
@@ -184,15 +201,19 @@ def find_sinks(
 
         def look(number: int, query: Tensor, key: Tensor, scale: float) -> None:
             if number in voting:
-                own = own_mask(model, modules[number], layout, both_ways=both_ways)  # noqa: B023
-                attention.add_(received(query, key, layout, scale=scale, model=own))  # noqa: B023
+                own = own_mask(model, modules[number], layout, both_ways=both_ways)
+                attention.add_(received(query, key, layout, scale=scale, model=own))
 
         def see(number: int, states: Tensor) -> None:
             if number >= min(_FIRST_STATE, len(modules) - 1):
-                massive.append(massive_activations(states))  # noqa: B023
+                massive.append(massive_activations(states))
 
         _run(model, decoder, inputs, look, see)
         search.add(layout, attention, massive)
+
+    for prompt in prompts:
+        with around(left_out, prompt.name):
+            look_at(prompt)
         if on_prompt is not None:
             on_prompt()
     return search.result()
@@ -206,6 +227,7 @@ def measure_heads(
     *,
     block: int = BLOCK,
     on_prompt: Callable[[HeadCoverage], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> HeadCoverage:
     """Measure how much of every head's attention each mask holds.
 
@@ -217,6 +239,13 @@ def measure_heads(
         What `find_sinks` returned.
     on_prompt
         Called after each prompt with all that is measured until then.
+    left_out
+        As for `find_sinks`.
+
+    Raises
+    ------
+    NothingLeftError
+        If no prompt is left.
     """
     _check(prompts)
     if block < 1:
@@ -224,7 +253,8 @@ def measure_heads(
     decoder, identity = decoder_of(model), identity_of(model)
     modules = [layer.self_attn for layer in decoder.layers]
     measured: list[PromptCoverage] = []
-    for prompt in prompts:
+
+    def measure(prompt: Prompt) -> PromptCoverage:
         inputs, plain_layout = _prepare(model, processor, prompt)
         layout = layout_with_sinks(plain_layout.length, plain_layout.images, sinks.places)
         both_ways = "token_type_ids" in inputs
@@ -235,19 +265,24 @@ def measure_heads(
         held: dict[int, Tensor] = {}
 
         def look(number: int, query: Tensor, key: Tensor, scale: float) -> None:
-            mine = own[sliding_window(modules[number])]  # noqa: B023
-            held[number] = coverage(query, key, layout, scale=scale, model=mine)  # noqa: B023
+            mine = own[sliding_window(modules[number])]
+            held[number] = coverage(query, key, layout, scale=scale, model=mine)
 
         _run(model, decoder, inputs, look)
         density = {window: densities(layout, mask, block) for window, mask in own.items()}
-        measured.append(
-            PromptCoverage(
-                torch.stack([held[number] for number in range(len(modules))]),
-                torch.stack([density[sliding_window(module)] for module in modules]),
-            )
+        return PromptCoverage(
+            torch.stack([held[number] for number in range(len(modules))]),
+            torch.stack([density[sliding_window(module)] for module in modules]),
         )
-        if on_prompt is not None:
+
+    for prompt in prompts:
+        before = len(measured)
+        with around(left_out, prompt.name):
+            measured.append(measure(prompt))
+        if on_prompt is not None and len(measured) > before:
             on_prompt(HeadCoverage(identity, sinks, tuple(measured), len(prompts), block))
+    if left_out is not None:
+        left_out.check("prompt", len(measured))
     return HeadCoverage(identity, sinks, tuple(measured), len(prompts), block)
 
 
@@ -390,7 +425,7 @@ def read_prompts(
     generator = np.random.default_rng(seed)
     found: list[Prompt] = []
     for path in data:
-        if path.is_dir():
+        if os.path.isdir(path):  # of a name that is too long: False
             files = _pictures(path, images)
             order = generator.permutation(len(files)).tolist()
             for start in range(0, len(files) - images + 1, images):
@@ -422,7 +457,7 @@ def _read_lines(file: Path) -> list[Prompt]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
         raise InputFileError(
             f"{file}: the data cannot be read ({reason}). Give a JSON Lines file of prompts, or a "
             "folder of pictures."
@@ -434,7 +469,7 @@ def _read_lines(file: Path) -> list[Prompt]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({error}).") from None
+            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
         fields = values if isinstance(values, dict) else {}
         images, question = fields.get("images"), fields.get("question")
         if not (
@@ -454,15 +489,37 @@ def _read_lines(file: Path) -> list[Prompt]:
     return found
 
 
-def check_pictures(prompts: Sequence[Prompt], on_picture: Callable[[], None] | None = None) -> None:
+def check_pictures(
+    prompts: Sequence[Prompt],
+    on_picture: Callable[[], None] | None = None,
+    left_out: LeftOut | None = None,
+) -> list[Prompt]:
     """Open every picture once, so that a broken one is found before anything is measured.
+
+    Parameters
+    ----------
+    prompts
+        Whose pictures.
+    on_picture
+        Called after each picture.
+    left_out
+        Notes pictures that cannot be read; None: the first one is an error.
+
+    Returns
+    -------
+    list of Prompt
+        Those all of whose pictures can be read.
 
     Raises
     ------
     InputFileError
         Naming the first that cannot be read.
     """
+    good: set[Path] = set()
     for file in dict.fromkeys(file for prompt in prompts for file in prompt.images):
-        load_image(file)
+        with around(left_out, str(file)):
+            load_image(file)
+            good.add(file)
         if on_picture is not None:
             on_picture()
+    return [prompt for prompt in prompts if good.issuperset(prompt.images)]

@@ -33,7 +33,8 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.numerics import full_precision
-from tokenprune_hf.attached import named_arguments
+from tokenprune_hf.attached import ThreadState, named_arguments
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.prefix import _heads, sliding_window
@@ -269,6 +270,12 @@ class _Step:
     visible: Tensor | None = None
 
 
+class _Thread(ThreadState):
+    """The run of the decoder in a thread, or None."""
+
+    step: _Step | None = None
+
+
 class Dominance:
     """Watches a model's decoder inside a ``with`` block; made by `measure_dominance`."""
 
@@ -284,7 +291,7 @@ class Dominance:
         self._attention, self._depth = _attention_modules(self._family, layers)
         self._batches: list[_Batch] = []
         self._caches: weakref.WeakKeyDictionary[Any, _Batch] = weakref.WeakKeyDictionary()
-        self._step: _Step | None = None
+        self._thread = _Thread()
         self._hooks: ExitStack | None = None
 
     def __enter__(self) -> Dominance:
@@ -301,8 +308,9 @@ class Dominance:
             )
         inner = self._family.inner
         with ExitStack() as hooks:
-            # On the inner model, behind whatever pruning does to a call of the outer one.
-            begin = inner.register_forward_pre_hook(self._begin, with_kwargs=True)
+            # On the inner model, behind whatever pruning does to a call of the outer one, and in
+            # front of what it does there: SmolVLM's gets embeddings and no ids.
+            begin = inner.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
             hooks.callback(begin.remove)
             hooks.callback(inner.register_forward_hook(self._end, always_call=True).remove)
             for layer, attention in self._attention.items():
@@ -320,7 +328,7 @@ class Dominance:
         """Take everything off the model again, also after an exception; the sums stay."""
         if self._hooks is not None:
             self._hooks.close()
-        self._hooks = self._step = None
+        self._hooks = None
         self._caches.clear()
 
     @property
@@ -359,6 +367,9 @@ class Dominance:
 
     def _begin(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the inner model runs: see whose tokens it is given."""
+        self._thread.step = None
+        if inner is not self._family.inner:
+            return  # a copy of the model is not measured
         named = named_arguments(inner, args, kwargs)
         ids: Tensor | None = named.get("input_ids")
         if ids is None:
@@ -366,10 +377,10 @@ class Dominance:
                 "visual tokens are found by their id: pass input_ids, and no inputs_embeds, while "
                 "modality dominance is measured."
             )
-        cache: Any = named.get("past_key_values")
+        cache: Any = cache_of(named)
         mask = named.get("attention_mask")
         if cache is None or cache.get_seq_length() == 0:
-            self._step = _Step(self._new_batch(ids, mask), is_prompt=True)
+            self._thread.step = _Step(self._new_batch(ids, mask), is_prompt=True)
             return
         batch = self._caches.get(cache)
         if batch is None:
@@ -389,11 +400,12 @@ class Dominance:
         ends = _end_ids(self._family.model).to(ids.device)
         batch.done = batch.done | torch.isin(ids[:, 0], ends)
         batch.queries = batch.queries + (~batch.done).long()
-        self._step = _Step(batch, is_prompt=False, visible=None if mask is None else mask.bool())
+        visible = None if mask is None else mask.bool()
+        self._thread.step = _Step(batch, is_prompt=False, visible=visible)
 
     def _end(self, *_: Any) -> None:
         # What runs the layers between two steps (a method reading the question) is not an answer.
-        self._step = None
+        self._thread.step = None
 
     def _new_batch(self, ids: Tensor, mask: Any) -> _Batch:
         """Find text and visual tokens in prompts [B, S] as the decoder reads them."""
@@ -429,11 +441,11 @@ class Dominance:
         """Return the hook behind one layer's attention."""
 
         def watch(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
-            step = self._step
-            if step is None:
-                return
+            step = self._thread.step
+            if step is None or attention is not self._attention[layer]:
+                return  # a copy of the model is not measured
             named = named_arguments(attention, args, kwargs)
-            cache: Any = named.get("past_key_values")
+            cache: Any = cache_of(named)
             if cache is None:
                 raise PromptError(
                     "modality dominance is read from the key-value cache, and this call has none. "
@@ -480,7 +492,7 @@ def _attention_of_newest(
         raise UnsupportedModelError(
             f"a {type(cache).__name__} does not keep the {length} keys of layer "
             f"{attention.layer_idx} as they are, so modality dominance cannot be read from it. "
-            "Leave out cache_implementation and past_key_values, or pass a DynamicCache."
+            "Leave out cache_implementation and the cache, or pass a DynamicCache."
         )
     states: Tensor = named["hidden_states"][:, -1]  # [B, D]
     cos, sin = (part[:, -1][None] for part in named["position_embeddings"])  # [1, B, d]

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tokenprune.errors import InputFileError, PromptError, TokensError
+from tokenprune.errors import InputFileError, PromptError, TokensError, reason_of
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
@@ -258,12 +258,12 @@ def _opened(file: Path, device: str, read: Callable[[Any], _Read]) -> _Read:
         raise
     except OSError as error:
         raise InputFileError(
-            f"{file} cannot be read: {error.strerror or error}. Check the path and its permissions."
+            f"{file} cannot be read: {reason_of(error)}. Check the path and its permissions."
         ) from None
     except (SafetensorError, TokensError, LookupError, TypeError, ValueError) as error:
         raise InputFileError(
-            f"{file} is damaged, or holds no encoded image or video ({error}). Delete it and "
-            "encode again."
+            f"{file} is damaged, or holds no encoded image or video ({reason_of(error)}). Delete "
+            "it and encode again."
         ) from None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenprune.errors import InputFileError
+from tokenprune.errors import InputFileError, reason_of
 
 _A = {"image": "an image", "video": "a video"}
 
@@ -36,7 +36,7 @@ def check_file(file: Path, kind: str) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, InputFileError):
             raise
-        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise InputFileError(
-            f"{file}: the file cannot be read ({reason}). Check the path and its permissions."
+            f"{file}: the file cannot be read ({reason_of(error)}). Check the path and its "
+            "permissions."
         ) from None

@@ -31,11 +31,13 @@ from tokenprune.errors import (
     TokensError,
     UnsupportedModelError,
     did_you_mean,
+    reason_of,
 )
 from tokenprune.reading import Reduction, question_scores
 from tokenprune.selectors.base import top_k
 from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_hf.encoding import encode_media
+from tokenprune_hf.failures import LeftOut, around
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.images import load_image
@@ -126,7 +128,7 @@ class LayerRecall:
     runs
         One for each video, needle and repeat, in this order.
     planned
-        How many runs there are in all; in a finished result ``len(runs)``.
+        How many runs there were to be; in a finished result ``len(runs)`` and those left out.
     reduction
         How heads and question tokens became one score per token.
     seed
@@ -210,6 +212,7 @@ def find_layer(
     repeats: int = 1,
     seed: int = 0,
     on_run: Callable[[LayerRecall], None] | None = None,
+    left_out: LeftOut | None = None,
 ) -> LayerRecall:
     """Measure Recall@K of needles at every decoder layer of a model.
 
@@ -236,6 +239,9 @@ def find_layer(
         Of the depths; nothing else is drawn.
     on_run
         Called after each run with all that is measured until then.
+    left_out
+        Notes videos and runs that fail; a run that fails is left out for all layers. None: the
+        first one that fails is an error.
 
     Returns
     -------
@@ -249,6 +255,8 @@ def find_layer(
         If the model takes no videos or its layers cannot be read.
     TokensError
         If the model's attention is not finite.
+    NothingLeftError
+        If no run is left.
     """
     _check_arguments(videos, needles, reduction, repeats, seed)
     family = family_of(model)
@@ -260,25 +268,35 @@ def find_layer(
         )
     vision = getattr(model.config, "vision_config", None)
     per_step = int(getattr(vision, "temporal_patch_size", None) or 1)
-    places = [_places(video, number, per_step) for number, video in enumerate(videos)]
+    places: dict[int, range] = {}
+    for number, video in enumerate(videos):
+        with around(left_out, _name(video, number)):
+            places[number] = _places(video, number, per_step)
     planned = len(videos) * len(needles) * repeats
     runs: list[Run] = []
-    for number, video in enumerate(videos):
+
+    def measure(number: int, which: int, step: int) -> Run:
+        video, needle = videos[number], needles[which]
+        total = len(_frames(video))
+        frames = tuple(range(step * per_step, min((step + 1) * per_step, total)))
+        hidden = _hide(video, frames, needle.image)
+        inputs = ask(processor, needle.question, video=hidden).to(model.device)
+        grid, ranked, found = _read(family, inputs, total, per_step, step, layers, reduction)
+        return Run(number, which, frames, grid, grid[1] * grid[2], ranked, found)
+
+    for number, within in places.items():
         for which, needle in enumerate(needles):
-            order = np.random.default_rng([seed, number, which]).permutation(places[number])
+            order = np.random.default_rng([seed, number, which]).permutation(within)
             for repeat in range(repeats):
                 step = int(order[repeat % len(order)])
-                total = len(_frames(video))
-                frames = tuple(range(step * per_step, min((step + 1) * per_step, total)))
-                hidden = _hide(video, frames, needle.image)
-                inputs = ask(processor, needle.question, video=hidden).to(model.device)
-                grid, ranked, found = _read(
-                    family, inputs, total, per_step, step, layers, reduction
-                )
-                tokens = grid[1] * grid[2]
-                runs.append(Run(number, which, frames, grid, tokens, ranked, found))
-                if on_run is not None:
+                before = len(runs)
+                name = f"{_name(videos[number], number)}, {needle.name} in step {step}"
+                with around(left_out, name):
+                    runs.append(measure(number, which, step))
+                if on_run is not None and len(runs) > before:
                     on_run(LayerRecall(layers, tuple(runs), planned, reduction, seed))
+    if left_out is not None:
+        left_out.check("run", len(runs))
     return LayerRecall(layers, tuple(runs), planned, reduction, seed)
 
 
@@ -320,6 +338,10 @@ def _full_attention_layers(family: Family) -> tuple[int, ...]:
 # The needle in the video ------------------------------------------------------------------------
 
 
+def _name(video: Video | NDArray[np.uint8], number: int) -> str:
+    return str(video.path) if isinstance(video, Video) else f"video {number}"
+
+
 def _frames(video: Video | NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return [T, H, W, 3]."""
     return video.frames if isinstance(video, Video) else video
@@ -331,7 +353,7 @@ def _places(video: Video | NDArray[np.uint8], number: int, per_step: int) -> ran
     As published, frames 5 to T - 6; in a video of fewer than 11 frames, any step but the first and
     the last.
     """
-    name = str(video.path) if isinstance(video, Video) else f"video {number}"
+    name = _name(video, number)
     frames = _frames(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ConfigError(
@@ -483,7 +505,7 @@ def read_needles(path: Path) -> list[Needle]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not UTF-8"
+        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
         raise InputFileError(
             f"{path}: the needles cannot be read ({reason}). Give a JSONL file with an image and a "
             "question in each line."

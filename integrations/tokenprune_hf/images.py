@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune_hf.files import check_file
 
 LARGEST = 178_000_000
@@ -107,8 +107,8 @@ def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Im
             raise
         except _UNREADABLE as error:
             raise InputFileError(
-                f"{file}: the image is damaged or incomplete ({_reason(error)}). Copy or download "
-                "it again."
+                f"{file}: the image is damaged or incomplete ({reason_of(error)}). Copy or "
+                "download it again."
             ) from None
         except MemoryError:
             raise InputFileError(
@@ -149,12 +149,6 @@ def _too_large(file: Path) -> InputFileError:
         f"{file}: the image has more than {LARGEST // 1_000_000} million pixels. Shrink it first; "
         f"models see {MAX_PIXELS // 1_000_000} million at most."
     )
-
-
-def _reason(error: BaseException) -> str:
-    """Return an exception's message on one line, or its kind where it has none."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:

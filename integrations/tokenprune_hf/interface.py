@@ -7,7 +7,6 @@ The mask that the model makes stays the one that the plain function wants.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -16,6 +15,10 @@ from torch import Tensor
 from tokenprune.errors import PromptError, TokenPruneError, UnsupportedModelError
 
 _PREFIX = "tokenprune+"
+
+_ON_MODULE = "_tokenprune_attention"
+"""The attribute of an attention module in which its handler is kept: a copy of the module carries
+the handler's own copy."""
 
 _UNSEEN = ("softcap", "attn_logit_softcapping", "sinks")
 """Attributes of attention modules that change logits after q kᵀ, where no handler sees it."""
@@ -89,7 +92,7 @@ class Interception:
         configs = {id(module.config): module.config for module in self._modules}
         self._before: list[tuple[Any, str]] = []
         for module in self._modules:
-            if module in _HANDLERS:
+            if _ON_MODULE in module.__dict__:
                 raise TokenPruneError(
                     f"the attention of this {type(module).__name__} is handled already. Leave that "
                     "block before beginning another."
@@ -108,7 +111,7 @@ class Interception:
         for config, name in self._before:
             config._attn_implementation = _PREFIX + name
         for module in self._modules:
-            _HANDLERS[module] = handler
+            module.__dict__[_ON_MODULE] = handler
 
     def check_call(self, decoder: Any, what: str) -> None:
         """Raise for a call that would run without the handler, or again without it.
@@ -131,7 +134,7 @@ class Interception:
         ):
             raise PromptError(
                 f"gradient checkpointing runs layers a second time after the call, without {what}. "
-                "Call model.eval() or model.gradient_checkpointing_disable()."
+                "Call model.eval(), or turn gradient checkpointing off."
             )
         for config, name in self._before:
             now = config._attn_implementation
@@ -147,7 +150,7 @@ class Interception:
             config._attn_implementation = name
         self._before = []
         for module in self._modules:
-            _HANDLERS.pop(module, None)
+            module.__dict__.pop(_ON_MODULE, None)
         self._modules = []
 
 
@@ -173,9 +176,6 @@ def check_logits(modules: Sequence[Any], what: str) -> None:
                     f"the attention {type(module).__name__} has {name}, which does not go "
                     f"together with {what}. Use this model without {what}."
                 )
-
-
-_HANDLERS: weakref.WeakKeyDictionary[Any, Handler] = weakref.WeakKeyDictionary()
 
 
 def _dispatch(
@@ -209,7 +209,7 @@ def _dispatch(
         )
         return result
 
-    handler = _HANDLERS.get(module)
+    handler: Handler | None = module.__dict__.get(_ON_MODULE)
     if handler is None:
         return plain()  # a module with the same config that is not ours: another tower's
     return handler(module, query, key, value, scale, plain)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
 from tokenprune_hf.families.base import VIDEO_FRAMES
 from tokenprune_hf.families.registry import supported_models
 from tokenprune_hf.video import Video
@@ -22,6 +22,10 @@ from tokenprune_hf.video import Video
 _FPS = 2.0
 """Frames per second of frames that come without their times: the rate at which most video models
 sample."""
+
+_CLOCKS = [whole / part for part in (1.0, 1.001) for whole in range(1000, 500, -1)]
+"""Ticks a second in which times are given: multiples of every rate up to 1000, NTSC's included.
+No faster ones: some processors count a tick in whole milliseconds."""
 
 
 BUNDLED = "bundled"
@@ -79,7 +83,7 @@ def load(name: str) -> tuple[Any, Any]:
     except TokenPruneError:
         raise
     except Exception as error:  # what is wrong with a checkpoint can show in any way
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputFileError(
             f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
             "its processor, or a name that transformers can find."
@@ -145,23 +149,44 @@ def frames_and_metadata(
 ) -> tuple[NDArray[np.uint8], dict[str, Any]]:
     """Return frames uint8 [T, H, W, 3] and what processors want to know of the video they are of.
 
+    Processors and servers work out a frame's time as its index over the rate. No rate of a file
+    gives the times of a recording with gaps or of a variable rate. So the indices count ticks of a
+    clock here, `fps` is ticks a second, and each frame has its own time. `total_num_frames` makes
+    the mean step between frames right, which is all that models with one step for a whole video
+    (Qwen2.5-VL) are told.
+
     Parameters
     ----------
     video
         As for `ask`.
     """
     if isinstance(video, Video):
-        frames, indices = video.frames, video.indices.tolist()
-        # Time stamps follow from index and rate, so the rate is the one that gives these times.
-        rate = indices[-1] / video.times[-1] if video.times[-1] > 0 else _FPS
-        total, duration = video.total, video.duration
+        frames, times, duration = video.frames, video.times, video.duration
     else:
-        frames, indices, rate = video, list(range(len(video))), _FPS
-        total, duration = len(video), len(video) / _FPS
+        frames, times, duration = video, np.arange(len(video)) / _FPS, len(video) / _FPS
+    count = len(times)
+    clock, ticks = _in_ticks(times)
+    step = float(times[-1] - times[0]) / (count - 1) if count > 1 else duration
     return frames, {
-        "fps": float(rate),
+        "fps": clock,
         "duration": duration,
-        "total_num_frames": total,
-        "frames_indices": indices,
+        # No video has fewer frames than were taken of it.
+        "total_num_frames": max(count, round(count * step * clock)),
+        "frames_indices": ticks,
         "video_backend": "pyav",
     }
+
+
+def _in_ticks(times: NDArray[np.float64]) -> tuple[float, list[int]]:
+    """Return a clock, in ticks a second, and float64 times [T] as numbers of its ticks.
+
+    A clock whose ticks hit all times within a microsecond, where there is one: for recordings of
+    any usual rate, with gaps or without. Otherwise times are rounded to milliseconds.
+    """
+    for clock in _CLOCKS:
+        ticks = times * clock
+        if np.abs(ticks - np.rint(ticks)).max() <= 1e-6 * clock:
+            break
+    else:
+        clock = _CLOCKS[0]
+    return clock, np.rint(times * clock).astype(np.int64).tolist()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.prefix import sliding_window
@@ -27,6 +28,12 @@ _WIDER = 8
 """Numbers added to each head, of which two are used: fused kernels want multiples of eight."""
 
 
+class _Logs(ThreadState):
+    """What keys count for in the call that is running in a thread."""
+
+    logs: Tensor | None = None
+
+
 class ProportionalAttention:
     """Stands in the attention of a decoder's layers until `remove`.
 
@@ -38,9 +45,9 @@ class ProportionalAttention:
     Attributes
     ----------
     logs
-        float32 [B, S], log n of each of the prompt's columns, for the call that is running; None
-        where attention is left to the model. Rows of a call are the B prompts, each as often as
-        beams or returned sequences need, one after another.
+        float32 [B, S], log n of each of the prompt's columns, for the call that is running in this
+        thread; None where attention is left to the model. Rows of a call are the B prompts, each
+        as often as beams or returned sequences need, one after another.
 
     Raises
     ------
@@ -49,7 +56,7 @@ class ProportionalAttention:
     """
 
     def __init__(self, model: Any) -> None:
-        self.logs: Tensor | None = None
+        self._thread = _Logs()
         self._decoder = decoder_of(model)
         modules = [layer.self_attn for layer in self._decoder.layers]
         check_logits(modules, _WHAT)
@@ -62,6 +69,15 @@ class ProportionalAttention:
                 )
         self._interception = Interception(modules, self._attend)
 
+    @property
+    def logs(self) -> Tensor | None:
+        """What the keys of this thread's call count for."""
+        return self._thread.logs
+
+    @logs.setter
+    def logs(self, logs: Tensor | None) -> None:
+        self._thread.logs = logs
+
     def remove(self) -> None:
         """Give the layers their own attention back."""
         self._interception.remove()
@@ -73,10 +89,11 @@ class ProportionalAttention:
     def _attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
     ) -> tuple[Tensor, Tensor | None]:
-        if self.logs is None:
+        of_prompt = self._thread.logs
+        if of_prompt is None:
             return plain()
         batch, _, columns, width = key.shape
-        logs = self.logs.to(key.device).repeat_interleave(batch // len(self.logs), dim=0)
+        logs = of_prompt.to(key.device).repeat_interleave(batch // len(of_prompt), dim=0)
         wanted = torch.nn.functional.pad(logs / (scale * _QUERY), (0, columns - logs.shape[1]))
         # In bfloat16 one number holds log n to a hundredth; what it misses goes into a second.
         first = wanted.to(key.dtype)

@@ -1,8 +1,9 @@
 """`prune`, `apply`, `remove`: a model of transformers whose `generate` and calls run pruned.
 
 A call with pixels goes this way: encode, select, shorten the prompt, run the model's own forward
-on the short prompt and the kept rows. Two things are attached to the model and taken off again: a
-forward pre-hook, and a `generate` in front of its own.
+on the short prompt and the kept rows. What is attached to the model and taken off again stands in
+front of its own `generate` and `forward`. What belongs to one call is kept by thread, and what is
+known of a prompt in its cache.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import inspect
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -33,9 +34,18 @@ from tokenprune.selecting import check_known, select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
-from tokenprune_hf.attached import Attachment, attached, named_arguments
+from tokenprune_hf.attached import (
+    Attachment,
+    StandIn,
+    ThreadState,
+    attached,
+    named_arguments,
+    named_call,
+)
+from tokenprune_hf.caches import Filling, Held, Holding, cache_length
 from tokenprune_hf.encoding import Encoded, encode_media
-from tokenprune_hf.families.base import ENCODED
+from tokenprune_hf.engine import cache_argument, cache_of
+from tokenprune_hf.families.base import ENCODED, Family
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
@@ -50,15 +60,53 @@ _REFUSED = {
 }
 
 
-class Pruning(Attachment):
-    """A pruned model: made by `prune` or `apply`, undone by leaving the block or by `remove`.
+@dataclass(frozen=True)
+class _Chosen:
+    """What was chosen in one call, and how long that took in seconds."""
+
+    selections: list[Selection]
+    seconds: float
+
+
+class _Call(ThreadState):
+    """The call of the model that is running in a thread.
 
     Attributes
     ----------
-    model, selector, keep, positions, application, proportional_attention
+    depth
+        How many calls of the model are running inside each other.
+    generating
+        Whether `generate` is, whose steps are prepared already.
+    prompt
+        The pruned prompt that the steps of `generate` read; None where it has no images.
+    read
+        Whether a step has read it.
+    chosen
+        What the thread's last call chose; None before its first one.
+    """
+
+    depth: int = 0
+    generating: bool = False
+    prompt: Shortened | None = None
+    read: bool = False
+    chosen: _Chosen | None = None
+
+
+class Pruning(Attachment):
+    """A pruned model: made by `prune` or `apply`, undone by leaving the block or by `remove`.
+
+    Any number of threads may call the model at once. A deep copy of the model is pruned as well,
+    until `remove(copy)`.
+
+    Attributes
+    ----------
+    model
+        The model that is pruned; the one inside, where a wrapper was passed.
+    selector, keep, positions, application, proportional_attention
         What was asked for.
     selections
-        One `Selection` per item (image, video or crop) of the last call, in prompt order.
+        One `Selection` per item (image, video or crop) of the last call, in prompt order: of the
+        last call in the thread that asks or, where it made none, of the last one in any.
     selecting_seconds
         How long scoring and choosing them took; the encoder is not in it. On a GPU it is the time
         of handing over the work, unless the method itself waits for its scores.
@@ -83,74 +131,133 @@ class Pruning(Attachment):
                 f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
-        self.selections: list[Selection] = []
-        self.selecting_seconds = 0.0
-        self._family = family_of(model)
-        check_method(selector, model)
-        self._caches: weakref.WeakKeyDictionary[Any, Shortened] = weakref.WeakKeyDictionary()
-        self._in_generate = False
-        self._generating: Shortened | None = None
+        check_method(selector, self._family.model)
+        self._call = _Call()
+        self._last = _Chosen([], 0.0)
         self._proportional: ProportionalAttention | None = None
         self.begin()
+
+    @functools.cached_property
+    def _family(self) -> Family:
+        return family_of(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the family out of copies, which have another model to look at."""
+        return {name: value for name, value in self.__dict__.items() if name != "_family"}
+
+    @property
+    def selections(self) -> list[Selection]:
+        """One `Selection` per item of the last call, in prompt order."""
+        return (self._call.chosen or self._last).selections
+
+    @property
+    def selecting_seconds(self) -> float:
+        """Seconds that scoring and choosing took in the last call."""
+        return (self._call.chosen or self._last).seconds
+
+    def _note(self, chosen: _Chosen) -> None:
+        self._call.chosen = self._last = chosen
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
         if self.proportional_attention:
             self._proportional = ProportionalAttention(self.model)  # first: it may refuse
-        plain = self.model.generate
-
-        @functools.wraps(plain)
-        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            return self._generate(plain, inputs, args, kwargs)
-
-        self.model.__dict__["generate"] = generate
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, always_call=True),
+        self._stand_ins = [
+            StandIn(self.model, "generate", self._generate),
+            StandIn(self.model, "forward", self._forward),
         ]
-        self._rope_deltas = getattr(self._family.inner, "rope_deltas", None)
+        self._hooks = [
+            self._family.inner.register_forward_pre_hook(self._check_inner, with_kwargs=True),
+            *self._family.hooks(),
+        ]
 
     def _detach(self) -> None:
-        del self.model.__dict__["generate"]
-        for hook in self._hooks:
-            hook.remove()
+        for one in [*self._hooks, *self._stand_ins]:
+            one.remove()
         if self._proportional is not None:
             self._proportional.remove()
-        if self._family.mrope:
-            self._family.inner.rope_deltas = self._rope_deltas
-        self._caches.clear()
+            self._proportional = None
+
+    def _check_inner(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise if images or videos are passed to the model without its head."""
+        if self._call.depth:
+            return
+        if self._family.media(named_arguments(inner, args, kwargs)):
+            raise PromptError(
+                f"images or videos were passed to {type(inner).__name__}, which is not pruned: "
+                f"only calls of the whole {type(self.model).__name__} are. Call that one, or call "
+                "this one outside the block."
+            )
 
     # Forward calls -----------------------------------------------------------------------------
 
-    def _before_forward(
-        self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Run before the model's forward: shorten a call with pixels, mend one with our cache."""
-        if self._in_generate:
-            return self._before_step(args, kwargs)
-        named = named_arguments(self.model, args, kwargs)
-        cache: Any = named.get("past_key_values")
-        shortened = self._shorten(named)
-        if shortened is not None:
-            if named.get("use_cache") is not False:
-                from transformers import DynamicCache
+    def _forward(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Stand in front of the model's own `forward`."""
+        with self._running():
+            if self._call.generating:
+                return plain(*args, **self._step(kwargs))
+            named = named_arguments(self.model, args, kwargs)
+            with Filling[Shortened](cache_of(named)) as filling:
+                if (shortened := self._shorten(named, filling.before is not None)) is not None:
+                    if filling.cache is None and named.get("use_cache") is not False:
+                        from transformers import DynamicCache
 
-                # Made here, so that this prompt is known again when its cache comes back.
-                if cache is None:
-                    cache = DynamicCache(config=self.model.config.get_text_config())
-                    named["past_key_values"] = cache
-                self._caches[cache] = shortened
-            self._count_keys(shortened)
-            return (), shortened.call(named, self._family.encoder_arguments())
-        if (known := self._known(cache)) is not None:
-            self._count_keys(known)
-            return (), known.continued_call(named, cache.get_seq_length(), self.positions)
-        return None
+                        # Made here, so that it can be noted what it holds.
+                        filling.cache = DynamicCache(config=self.model.config.get_text_config())
+                        named.update(cache_argument(self.model, filling.cache))
+                    call = shortened.call(named, self._family.encoder_arguments())
+                    empty = shortened.input_ids[:, :0]
+                    filling.holding = Holding(shortened.without_media(), empty)
+                elif filling.before is not None:
+                    known = _prompt_and_after(filling.before)
+                    call = known.prompt.continued_call(named, filling.before.length, self.positions)
+                    filling.holding = _read_on(known, named)
+                else:
+                    return plain(*args, **kwargs)
+                self._count_keys(filling.holding.prompt)
+                return plain(**call)
 
-    def _after_forward(self, _module: Any, _args: Any, _output: Any) -> None:
-        """Run when the model's forward is over, also after an exception."""
-        self._count_keys(None)
+    def _step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return a step of `generate`, with the kept rows where it reads the prompt."""
+        shortened, input_ids = self._call.prompt, kwargs.get("input_ids")
+        if shortened is None:
+            return kwargs
+        if input_ids is None:
+            raise PromptError(
+                "generate reads embeddings in place of the prompt's tokens, where pruned images "
+                "cannot be put. Leave out what makes them (prompt tuning, inputs_embeds)."
+            )
+        cache: Any = cache_of(kwargs)
+        length = shortened.prompt.length
+        if shortened.is_prompt_of(input_ids):
+            self._call.read = True
+            kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
+            if kwargs.get("attention_mask") is None and cache is None:
+                # Without mask and cache, transformers takes gaps in positions for packed prompts.
+                kwargs["attention_mask"] = torch.ones_like(input_ids)
+            since, new = 0, input_ids.shape[1] - length
+        else:
+            since, new = cache_length(cache) - length, input_ids.shape[1]
+        if new and shortened.ends_with_dropped:
+            # The engine counts on from the last token it sees, which is not the prompt's last.
+            after = shortened.positions_after(since, new, len(input_ids))
+            before = kwargs["position_ids"].expand(*after.shape[:-1], -1)[..., :-new]
+            kwargs["position_ids"] = torch.cat([before, after], dim=-1)
+        return kwargs
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Mark a call of the model as running in this thread."""
+        self._call.depth += 1
+        try:
+            yield
+        finally:
+            self._call.depth -= 1
+            if not self._call.depth:
+                self._count_keys(None)
 
     def _count_keys(self, shortened: Shortened | None) -> None:
         """Have attention count the keys of a prompt until the call is over."""
@@ -159,80 +266,124 @@ class Pruning(Attachment):
                 self._proportional.check_call()
             self._proportional.logs = None if shortened is None else shortened.logs
 
-    def _before_step(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Run before each step of `generate`: hand the kept rows to those that read the prompt."""
-        shortened, input_ids = self._generating, kwargs.get("input_ids")
-        cache: Any = kwargs.get("past_key_values")
-        self._count_keys(self._known(cache) if shortened is None else shortened)
-        if shortened is None or input_ids is None:
-            return None
-        length = shortened.prompt.length
-        if shortened.is_prompt_of(input_ids):
-            kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
-            if kwargs.get("attention_mask") is None and cache is None:
-                # Without mask and cache, transformers takes gaps in positions for packed prompts.
-                kwargs["attention_mask"] = torch.ones_like(input_ids)
-            since, new = 0, input_ids.shape[1] - length
-        else:
-            since, new = cache.get_seq_length() - length, input_ids.shape[1]
-        if new and shortened.ends_with_dropped:
-            # The engine counts on from the last token it sees, which is not the prompt's last.
-            after = shortened.positions_after(since, new, len(input_ids))
-            before = kwargs["position_ids"].expand(*after.shape[:-1], -1)[..., :-new]
-            kwargs["position_ids"] = torch.cat([before, after], dim=-1)
-        return args, kwargs
-
     # generate ----------------------------------------------------------------------------------
 
     def _generate(
-        self, plain: Callable[..., Any], inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Stand in front of the model's own `generate`."""
-        if args:
-            names = list(inspect.signature(plain).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if inputs is not None:
+        if isinstance(plain, functools.partial):  # somebody's defaults, lengths among them
+            args, kwargs = (*plain.args, *args), {**plain.keywords, **kwargs}
+            plain = plain.func
+        kwargs = named_call(self.model, "generate", args, kwargs)
+        if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
-        with torch.no_grad():
-            shortened = self._shorten(kwargs)
-        known = self._known(kwargs.get("past_key_values"))
-        if shortened is not None:
-            _refuse(kwargs)
-            call = shortened.call(kwargs, self._family.encoder_arguments())
-            del call["mm_encoder_outputs"]  # every step is handed them by the hook, beams and all
-        elif known is not None:
-            call = known.continued_prompt(kwargs)
-        else:
-            return self._run(plain, kwargs, None)
+        with self._running(), Filling[Shortened](cache_of(kwargs)) as filling:
+            with torch.no_grad():
+                shortened = self._shorten(kwargs, filling.before is not None)
+            if shortened is not None:
+                _refuse(kwargs)
+                call = shortened.call(kwargs, self._family.encoder_arguments())
+                del call["mm_encoder_outputs"]  # steps are handed them, beams and all
+                known: Holding[Shortened] = Holding(shortened.without_media(), None)
+            elif filling.before is not None:
+                known = _prompt_and_after(filling.before)
+                call = known.prompt.continued_prompt(kwargs, known.after)
+            else:
+                return self._run(plain, kwargs, None)
+            self._count_keys(known.prompt)
+            return self._generate_short(plain, kwargs["input_ids"], call, shortened, known, filling)
 
-        input_ids: Tensor = kwargs["input_ids"]
+    def _generate_short(
+        self,
+        plain: Callable[..., Any],
+        input_ids: Tensor,
+        call: dict[str, Any],
+        shortened: Shortened | None,
+        known: Holding[Shortened],
+        filling: Filling[Shortened],
+    ) -> Any:
+        """Run `generate` on short prompts, and return its output with the caller's in front.
+
+        Parameters
+        ----------
+        plain
+            The model's own `generate`.
+        input_ids
+            The caller's LongTensor [B, L].
+        call
+            Arguments with the short prompts.
+        shortened
+            The prompts whose images have to be read; None where the cache holds them.
+        known
+            The prompts, as the cache will hold them.
+        filling
+            Gets what the cache holds in the end.
+        """
         short_length = call["input_ids"].shape[1]
         self._shift_lengths(call, input_ids.shape[1] - short_length)
         if call.get("streamer") is not None:
             call["streamer"] = _FullPromptStreamer(call["streamer"], input_ids)
+        beams = self._setting(call, "num_beams") or 1
         output = self._run(plain, call, shortened)
         sequences = output if isinstance(output, Tensor) else output.sequences
         repeats = len(sequences) // len(input_ids)
+        if filling.cache is None and not isinstance(output, Tensor):
+            filling.cache = cache_of(output)
+        if filling.cache is not None:
+            filling.holding = _generated(known, sequences, repeats, beams)
         prompts = input_ids.to(sequences.device).repeat_interleave(repeats, dim=0)
         full = torch.cat([prompts, sequences[:, short_length:]], dim=1)
         if isinstance(output, Tensor):
             return full
         output.sequences = full
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and repeats == 1 and shortened is not None:
-            self._caches[cache] = shortened
         return output
 
     def _run(
         self, plain: Callable[..., Any], kwargs: dict[str, Any], shortened: Shortened | None
     ) -> Any:
-        self._generating, self._in_generate = shortened, True
+        """Run the model's own `generate`, whose steps read `shortened`.
+
+        Raises
+        ------
+        PromptError
+            If no step did, so that the answer is to another prompt.
+        TokenPruneError
+            If pruning was taken off while it ran, and the answer needed it.
+        """
+        call = self._call
+        before = call.prompt, call.generating, call.read
+        call.prompt, call.generating, call.read = shortened, True, False
         try:
-            return plain(**kwargs)
+            output = plain(**kwargs)
+            read = call.read
         finally:
-            self._generating, self._in_generate = None, False
+            call.prompt, call.generating, call.read = before
+        if shortened is None:
+            return output
+        every_step = (
+            shortened.ends_with_dropped
+            or self.proportional_attention
+            or self._setting(kwargs, "use_cache") is False
+        )
+        if not self.is_attached and (every_step or not read):
+            raise TokenPruneError(
+                "pruning was taken off the model while generate was running, so that its answer is "
+                "lost. Let calls in other threads end before the block does."
+            )
+        if not read:
+            raise PromptError(
+                "generate did not read the pruned prompt: its own loop put other tokens in front. "
+                "Use the plain generate of transformers, or call the model itself."
+            )
+        return output
+
+    def _setting(self, kwargs: dict[str, Any], name: str) -> Any:
+        """Return a setting of `generate` as the call's arguments or configs have it."""
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+        config = kwargs.get("generation_config") or self.model.generation_config
+        return getattr(config, name, None)
 
     def _shift_lengths(self, kwargs: dict[str, Any], removed: int) -> None:
         """Let `max_length` and `min_length` count the caller's prompt and not the short one."""
@@ -253,15 +404,17 @@ class Pruning(Attachment):
 
     # Shortening --------------------------------------------------------------------------------
 
-    def _known(self, cache: Any) -> Shortened | None:
-        """Return the pruned prompt that filled a cache, or None."""
-        shortened = None if cache is None else self._caches.get(cache)
-        if shortened is None or cache.get_seq_length() < shortened.prompt.length:
-            return None  # never ours, or emptied since
-        return shortened
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _shorten(self, arguments: dict[str, Any], known_cache: bool) -> Shortened | None:
+        """Encode, select and shorten a call's prompt; None where it has no image and no video.
 
-    def _shorten(self, arguments: dict[str, Any]) -> Shortened | None:
-        """Encode, select and shorten a call's prompt; None where it has no image and no video."""
+        Parameters
+        ----------
+        arguments
+            The call's, by name; what is ours among them is taken out.
+        known_cache
+            Whether it goes on from a cache that is known to hold a pruned prompt.
+        """
         encoded: Encoded | None = arguments.pop("encoded", None)
         known: Sequence[Selection | None] | None = arguments.pop("known", None)
         if arguments.get("mm_encoder_outputs"):
@@ -269,15 +422,16 @@ class Pruning(Attachment):
                 "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
                 "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
             )
+        filled = cache_length(cache_of(arguments)) > 0
         if encoded is None and not self._family.media(arguments):
-            self._check_no_placeholders(arguments)
-            self.selections = []
+            if filled and not known_cache:
+                self._check_no_placeholders(arguments)
+            self._note(_Chosen([], 0.0))
             return None
-        cache = arguments.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        if filled:
             raise PromptError(
                 "images or videos cannot be added to a cache that is already filled. Leave out "
-                "the pixel values if the cache holds them, or call without past_key_values."
+                "the pixel values if the cache holds them, or call without a cache."
             )
         if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
             raise PromptError(
@@ -297,9 +451,9 @@ class Pruning(Attachment):
             placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
             started = time.perf_counter()
             items = prompt_items(self._family, arguments, encoded, self.selector.needs)
-            selections = self._select(encoded, items, placeholders, known)
-            self.selecting_seconds = time.perf_counter() - started
-            shortened = shorten_prompt(
+            selections, in_prompt = self._select(encoded, items, placeholders, known)
+            self._note(_Chosen(in_prompt, time.perf_counter() - started))
+            return shorten_prompt(
                 self._family,
                 arguments,
                 encoded,
@@ -308,24 +462,20 @@ class Pruning(Attachment):
                 self.positions,
                 self.application,
             )
-            if self._family.mrope:
-                # With it the engine counts on, in calls that come without positions.
-                spoken = shortened.arguments["attention_mask"].sum(dim=-1)
-                self._family.inner.rope_deltas = (shortened.following[-1] - spoken)[:, None]
-        return shortened
 
     def _check_no_placeholders(self, arguments: dict[str, Any]) -> None:
-        """Raise if the prompt asks for images that were not passed."""
+        """Raise if a prompt that speaks of images goes on from a cache of unknown content."""
         input_ids = arguments.get("input_ids")
-        cache = arguments.get("past_key_values")
-        if input_ids is None or (cache is not None and cache.get_seq_length() > 0):
+        if input_ids is None:
             return
         for modality in ("image", "video"):
             count = int((input_ids == self._family.token_id(modality)).sum())
             if count:
                 raise PromptError(
-                    f"the prompt holds {count} {modality} placeholders and no {modality} was "
-                    "passed. Pass the processor's pixel values along with its input_ids."
+                    f"the prompt holds {count} {modality} placeholders and comes with a filled "
+                    f"cache, and it is not known whether that holds a pruned {modality}. Go on "
+                    "from the cache that a call inside a block of tokenprune_hf.prune returned, or "
+                    "pass the pixel values without a cache."
                 )
 
     def _select(
@@ -334,8 +484,8 @@ class Pruning(Attachment):
         items: dict[str, list[VisualTokens]],
         placeholders: dict[str, Tensor],
         known: Sequence[Selection | None] | None,
-    ) -> dict[str, list[Selection]]:
-        """Choose the tokens of every item; `self.selections` gets them in prompt order."""
+    ) -> tuple[dict[str, list[Selection]], list[Selection]]:
+        """Choose the tokens of every item; return them by modality, and all in prompt order."""
         places = {
             (modality, index): placeholders[modality][int(item.rows[0])].tolist()
             for modality, media in encoded.modalities.items()
@@ -358,8 +508,61 @@ class Pruning(Attachment):
             result = {
                 modality: _represent(encoded, modality, own) for modality, own in result.items()
             }
-        self.selections = [result[modality][index] for modality, index in in_prompt]
-        return result
+        return result, [result[modality][index] for modality, index in in_prompt]
+
+
+_BEAMS = (
+    "this cache was filled by a beam search, whose rows are not those of the sequences that it "
+    "returned. Read the whole conversation again, without this cache."
+)
+
+
+def _prompt_and_after(found: Held[Shortened]) -> Holding[Shortened]:
+    """Return what a cache holds now: its own rows, and no more of the prompt than is left."""
+    prompt, after = found.holding.prompt, found.holding.after
+    if found.rows is not None:
+        prompt = prompt.of_rows(found.rows)
+    if found.length < prompt.prompt.length:
+        prompt = prompt.cut_to(found.length)
+    if after is not None:
+        after = after[:, : found.length - prompt.prompt.length]
+    return dataclasses.replace(found.holding, prompt=prompt, after=after)
+
+
+def _read_on(known: Holding[Shortened], arguments: dict[str, Any]) -> Holding[Shortened]:
+    """Return what a cache holds when a call has read more tokens."""
+    ids = arguments.get("input_ids")
+    after = None
+    if known.after is not None and ids is not None:
+        after = torch.cat([known.after.to(ids.device), ids], dim=1)
+    return dataclasses.replace(known, after=after)
+
+
+def _generated(
+    known: Holding[Shortened], sequences: Tensor, repeats: int, beams: int
+) -> Holding[Shortened]:
+    """Return what a cache holds after `generate`.
+
+    Parameters
+    ----------
+    known
+        Prompts B, as they are in the cache.
+    sequences
+        LongTensor [B * repeats, ...], short prompts and all that came after them.
+    repeats, beams
+        Sequences of each prompt, and beams of each.
+    """
+    prompt = known.prompt
+    if repeats > 1:
+        rows = torch.arange(len(prompt.input_ids), device=prompt.input_ids.device)
+        prompt = prompt.of_rows(rows.repeat_interleave(repeats))
+    return dataclasses.replace(
+        known,
+        prompt=prompt,
+        # The cache's own length says how many of them it holds: the last one was not read.
+        after=sequences[:, prompt.prompt.length :],
+        refusal=_BEAMS if beams > 1 else None,
+    )
 
 
 def _check_application(application: Application) -> Application:
@@ -445,51 +648,7 @@ def apply(
 ) -> Pruning | TrimmedAttention:
     """Make a model's `generate` and calls run pruned until `remove`.
 
-    Parameters
-    ----------
-    model
-        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
-        or a Llama-3.2-Vision for `method="trimmed-attention"`.
-    method
-        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
-        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
-        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
-        what each head keeps then, `positions` and `apply` do not apply, and the options are
-        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
-    keep
-        Budget of each image, video or crop: an int of tokens or a fraction.
-    positions
-        ``"original"``: kept tokens, and the text after them, have the positions of the full
-        prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
-        FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
-    apply
-        ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
-        cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
-        prompt's full length, and for comparing. The logits of all other tokens are those of
-        ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
-        into the window.
-    proportional_attention
-        Whether attention counts each kept token as many times as there are tokens it stands for
-        (`tokenprune.tokens_represented`; `Selection.represented` has the numbers): a large even
-        area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
-        tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
-        2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
-    **options
-        The method's own options.
-
-    Returns
-    -------
-    Pruning or TrimmedAttention
-        With `selections` of the last call and `remove`.
-
-    Raises
-    ------
-    UnknownMethodError, OptionError, BudgetError, ConfigError
-        For a wrong method, option, budget or way to count positions.
-    UnsupportedModelError
-        If the model, or the method on this model, is not supported.
-    TokenPruneError
-        If the model is pruned already.
+    Parameters, result and errors are those of `prune`.
     """
     check_other(model, method)
     if isinstance(method, PruningConfig):
@@ -557,9 +716,62 @@ def prune(
     proportional_attention: bool = False,
     **options: Any,
 ) -> Pruning | TrimmedAttention:
-    """Prune a model inside a ``with`` block; parameters, result and errors as `apply`.
+    """Prune a model inside a ``with`` block.
+
+    ::
+
+        with tokenprune_hf.prune(model, "zeroth-order", keep=0.1) as pruning:
+            output = model.generate(**inputs, max_new_tokens=32)
+        pruning.selections
 
     After the block the model is exactly as it was, also after an exception.
+
+    Parameters
+    ----------
+    model
+        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
+        or a Llama-3.2-Vision for `method="trimmed-attention"`; or a PEFT model, what
+        `torch.compile` returned, or a DistributedDataParallel around one.
+    method
+        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
+        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
+        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
+        what each head keeps then, `positions` and `apply` do not apply, and the options are
+        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
+    keep
+        Budget of each image, video or crop: an int of tokens or a fraction.
+    positions
+        ``"original"``: kept tokens, and the text after them, have the positions of the full
+        prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
+        FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
+    apply
+        ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
+        cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
+        prompt's full length, and for comparing. The logits of all other tokens are those of
+        ``"drop"``, except where layers have a sliding window: a shorter prompt brings more of it
+        into the window.
+    proportional_attention
+        Whether attention counts each kept token as many times as there are tokens it stands for
+        (`tokenprune.tokens_represented`; `Selection.represented` has the numbers): a large even
+        area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
+        tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
+        2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
+    **options
+        The method's own options.
+
+    Returns
+    -------
+    Pruning or TrimmedAttention
+        With `selections` of the last call and `remove`.
+
+    Raises
+    ------
+    UnknownMethodError, OptionError, BudgetError, ConfigError
+        For a wrong method, option, budget or way to count positions.
+    UnsupportedModelError
+        If the model, its wrapper, or the method on this model, is not supported.
+    TokenPruneError
+        If the model is pruned already.
     """
     return _begin(
         model,

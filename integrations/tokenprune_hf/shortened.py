@@ -7,8 +7,9 @@ with the cache of a pruned prompt.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
 from tokenprune_hf.encoding import Encoded, KeptRows
 from tokenprune_hf.families.base import Family
+from tokenprune_hf.positions import count_as_published
 from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
 
 Application = Literal["drop", "mask"]
@@ -50,6 +52,8 @@ class Shortened:
     logs
         float32 [B, S], log of how many tokens each column stands for: 0 for text, and wherever
         the selections do not say.
+    visual
+        BoolTensor [B, S], True where a column is a row of the encoder.
     """
 
     input_ids: Tensor
@@ -59,6 +63,60 @@ class Shortened:
     rows_per_sample: dict[str, list[int]]
     following: Tensor
     logs: Tensor
+    visual: Tensor
+
+    def without_media(self) -> Shortened:
+        """Return what is needed to go on from the prompt, without the encoder's rows."""
+        return replace(self, kept={}, rows_per_sample={})
+
+    def of_rows(self, rows: Tensor) -> Shortened:
+        """Return some of the prompts, LongTensor [C], in any order and with repeats; no media."""
+        rows = rows.to(self.input_ids.device)
+        return replace(
+            self.without_media(),
+            input_ids=self.input_ids[rows],
+            prompt=replace(
+                self.prompt, columns=self.prompt.columns[rows], valid=self.prompt.valid[rows]
+            ),
+            arguments={name: value[..., rows, :] for name, value in self.arguments.items()},
+            following=self.following[..., rows],
+            logs=self.logs[rows],
+            visual=self.visual[rows],
+        )
+
+    def cut_to(self, length: int) -> Shortened:
+        """Return the prompts without their ends, of which a cache holds `length` tokens; no media.
+
+        Raises
+        ------
+        PromptError
+            If more than text is cut off.
+        """
+        removed = self.prompt.length - length
+        columns, full = self.prompt.columns[:, length:], self.prompt.full_length
+        ends = torch.arange(full - removed, full, device=columns.device)
+        text = self.prompt.valid & ~self.visual
+        if not bool((columns == ends).all()) or not bool(text[:, length:].all()):
+            raise PromptError(
+                f"the last {removed} tokens of a pruned prompt were cut off this cache, and not "
+                "all of them are text behind the last image. Cut off less, or read the prompt "
+                "again without this cache."
+            )
+        # The last axis of every argument, and of positions, runs over columns.
+        return replace(
+            self.without_media(),
+            input_ids=self.input_ids[:, : full - removed],
+            prompt=replace(
+                self.prompt,
+                columns=self.prompt.columns[:, :length],
+                valid=self.prompt.valid[:, :length],
+                full_length=full - removed,
+            ),
+            arguments={name: value[..., :length] for name, value in self.arguments.items()},
+            following=self.arguments["position_ids"][..., length],
+            logs=self.logs[:, :length],
+            visual=self.visual[:, :length],
+        )
 
     def encoder_outputs(self, batch: int) -> dict[str, Any]:
         """Return `mm_encoder_outputs` for a batch of `batch` prompts, a multiple of B."""
@@ -143,14 +201,28 @@ class Shortened:
             )
         return result
 
-    def continued_prompt(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def continued_prompt(
+        self, arguments: Mapping[str, Any], after: Tensor | None
+    ) -> dict[str, Any]:
         """Return arguments of `generate` in which the known prompt is replaced by its short form.
+
+        Parameters
+        ----------
+        arguments
+            The call's, by name.
+        after
+            LongTensor [B, n], what the cache holds after the prompt; None for embeddings.
 
         Raises
         ------
         PromptError
-            If `input_ids` do not begin with the caller's prompt and go on after it.
+            If `input_ids` do not begin with the caller's prompt and what came after it, and go on.
         """
+        if arguments.get("input_ids") is None:
+            raise PromptError(
+                "this cache holds a pruned prompt, which is told by its tokens. Pass input_ids "
+                "with the whole conversation, and no inputs_embeds."
+            )
         input_ids: Tensor = arguments["input_ids"]
         full = self.input_ids.to(input_ids.device)
         if len(input_ids) != len(full):
@@ -160,6 +232,19 @@ class Shortened:
             raise PromptError(
                 "this cache was filled by another prompt. Pass input_ids that begin with the "
                 f"prompt the cache was filled by ({length} tokens) and go on with new ones."
+            )
+        if after is None:
+            raise PromptError(
+                "embeddings were read behind this cache's pruned prompt, so that its tokens are "
+                "not known. Go on by calls of the model itself, or read the prompt again."
+            )
+        heard = input_ids[:, length : length + after.shape[1]]
+        if not torch.equal(heard, after.to(heard.device)):
+            raise PromptError(
+                f"this cache holds {after.shape[1]} tokens behind its prompt, and they are not "
+                "those of input_ids. A pruned prompt is shorter than the one that was passed, so "
+                "cut tokens off by their number (cache.crop(-n)) and not by the length that is "
+                "to be left."
             )
         result = dict(arguments)
         for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
@@ -279,10 +364,12 @@ def shorten_prompt(
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     selected = torch.ones_like(input_ids, dtype=torch.bool)
+    visual = torch.zeros_like(selected)
     counts = torch.ones_like(input_ids)
     kept, rows_per_sample = {}, {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
+        visual[places[:, 0], places[:, 1]] = True
         kept[modality] = KeptRows.of(media, selections[modality])
         dropped = places[~kept[modality].staying.to(places.device)]
         selected[dropped[:, 0], dropped[:, 1]] = False
@@ -302,6 +389,12 @@ def shorten_prompt(
         if isinstance(values.get(name), Tensor)
     }
     full_positions = _full_positions(model, arguments, mask)
+    own_axes = family.mrope and arguments.get("position_ids") is None
+    if own_axes:
+        shorter = (~selected).any(dim=-1)
+        full_positions = count_as_published(
+            family, arguments, encoded, placeholders, full_positions, mask, shorter
+        )
     counted = (short["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
     if positions == "original":
         short["position_ids"] = prompt.shorten(full_positions, 0)
@@ -309,6 +402,10 @@ def shorten_prompt(
         last = mask.long().cumsum(dim=-1).argmax(dim=-1)
         columns = last[:, None].expand(*full_positions.shape[:-1], 1)
         following = full_positions.gather(-1, columns)[..., 0] + 1
+        if own_axes:
+            # Behind everything, on every axis, as both engines go on from a cache.
+            highest = full_positions.masked_fill(mask == 0, -1)[-3:].amax(dim=(0, -1))
+            following[-3:] = highest + 1
         if full_positions.ndim == 3 and len(full_positions) == 4:
             # Row 0 counts text for the engine's masks, which take gaps for packed prompts.
             short["position_ids"][0] = counted
@@ -318,7 +415,16 @@ def shorten_prompt(
         short["position_ids"] = counted.expand(shape).clone()
         following = (counted.amax(dim=-1) + 1).expand(shape[:-1]).clone()
     logs = prompt.shorten(counts, 1).float().log()
-    return Shortened(input_ids, prompt, short, kept, rows_per_sample, following, logs)
+    return Shortened(
+        input_ids,
+        prompt,
+        short,
+        kept,
+        rows_per_sample,
+        following,
+        logs,
+        visual=prompt.shorten(visual.long(), 0).bool(),
+    )
 
 
 def _full_positions(model: Any, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
@@ -328,10 +434,23 @@ def _full_positions(model: Any, arguments: Mapping[str, Any], mask: Tensor) -> T
     if given is not None:
         return given.expand(*given.shape[:-2], *input_ids.shape)
     known = {name: arguments[name] for name in _ROPE_ARGUMENTS if arguments.get(name) is not None}
-    computed: Tensor = model._prepare_position_ids_for_generation(
+    computed: Tensor = _unnoticed(model)._prepare_position_ids_for_generation(
         input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
     )
     return computed
+
+
+def _unnoticed(model: Any) -> Any:
+    """Return a model made of the same modules that may write on itself without being seen.
+
+    Working out positions leaves `rope_deltas` on the model, which calls of other threads, and
+    plain calls after the block, would count by.
+    """
+    outer = copy.copy(model)
+    outer._modules = dict(model._modules)
+    if "model" in outer._modules:
+        outer._modules["model"] = copy.copy(outer._modules["model"])
+    return outer
 
 
 def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:

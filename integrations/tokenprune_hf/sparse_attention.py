@@ -11,7 +11,6 @@ the prompt attend to everything.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,8 @@ from tokenprune.errors import (
 from tokenprune.masks import HeadCategories, ImageSpan, Mask, PromptLayout, category_mask
 from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category, per_head
-from tokenprune_hf.attached import Attachment, named_arguments
+from tokenprune_hf.attached import Attachment, ThreadState, named_arguments
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
@@ -71,16 +71,35 @@ class _Sample:
     densities: dict[int | None, float] = field(default_factory=dict)
 
 
-class _Call(threading.local):
+@dataclass(eq=False)
+class _Prompts:
+    """What was read in one call.
+
+    Attributes
+    ----------
+    layouts
+        Of its prompts; empty where none had an image.
+    densities
+        Of its masks, one for each prompt and layer.
+    """
+
+    layouts: list[PromptLayout] = field(default_factory=list)
+    densities: list[float] = field(default_factory=list)
+
+
+class _Call(ThreadState):
     """The call that is running in a thread.
 
     Attributes
     ----------
     samples
         Its prompts; empty where attention is left to the model, None where no call is running.
+    last
+        What the thread's last call with a prompt read; None before its first one.
     """
 
     samples: list[_Sample] | None = None
+    last: _Prompts | None = None
 
 
 class Sparse(Attachment):
@@ -121,7 +140,7 @@ class Sparse(Attachment):
                 f"masks is a {type(masks).__name__}. Give the path of a heads file, a "
                 "HeadCategories or a PooledBlocks."
             )
-        self.layouts: list[PromptLayout] = []
+        model = self.model
         self._family = family_of(model)
         decoder = decoder_of(model)
         self._decoder = decoder
@@ -136,8 +155,13 @@ class Sparse(Attachment):
                     f"{'; '.join(differences)}. Calibrate this model: tokenprune calibrate-heads."
                 )
         self._call = _Call()
-        self._densities: list[float] = []
+        self._last = _Prompts()
         self.begin()
+
+    @property
+    def layouts(self) -> list[PromptLayout]:
+        """Layouts of the prompts that this thread read last or, if it read none, any thread."""
+        return (self._call.last or self._last).layouts
 
     @property
     def density(self) -> float:
@@ -146,7 +170,8 @@ class Sparse(Attachment):
         The mean over prompts, layers and heads. 1.0 where nothing was left out, or nothing was
         read yet. Kernel ``"dense"`` computes everything whatever it is.
         """
-        return sum(self._densities) / len(self._densities) if self._densities else 1.0
+        densities = (self._call.last or self._last).densities
+        return sum(densities) / len(densities) if densities else 1.0
 
     # Attaching and taking off ------------------------------------------------------------------
 
@@ -169,14 +194,14 @@ class Sparse(Attachment):
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run before the model reads tokens: see where the prompts' images stand."""
         named = named_arguments(module, args, kwargs)
-        cache = named.get("past_key_values")
+        cache = cache_of(named)
         if cache is not None and cache.get_seq_length() > 0:
             self._check_continued(named.get("input_ids"))
             self._call.samples = []  # what comes after a prompt attends to everything
             return
-        self.layouts, self._densities = [], []
+        self._call.last = self._last = _Prompts()
         self._call.samples = self._read(named)
-        self.layouts = [sample.layout for sample in self._call.samples]
+        self._call.last.layouts += [sample.layout for sample in self._call.samples]
 
     def _after(self, _module: Any, _args: Any, _output: Any) -> None:
         """Run when the call is over, also after an exception."""
@@ -247,7 +272,7 @@ class Sparse(Attachment):
             )
         self._interception.check_call(self._decoder, _WHAT)
         positions, mask = named.get("position_ids"), named.get("attention_mask")
-        if isinstance(positions, Tensor) and mask is None and named.get("past_key_values") is None:
+        if isinstance(positions, Tensor) and mask is None and cache_of(named) is None:
             # M-RoPE: the first of four axes counts text; three have no such axis.
             text = positions[0] if positions.ndim == 3 and len(positions) == 4 else positions
             if text.ndim == 2 and bool((text.diff(dim=-1) != 1).any()):
@@ -260,13 +285,13 @@ class Sparse(Attachment):
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
     ) -> tuple[Tensor, Tensor | None]:
         """Stand in for the attention of one layer."""
-        samples = self._call.samples
+        samples, last = self._call.samples, self._call.last
         if samples is None and query.shape[2] > 1:
             raise PromptError(
                 f"the decoder of {type(self.model).__name__} was called by itself, where sparse "
                 "masks do not see the prompt. Call the whole model."
             )
-        if not samples:
+        if not samples or last is None:
             return plain()
         if query.shape[2] != key.shape[2]:
             raise PromptError(
@@ -282,7 +307,7 @@ class Sparse(Attachment):
         if isinstance(masks, HeadCategories):
             categories = masks.categories[self._number_of[module]]
             if set(categories) == {"dense"}:
-                self._densities += [self._dense(one, module) for one in samples]
+                last.densities += [self._dense(one, module) for one in samples]
                 return plain()
         # [B, L, H, d]; rows of padding are never looked at.
         size = (*query.shape[:3], value.shape[-1])
@@ -299,7 +324,7 @@ class Sparse(Attachment):
                 mask = masks.mask(*own, sample.layout, scale=scale, model=layer)
                 ready, density = self._ready(mask, query.device)
             output[row, sample.columns] = ready(*own, value[part], scale).transpose(0, 1)
-            self._densities.append(density)
+            last.densities.append(density)
         return output, None
 
     def _dense(self, sample: _Sample, module: Any) -> float:

@@ -12,12 +12,9 @@ eager), and no code of transformers is copied.
 from __future__ import annotations
 
 import functools
-import inspect
 import time
-import weakref
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -35,7 +32,15 @@ from tokenprune.errors import (
 )
 from tokenprune.selection import Selection
 from tokenprune.trimming import QueryReduction, head_scores, union_of_heads
-from tokenprune_hf.attached import Attachment, named_arguments
+from tokenprune_hf.attached import (
+    Attachment,
+    StandIn,
+    ThreadState,
+    named_arguments,
+    named_call,
+)
+from tokenprune_hf.caches import Filling, Held, Holding
+from tokenprune_hf.engine import cache_of
 
 NAME = "trimmed-attention"
 """What users write: ``method="trimmed-attention"``."""
@@ -83,6 +88,11 @@ class _Choice:
         """B."""
         return len(self.kept)
 
+    def of_rows(self, rows: Tensor) -> _Choice:
+        """Return what was chosen for some rows, LongTensor [C]."""
+        rows = rows.to(self.kept.device)
+        return replace(self, kept=self.kept[rows], real=self.real[rows])
+
 
 @dataclass(eq=False)
 class _Call:
@@ -104,6 +114,39 @@ class _Call:
     attended: Tensor | None = None
     tiles: Tensor | None = None
     trimmed: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What was chosen in one call: see the attributes of `TrimmedAttention`."""
+
+    selections: list[Selection]
+    cache_share: float
+    seconds: float
+
+
+class _Thread(ThreadState):
+    """What is running in a thread.
+
+    Attributes
+    ----------
+    call
+        The run of the decoder; None where none is, or it is left to the model.
+    prompts
+        How many prompts the `generate` that is running reads; None where none is.
+    generating
+        What its first step chose.
+    chosen
+        What the thread's last call chose; None before its first one.
+    """
+
+    call: _Call | None = None
+    prompts: int | None = None
+    generating: _Choice | None = None
+    chosen: _Chosen | None = None
+
+
+_NOTHING = _Chosen([], 1.0, 0.0)
 
 
 class TrimmedAttention(Attachment):
@@ -196,126 +239,132 @@ class TrimmedAttention(Attachment):
         self.keep = check_keep(keep)
         self.queries: QueryReduction = queries
         self.first_layer: FirstLayer = first_layer
-        self.selections: list[Selection] = []
-        self.cache_share = 1.0
-        self.selecting_seconds = 0.0
-        self._inner, self._layers = _cross_attention_of(model)
-        self._caches: weakref.WeakKeyDictionary[Any, _Choice] = weakref.WeakKeyDictionary()
-        self._call: _Call | None = None
-        self._prompts: int | None = None  # of the `generate` that is running
-        self._generating: _Choice | None = None
+        self._inner, self._layers = _cross_attention_of(self.model)
+        self._thread = _Thread()
+        self._last = _NOTHING
         self.begin()
+
+    @property
+    def selections(self) -> list[Selection]:
+        """One `Selection` per prompt of the last call that brought images."""
+        return (self._thread.chosen or self._last).selections
+
+    @property
+    def cache_share(self) -> float:
+        """The share of the cross-attention layers' cache that the last call left."""
+        return (self._thread.chosen or self._last).cache_share
+
+    @property
+    def selecting_seconds(self) -> float:
+        """Seconds that choosing took in the last call."""
+        return (self._thread.chosen or self._last).seconds
+
+    def _note(self, chosen: _Chosen) -> None:
+        self._thread.chosen = self._last = chosen
 
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        plain = self.model.generate
-
-        @functools.wraps(plain)
-        def generate(inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            return self._generate(plain, inputs, args, kwargs)
-
-        with ExitStack() as hooks:
-            begin = self._inner.register_forward_pre_hook(self._begin, with_kwargs=True)
-            hooks.callback(begin.remove)
-            hooks.callback(self._inner.register_forward_hook(self._end, always_call=True).remove)
-            for number, layer in self._layers.items():
-                hook = layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True)
-                hooks.callback(hook.remove)
-            if "generate" in self.model.__dict__:  # somebody else's, put back after ours is gone
-                hooks.callback(self.model.__dict__.__setitem__, "generate", plain)
-            hooks.callback(self.model.__dict__.pop, "generate", None)
-            self.model.__dict__["generate"] = generate
-            self._hooks = hooks.pop_all()
+        self._put_on: list[Any] = [
+            StandIn(self.model, "generate", self._generate),
+            StandIn(self._inner, "forward", self._forward),
+        ]
+        for number, layer in self._layers.items():
+            hook = functools.partial(self._before_layer, number)
+            self._put_on.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _detach(self) -> None:
-        self._hooks.close()
-        self._caches.clear()
+        for one in self._put_on:
+            one.remove()
 
     # generate ----------------------------------------------------------------------------------
 
     def _generate(
-        self, plain: Callable[..., Any], inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the model's own `generate`, knowing how many prompts its rows belong to."""
-        if args:
-            names = list(inspect.signature(plain).parameters)[1:]
-            kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if inputs is not None:
-            kwargs["inputs"] = inputs
-        if _brings_images(kwargs) or any(self._lengths(kwargs.get("past_key_values"))):
-            _refuse(kwargs, self.model.generation_config)
+        named = named_call(self.model, "generate", args, kwargs)
+        if _brings_images(named) or any(self._lengths(cache_of(named))):
+            _refuse(named, self.model.generation_config)
         else:
-            self._forget()
-        text = _text_of(kwargs)
-        before = self._prompts, self._generating
-        self._prompts, self._generating = 1 if text is None else len(text), None
+            self._note(_NOTHING)
+        text, thread = _text_of(named), self._thread
+        before = thread.prompts, thread.generating
+        thread.prompts, thread.generating = 1 if text is None else len(text), None
         try:
-            return plain(**kwargs)
+            return plain(*args, **kwargs)
         finally:
-            self._prompts, self._generating = before
+            thread.prompts, thread.generating = before
 
-    def _forget(self) -> None:
-        self.selections, self.cache_share, self.selecting_seconds = [], 1.0, 0.0
+    # The decoder's runs ------------------------------------------------------------------------
 
-    # Hooks -------------------------------------------------------------------------------------
+    def _forward(
+        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the inner model, which has the decoder, on a prompt with images or what follows."""
+        named = named_arguments(self._inner, args, kwargs)
+        thread = self._thread
+        with Filling[_Choice](cache_of(named)) as filling:
+            thread.call = call = self._begin(named, filling)
+            try:
+                output = plain(*args, **kwargs)
+            finally:
+                thread.call = None
+            if call is not None and call.choice is not None:
+                if filling.cache is None and isinstance(output, Mapping):
+                    filling.cache = cache_of(output)
+                found = filling.before
+                holding = Holding[_Choice](call.choice, None) if found is None else found.holding
+                filling.holding = replace(holding, prompt=call.choice)
+            return output
 
-    def _begin(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the inner model runs: see whether it is a prompt with images, or goes on."""
-        self._call = None
-        named = named_arguments(inner, args, kwargs)
-        text, cache = _text_of(named), named.get("past_key_values")
+    def _begin(self, named: dict[str, Any], filling: Filling[_Choice]) -> _Call | None:
+        """Return what the layers have to know: of a prompt with images, or of its cache."""
+        text, cache = _text_of(named), cache_of(named)
         if text is None:
-            return  # transformers says what is missing
+            return None  # transformers says what is missing
         if not _brings_images(named):
             if any(self._lengths(cache)):
-                self._call = _Call(self._known(cache, text))
-            elif self._prompts is None:
-                self._forget()
-            return
+                return _Call(self._known(cache, filling.before, text))
+            if self._thread.prompts is None:
+                self._note(_NOTHING)
+            return None
         self._check_prompt(named, cache, text)
         tiles, ids = named.get("aspect_ratio_mask"), named.get("aspect_ratio_ids")
         if tiles is not None:
             tiles = tiles.bool()
             if ids is not None:
                 tiles = tiles & (ids != 0)[..., None]  # 0 is where a batch has no image
-        self._call = _Call(None, _attended(named.get("attention_mask"), text), tiles)
-        known = self._generating
+        call = _Call(None, _attended(named.get("attention_mask"), text), tiles)
+        known = self._thread.generating
         if known is not None and cache is None and named.get("use_cache") is False:
             # A later step of a `generate` without a cache, which reads the whole prompt again.
-            self._call.choice = known if known.rows == len(text) else None
+            call.choice = known if known.rows == len(text) else None
+        return call
 
-    def _end(self, *_: Any) -> None:
-        self._call = None
-
-    def _before_layer(self, number: int) -> Callable[..., Any]:
+    def _before_layer(
+        self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Run before a cross-attention layer: choose at the first, and trim what it is given."""
+        call, thread = self._thread.call, self._thread
+        if call is None:
+            return None  # somebody runs an inner module: the plain model
         first = number == next(iter(self._layers))
-
-        def hook(
-            layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            call = self._call
-            if call is None:
-                return None  # somebody runs an inner module: the plain model
-            named = named_arguments(layer, args, kwargs)
-            if call.choice is None:
-                with torch.no_grad():
-                    call.choice = self._choose(layer, named, call)
-                if self._prompts is not None:
-                    self._generating = self._generating or call.choice
-            if (cache := named.get("past_key_values")) is not None and first:
-                self._caches[cache] = call.choice
-            choice = call.choice
-            if not choice.drops:
-                return None
-            if first and self.first_layer == "full":
-                given = {"cross_attention_mask": _mask_of(named, choice.rows, choice.total)}
-            else:
-                call.trimmed = given = call.trimmed or _trim(choice, named)
-            hidden = named.pop("hidden_states")
-            return (hidden,), {**named, **given}
-
-        return hook
+        named = named_arguments(layer, args, kwargs)
+        if call.choice is None:
+            with torch.no_grad():
+                call.choice = self._choose(layer, named, call)
+            if thread.prompts is not None:
+                thread.generating = thread.generating or call.choice
+        choice = call.choice
+        if not choice.drops:
+            return None
+        if first and self.first_layer == "full":
+            given = {"cross_attention_mask": _mask_of(named, choice.rows, choice.total)}
+        else:
+            call.trimmed = given = call.trimmed or _trim(choice, named)
+        hidden = named.pop("hidden_states")
+        return (hidden,), {**named, **given}
 
     # Checking ----------------------------------------------------------------------------------
 
@@ -333,7 +382,7 @@ class TrimmedAttention(Attachment):
         if self.model.training and any(one.gradient_checkpointing for one in self._layers.values()):
             raise UnsupportedModelError(
                 "trimmed attention does not work with gradient checkpointing, which runs layers a "
-                "second time after the call. Call model.gradient_checkpointing_disable()."
+                "second time after the call. Call model.eval(), or turn gradient checkpointing off."
             )
         from transformers.cache_utils import DynamicLayer
 
@@ -344,14 +393,14 @@ class TrimmedAttention(Attachment):
         if kinds - {DynamicLayer}:
             raise PromptError(
                 f"a {type(cache).__name__} does not shrink with its vision tokens, so it cannot be "
-                "used with trimmed attention. Leave out cache_implementation and past_key_values, "
-                "or pass a DynamicCache."
+                "used with trimmed attention. Leave out cache_implementation and the cache, or "
+                "pass a DynamicCache."
             )
         if any(self._lengths(cache)):
             raise PromptError(
                 "images cannot be added to a cache that already holds some. Leave out pixel_values "
                 "and cross_attention_states if the cache holds them, or call without "
-                "past_key_values. `generate` takes pixel_values alone: it would pass "
+                "a cache. `generate` takes pixel_values alone: it would pass "
                 "cross_attention_states again at every step."
             )
         pixels = named.get("pixel_values")
@@ -361,21 +410,23 @@ class TrimmedAttention(Attachment):
                 "Pass both as the processor returned them."
             )
 
-    def _known(self, cache: Any, text: Tensor) -> _Choice:
-        """Return what was chosen for the prompt that filled a cache.
+    def _known(self, cache: Any, found: Held[_Choice] | None, text: Tensor) -> _Choice:
+        """Return what was chosen for the rows of a filled cache.
 
         Raises
         ------
         PromptError
             If that is not known, or the cache does not hold it any more.
         """
-        choice = self._caches.get(cache)
-        if choice is None:
+        if found is None:
             raise PromptError(
-                "this cache was filled outside the block in which attention is trimmed (a copy "
-                "counts as another cache), so it is not known which vision tokens it holds. Let "
-                "the block begin before the prompt is read."
+                "this cache was filled outside the block in which attention is trimmed, so it is "
+                "not known which vision tokens it holds. Let the block begin before the prompt is "
+                "read."
             )
+        choice = found.holding.prompt
+        if found.rows is not None:
+            choice = choice.of_rows(found.rows)
         rows = {len(text), *(len(keys) for keys in self._keys(cache) if keys is not None)}
         if rows != {choice.rows} or self._lengths(cache) != choice.lengths:
             raise PromptError(
@@ -404,7 +455,8 @@ class TrimmedAttention(Attachment):
                 "what the vision model and the projector returned, or pixel_values."
             )
         # Rows that `generate` repeats for beams belong to one prompt, and get one choice.
-        prompts = rows if self._prompts is None or rows % self._prompts else self._prompts
+        of_call = self._thread.prompts
+        prompts = rows if of_call is None or rows % of_call else of_call
         repeats = rows // prompts
         seen = _seen(named, call, total)[::repeats]
         counted = seen.any(dim=1)
@@ -419,16 +471,16 @@ class TrimmedAttention(Attachment):
         query, key = _query_key(layer, text[::repeats], vision.reshape(rows, total, -1)[::repeats])
         seen, counted = seen.to(key.device), counted.to(key.device)
         grid = (images, per_image, per_tile)
-        self.selections = []
+        selections = []
         for index in range(len(query)):
             kept, scores = self._choose_row(
                 layer, query[index], key[index], seen[index], counted[index]
             )
             # Images, tiles, patches of a tile: places in lists, and not in a picture.
-            self.selections.append(Selection(kept, total, grid, scores, is_picture=False))
-        choice = self._joined(rows, total)
-        self.cache_share = sum(choice.lengths) / (total * len(choice.lengths))
-        self.selecting_seconds = time.perf_counter() - started
+            selections.append(Selection(kept, total, grid, scores, is_picture=False))
+        choice = self._joined(selections, rows, total)
+        share = sum(choice.lengths) / (total * len(choice.lengths))
+        self._note(_Chosen(selections, share, time.perf_counter() - started))
         return choice
 
     def _choose_row(
@@ -461,14 +513,14 @@ class TrimmedAttention(Attachment):
         kept, best = union_of_heads(scores, self.keep, counted)
         return (everything if keeps_all(self.keep) else kept), best
 
-    def _joined(self, rows: int, total: int) -> _Choice:
+    def _joined(self, selections: list[Selection], rows: int, total: int) -> _Choice:
         """Return the selections as one tensor, each for its prompt's rows."""
 
         def of_rows(parts: list[Tensor]) -> Tensor:
             padded = pad_sequence(parts, batch_first=True)
             return padded.repeat_interleave(rows // len(parts), dim=0)
 
-        kept = [one.kept for one in self.selections]
+        kept = [one.kept for one in selections]
         real = [torch.ones_like(one, dtype=torch.bool) for one in kept]
         longest, shortest = max(map(len, kept)), min(map(len, kept))
         first = total if self.first_layer == "full" else longest

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune_vllm.architectures import architecture_of, check_method
 from tokenprune_vllm.settings import KEY, ServerSettings
 
@@ -128,7 +128,9 @@ def read_config(model: str | os.PathLike[str], revision: str | None = None) -> d
     try:
         config, _ = PretrainedConfig.get_config_dict(os.fspath(model), revision=revision)
     except (OSError, ValueError) as error:
-        raise InputFileError(f"{model} has no config.json that can be read: {error}") from error
+        raise InputFileError(
+            f"{model} has no config.json that can be read: {reason_of(error)}."
+        ) from error
     return dict(config)
 
 

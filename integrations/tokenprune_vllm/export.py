@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenprune.config import PruningConfig
-from tokenprune.errors import InputFileError
+from tokenprune.errors import InputFileError, reason_of
 from tokenprune_vllm.engine import pruning_overrides, read_config
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"})
@@ -103,7 +103,7 @@ def _folder(model: str | os.PathLike[str]) -> Path:
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise InputFileError(
-            f"{model} is neither a folder nor a model that can be fetched: {error}"
+            f"{model} is neither a folder nor a model that can be fetched: {reason_of(error)}."
         ) from error
 
 

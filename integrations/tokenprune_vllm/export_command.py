@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tokenprune.packages import Package
+from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.serve import add_pruning, pruning_of
 
 HELP = "write a checkpoint that `vllm serve` serves pruned with no further flag"
 EXTRA = "vllm"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports; vLLM itself is needed where the checkpoint is served."""
+    return TRANSFORMERS
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,14 +6,16 @@ its own such a server refuses to start, where under an overwritten one it would 
 
 from __future__ import annotations
 
+from tokenprune.releases import warn_untested
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import ARCHITECTURES
 
 
 def register() -> None:
-    """Register every architecture; harmless when called again."""
-    from vllm import ModelRegistry
+    """Register every architecture; harmless when called again. Warns of an untested vLLM."""
+    from vllm import ModelRegistry, __version__
 
+    warn_untested("vllm", __version__)
     metrics.prepare()
     for architecture in ARCHITECTURES.values():
         ModelRegistry.register_model(architecture.name, architecture.home)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -13,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import ConfigError, InputFileError, MissingPackageError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.packages import Package
+from tokenprune_hf.packages import TRANSFORMERS
+from tokenprune_vllm.packages import VLLM
 
 if TYPE_CHECKING:
     from tokenprune.config import PruningConfig
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 HELP = "serve a model through vLLM, pruned; arguments it does not know go to `vllm serve`"
 EXTRA = "vllm"
 TAKES_MORE = True
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*VLLM, *TRANSFORMERS)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -73,18 +80,11 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     ------
     ConfigError, UnsupportedModelError and others
         For whatever cannot be served pruned, before anything is started.
-    MissingPackageError
-        If vLLM is not installed.
     """
     from tokenprune.config import PruningConfig
     from tokenprune_vllm.engine import check_plugin, merge, pruning_overrides, read_config
     from tokenprune_vllm.settings import KEY
 
-    if importlib.util.find_spec("vllm") is None:
-        raise MissingPackageError(
-            "vLLM is not installed. Install it for a GPU with pip install 'tokenprune-vlm[vllm]'; "
-            "docs/serving.md says how to install its CPU build."
-        )
     check_plugin()
     overrides, more = _take_overrides(arguments.more)
     if arguments.request_method and not arguments.allow_request_keep:
@@ -135,7 +135,9 @@ def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
         try:
             text = arguments.pruning.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputFileError(f"--pruning {arguments.pruning} cannot be read: {error}") from None
+            raise InputFileError(
+                f"--pruning {arguments.pruning} cannot be read: {reason_of(error)}."
+            ) from None
         return PruningConfig.from_json(text)
     for name in ("method", "keep"):
         if getattr(arguments, name) is None:
@@ -174,7 +176,9 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--hf-overrides {text!r} is not JSON: {error}.") from error
+            raise ConfigError(
+                f"--hf-overrides {text!r} is not JSON: {reason_of(error)}."
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError(f"--hf-overrides {text} is not a JSON object.")
         found.update(values)

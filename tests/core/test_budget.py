@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenprune.arguments import parse_keep
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import BudgetError
 
@@ -59,3 +60,18 @@ def test_refusals(keep: Any, says: str) -> None:
 def test_an_empty_item_is_refused() -> None:
     with pytest.raises(BudgetError, match="0 visual tokens"):
         tokens_kept(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "keep"),
+    [("64", 64), ("0.25", 0.25), ("25%", 0.25), (" 12.5 % ", 0.125), ("100%", 1.0), ("1", 1)],
+)
+def test_a_budget_written_as_text(text: str, keep: int | float) -> None:
+    parsed = parse_keep(text)
+    assert (parsed, type(parsed)) == (keep, type(keep))
+
+
+@pytest.mark.parametrize("text", ["", "%", "25%%", "25% of it", "x%", "many", "0%", "101%", "-1%"])
+def test_text_that_is_no_budget(text: str) -> None:
+    with pytest.raises(BudgetError):
+        parse_keep(text)

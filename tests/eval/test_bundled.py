@@ -53,7 +53,7 @@ def answers(loaded: tuple[Any, Any], questions: list[Question]) -> list[str]:
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "path": str(q.image)},
+                    {"type": "image", "image": Image.open(q.image)},
                     {"type": "text", "text": q.question},
                 ],
             }
@@ -136,7 +136,7 @@ def test_it_answers_after_a_system_prompt(loaded: tuple[Any, Any]) -> None:
             {
                 "role": "user",
                 "content": [
-                    {"type": "image", "path": str(question.image)},
+                    {"type": "image", "image": Image.open(question.image)},
                     {"type": "text", "text": question.question},
                 ],
             },

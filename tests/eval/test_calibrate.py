@@ -5,8 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +22,19 @@ import pytest
 pytest.importorskip("statsmodels", reason="calibration needs the extra `eval`")
 
 import torch
+from PIL import Image
 
 import tokenprune_hf
+from tokenprune.arguments import parse_share
 from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
-from tokenprune_eval.calibrate.command import parse_share, serve_command
+from tokenprune_eval.calibrate.command import serve_command
 from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import load_data
+from tokenprune_eval.evaluation.engines.base import Said
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import load, model_path
 
@@ -278,7 +286,8 @@ def test_no_budget_and_files_that_cannot_be_read(
     assert main([*arguments, "--method", "feature-norm", "uniform"]) == 1
     printed = capsys.readouterr().out
     assert printed.count("no budget below 1.0 can be accepted (0.015625 too lossy)") == 2
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["calibration.json"]
+    there = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert there == ["answers", "calibration.json"]
     log = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert log["found"] == {"feature-norm": None, "uniform": None}
     assert log["steps"] == 1
@@ -301,7 +310,251 @@ def test_a_model_that_answers_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr()
     assert "answered none of" in printed.err
     assert "no image that can be read" in printed.err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["answers"]
+
+
+# Questions without an answer --------------------------------------------------------------------
+
+
+class Canned:
+    """An engine without a model: what it says is a function of the question and the condition."""
+
+    media_at_once: dict[str, int] = {"image": 4, "video": 1}  # noqa: RUF012
+
+    def __init__(self, says: Any) -> None:
+        self._says = says
+
+    def about(self) -> dict[str, Any]:
+        return {"architecture": "Canned"}
+
+    def prepare(self, asked: Any) -> None:
+        asked.prepared = "prepared"
+
+    def begin(self, media: Any) -> None:
+        assert all(one.prepared for one in media)
+
+    def answer(self, media: Any, wanted: Sequence[Item], condition: Any, done: Any) -> None:
+        there = {item.id for one in media for item in one.items}
+        for item in wanted:
+            assert item.id in there
+            said = self._says(item, condition)
+            done(item, said if isinstance(said, Said) else Said(text=said))
+
+    def close(self) -> None:
+        pass
+
+
+def _canned(monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
+    from tokenprune_eval.evaluation import runner
+
+    monkeypatch.setattr(runner, "build_engine", lambda settings: Canned(says))
+
+
+def test_a_method_that_answers_nothing_has_no_budget_and_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(item: Item, condition: Any) -> Any:
+        refused = Said(error="odd tensors")
+        return refused if condition.method == "divprune" else item.answer
+
+    _canned(monkeypatch, says)
+    out = tmp_path / "out"
+    arguments = [*BASE, "--data", "scenes", "--method", "divprune", "uniform", "--max-drop", "20%"]
+    assert main([*arguments, "--keep-grid", "0.5", "0.25", "--out", str(out)]) == 1
+    log = json.loads((out / "calibration.json").read_text())
+    assert log["found"] == {"divprune": None, "uniform": 0.25}
+    decisions = [one for one in log["decisions"] if one["method"] == "divprune"]
+    assert [(one["keep"], one["outcome"]) for one in decisions] == [(0.5, "unanswered")] or {
+        one["outcome"] for one in decisions
+    } == {"unanswered"}
+    for one in decisions:
+        assert set(one["errors"].values()) == {"odd tensors"}
+        assert len(one["errors"]) == one["questions"] <= 10
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "unanswered" in printed
+    assert "missing and count as wrong, for example to scenes/" in printed
+    assert ": odd tensors" in printed
+
+
+def test_one_odd_question_is_left_out_or_counts_as_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpruned it has no place in any comparison; pruned alone it is a loss a user would see."""
+    odd: dict[str, set[str]] = {"unpruned": set(), "uniform@0.25": set()}
+
+    def says(item: Item, condition: Any) -> Any:
+        number = int(item.id.rpartition("-")[2])
+        for key, rest in (("unpruned", 3), ("uniform@0.25", 5)):
+            if condition.key == key and number % 11 == rest:
+                odd[key].add(item.id)
+                return Said(error="odd")
+        return item.answer
+
+    _canned(monkeypatch, says)
+    out = tmp_path / "out"
+    arguments = [*BASE, "--data", "scenes", "--method", "uniform", "--max-drop", "40%"]
+    assert main([*arguments, "--keep-grid", "0.25", "--out", str(out)]) == 0
+    log = json.loads((out / "calibration.json").read_text())
+    (decision,) = log["decisions"]
+    assert set(log["unpruned"]["errors"]) == odd["unpruned"]
+    assert odd["unpruned"]
+    assert odd["uniform@0.25"]
+    assert set(decision["lost"]) == set(decision["errors"]) <= odd["uniform@0.25"]
+    assert decision["drop"] == pytest.approx(len(decision["lost"]) / decision["questions"])
+
+
+# A search that goes on -------------------------------------------------------------------------
+
+SEARCH = [
+    *(*BASE, "--data", "scenes", "--method", "divprune", "uniform", "--max-drop", "45%"),
+    *("--keep-grid", "0.707", "0.25", "0.015625", "--limit", "60"),
+]
+
+
+def _records(folder: Path) -> list[tuple[str, str]]:
+    """Return what was answered, in order; nothing where there is no file yet."""
+    file = folder / "answers" / "records.jsonl"
+    lines = file.read_text("utf-8").split("\n")[:-1] if file.is_file() else []
+    return [(one["condition"], one["item"]) for one in map(json.loads, lines)]
+
+
+def _kill_after(out: Path, answers: int) -> None:
+    """Start the search and kill it as soon as that many answers are on disk."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenprune.cli", *SEARCH, "--out", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(_records(out)) < answers:
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+class Counting:
+    """An engine that notes which questions it is asked."""
+
+    def __init__(self, engine: Any, asked: list[tuple[str, str]]) -> None:
+        self._engine, self._asked = engine, asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def answer(self, media: Any, wanted: Sequence[Item], condition: Any, done: Any) -> None:
+        self._asked += [(condition.key, item.id) for item in wanted]
+        self._engine.answer(media, wanted, condition, done)
+
+
+def test_a_killed_search_goes_on_and_finds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenprune_eval.evaluation import runner
+
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert main([*SEARCH, "--out", str(undisturbed)]) == 0
+    whole = len(_records(undisturbed))
+    _kill_after(killed, whole // 4)
+    first = len(_records(killed))
+    assert not (killed / "divprune.json").exists()
+    _kill_after(killed, max(first + 1, whole // 2))
+    before = _records(killed)
+    assert first < len(before) < whole
+    # A line that the kill cut short, as a full disk may leave one too.
+    with (killed / "answers" / "records.jsonl").open("a") as file:
+        file.write('{"item": "scenes/')
+
+    asked: list[tuple[str, str]] = []
+    build = runner.build_engine
+    monkeypatch.setattr(runner, "build_engine", lambda settings: Counting(build(settings), asked))
+    capsys.readouterr()
+    assert main([*SEARCH, "--out", str(killed)]) == 0
+    assert f"{len(before):,} answers are there from before" in capsys.readouterr().out
+    after = _records(killed)
+    assert after[: len(before)] == before
+    assert after[len(before) :] == asked or sorted(after[len(before) :]) == sorted(asked)
+    assert len(set(after)) == len(after)
+    assert set(after) == set(_records(undisturbed))
+    logs = [json.loads((one / "calibration.json").read_text()) for one in (undisturbed, killed)]
+    for log in logs:
+        assert log["complete"]
+        assert log["calls"]["total"] == whole
+        log["settings"].pop("out", None)
+    assert logs[0] == logs[1]
+    for name in ("divprune.json", "uniform.json"):
+        assert (undisturbed / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_a_configuration_of_an_unfinished_search_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first method is at its end when the second is interrupted."""
+    from tokenprune_eval.calibrate import command
+
+    out = tmp_path / "out"
+    note = command._Report.note
+
+    def stop(self: Any, decision: Any) -> None:
+        note(self, decision)
+        if (out / f"{decision.method}.json").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command._Report, "note", stop)
+    assert main([*SEARCH, "--out", str(out)]) == 130
+    monkeypatch.undo()
+    (written,) = [one for one in out.glob("*.json") if one.name != "calibration.json"]
+    # Of another search it would be taken for what that one finds.
+    for other in (["--seed", "1"], ["--confidence", "0.9"], ["--limit", "59"]):
+        assert main([*SEARCH, *other, "--out", str(out)]) == 2
+        assert f"{written} is there already" in capsys.readouterr().err
+    assert main([*SEARCH, "--out", str(out)]) == 0
+    assert main([*SEARCH, "--out", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_answers_of_other_settings_are_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    few = [*BASE, "--data", "scenes", "--method", "random", "--max-drop", "60%", "--limit", "20"]
+    few += ["--keep-grid", "0.015625", "--out", str(out)]
+    main(few)
+    for file in out.glob("random.json"):
+        file.unlink()
+    assert main([*few, "--max-new-tokens", "4"]) == 2
+    assert "holds a run with other settings (max_new_tokens=16)" in capsys.readouterr().err
+
+
+def test_what_ended_in_an_error_can_be_asked_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = load_data("scenes").items[: 7 * 20 : 7]
+    data = _lines(tmp_path / "own.jsonl", items, broken=12)
+    out = tmp_path / "out"
+    arguments = [*BASE, "--data", str(data), "--method", "uniform", "--max-drop", "60%"]
+    arguments += ["--keep-grid", "0.015625", "--out", str(out)]
+    main(arguments)
+    log = json.loads((out / "calibration.json").read_text())
+    failed = set(log["unpruned"]["errors"])
+    assert failed
+    for number in range(12):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"bad{number}.png")
+    (out / "calibration.json").unlink()
+    for file in out.glob("uniform.json"):
+        file.unlink()
+    capsys.readouterr()
+    # Recorded errors count as done.
+    main(arguments)
+    assert set(json.loads((out / "calibration.json").read_text())["unpruned"]["errors"]) == failed
+    for file in out.glob("uniform.json"):
+        file.unlink()
+    main([*arguments, "--retry-errors"])
+    assert json.loads((out / "calibration.json").read_text())["unpruned"]["errors"] == {}
 
 
 @pytest.mark.parametrize(

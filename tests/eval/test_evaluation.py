@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def answers(folder: Path) -> dict[tuple[str, str], str | None]:
     found = {(record.condition, record.item): record.text for record in records}
     assert len(found) == len(records)
     return found
+
+
+def test_a_draw_says_of_how_many_questions(ran: Path) -> None:
+    whole = len(load_data("scenes").items)
+    said = f"24 of {whole:,} questions"
+    assert f"## scenes: {said}, 64 visual tokens unpruned" in (ran / "table.md").read_text("utf-8")
+    report = (ran / "report.html").read_text("utf-8")
+    assert f"{said} of scenes" in report
+    assert f"{said}." in report
+    (data,) = json.loads((ran / "results.json").read_text("utf-8"))["data"]
+    assert (data["questions"], data["of_questions"]) == (24, whole)
 
 
 def test_accuracy_is_what_transformers_says(ran: Path) -> None:
@@ -183,6 +195,7 @@ def test_shards_make_the_whole(ran: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     merged = run("merge", str(whole), *map(str, shards))
     assert merged.returncode == 0, merged.stderr
+    assert f"scenes: 24 of {len(load_data('scenes').items):,} questions" in merged.stdout
     assert answers(whole) == answers(ran)
     of = {row.condition: row.accuracy for row in read_results(ran).rows}
     assert {row.condition: row.accuracy for row in read_results(whole).rows} == of
@@ -268,7 +281,8 @@ def test_what_cannot_be_read_is_recorded_and_ends_nothing(broken: Path, tmp_path
 
 def test_strict_ends_at_the_first_error(broken: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = run("--model", "bundled", "--data", str(broken), "--out", str(out), "--strict")
+    arguments = ["--model", "bundled", "--data", str(broken), "--choose-by", "text"]
+    done = run(*arguments, "--out", str(out), "--strict")
     assert done.returncode == 2
     assert "no.mp4" in done.stderr
     assert "--strict" in done.stderr
@@ -288,6 +302,74 @@ def test_validate_says_what_is_missing_and_writes_nothing(
     scenes = ["--model", "bundled", "--data", "scenes", "--out", str(out)]
     assert main(["eval", "validate", *scenes, "--method", "divprune"]) == 0
     assert "everything is there" in capsys.readouterr().out
+
+
+def test_validate_gathers_all_that_is_in_the_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "own.jsonl"
+    question = '"question": "?", "choices": ["a", "b"], "answer": "B"'
+    data.write_text(f'{{"image": "gone.png", {question}}}\n')
+    (tmp_path / "file").write_text("no folder")
+    arguments = ["--data", str(data), "--method", "cls-attention", "--out", str(tmp_path / "file")]
+    cache = ["--cache", str(tmp_path / "file" / "cache")]
+    assert main(["eval", "validate", "--model", "bundled", *arguments, *cache]) == 2
+    said = capsys.readouterr().err
+    assert "4 things are in the way" in said
+    assert "gone.png" in said
+    assert said.count("nothing can be written to") == 2
+    assert "Give another folder with --cache." in said
+    assert "no token for the letter B" in said
+    assert "--choose-by text" in said
+    # What the run itself finds before it loads the weights.
+    Image.new("RGB", (20, 20)).save(tmp_path / "gone.png")
+    letters = ["--model", "bundled", *arguments[:-1], str(tmp_path / "out")]
+    assert main(["eval", *letters]) == 2
+    assert "no token for the letter B" in capsys.readouterr().err
+    assert main(["eval", "validate", *letters, "--choose-by", "text"]) == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_validate_finds_a_method_that_the_model_has_nothing_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are not looked at: there are none."""
+    from transformers import AutoConfig
+
+    folder = tmp_path / "model"
+    shutil.copytree(bundled_model_path(), folder)
+    (folder / "model.safetensors").unlink()
+    base = ["eval", "validate", "--model", str(folder), "--data", "scenes"]
+    base += ["--out", str(tmp_path / "out")]
+    assert main([*base, "--method", "divprune"]) == 0
+    capsys.readouterr()
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = 2
+    config.save_pretrained(folder)
+    assert main([*base, "--method", "flexselect", "--option", "flexselect.layer=7"]) == 2
+    assert "layer" in capsys.readouterr().err
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    (folder / "processor_config.json").unlink()
+    assert main([*base, "--method", "divprune"]) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_validate_refuses_a_folder_of_another_run(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "validate", *evaluate(ran)]) == 0
+    assert main(["eval", "validate", *evaluate(ran, "--max-new-tokens", "3")]) == 2
+    assert "holds a run with other settings (max_new_tokens=16)" in capsys.readouterr().err
+
+
+def test_a_disk_without_room_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * 2**20))
+    assert main(["eval", *evaluate(tmp_path / "out")]) == 2
+    assert "has 3 MiB of room, and 48 answers with their report take" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +401,7 @@ def test_wrong_arguments_stop_before_the_work(
 
 def test_settings_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
-    text = "model: bundled\ndata: [scenes]\nmethod: [uniform]\nkeep: [0.5, 8]\nlimit: 7\nout: out\n"
+    text = "model: bundled\ndata: [scenes]\nmethod: [uniform]\nkeep: [50%, 8]\nlimit: 7\nout: out\n"
     file.write_text(text, "utf-8")
     assert main(["eval", "validate", "--config", str(file), "--limit", "5"]) == 0
     seen = capsys.readouterr().out

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -579,11 +579,12 @@ def test_the_server_sees_the_pixels_that_other_engines_see(
     assert np.array_equal(np.asarray(sent.convert("RGB")), np.asarray(load_image(file)))
 
 
-def video(count: int) -> Video:
+def video(count: int, step: float = 0.5) -> Video:
     frames = np.random.default_rng(1).integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)
     frames[0] = COLORS["green"]
-    times = np.arange(count, dtype=np.float64) / 2
-    return Video(frames, times, np.arange(count) * 15, 15 * count, count / 2, Path("v.mp4"), "pyav")
+    times = np.arange(count, dtype=np.float64) * step
+    indices = np.rint(times * 30).astype(np.int64)
+    return Video(frames, times, indices, 15 * count, count * step, Path("v.mp4"), "pyav")
 
 
 @pytest.mark.parametrize(
@@ -591,13 +592,20 @@ def video(count: int) -> Video:
 )
 def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
     asked = Asked([Item("a", "video", Path("v.mp4"), "?", "green")], ["color?"])
+    gap = replace(video(4), times=np.array([0.0, 0.4, 3.1, 3.2]), duration=3.3)
     with serving(faulty), engine_of(settings(faulty.url, tmp_path)) as engine:
-        said = answers(engine, asked, PLAIN, video(4))
+        # A server that is not told takes frames for one a second.
+        said = answers(engine, asked, PLAIN, gap if faulty.open else video(4, 1.01))
         if faulty.open:
             engine.prepare(Asked(asked.items, asked.prompts, video(33)))
         else:
             with pytest.raises(ConfigError, match="33 frames, of which this server may read"):
-                engine.prepare(Asked(asked.items, asked.prompts, video(33)))
+                engine.prepare(Asked(asked.items, asked.prompts, video(33, 1.0)))
+            late = replace(video(4, 1.0), times=np.array([0.0, 1.0, 2.0, 3.2]))
+            with pytest.raises(
+                ConfigError, match=r"frame 3 is at 3\.20 s\. Give --fps 1, or start"
+            ):
+                engine.prepare(Asked(asked.items, asked.prompts, late))
     assert (said["a"].text, said["a"].error) == ("green", None)
     (body,) = faulty.questions()
     kind, _, frames = body["messages"][0]["content"][0]["video_url"]["url"].partition(",")
@@ -606,10 +614,10 @@ def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
     assert np.array_equal(np.stack(seen), video(4).frames)
     how = {
         "num_frames": -1,
-        "fps": 30.0,
-        "duration": 2.0,
-        "total_num_frames": 60,
-        "frames_indices": [0, 15, 30, 45],
+        "fps": 1000.0,
+        "duration": 3.3,
+        "total_num_frames": 4267,  # four mean steps
+        "frames_indices": [0, 400, 3100, 3200],
     }
     assert body.get("media_io_kwargs") == ({"video": how} if faulty.open else None)
 

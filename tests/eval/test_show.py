@@ -309,3 +309,47 @@ def test_options_go_to_the_methods_that_have_them() -> None:
     )
     assert first == build("zeroth-order", {"estimator": "jvp", "seed": 7, "diversity": False})
     assert second == build("random", {"seed": 7})
+
+
+def test_a_method_that_the_model_cannot_serve_leaves_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    image, out = str(tmp_path / "red.png"), tmp_path / "out.png"
+    asked = ["--question", "what color is it?", "--option", "layer=99", "-o", str(out)]
+    assert main(["show", image, "--method", "random", "flexselect", "divprune", *asked]) == 0
+    printed = capsys.readouterr()
+    assert "random, " in printed.out
+    assert "divprune, " in printed.out
+    assert "flexselect, " not in printed.out
+    assert printed.err.startswith("tokenprune show: flexselect is left out: ")
+    assert "layer=99" in printed.err
+    assert printed.err.count("\n") == 1
+    assert out.exists()
+    out.unlink()
+    assert main(["show", image, "--method", "flexselect", *asked]) == 2
+    printed = capsys.readouterr()
+    assert "no method can be used, for example flexselect: " in printed.err
+    assert printed.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_encoder_without_attention_leaves_methods_that_need_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenprune.errors import UnsupportedModelError
+    from tokenprune_hf.families.base import Family
+
+    def none(self: Any, media: Any) -> Any:
+        raise UnsupportedModelError("the vision tower has no q_proj to watch.")
+
+    monkeypatch.setattr(Family, "scoring_layer", none)
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    out = str(tmp_path / "out.png")
+    arguments = ["--method", "cls-attention", "divprune", "-o", out]
+    assert main(["show", str(tmp_path / "red.png"), *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "divprune, 16 of 64 tokens" in printed.out
+    assert printed.err == (
+        "tokenprune show: cls-attention is left out: the vision tower has no q_proj to watch.\n"
+    )

@@ -6,6 +6,7 @@ map, prompts are run one by one without padding and without a cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,6 +71,8 @@ def item_rows(
             [start + 37 * frame + 1 + token for frame in range(4) for token in range(36)]
             for start in starts[:-1:4]
         ]
+    if name in ("idefics3", "smolvlm"):  # tiles of 16 tokens, whatever the encoder put together
+        return [list(range(start, start + 16)) for start in range(0, sum(sizes), 16)]
     return [
         list(range(start, start + size)) for start, size in zip(starts[:-1], sizes, strict=True)
     ]
@@ -156,9 +159,10 @@ def greedy(
         embeds, where, visual, blocks = [], [], [], []
         deep_rows: list[list[Tensor]] = []
         block = 0
-        for column, token in enumerate(ids):
-            if not inputs["attention_mask"][sample, column]:
-                continue
+        real = [column for column, one in enumerate(inputs["attention_mask"][sample]) if one]
+        own_positions = full_positions[..., sample, real]
+        own_ids = [ids[column] for column in real]
+        for column, token in enumerate(own_ids):
             kind = next((key for key, value in token_of.items() if value == token), None)
             if kind is None:
                 block += 1
@@ -172,9 +176,11 @@ def greedy(
                 deep_rows.append([layer[row] for layer in deep[kind]])
             visual.append(kind is not None)
             blocks.append(-1 if kind is None else block)
-            where.append(full_positions[..., sample, column])
+            where.append(column)
+        if own_positions.ndim == 2 and len(where) < len(real):
+            own_positions = published_positions(own_ids, own_positions)
         compact = torch.arange(len(embeds)).expand(*full_positions.shape[:-2], -1)
-        place = compact if positions == "compact" else torch.stack(where, dim=-1)
+        place = compact if positions == "compact" else own_positions[..., where]
         following = len(embeds) if positions == "compact" else int(place.max()) + 1
         hidden = torch.stack(embeds)
         answer: list[int] = []
@@ -203,6 +209,28 @@ def greedy(
             blocks.append(-1)
         answers.append(answer)
     return answers
+
+
+def published_positions(ids: list[int], positions: Tensor) -> Tensor:
+    """Return [3, L] in which all that follows an item is behind it: max over all axes, plus one.
+
+    Parameters
+    ----------
+    ids
+        A prompt without padding.
+    positions
+        Some engine's, [3, L], of which only the steps inside an item are taken.
+    """
+    parts: list[Tensor] = []
+    highest = -1
+    for token, run in itertools.groupby(range(len(ids)), key=lambda column: ids[column]):
+        own = list(run)
+        steps = torch.arange(len(own)).expand(3, -1)
+        if token in (IMAGE, VIDEO):
+            steps = positions[:, own] - positions[:, own[:1]]
+        parts.append(steps + highest + 1)
+        highest = int(parts[-1].max())
+    return torch.cat(parts, dim=1)
 
 
 def _engine_positions(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -306,6 +307,10 @@ def _idefics_tiles(count: int) -> tuple[dict[str, Tensor], list[int]]:
     return {"pixel_values": pixels(1, count, 3, 32, 32)}, [16] * count
 
 
+VIDEO_LLAVA_IMAGES = "pixel_values"
+if "pixel_values" not in inspect.signature(tf.VideoLlavaModel.get_image_features).parameters:
+    VIDEO_LLAVA_IMAGES = "pixel_values_images"  # its name until transformers 5.20
+
 _QWEN_IMAGE = _packed("pixel_values", "image_grid_thw", [[1, 8, 12], [1, 12, 8]])
 _QWEN_VIDEO = _packed("pixel_values_videos", "video_grid_thw", [[3, 8, 8], [2, 4, 8]])
 
@@ -321,7 +326,7 @@ TINY: dict[str, Tiny] = {
     "video_llava": Tiny(
         _video_llava,
         tf.VideoLlavaForConditionalGeneration,
-        _plain("pixel_values_images", 24, 36),
+        _plain(VIDEO_LLAVA_IMAGES, 24, 36),
         _frames(24, 4, 4 * 37),
     ),
     "internvl": Tiny(
@@ -335,6 +340,12 @@ TINY: dict[str, Tiny] = {
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
 }
 """Every supported `model_type` and its tiny model."""
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Turn gradient checkpointing on, by the name that transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
 
 
 def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:

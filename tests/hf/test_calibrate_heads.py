@@ -377,7 +377,7 @@ def test_bad_input_is_one_line_on_stderr(
         (broken / name).write_bytes((pictures / name).read_bytes()[:400])
     data, model, out = str(pictures), str(checkpoints["qwen2_vl"]), str(tmp_path / "heads.json")
     for arguments, said in (
-        (["--data", data, str(broken), "--images", "2"], "is damaged or incomplete"),
+        (["--data", str(broken), "--images", "2"], "is damaged or incomplete"),
         (["--data", str(tmp_path / "none")], "the data cannot be read"),
         (["--data", data, "--images", "1"], "--images 1 is too small"),
         (["--data", data, "--images", "9"], "7 pictures in it, and a prompt needs 9"),
@@ -396,3 +396,40 @@ def test_bad_input_is_one_line_on_stderr(
         assert not Path(out).exists()
     assert main(["calibrate-heads", "nowhere/model", "--data", data, "--out", out]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_used_are_left_out_and_said(
+    checkpoints: dict[str, Path],
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A picture that cannot be read, a prompt refused when sinks are sought, one when measured."""
+    (tmp_path / "torn.png").write_bytes((pictures / "0.png").read_bytes()[:400])
+    rows = [(0, 1), (2, 3), (4, 5), (5, 6)]
+    lines = [[str(pictures / f"{one}.png") for one in row] for row in rows]
+    lines.append([str(pictures / "0.png"), "torn.png"])
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"images": one, "question": "w5"}) + "\n" for one in lines))
+    plain, seen = module._prepare, []
+
+    def prepare(model: Any, processor: Any, asked: Prompt) -> Any:
+        seen.append(asked)
+        if len(seen) == 2:  # of four, while sinks are sought
+            raise IndexError("odd picture")
+        if len(seen) == 5:  # the first of three that are measured
+            raise TokensError("the attention is not finite.")
+        return plain(model, processor, asked)
+
+    monkeypatch.setattr(module, "_prepare", prepare)
+    out = tmp_path / "heads.json"
+    model = str(checkpoints["qwen2_vl"])
+    assert main(["calibrate-heads", model, "--data", str(data), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'torn.png'} is left out: " in printed
+    assert f"{seen[1].name} is left out: IndexError: odd picture." in printed
+    assert f"{seen[4].name} is left out: the attention is not finite." in printed
+    assert HeadCategories.load(out).prompts == 2
+    assert len(seen) == 4 + 3
+    assert seen[1] not in seen[4:]

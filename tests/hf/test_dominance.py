@@ -14,6 +14,7 @@ from tests.hf.models import EOS, IMAGE, PAD, TINY, VIDEO, prompt
 from tests.hf.test_lifecycle import state
 from tokenprune.errors import ConfigError, PromptError, TokenPruneError, UnsupportedModelError
 from tokenprune_hf.dominance import Dominance, TextTokens, depth_layers, measure_dominance
+from tokenprune_hf.engine import cache_argument, cache_of
 
 Sums = list[list[tuple[float, float, int, int, int]]]
 """[layer][row]: A_T, A_O, |T|, |O|, generated tokens."""
@@ -174,7 +175,7 @@ def test_forward_calls_are_measured_like_generate() -> None:
         with measure_dominance(model) as called, torch.no_grad():
             mask = inputs["attention_mask"]
             places = (mask.cumsum(dim=1) - 1).clamp(min=0)
-            cache = model(**inputs, position_ids=places).past_key_values
+            cache = cache_of(model(**inputs, position_ids=places))
             for column in range(length, length + 3):
                 mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
                 places = mask.cumsum(dim=1)[:, -1:] - 1
@@ -182,7 +183,7 @@ def test_forward_calls_are_measured_like_generate() -> None:
                     input_ids=sequences[:, column : column + 1],
                     attention_mask=mask,
                     position_ids=places,
-                    past_key_values=cache,
+                    **cache_argument(model, cache),
                 )
         if pruned is not None:
             pruned.remove()
@@ -353,19 +354,19 @@ def test_calls_that_cannot_be_measured() -> None:
     model, inputs = tiny_model("llava"), prompt(TINY["llava"], ["tit"])
     ids = inputs["input_ids"]
     with torch.no_grad():
-        filled = model(**inputs).past_key_values
+        filled = cache_of(model(**inputs))
     with measure_dominance(model), torch.no_grad():
         with pytest.raises(PromptError, match="outside the block"):
-            model(input_ids=ids[:, :1], past_key_values=filled)
+            model(input_ids=ids[:, :1], **cache_argument(model, filled))
         with pytest.raises(PromptError, match="no visual token"):
             model.generate(input_ids=ids[:, :2], max_new_tokens=3)
         with pytest.raises(PromptError, match="inputs_embeds"):
             model(inputs_embeds=model.get_input_embeddings()(ids))
         with pytest.raises(PromptError, match="use_cache=False"):
             model(**inputs, use_cache=False)
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         with pytest.raises(PromptError, match="next turn"):
-            model(input_ids=ids[:, :2], past_key_values=cache)
+            model(input_ids=ids[:, :2], **cache_argument(model, cache))
         with pytest.raises(PromptError, match="static cache"):
             model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
     with measure_dominance(model, text="question"), torch.no_grad():

@@ -421,9 +421,12 @@ def test_bad_input_is_one_line_on_stderr(
     (tmp_path / "file").write_text("")
     model = str(checkpoints["qwen2_vl"])
     for arguments, said in (
-        (["--video", "video.mp4", "missing.mp4"], "missing.mp4: there is no such file"),
-        (["--video", "video.mp4", "--video", "text.mp4"], "text.mp4: "),
-        (["--video", "video.mp4", "short.mp4"], "short.mp4: a video of 4 frames is too short"),
+        (["--video", "missing.mp4"], "no video can be used, for example missing.mp4: "),
+        (["--video", "missing.mp4", "--video", "text.mp4"], "there is no such file"),
+        (
+            ["--video", "short.mp4"],
+            "no run can be used, for example short.mp4: a video of 4 frames",
+        ),
         (["--video", "video.mp4", "--needles", "none.jsonl"], "none.jsonl: the needles cannot"),
         (["--video", "video.mp4", "--frames", "2"], "--frames 2 is too small"),
         (["--video", "video.mp4", "--max-side", "0"], "--max-side 0 is too small"),
@@ -440,3 +443,76 @@ def test_bad_input_is_one_line_on_stderr(
         assert not list(tmp_path.glob("**/layer_recall.*"))
     assert main(["find-layer", "nowhere/model", "--video", "video.mp4"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err
+
+
+# What cannot be measured is left out ------------------------------------------------------------
+
+
+def test_what_cannot_be_used_is_left_out_and_said(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: dict[str, Path],
+) -> None:
+    """A video that cannot be read, one that is too short, and one run that the model refuses."""
+    good = [write_video(tmp_path / f"{n}.mp4", noise(12, 48, 64, seed=n)) for n in range(2)]
+    short = write_video(tmp_path / "short.mp4", noise(4, 48, 64))
+    (tmp_path / "text.mp4").write_text("no video")
+    plain, calls = module._read, 0
+
+    def refuse_the_fourth(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise ValueError("odd frames.\nAnd more of it.")
+        return plain(*arguments)
+
+    def found(*videos: Path) -> Any:
+        out = tmp_path / "out"
+        arguments = [str(checkpoints["qwen2_vl"]), "--video", *map(str, videos)]
+        assert main(["find-layer", *arguments, "--out", str(out)]) == 0
+        return json.loads((out / "layer_recall.json").read_text()), capsys.readouterr().out
+
+    undisturbed, _ = found(*good)
+    monkeypatch.setattr(module, "_read", refuse_the_fourth)
+    report, printed = found(good[0], tmp_path / "text.mp4", short, good[1])
+    left_out = report["left_out"]
+    assert list(left_out)[:2] == [str(tmp_path / "text.mp4"), str(short)]
+    (run,) = list(left_out)[2:]
+    assert run.startswith(f"{good[0]}, ")
+    assert left_out[run] == "ValueError: odd frames."
+    for name, reason in left_out.items():
+        assert f"{name} is left out: {reason}" in printed
+    assert report["runs_done"] == len(report["runs"]) == 11
+    # The others are what they are without the odd ones; the videos' numbers are of what was read.
+    others = [one for number, one in enumerate(undisturbed["runs"]) if number != 3]
+    recalls = [one["recall"] for one in report["runs"]]
+    assert recalls[:5] == [one["recall"] for one in others[:5]]
+
+
+def test_nothing_left_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
+) -> None:
+    from tokenprune_hf.failures import LeftOut, NothingLeftError
+
+    model, processor = load(str(checkpoints["qwen2_vl"]))
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("never")
+
+    monkeypatch.setattr(module, "_read", refuse)
+    said: list[str] = []
+    with pytest.raises(NothingLeftError, match=r"no run can be used, for example video 0, first"):
+        find_layer(
+            model, processor, [noise(12, 48, 64)], noisy_needles(), left_out=LeftOut(said.append)
+        )
+    assert len(said) == 2
+    with pytest.raises(RuntimeError, match="never"):
+        find_layer(model, processor, [noise(12, 48, 64)], noisy_needles())
+
+    def unsupported(*_: Any) -> Any:
+        raise UnsupportedModelError("not this model.")
+
+    monkeypatch.setattr(module, "_read", unsupported)
+    with pytest.raises(UnsupportedModelError):
+        find_layer(model, processor, [noise(12, 48, 64)], noisy_needles(), left_out=LeftOut(print))

@@ -249,6 +249,68 @@ def test_the_command_from_images_to_a_pruned_answer(
         assert said in capsys.readouterr().err
 
 
+def test_questions_that_cannot_be_ranked_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenprune.errors import OutputError, UnsupportedModelError
+    from tokenprune.selectors.flexselect import FlexSelect
+    from tokenprune_eval.bundled.model import bundled_model_path
+    from tokenprune_hf.failures import LeftOut, NothingLeftError
+    from tokenprune_hf.lite import data as module
+    from tokenprune_hf.loading import ask, load
+
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    (tmp_path / "torn.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    rows = [("a.png", "what ?"), ("torn.png", "what ?"), ("a.png", "odd ?"), ("b.png", "what ?")]
+    lines = [json.dumps({"image": image, "question": text}) for image, text in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    asked = read_data(tmp_path / "data.jsonl")
+    model, processor = load(str(bundled_model_path()))
+    plain = ask
+
+    def refuse(processor: Any, question: str, **media: Any) -> Any:
+        if question == "odd ?":
+            raise ValueError("an odd question")
+        return plain(processor, question, **media)
+
+    monkeypatch.setattr(module, "ask", refuse)
+
+    def rank(said: list[str], folder: str, layer: int = 1) -> Any:
+        done: list[None] = []
+        left_out = LeftOut(said.append)
+        files = module.rank(
+            *(model, processor, asked, tmp_path / folder, FlexSelect(layer=layer), 4),
+            lambda: done.append(None),
+            left_out,
+        )
+        assert len(done) == len(asked)
+        return files
+
+    said: list[str] = []
+    assert [len(own) for own in rank(said, "teacher")] == [1, 1]
+    assert len(said) == 2
+    assert said[0].startswith(f"{tmp_path / 'a.png'}, 'odd ?' is left out: ValueError: an odd")
+    assert said[1].startswith(f"{tmp_path / 'torn.png'}, 'what ?' is left out: ")
+    # What every further question would meet ends it.
+    with pytest.raises(UnsupportedModelError, match="layer=9 is no layer"):
+        rank([], "teacher", layer=9)
+    (tmp_path / "file").write_text("")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    import safetensors.torch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(OutputError, match=r"No space left on device\. Make room"):
+            rank([], "other")
+    asked = asked[1:3]
+    with pytest.raises(NothingLeftError, match="no question can be used, for example"):
+        rank([], "third")
+
+
 def test_starting_from_a_checkpoints_decoder(tmp_path: Path) -> None:
     import argparse
 

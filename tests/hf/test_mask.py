@@ -13,6 +13,7 @@ from tokenprune import PruningConfig
 from tokenprune.config import Positions
 from tokenprune.errors import ConfigError, LayoutError
 from tokenprune.masks import Causal, PromptLayout, visible_keys
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import image_spans_of
 from tokenprune_hf.shortened import Application
 
@@ -66,7 +67,7 @@ def test_going_on_from_a_masked_prompt(name: str) -> None:
             second = model.generate(
                 input_ids=talk,
                 attention_mask=torch.cat([inputs["attention_mask"], more], dim=1),
-                past_key_values=first.past_key_values,
+                **cache_argument(model, cache_of(first)),
                 **GREEDY,
             )
             found.append((beams.tolist(), second.tolist()))

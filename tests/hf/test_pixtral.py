@@ -237,6 +237,7 @@ def test_show_refuses_what_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> Non
 
     from tokenprune.registry import build
     from tokenprune_eval import show
+    from tokenprune_hf.failures import LeftOut
 
     model = siglip()
 
@@ -254,4 +255,4 @@ def test_show_refuses_what_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("tokenprune_hf.loading.ask", lambda *_args, **_kwargs: inputs)
     picture = Image.new("RGB", (24, 24))
     with pytest.raises(TokensError, match=r"image 0: how its 35 tokens lie .* cannot be drawn"):
-        show._look(picture, "any", None, [build("uniform", {})], 5, "original")
+        show._look(picture, "any", None, [build("uniform", {})], 5, "original", LeftOut([].append))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.core.test_representation import counted
-from tests.hf.models import IMAGE, TINY, prompt
+from tests.hf.models import IMAGE, TINY, checkpoint_gradients, prompt
 from tokenprune.errors import ConfigError, PromptError, UnsupportedModelError
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.shortened import Application
 
@@ -83,7 +84,7 @@ def test_dropping_and_hiding_count_alike(name: str) -> None:
             second = model.generate(
                 input_ids=talk,
                 attention_mask=torch.cat([inputs["attention_mask"], more], dim=1),
-                past_key_values=first.past_key_values,
+                **cache_argument(model, cache_of(first)),
                 **GREEDY,
             )
             answers.append((beams.tolist(), second.tolist()))
@@ -171,7 +172,7 @@ def test_what_it_cannot_do_is_refused() -> None:
             PromptError, match=r"'eager' inside .* takes proportional attention off"
         ):
             model.generate(**inputs, max_new_tokens=1)
-    model.gradient_checkpointing_enable()
+    checkpoint_gradients(model)
     model.train()
     with (
         tokenprune_hf.prune(model, "random", 3, proportional_attention=True),

@@ -21,6 +21,7 @@ from tokenprune.errors import InputFileError, PromptError, TokenPruneError, Unsu
 from tokenprune.masks import HeadCategories, Thresholds
 from tokenprune.masks.patterns import LOCAL, Category
 from tokenprune.masks.pooled import PooledBlocks
+from tokenprune_hf.engine import cache_argument
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "llava", "gemma3"]
@@ -232,8 +233,8 @@ def test_what_comes_after_the_prompt_attends_to_everything() -> None:
         cache = DynamicCache(config=model.config.get_text_config())
         context = within or masked_by_hand(model, inputs, MIXED)
         with torch.no_grad(), context:
-            model(**inputs, past_key_values=cache)
-            call = {"input_ids": more, "attention_mask": mask, "past_key_values": cache}
+            model(**inputs, **cache_argument(model, cache))
+            call = {"input_ids": more, "attention_mask": mask, **cache_argument(model, cache)}
             found.append(model(**call).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 

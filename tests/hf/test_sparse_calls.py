@@ -13,6 +13,7 @@ import tokenprune_hf
 from tests.hf.models import END, IMAGE, START, TINY, Tiny, prompt
 from tests.hf.test_sparse import GREEDY, MIXED, assert_same, heads_of, masked_by_hand
 from tokenprune.errors import ConfigError, PromptError, UnsupportedModelError
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import decoder_of
 
 
@@ -85,9 +86,9 @@ def test_images_behind_a_filled_cache_are_refused() -> None:
     qwen = TINY["qwen2_5_vl"]
     chunks, model2 = prompt(qwen, ["titi"], words=9), qwen.model()
     with torch.no_grad(), tokenprune_hf.sparse(model, heads_of(model, MIXED)):
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         with pytest.raises(PromptError, match="images come behind tokens"):
-            model(input_ids=torch.tensor([[31, IMAGE, IMAGE]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[31, IMAGE, IMAGE]]), **cache_argument(model, cache))
     with (
         tokenprune_hf.sparse(model2, heads_of(model2, MIXED)),
         pytest.raises(PromptError, match="images come behind tokens"),
@@ -130,7 +131,7 @@ def test_calls_that_cannot_be() -> None:
 
         refused("attention maps", output_attentions=True)
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=length + 8)
-        refused("a cache that grows", past_key_values=cache)
+        refused("a cache that grows", **cache_argument(model, cache))
         with pytest.raises(PromptError, match="static cache"):
             model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
         with pytest.raises(PromptError, match="called by itself"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tokenprune_hf
 from tests.hf.mllamas import CROSS, PER_TILE, TILES, chosen, longer, only, prompt, tf, tiny
-from tests.hf.models import TINY
+from tests.hf.models import TINY, checkpoint_gradients
 from tests.hf.test_lifecycle import state
 from tokenprune import PruningConfig
 from tokenprune.budget import tokens_kept
@@ -25,6 +25,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune_hf.attached import attached
+from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.trimmed import TrimmedAttention
 
 # transformers itself calls the layers of its vision encoder by a name that it has deprecated.
@@ -239,9 +240,9 @@ def test_rows_whose_tokens_were_all_dropped(first_layer: Any) -> None:
 @pytest.mark.parametrize("samples", [["t2t"], ["t3t", "t1t"]])
 def test_the_cache_shrinks_by_what_is_said(first_layer: Any, samples: list[str]) -> None:
     model, inputs = tiny(), prompt(samples)
-    whole = cross_bytes(model(**inputs).past_key_values)
+    whole = cross_bytes(cache_of(model(**inputs)))
     with TrimmedAttention(model, 0.1, first_layer=first_layer) as trimming:
-        left = cross_bytes(model(**inputs).past_key_values)
+        left = cross_bytes(cache_of(model(**inputs)))
     longest = max(map(len, trimming.selections))
     first = longest if first_layer == "trimmed" else TILES * PER_TILE
     assert trimming.cache_share == (first + 2 * longest) / (3 * TILES * PER_TILE)
@@ -270,7 +271,7 @@ def test_decoding_equals_a_full_forward(first_layer: Any, steps: int) -> None:
                     input_ids=part,
                     attention_mask=step["attention_mask"],
                     cross_attention_mask=step["cross_attention_mask"],
-                    past_key_values=output.past_key_values,
+                    **cache_argument(model, cache_of(output)),
                 ).logits
             )
         assert kept_of(trimming) == kept
@@ -313,7 +314,7 @@ def test_the_next_turn_goes_on_from_the_cache() -> None:
         said = model.generate(
             **text,
             cross_attention_mask=mask,
-            past_key_values=first.past_key_values,
+            **cache_argument(model, cache_of(first)),
             max_new_tokens=5,
         )
         assert kept_of(trimming) == kept
@@ -328,7 +329,7 @@ def test_images_behind_text_that_is_cached_already() -> None:
 
     def cached() -> dict[str, Any]:
         with torch.no_grad():
-            return {**rest, "past_key_values": model(**start).past_key_values}
+            return {**rest, **cache_argument(model, cache_of(model(**start)))}
 
     kept, _ = chosen(model, cached(), 0.1, "sum")
     with only(model, kept, "full"):
@@ -379,8 +380,8 @@ def test_gradients_reach_the_kept_tokens() -> None:
         model(**inputs, labels=inputs["input_ids"].clamp(max=95)).loss.backward()
         assert bool(model.model.multi_modal_projector.weight.grad.any())
         model.train()
-        model.gradient_checkpointing_enable()
-        with pytest.raises(UnsupportedModelError, match="gradient_checkpointing_disable"):
+        checkpoint_gradients(model)
+        with pytest.raises(UnsupportedModelError, match="gradient checkpointing off"):
             model(**inputs)
 
 
@@ -547,27 +548,23 @@ def test_other_models_are_refused() -> None:
 def test_caches_that_cannot_be_trimmed() -> None:
     model, inputs = tiny(), prompt(["t2t"])
     text = {"input_ids": torch.tensor([[5]])}
-    plain = model(**inputs).past_key_values
+    plain = cache_of(model(**inputs))
     with TrimmedAttention(model, 0.1):
         with pytest.raises(PromptError, match="does not shrink"):
             generate(model, inputs, cache_implementation="static")
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         with pytest.raises(PromptError, match="already holds some"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **cache_argument(model, cache))
         with pytest.raises(PromptError, match="outside the block"):
-            model(**text, past_key_values=plain)
-        with pytest.raises(PromptError, match="outside the block"):
-            model(**text, past_key_values=copy.deepcopy(cache))
-        model(**text, past_key_values=cache)
+            model(**text, **cache_argument(model, plain))
+        model(**text, **cache_argument(model, cache))
         with pytest.raises(PromptError, match="same rows"):
-            model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5], [6]]), **cache_argument(model, cache))
         cache.crop(-1)
         with pytest.raises(PromptError, match="not cropped"):
-            model(**text, past_key_values=cache)
+            model(**text, **cache_argument(model, cache))
         cache.reset()
-        model(**inputs, past_key_values=cache)  # an emptied one is as good as new
-    with TrimmedAttention(model, 0.1), pytest.raises(PromptError, match="outside the block"):
-        model(**text, past_key_values=cache)
+        model(**inputs, **cache_argument(model, cache))  # an emptied one is as good as new
 
 
 def test_arguments_that_cannot_be_trimmed() -> None:

@@ -117,3 +117,35 @@ def test_a_server_takes_a_question_with_choices(server: Server, tmp_path: Path) 
     assert [one.error for one in said] == [None, None]
     whole, pruned = (one.prompt_tokens or 0 for one in said)
     assert whole - pruned == 64 - 8
+
+
+def test_memory_that_vllm_would_not_find_is_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Worked out as vLLM does on a CPU: keys and values beside the weights, or a share of all."""
+    from tokenprune.errors import ConfigError
+    from tokenprune_eval.evaluation import checks
+
+    settings = Settings(model="bundled", data=["scenes"], engine="vllm", out=tmp_path)
+    weights = (bundled_model_path() / "model.safetensors").stat().st_size
+    gib = 2**30
+
+    def check(free: int, space: str | None, **engine_args: Any) -> None:
+        monkeypatch.setattr(checks, "_memory", lambda: (64 * gib, free))
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+        if space is not None:
+            monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space)
+        checks._check_vllm_memory(settings.model_copy(update={"engine_args": engine_args}))
+
+    check(3 * gib + weights, "3")
+    with pytest.raises(ConfigError, match=r"3 GiB of keys and values and .* GiB of weights"):
+        check(3 * gib + weights - 1, "3")
+    with pytest.raises(ConfigError, match="no whole number of GiB"):
+        check(64 * gib, "1.5")
+    check(60 * gib, None)
+    with pytest.raises(ConfigError, match=r"0\.92 of all memory, 58\.9 GiB, and 30 GiB are free"):
+        check(30 * gib, None)
+    check(33 * gib, None, gpu_memory_utilization=0.5)
+    check(2 * gib, None, kv_cache_memory_bytes=gib)
+    with pytest.raises(ConfigError, match="VLLM_CPU_KVCACHE_SPACE"):
+        check(gib, None, kv_cache_memory_bytes=gib)

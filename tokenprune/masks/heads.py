@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tokenprune.errors import InputFileError, LayoutError
+from tokenprune.errors import InputFileError, LayoutError, reason_of
 from tokenprune.masks.layout import ImageSpan, PromptLayout
 from tokenprune.masks.patterns import CATEGORIES, Category
 
@@ -169,7 +169,9 @@ class HeadCategories:
         try:
             values: Any = json.loads(Path(path).read_text("utf-8"))
         except (OSError, ValueError) as error:
-            raise InputFileError(f"{path} cannot be read as JSON: {error}. {again}") from error
+            raise InputFileError(
+                f"{path} cannot be read as JSON: {reason_of(error)}. {again}"
+            ) from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise InputFileError(f"{path} is no heads file of format {FORMAT}. {again}")
         try:
@@ -191,7 +193,8 @@ class HeadCategories:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputFileError(
-                f"{path} is a damaged heads file ({type(error).__name__}: {error}). {again}"
+                f"{path} is a damaged heads file ({type(error).__name__}: {reason_of(error)}). "
+                f"{again}"
             ) from error
 
 

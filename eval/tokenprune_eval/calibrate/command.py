@@ -7,24 +7,36 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_positions, parse_keep, parse_options
+from tokenprune.arguments import add_positions, parse_keep, parse_options, parse_share
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
 from tokenprune_eval.evaluation.command import add_how, options_by_method
+from tokenprune_eval.packages import needs_of_run
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tokenprune.config import PruningConfig
     from tokenprune_eval.calibrate.search import Bounds, Decision, Search
+    from tokenprune_eval.data.item import Item
     from tokenprune_eval.demo.terminal import TerminalProgress
     from tokenprune_eval.evaluation.engines.base import Engine
+    from tokenprune_eval.evaluation.records import Record
     from tokenprune_eval.evaluation.settings import Settings
+    from tokenprune_eval.evaluation.store import Store
 
 HELP = "find the smallest keep of a method that loses no more accuracy than allowed"
 EXTRA = "eval"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*needs_of_run(arguments.engine or "hf", arguments.model), Package("scipy"))
+
 
 # fmt: off
 GRID = (
@@ -33,7 +45,7 @@ GRID = (
 # fmt: on
 """From 1/sqrt(2) to 1/64 in steps of sqrt(2)."""
 
-LOG = "calibration.json"
+LOG, ANSWERS = "calibration.json", "answers"
 
 _SETTINGS = (
     "model",
@@ -59,6 +71,7 @@ _SETTINGS = (
     "concurrency",
     "timeout",
     "retries",
+    "retry_errors",
 )
 """Arguments that are settings of `tokenprune eval` as they are."""
 
@@ -126,12 +139,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
     add_how(parser)
     parser.add_argument(
+        "--retry-errors",
+        action="store_true",
+        default=None,
+        help="ask again what ended in an error before the search was interrupted",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
         default=Path("calibrate-out"),
         metavar="PATH",
-        help=f"FILE.json for one method, or a folder for METHOD.json of each and {LOG} (default: "
-        "calibrate-out)",
+        help=f"FILE.json for one method, or a folder for METHOD.json of each and {LOG}; a search "
+        "that was interrupted goes on in its own (default: calibrate-out)",
     )
 
 
@@ -145,68 +164,74 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from tokenprune_eval.calibrate.search import Search, draw
+    from tokenprune_eval.calibrate.search import Answers, Search, draw
     from tokenprune_eval.demo.output import prepare_folder
     from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.evaluation.checks import check_before_model
     from tokenprune_eval.evaluation.runner import build_engine, load_sets
+    from tokenprune_eval.evaluation.store import Store
 
     files = _files(arguments.out, list(dict.fromkeys(settings.method)))
-    media = draw(load_sets(settings), per_media, arguments.limit, settings.seed)
+    settings = settings.model_copy(update={"out": files[ANSWERS]})
+    sets = load_sets(settings)
+    check_before_model(settings, sets)
+    media = draw(sets, per_media, arguments.limit, settings.seed)
+    _check_not_there(files, settings.method, _search(settings, bounds, media))
     _check_enough(bounds, len(media))
     prepare_folder(files[LOG].parent)
 
     console = Console()
-    with TerminalProgress(console) as bar, _Rounds(bar) as progress:
+    with (
+        TerminalProgress(console) as bar,
+        _Rounds(bar) as progress,
+        Store(files[ANSWERS]) as store,
+    ):
         bar.say(
             f"{sum(map(len, media)):,} questions about {len(media):,} images or videos, "
             f"{len(bounds.grid)} budgets"
         )
+        earlier = _begin(store, settings, media)
+        if earlier:
+            bar.say(f"{len(earlier):,} answers are there from before")
         with bar.step("loading the model", 1):
             engine = build_engine(settings)
         try:
-            search = Search(settings, bounds, media, engine, progress)
+            answers = Answers(store, earlier, settings.choose_by)
+            search = Search(settings, bounds, media, engine, answers, progress)
             report = _Report(settings, bounds, search, engine, files)
             for decision in search.decisions():
                 bar.say(_said(decision))
                 report.note(decision)
         finally:
             engine.close()
-    report.write(complete=True)
+        report.write(complete=True)
     _print(console, report)
     missing = [method for method in report.methods if search.best(method) is None]
     return 1 if missing else 0
 
 
-# Arguments --------------------------------------------------------------------------------------
-
-
-def parse_share(name: str, text: str) -> float:
-    """Return ``"1%"`` or ``"0.01"`` as 0.01.
-
-    Parameters
-    ----------
-    name
-        The argument, for the message.
-    text
-        What was given.
+def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Item]]) -> list[Record]:
+    """Begin the folder of the answers, or go on with it; return those that are there.
 
     Raises
     ------
     ConfigError
-        If it is no share above 0 and below 1.
+        If they were given under other settings.
     """
-    number, percent, rest = text.strip().partition("%")
-    try:
-        value = float(number)
-    except ValueError:
-        value = math.nan
-    if rest or math.isnan(value):
-        raise ConfigError(f"{name} {text} is no share. Write 1% or 0.01.")
-    share = value / 100 if percent else value
-    if not 0 < share < 1:
-        hint = "" if percent or share < 1 else f" For {number} percent write {number}%."
-        raise ConfigError(f"{name} {text} must lie above 0 and below 1, which is 100%.{hint}")
-    return share
+    from tokenprune_eval.evaluation.runner import _machine, _versions
+    from tokenprune_eval.results.summary import ItemInfo
+
+    infos = []
+    for items in media:
+        for item in items:
+            data_set, _, own = item.id.partition("/")
+            infos.append(ItemInfo.of(data_set, replace(item, id=own)))
+    about = {"versions": _versions(), "machine": _machine(), "complete": False, "seconds": None}
+    known = store.begin(settings, about, infos, settings.conditions())
+    return [one for one in known.records if (one.condition, one.item) in store.done]
+
+
+# Arguments --------------------------------------------------------------------------------------
 
 
 def bounds_of(arguments: argparse.Namespace) -> Bounds:
@@ -280,32 +305,66 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
 
 
 def _files(out: Path, methods: Sequence[str]) -> dict[str, Path]:
-    """Return method -> its file, and `LOG` -> that of the log.
+    """Return method -> its file, `LOG` -> that of the log, `ANSWERS` -> the answers' folder.
 
     Raises
     ------
     ConfigError
         If one file was given for several methods.
+    """
+    if out.suffix != ".json":
+        files = {method: out / f"{method}.json" for method in methods}
+        return files | {name: out / name for name in (LOG, ANSWERS)}
+    if len(methods) > 1:
+        raise ConfigError(
+            f"--out {out} is one file, and there are {len(methods)} methods. Give a folder; it "
+            "gets METHOD.json of each."
+        )
+    beside = {name: out.with_name(f"{out.stem}.{name}") for name in (LOG, ANSWERS)}
+    return {methods[0]: out} | beside
+
+
+def _check_not_there(files: dict[str, Path], methods: list[str], search: dict[str, Any]) -> None:
+    """Raise for a configuration that would be taken for what is found now.
+
+    One of this very search, which was interrupted and goes on, is what is found now.
+
+    Raises
+    ------
     OutputError
-        If a configuration is there already: it would be taken for what is found now.
+        Naming it.
     """
     from tokenprune_eval.demo.output import OutputError
 
-    if out.suffix == ".json":
-        if len(methods) > 1:
-            raise ConfigError(
-                f"--out {out} is one file, and there are {len(methods)} methods. Give a folder; it "
-                "gets METHOD.json of each."
-            )
-        files = {methods[0]: out, LOG: out.with_name(f"{out.stem}.{LOG}")}
-    else:
-        files = {method: out / f"{method}.json" for method in methods} | {LOG: out / LOG}
+    if _is_unfinished(files[LOG], search):
+        return
     for method in methods:
         if files[method].exists():
             raise OutputError(
                 f"{files[method]} is there already. Remove it, or give another place with --out."
             )
-    return files
+
+
+def _is_unfinished(log: Path, search: dict[str, Any]) -> bool:
+    """Say whether a log is that of this very search, and not at its end."""
+    try:
+        values = json.loads(log.read_text("utf-8"))
+        return values["complete"] is False and values.items() >= search.items()
+    except (OSError, ValueError, AttributeError, KeyError):
+        return False
+
+
+def _search(settings: Settings, bounds: Bounds, media: Sequence[Sequence[Item]]) -> dict[str, Any]:
+    """Return all on which the result of a search depends, as JSON types; the log holds it."""
+    from tokenprune_eval.evaluation.settings import FREE
+
+    return {
+        "max_drop": bounds.max_drop,
+        "confidence": bounds.confidence,
+        "grid": list(bounds.grid),
+        "order": [[item.id for item in items] for items in media],
+        "settings": settings.model_dump(mode="json", exclude={*FREE, "limit", "shard"}),
+    }
 
 
 def _check_enough(bounds: Bounds, media: int) -> None:
@@ -394,7 +453,7 @@ class _Report:
         return {
             "answered": len(answered),
             "right": sum(answered),
-            "errors": self.search.answers.errors,
+            "errors": self.search.answers.errors.get(UNPRUNED, {}),
         }
 
     def write(self, complete: bool) -> None:
@@ -407,9 +466,7 @@ class _Report:
         bounds, media = self.bounds, self.search.media
         values = {
             "complete": complete,
-            "max_drop": bounds.max_drop,
-            "confidence": bounds.confidence,
-            "grid": bounds.grid,
+            **_search(self.settings, bounds, media),
             "steps": steps(len(bounds.grid)),
             "accept_at": bounds.accept_at,
             "reject_at": bounds.reject_at,
@@ -418,8 +475,6 @@ class _Report:
             "calls": self.calls(),
             "unpruned": self.unpruned(),
             "decisions": [_plain(one) for one in self.decisions],
-            "order": [[item.id for item in items] for items in media],
-            "settings": self.settings.model_dump(mode="json", exclude={"limit", "shard", "out"}),
             "model": self.about,
             "versions": _versions(),
         }
@@ -542,8 +597,13 @@ def _print(console: Console, report: _Report) -> None:
             f"{len(errors):,} questions were left out because the unpruned model has no answer, "
             f"for example {item}: {error}"
         )
-    if failed := sum(one.errors for one in report.decisions):
-        say(f"{failed:,} answers of pruned models are missing and count as wrong.")
+    if failed := {key: error for one in report.decisions for key, error in one.errors.items()}:
+        count = sum(len(one.errors) for one in report.decisions)
+        item, error = next(iter(failed.items()))
+        say(
+            f"{count:,} answers of pruned models are missing and count as wrong, for example to "
+            f"{item}: {error}"
+        )
     model = report.settings.model
     for method in report.methods:
         config = report.config(method)
@@ -553,7 +613,8 @@ def _print(console: Console, report: _Report) -> None:
             say(
                 f"{method}: no budget below 1.0 can be accepted ({reasons}), and no configuration "
                 "was written. Allow a larger --max-drop, or where it is undecided give more "
-                "images or videos, or more questions of each with --per-media."
+                "images or videos, or more questions of each with --per-media; where it is "
+                "unanswered, the errors say why."
             )
             continue
         say(f"{report.files[method]}: {serve_command(model_path(model), config)}")

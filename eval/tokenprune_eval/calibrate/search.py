@@ -7,10 +7,11 @@ the unpruned model answers each question once.
 from __future__ import annotations
 
 import random
+import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, cast
@@ -20,15 +21,19 @@ from tokenprune_eval.calibrate.sequential import MeanTest
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition
+from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
 from tokenprune_eval.evaluation.runner import score
 from tokenprune_eval.evaluation.scoring import prompt_of
-from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.evaluation.store import Store
+
+CUT = "the answer was cut off before it named anything; give more --max-new-tokens."
+"""Why there is no answer to a question whose answer is longer than allowed."""
 
 GIVE_UP = 10
 """Questions without an answer, and none with one, after which the search ends."""
 
-Outcome = Literal["accepted", "too lossy", "undecided"]
+Outcome = Literal["accepted", "too lossy", "undecided", "unanswered"]
 
 
 class CalibrationError(TokenPruneError, RuntimeError):
@@ -128,13 +133,14 @@ class Decision:
     method, keep
         The budget.
     outcome
-        ``"accepted"``, ``"too lossy"``, or ``"undecided"`` where the questions left do not suffice.
+        ``"accepted"``, ``"too lossy"``, ``"undecided"`` where the questions left do not suffice, or
+        ``"unanswered"`` where the pruned model had an answer to none.
     media, questions
         Images or videos that the test looked at, and questions about them.
     calls
         Questions put to the pruned model; those asked in one batch with the last are among them.
     errors
-        Of `questions`, those without an answer; they count as wrong.
+        Of `questions`, those without an answer, and why; they count as wrong.
     drop
         Mean loss of accuracy over these images or videos.
     at_least, at_most
@@ -152,7 +158,7 @@ class Decision:
     media: int
     questions: int
     calls: int
-    errors: int
+    errors: dict[str, str]
     drop: float
     at_least: float
     at_most: float
@@ -193,27 +199,70 @@ def draw(
     return drawn
 
 
-@dataclass
 class Answers:
-    """Every answer so far.
+    """Every answer so far, each on disk as soon as it is there.
+
+    Parameters
+    ----------
+    store
+        The folder of the answers; it has begun.
+    earlier
+        What an interrupted search left in it. These are not taken as answered: the search comes to
+        each of them as before, and gets it from here in place of the model, so that it goes the
+        same way.
+    choose_by
+        What counts for questions with choices.
 
     Attributes
     ----------
     right
         Condition's key -> id of a question -> whether its answer is right; None: no answer.
     calls
-        Condition's key -> questions put to the model.
+        Condition's key -> questions put to the model, also in an interrupted search.
     errors
-        Id of a question -> why the unpruned model has no answer.
+        Condition's key -> id of a question -> why there is no answer.
     """
 
-    right: dict[str, dict[str, bool | None]] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    errors: dict[str, str] = field(default_factory=dict)
+    def __init__(self, store: Store, earlier: Iterable[Record], choose_by: ChooseBy) -> None:
+        self._store = store
+        self._earlier = {(one.condition, one.item): one for one in earlier}
+        self._choose_by: ChooseBy = choose_by
+        self._lock = threading.Lock()
+        self.right: dict[str, dict[str, bool | None]] = {}
+        self.calls: Counter[str] = Counter()
+        self.errors: dict[str, dict[str, str]] = {}
 
     def of(self, condition: Condition) -> dict[str, bool | None]:
         """Return the answers under one condition."""
         return self.right.setdefault(condition.key, {})
+
+    def errors_of(self, condition: Condition) -> dict[str, str]:
+        """Return why questions have no answer under one condition."""
+        return self.errors.setdefault(condition.key, {})
+
+    def knows(self, item: Item, conditions: Iterable[Condition]) -> bool:
+        """Say whether an interrupted search has asked a question under all these conditions."""
+        return all((one.key, item.id) in self._earlier for one in conditions)
+
+    def recall(self, item: Item, condition: Condition) -> bool:
+        """Note what an interrupted search was told; say whether it was told anything."""
+        record = self._earlier.get((condition.key, item.id))
+        if record is not None:
+            self._note(record, condition)
+        return record is not None
+
+    def note(self, item: Item, condition: Condition, said: Said) -> None:
+        """Note what the model said and put it on disk; answers may come from several threads."""
+        record = score(item, condition, said, self._choose_by)
+        with self._lock:
+            self._store.append([record])
+            self._note(record, condition)
+
+    def _note(self, record: Record, condition: Condition) -> None:
+        self.of(condition)[record.item] = record.correct
+        if record.correct is None:
+            # No loss can be measured against an answer that names nothing.
+            self.errors_of(condition)[record.item] = record.error or CUT
 
 
 class _Trial:
@@ -225,7 +274,8 @@ class _Trial:
         self.condition = condition
         self.test = MeanTest(bounds.max_drop, bounds.accept_at, bounds.reject_at)
         self.outcome: Outcome | None = None
-        self.questions = self.errors = 0
+        self.questions = 0
+        self.errors: dict[str, str] = {}
         self.lost: list[str] = []
         self.gained: list[str] = []
         self._media = media
@@ -245,6 +295,8 @@ class _Trial:
             self._at += 1
             if asked:
                 self._look(asked, unpruned, pruned)
+                reasons = answers.errors_of(self.condition)
+                self.errors |= {one: reasons[one] for one in asked if pruned[one] is None}
             self._decide()
 
     def _look(
@@ -255,11 +307,14 @@ class _Trial:
         self.lost += lost
         self.gained += gained
         self.questions += len(asked)
-        self.errors += sum(pruned[one] is None for one in asked)
         self.test.add((len(lost) - len(gained)) / len(asked))
 
     def _decide(self) -> None:
-        if self.test.accepted:
+        silent = len(self.errors) == self.questions > 0
+        if silent and (self.questions >= GIVE_UP or self.test.rejected):
+            # It counts as loss, and yet is none: the method does not run on these questions.
+            self.outcome = "unanswered"
+        elif self.test.accepted:
             self.outcome = "accepted"
         elif self.test.rejected:
             self.outcome = "too lossy"
@@ -304,13 +359,10 @@ class Search:
         Images and videos with their questions, see `draw`.
     engine
         Answers.
+    answers
+        Where they go, and those of an interrupted search.
     progress
         Is told how far the search is.
-
-    Attributes
-    ----------
-    answers
-        So far.
     """
 
     def __init__(
@@ -319,6 +371,7 @@ class Search:
         bounds: Bounds,
         media: Sequence[Sequence[Item]],
         engine: Engine,
+        answers: Answers,
         progress: Progress,
     ) -> None:
         self.settings = settings
@@ -326,7 +379,7 @@ class Search:
         self.media = media
         self.engine = engine
         self.progress = progress
-        self.answers = Answers()
+        self.answers = answers
         self._searches = {
             method: Bisection(len(bounds.grid)) for method in dict.fromkeys(settings.method)
         }
@@ -378,15 +431,7 @@ class Search:
             for items in self.media
             for group in by_media([one for one in items if unpruned.get(one.id, True) is not None])
         ]
-        reading = cast(
-            Generator[Asked, None, None],
-            read_ahead(
-                groups,
-                self.settings,
-                partial(prompt_of, instruction=self.settings.instruction),
-                self.engine.prepare,
-            ),
-        )
+        reading = self._read(groups, [_FULL, *(one.condition for one in left)])
         with closing(reading):
             for chunk in _chunks(reading, self.engine.media_at_once, self.settings.batch):
                 self._ask(chunk, [one.condition for one in left])
@@ -406,18 +451,45 @@ class Search:
             trial.advance(self.answers)
             yield trial
 
+    def _read(
+        self, groups: Sequence[Sequence[Item]], conditions: Sequence[Condition]
+    ) -> Generator[Asked, None, None]:
+        """Yield every group, read and prepared, in order.
+
+        Those about which nothing is left to ask have neither content nor prompts.
+        """
+        known = [all(self.answers.knows(one, conditions) for one in group) for group in groups]
+        reading = cast(
+            Generator[Asked, None, None],
+            read_ahead(
+                [group for group, is_known in zip(groups, known, strict=True) if not is_known],
+                self.settings,
+                partial(prompt_of, instruction=self.settings.instruction),
+                self.engine.prepare,
+            ),
+        )
+        with closing(reading):
+            for group, is_known in zip(groups, known, strict=True):
+                if is_known:
+                    yield Asked(group, ())
+                    continue
+                left = len(group)
+                while left:  # a group may come in parts
+                    part = next(reading)
+                    left -= len(part.items)
+                    yield part
+
     def _ask(self, chunk: Sequence[Asked], conditions: Sequence[Condition]) -> None:
-        unpruned = self.answers.of(_FULL)
+        if to_encode := [one for one in chunk if one.error is None and one.prompts]:
+            self.engine.begin(to_encode)
+        # What cannot be read, prepared or encoded has no answer under any condition.
         for asked in chunk:
             if asked.error is not None:
                 for item in asked.items:
-                    unpruned[item.id] = None
-                    self.answers.errors[item.id] = asked.error
-        good = [one for one in chunk if one.error is None]
-        if good:
-            self.engine.begin(good)
-            self._answer(good, _FULL)
-            for condition in conditions:
+                    if not self.answers.recall(item, _FULL):
+                        self.answers.note(item, _FULL, Said(error=asked.error))
+        if good := [one for one in chunk if one.error is None]:
+            for condition in (_FULL, *conditions):
                 self._answer(good, condition)
         self._check_answers(GIVE_UP)
 
@@ -430,22 +502,21 @@ class Search:
             for item in one.items
             if item.id not in known and unpruned.get(item.id, True) is not None
         ]
-        if not wanted:
-            return
-
-        def done(item: Item, said: Said) -> None:
-            known[item.id] = score(item, condition, said, self.settings.choose_by).correct
-            if condition is _FULL and said.error is not None:
-                self.answers.errors[item.id] = said.error
-
         self.answers.calls[condition.key] += len(wanted)
-        self.engine.answer(media, wanted, condition, done)
+        new = [item for item in wanted if not self.answers.recall(item, condition)]
+        if new:
+            self.engine.answer(
+                [one for one in media if one.prompts],
+                new,
+                condition,
+                lambda item, said: self.answers.note(item, condition, said),
+            )
 
     def _check_answers(self, errors: int) -> None:
         """Raise if there were that many errors and no answer."""
         unpruned = self.answers.of(_FULL)
         if len(unpruned) >= errors and all(right is None for right in unpruned.values()):
-            item, error = next(iter(self.answers.errors.items()))
+            item, error = next(iter(self.answers.errors_of(_FULL).items()))
             raise CalibrationError(
                 f"the unpruned model answered none of {len(unpruned)} questions, for example "
                 f"{item}: {error} See to that first; `tokenprune eval validate` helps to find it."

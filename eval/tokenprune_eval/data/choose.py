@@ -35,7 +35,7 @@ def choose(
     Returns
     -------
     DataSet
-        In the set's own order, under its name.
+        In the set's own order, under its name; `drawn_from` says of how many.
 
     Raises
     ------
@@ -55,7 +55,8 @@ def choose(
             raise DataSetError(f"shard must be i/n with i from 1 to n, got {part}/{parts}.")
         own = set(list(dict.fromkeys(item.path for item in items))[part - 1 :: parts])
         items = [item for item in items if item.path in own]
-    return DataSet(dataset.name, tuple(items))
+    whole = dataset.drawn_from or len(dataset.items)
+    return DataSet(dataset.name, tuple(items), None if len(items) == whole else whole)
 
 
 def _draw(items: list[Item], limit: int, seed: int) -> list[Item]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenprune.errors import MissingPackageError
+from tokenprune.errors import MissingPackageError, reason_of
 from tokenprune_eval.data.errors import DataSetError, Problems
 from tokenprune_eval.data.item import LETTERS, DataSet, Item
 
@@ -40,7 +40,7 @@ def read_text(file: Path) -> str:
             "saved as UTF-8."
         ) from None
     except OSError as error:
-        raise DataSetError(f"{file} cannot be read: {error.strerror or error}.") from None
+        raise DataSetError(f"{file} cannot be read: {reason_of(error)}.") from None
 
 
 def read_jsonl(file: Path, problems: Problems) -> list[Record]:
@@ -107,14 +107,15 @@ def load_json(file: Path) -> Any:
     DataSetError
         If it is no JSON; see also `read_text`.
     """
+    text = read_text(file)
     try:
-        return json.loads(read_text(file), object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise DataSetError(
             f"{file} is no JSON: {error.msg} at line {error.lineno}, character {error.colno}."
         ) from None
     except ValueError as error:
-        raise DataSetError(f"{file}: {error}.") from None
+        raise DataSetError(f"{file}: {reason_of(error)}.") from None
 
 
 def read_parquet(file: Path) -> list[Record]:
@@ -142,8 +143,9 @@ def read_parquet(file: Path) -> list[Record]:
     except FileNotFoundError:
         raise DataSetError(f"{file} does not exist. Check the path.") from None
     except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else repr(error)
-        raise DataSetError(f"{file} is no parquet file that can be read: {first}") from None
+        raise DataSetError(
+            f"{file} is no parquet file that can be read: {reason_of(error)}."
+        ) from None
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 

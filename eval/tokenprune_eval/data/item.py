@@ -56,7 +56,10 @@ class DataSet:
         As it stands in tables.
     items
         In the data set's own order; ids are unique.
+    drawn_from
+        Of how many questions these were drawn; None where they are all.
     """
 
     name: str
     items: Sequence[Item]
+    drawn_from: int | None = None

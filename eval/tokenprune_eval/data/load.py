@@ -183,11 +183,11 @@ def _parse(spec: str) -> tuple[str | None, Path]:
     prefix, colon, rest = spec.partition(":")
     if colon and prefix in FORMATS:
         file = Path(rest).expanduser()
-        if not rest or not file.exists():
+        if not rest or not os.path.exists(file):
             raise DataSetError(f"{rest!r} does not exist. Check the path in {spec!r}.")
         return prefix, file
     file = Path(spec).expanduser()
-    if spec and file.exists():
+    if spec and os.path.exists(file):  # of a name that is too long: False
         return None, file
     if colon and os.sep not in prefix:
         raise DataSetError(

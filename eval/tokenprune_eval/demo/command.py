@@ -7,9 +7,17 @@ from pathlib import Path
 
 from tokenprune.arguments import add_positions
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package
+from tokenprune_eval.packages import BUNDLED_MODEL, REPORT
+from tokenprune_hf.packages import TRANSFORMERS
 
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
 EXTRA = "demo"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, *REPORT, Package("easy_vqa"), *BUNDLED_MODEL)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from tokenprune.errors import TokenPruneError
-
-
-class OutputError(TokenPruneError, OSError):
-    """A result cannot be written where it was asked for."""
+from tokenprune.errors import OutputError as OutputError
+from tokenprune.errors import reason_of
 
 
 def prepare_folder(folder: Path) -> None:
@@ -31,7 +28,7 @@ def prepare_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(
-            f"nothing can be written to {folder}: {error.strerror or error}. Give another folder "
+            f"nothing can be written to {folder}: {reason_of(error)}. Give another folder "
             "with --out."
         ) from None
 
@@ -60,6 +57,5 @@ def write_whole(file: Path, content: str | bytes) -> None:
             raise
     except OSError as error:
         raise OutputError(
-            f"{file} cannot be written: {error.strerror or error}. Make room, or give another "
-            "place."
+            f"{file} cannot be written: {reason_of(error)}. Make room, or give another place."
         ) from None

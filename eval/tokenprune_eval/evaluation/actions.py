@@ -78,18 +78,21 @@ def ls(console: Console) -> int:
 
 
 def validate(console: Console, settings: Settings) -> int:
-    """Check settings, data and model; nothing is run and nothing is written."""
-    from tokenprune_eval.data.load import missing_media
+    """Check settings, data and model; nothing is run and nothing is written.
+
+    Raises
+    ------
+    ConfigError
+        Listing all that would stop a run.
+    """
+    from tokenprune_eval.evaluation.checks import problems_of
     from tokenprune_eval.evaluation.reading import by_media
     from tokenprune_eval.evaluation.runner import load_sets
 
     settings.check_methods()
     conditions = settings.conditions()
-    asked = 0
-    missing: list[Path] = []
-    for data_set in load_sets(settings):
-        missing += missing_media(data_set)
-        asked += len(data_set.items)
+    sets = load_sets(settings)
+    for data_set in sets:
         kinds = sorted({item.type for item in data_set.items if item.type})
         console.print(
             f"{data_set.name}: {len(data_set.items):,} questions about "
@@ -97,46 +100,20 @@ def validate(console: Console, settings: Settings) -> int:
             + (f"; types: {', '.join(kinds)}" if kinds else ""),
             highlight=False,
         )
-    _check_model(settings)
+    asked = sum(len(data_set.items) for data_set in sets)
     console.print(
         f"{settings.engine}, {settings.model}: {asked:,} questions under {len(conditions)} "
         f"conditions: {', '.join(one.key for one in conditions)}",
         highlight=False,
     )
-    if missing:
-        shown = ", ".join(map(str, missing[:3]))
-        raise ConfigError(
-            f"{len(missing)} images or videos are not there, for example {shown}. Put them there, "
-            "or say where they lie with --media; a run records questions about them as errors."
-        )
+    problems = problems_of(settings, sets)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        listed = "".join(f"\n  {text}" for text in problems)
+        raise ConfigError(f"{len(problems)} things are in the way of this run:{listed}")
     console.print("everything is there")
     return 0
-
-
-def _check_model(settings: Settings) -> None:
-    if settings.engine == "openai":
-        from tokenprune_eval.evaluation.engines.openai import check_server
-
-        check_server(settings)
-        return
-    from transformers import AutoConfig
-
-    from tokenprune.errors import InputFileError, UnsupportedModelError
-    from tokenprune_hf.families.registry import supported_models
-    from tokenprune_hf.loading import model_path
-
-    name = model_path(settings.model)
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputFileError(f"the model {name} cannot be loaded: {error}") from None
-    if config.model_type not in supported_models():
-        raise UnsupportedModelError(
-            f"{name} is a model of the type {config.model_type!r}, which cannot be pruned. "
-            f"Supported: {', '.join(sorted(supported_models()))}."
-        )
-    for condition in settings.conditions():
-        settings.pruning(condition).selector().check_model(config)
 
 
 def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
@@ -171,7 +148,9 @@ def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
     items = list({one.id: one for run in runs for one in run.items}.values())
     about = {
         **runs[0].about,
-        "data": [],
+        "data": list(
+            {one["name"]: one for run in runs for one in run.about.get("data", ())}.values()
+        ),
         "complete": all(run.about.get("complete") for run in runs),
         "seconds": sum(run.about.get("seconds") or 0.0 for run in runs),
         "shards": [run.about["settings"]["shard"] for run in runs],

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import add_positions, parse_keep, parse_options
 from tokenprune.errors import ConfigError
+from tokenprune.packages import Package, check_packages
+from tokenprune_eval.packages import SETTINGS, STATISTICS, TABLES, needs_of_run
 
 if TYPE_CHECKING:
     from tokenprune_eval.evaluation.settings import Settings
@@ -19,6 +21,17 @@ _WIDTH = 120
 """Columns of what goes into a file or a pipe, which the tables fit into."""
 
 _ACTIONS = "ls, validate, merge and compare are described by `tokenprune eval ACTION --help`."
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports, as far as the command line says; a YAML file may ask for more."""
+    if arguments.action == "ls":
+        return (*SETTINGS, *TABLES)
+    if arguments.action == "compare":
+        return (*SETTINGS, *TABLES, *STATISTICS)
+    if arguments.action == "merge":
+        return needs_of_run("hf", None)
+    return needs_of_run(arguments.engine or "hf", arguments.model)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +73,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--keep",
         nargs="+",
         metavar="KEEP",
-        help="numbers of tokens, or fractions (default: 1.0 0.5 0.25 0.125 0.0625); the unpruned "
-        "model is run in any case",
+        help="numbers of tokens, or fractions such as 0.25 or 25%% (default: 1.0 0.5 0.25 0.125 "
+        "0.0625); the unpruned model is run in any case",
     )
     what.add_argument(
         "--option",
@@ -183,6 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.action == "compare":
         return actions.compare(console, arguments.a, arguments.b, arguments.markdown)
     settings = settings_of(arguments)
+    check_packages(needs_of_run(settings.engine, settings.model), EXTRA, "this subcommand")
     if arguments.action == "validate":
         return actions.validate(console, settings)
     return actions.evaluate(console, settings)

@@ -19,6 +19,7 @@ from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.demo.runner import _cores, _processor
+from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
@@ -114,6 +115,7 @@ def run(settings: Settings, progress: Progress) -> Results:
     """
     settings.check_methods()
     sets = load_sets(settings)
+    check_before_model(settings, sets)
     conditions = settings.conditions()
     infos = [ItemInfo.of(one.name, item) for one in sets for item in one.items]
     sets = [
@@ -125,7 +127,7 @@ def run(settings: Settings, progress: Progress) -> Results:
         known = store.begin(
             settings,
             {
-                "data": [{"name": one.name, "items": len(one.items)} for one in sets],
+                "data": [{"name": one.name, "of": one.drawn_from} for one in sets],
                 "bundled": settings.model == BUNDLED,
                 "versions": _versions(),
                 "machine": _machine(),

@@ -8,9 +8,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tokenprune.arguments import parse_keep
 from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
-from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean
+from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
 from tokenprune.registry import find
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition
 
@@ -41,6 +42,7 @@ class Settings(BaseModel):
         Data sets, see `tokenprune_eval.data.load.load_data`.
     method, keep
         Every method is run with every budget; 1.0 is the unpruned model and is run once, always.
+        A budget may also be text, such as ``"25%"``.
     options
         Method -> its own options.
     positions
@@ -136,11 +138,22 @@ class Settings(BaseModel):
             raise ValueError("a shard is i/n with i from 1 to n")
         return shard
 
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _no_bool(cls, keep: Any) -> Any:
+        # YAML reads `yes` as true, which would become one token.
+        if isinstance(keep, list) and any(isinstance(one, bool) for one in keep):
+            raise ValueError("a budget is a number of tokens (64) or a fraction (0.1 or 10%)")
+        return keep
+
     @field_validator("keep")
     @classmethod
     def _keep(cls, keep: list[int | float | str]) -> list[int | float | str]:
         try:
-            return [check_keep(one) for one in keep]
+            return [
+                check_keep(parse_keep(one, "keep=") if isinstance(one, str) else one)
+                for one in keep
+            ]
         except TokenPruneError as error:
             raise ValueError(str(error)) from None
 
@@ -227,7 +240,9 @@ def read_settings(values: dict[str, Any], file: Path | None = None) -> Settings:
         try:
             known = yaml.safe_load(file.read_text("utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputFileError(f"the settings in {file} cannot be read: {error}") from None
+            raise InputFileError(
+                f"the settings in {file} cannot be read: {_yaml_reason(error)}."
+            ) from None
         if not isinstance(known, dict):
             raise InputFileError(f"{file} is not an object of settings, such as `model: bundled`.")
         values = {**known, **values}
@@ -243,5 +258,13 @@ def read_settings(values: dict[str, Any], file: Path | None = None) -> Settings:
                 lines.append(f"{name} is missing. Give --{name.replace('_', '-')}.")
             else:
                 where = f"{name}={one['input']!r}: " if name else ""
-                lines.append(f"{where}{one['msg'].removeprefix('Value error, ')}.")
+                lines.append(f"{where}{one['msg'].removeprefix('Value error, ').rstrip('.')}.")
         raise ConfigError(f"{source}: " + " ".join(lines)) from None
+
+
+def _yaml_reason(error: Exception) -> str:
+    """Return what is wrong with a file, and where in it, without a full stop."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"{error.problem} at line {mark.line + 1}, character {mark.column + 1}"
+    return reason_of(error)

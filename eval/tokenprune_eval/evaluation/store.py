@@ -17,7 +17,7 @@ from typing import Any
 
 import filelock
 
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import ConfigError, TokenPruneError, reason_of
 from tokenprune_eval.demo.output import OutputError, prepare_folder, write_whole
 from tokenprune_eval.evaluation.records import Condition, Record
 from tokenprune_eval.evaluation.settings import Settings
@@ -103,17 +103,11 @@ class Store:
             If nothing can be written.
         """
         records: list[Record] = []
-        if (self.folder / RUN).is_file():
-            before = read_run(self.folder)
-            other = Settings.model_validate(before.about["settings"])
-            # A run that ended before its first answer may be corrected.
-            if before.records and (differing := settings.differences(other)):
-                there = ", ".join(f"{name}={getattr(other, name)!r}" for name in differing)
-                raise ConfigError(
-                    f"{self.folder} holds a run with other settings ({there}), and answers of both "
-                    "would be mixed. Give the same, or another folder with --out."
-                )
+        before = run_before(self.folder, settings)
+        if before is not None:
             if before.records:
+                sets = (*before.about.get("data", ()), *about.get("data", ()))
+                about = {**about, "data": list({one["name"]: one for one in sets}.values())}
                 items = list({one.id: one for one in (*before.items, *items)}.values())
                 conditions = list(
                     {one.key: one for one in (*before.conditions, *conditions)}.values()
@@ -183,8 +177,32 @@ class Store:
             stream.truncate(0)
 
 
+def run_before(folder: Path, settings: Settings) -> Run | None:
+    """Return the run that a folder holds, which one with these settings would go on with.
+
+    Raises
+    ------
+    ConfigError
+        If its settings are others.
+    InputFileError
+        If its files are damaged.
+    """
+    if not (folder / RUN).is_file():
+        return None
+    before = read_run(folder)
+    other = Settings.model_validate(before.about["settings"])
+    # A run that ended before its first answer may be corrected.
+    if before.records and (differing := settings.differences(other)):
+        there = ", ".join(f"{name}={getattr(other, name)!r}" for name in differing)
+        raise ConfigError(
+            f"{folder} holds a run with other settings ({there}), and answers of both would be "
+            "mixed. Give the same, or another folder with --out."
+        )
+    return before
+
+
 def _unwritable(file: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{file} cannot be written: {error.strerror or error}. Make room and run the same command "
+        f"{file} cannot be written: {reason_of(error)}. Make room and run the same command "
         "again: it goes on where it was."
     )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tokenprune.errors import InputFileError
+from tokenprune.errors import InputFileError, reason_of
 from tokenprune_eval.demo.output import write_whole
 from tokenprune_eval.evaluation.records import Condition, Record
 from tokenprune_eval.results.summary import ItemInfo
@@ -68,10 +68,13 @@ def read_run(folder: Path) -> Run:
         If a file is missing or holds something else.
     """
     file = folder / RUN
+    content = _read(file)
     try:
-        about = json.loads(_read(file))
+        about = json.loads(content)
     except ValueError as error:
-        raise InputFileError(f"{file} is no JSON ({error}). Give the folder of a run.") from None
+        raise InputFileError(
+            f"{file} is no JSON ({reason_of(error)}). Give the folder of a run."
+        ) from None
     listed = about.get("conditions") if isinstance(about, dict) else None
     if not isinstance(listed, list):
         raise InputFileError(
@@ -95,7 +98,7 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InputFileError(
-            f"{file} cannot be read: {error.strerror or error}. Give the folder of a run."
+            f"{file} cannot be read: {reason_of(error)}. Give the folder of a run."
         ) from None
 
 

@@ -22,7 +22,7 @@ from tokenprune_eval.demo.report import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.evaluation.records import UNPRUNED
 from tokenprune_eval.results import words
 from tokenprune_eval.results.plots import cost_plot, curves, styles
-from tokenprune_eval.results.summary import ItemInfo, Loss, Results, Row, Said
+from tokenprune_eval.results.summary import DataInfo, ItemInfo, Loss, Results, Row, Said
 from tokenprune_hf.images import load_image
 from tokenprune_hf.video import read_video
 
@@ -53,11 +53,12 @@ def render(results: Results) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
     environment.filters.update(percent=words.percent, number=words.number)
     source = files("tokenprune_eval.results").joinpath("report.html.j2").read_text("utf-8")
-    sets = [_set_view(results, one.name, one.questions) for one in results.data]
+    sets = [_set_view(results, one) for one in results.data]
     answered = sum(row.answered for row in results.rows)
     errors = sum(row.errors for row in results.rows)
     return environment.from_string(source).render(
         results=results,
+        questions=words.questions,
         sets=sets,
         headline=next((one["headline"] for one in sets if one["headline"]), None),
         answered=answered,
@@ -87,14 +88,15 @@ def render(results: Results) -> str:
 # A data set -------------------------------------------------------------------------------------
 
 
-def _set_view(results: Results, name: str, questions: int) -> dict[str, Any]:
+def _set_view(results: Results, data: DataInfo) -> dict[str, Any]:
+    name = data.name
     rows = [row for row in results.rows if row.data_set == name]
     unpruned = next((row for row in rows if row.method == UNPRUNED), None)
     budgets = _budgets(rows)
     main = _nearest(budgets)
     return {
         "name": name,
-        "questions": questions,
+        "questions": words.questions(data.questions, data.of_questions),
         "answered": any(row.answered for row in rows),
         "headline": _headline(unpruned, main),
         "plots": _plots(name, rows),

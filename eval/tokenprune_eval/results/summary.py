@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.config import Positions
-from tokenprune.errors import InputFileError
+from tokenprune.errors import InputFileError, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.demo.output import write_whole
 from tokenprune_eval.evaluation.records import (
@@ -244,12 +244,15 @@ class DataInfo(BaseModel):
         Its name.
     questions
         How many were to be asked.
+    of_questions
+        Of how many they were drawn, with ``--limit`` or ``--shard``; None where they are all.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
     questions: int
+    of_questions: int | None = None
 
 
 class Results(BaseModel):
@@ -356,7 +359,10 @@ def summarise(
         bundled=about.get("bundled") is True or model == "bundled",
         started=about.get("started"),
         wall_seconds=about.get("seconds"),
-        data=[DataInfo(name=name, questions=len(own)) for name, own in sets.items()],
+        data=[
+            DataInfo(name=name, questions=len(own), of_questions=_drawn_from(about, name, len(own)))
+            for name, own in sets.items()
+        ],
         conditions=list(conditions),
         rows=[
             _row(name, own, condition, given[condition.key], answers)
@@ -412,11 +418,11 @@ def read_results(folder: Path) -> Results:
         content = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise InputFileError(
-            f"{file} cannot be read: {error.strerror or error}. Give the folder of a run."
+            f"{file} cannot be read: {reason_of(error)}. Give the folder of a run."
         ) from None
     except ValueError as error:
         raise InputFileError(
-            f"{file} is no JSON ({error}). Have it written again from the run's records."
+            f"{file} is no JSON ({reason_of(error)}). Have it written again from the run's records."
         ) from None
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
@@ -457,6 +463,13 @@ def _by_condition(
             )
         given[record.condition][record.item] = record
     return given
+
+
+def _drawn_from(about: Mapping[str, Any], name: str, questions: int) -> int | None:
+    """Return of how many questions those of a run were drawn; None where they are all."""
+    noted = {one["name"]: one.get("of") for one in about.get("data") or ()}
+    whole = noted.get(name)
+    return None if whole is None or whole <= questions else int(whole)
 
 
 def _row(

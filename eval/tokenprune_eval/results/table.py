@@ -62,9 +62,9 @@ def columns(rows: Sequence[Row]) -> Columns:
 def title(results: Results, name: str) -> str:
     """Return what stands above a data set's table."""
     rows = [row for row in results.rows if row.data_set == name]
-    count = next(one.questions for one in results.data if one.name == name)
+    data = next(one for one in results.data if one.name == name)
     total = next((row.of_visual_tokens for row in rows if row.of_visual_tokens is not None), None)
-    text = f"{words.plain(name)}: {count:,} question" + ("" if count == 1 else "s")
+    text = f"{words.plain(name)}: {words.questions(data.questions, data.of_questions)}"
     return text if total is None else f"{text}, {words.number(total)} visual tokens unpruned"
 
 

@@ -86,6 +86,12 @@ def keep_text(method: str, keep: float) -> str:
     return "all" if method == UNPRUNED else str(keep)
 
 
+def questions(asked: int, whole: int | None) -> str:
+    """Return how many questions were asked, of how many: ``"30 of 400 questions"``."""
+    noun = "question" if (whole or asked) == 1 else "questions"
+    return f"{asked:,} {noun}" if whole is None else f"{asked:,} of {whole:,} {noun}"
+
+
 def label(method: str, positions: str) -> str:
     """Return what a condition's curve or row is called for people."""
     return method if positions == "original" else f"{method}, {positions}"

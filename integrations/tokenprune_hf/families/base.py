@@ -6,7 +6,6 @@ scores, and how the rows that the encoder returns are laid out in items; the res
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,12 +14,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.model_projector import ModelProjector
 from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
+from tokenprune_hf.engine import encoder_arguments, encoder_names
+from tokenprune_hf.watching import watch_input
 
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
 """What a run of the vision encoder can give to selectors."""
@@ -59,7 +61,7 @@ class EncodedModality:
     rows
         [R, D], everything the language model would read, in prompt order.
     sizes
-        Rows of each tensor the encoder returned; they add up to R.
+        Rows of each picture, or of each tensor the encoder returned; they add up to R.
     stacked
         Whether the encoder returned one tensor [n, R / n, D] and not a list.
     deepstack
@@ -168,6 +170,10 @@ class Family:
         module: Any = self.inner.multi_modal_projector
         return MLPProjector(first=module.linear_1, activation=module.act, second=module.linear_2)
 
+    def sizes(self, sizes: list[int], captured: Captured) -> list[int]:
+        """Return the rows of each picture, given those of each entry the encoder returned."""
+        return sizes
+
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
         """Cut the rows into items, with features and attention per token."""
         raise NotImplementedError
@@ -216,6 +222,10 @@ class Family:
     def language_model(self) -> Any:
         """Return the language model without its head: embeddings, layers, norm."""
         return self.inner.language_model
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Put on the model what its own forward needs to take pruned prompts; most need nothing."""
+        return []
 
     def frame_interval(self, modality: str) -> int:
         """Return how many steps of the first axis lie between frames whose times are not known.
@@ -360,9 +370,8 @@ class Family:
             function = getattr(self.inner, f"get_{modality}_features", None)
             if function is None:
                 continue
-            names = [name for name in inspect.signature(function).parameters if name != "kwargs"]
-            given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-            if any(name.startswith("pixel_values") for name in given):
+            given = encoder_arguments(function, arguments)
+            if given is not None:
                 told = None if self.tells_videos else arguments.get(VIDEO_FRAMES)
                 found.append(Media(modality, given, told))
         return found
@@ -373,8 +382,8 @@ class Family:
         for modality in ("image", "video"):
             function = getattr(self.inner, f"get_{modality}_features", None)
             if function is not None:
-                names.update(inspect.signature(function).parameters)
-        return names - {"kwargs", "return_dict"}
+                names.update(encoder_names(function))
+        return names - {"return_dict"}
 
     def encode(self, media: Media, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once and collect what `needs` names.
@@ -398,7 +407,7 @@ class Family:
         """
         captured_features: list[Tensor] = []
 
-        def keep_input(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def keep_input(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
             captured_features.append(args[0])
 
         with ExitStack() as stack:
@@ -406,8 +415,7 @@ class Family:
             if "cls_attention" in needs:
                 attention_module = self.scoring_layer(media)
                 attention = stack.enter_context(probe(attention_module))
-            handle = self.entrance(media.modality).register_forward_pre_hook(keep_input)
-            stack.callback(handle.remove)
+            stack.enter_context(watch_input(self.entrance(media.modality), keep_input))
             function = getattr(self.inner, f"get_{media.modality}_features")
             output = function(**media.arguments, return_dict=True)
         if not captured_features:
@@ -418,9 +426,9 @@ class Family:
         deepstack = [
             torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []
         ]
-        sizes = [len(part) for part in parts]
         with torch.no_grad():
             captured = Captured(captured_features[0], attention_module, attention)
+            sizes = self.sizes([len(part) for part in parts], captured)
             items = self.items(media, rows, sizes, captured)
         told = self.tells_videos or media.video_frames is not None
         return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items, told)

@@ -9,7 +9,8 @@ from tokenprune.selectors.base import Selector
 from tokenprune_hf.families.base import PROVIDED, Family
 from tokenprune_hf.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
 from tokenprune_hf.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
-from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL
+from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL, SmolVLM
+from tokenprune_hf.wrappers import model_inside
 
 _FAMILIES: tuple[type[Family], ...] = (
     Llava,
@@ -21,6 +22,7 @@ _FAMILIES: tuple[type[Family], ...] = (
     Qwen25VL,
     Qwen3VL,
     Idefics3,
+    SmolVLM,
     Gemma3,
 )
 
@@ -31,17 +33,22 @@ def supported_models() -> dict[str, type[Family]]:
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a model of transformers.
+    """Return the family of a model of transformers, or of the one inside a wrapper.
 
     Raises
     ------
     UnsupportedModelError
         If it is no model with a language model head and `generate`, or of no known family.
     """
+    from transformers import PreTrainedModel
+
     known = supported_models()
+    model = model_inside(model)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type is None or not hasattr(model, "generate"):
+    # Whatever else has a config and generates may run something else than its own modules.
+    whole = isinstance(model, PreTrainedModel) and hasattr(model, "generate")
+    if model_type is None or not whole:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no vision-language model of transformers with `generate`. "
             "Pass the whole model, for example what "

@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import Projector
+from tokenprune_hf.attached import named_arguments
+from tokenprune_hf.engine import rows_per_picture
 from tokenprune_hf.families.base import Captured, Family, Item, Media
 from tokenprune_hf.families.llava import frames_side_by_side
 
@@ -23,6 +26,10 @@ class MergedTiles(Family):
     """
 
     tells_videos: ClassVar[bool] = False
+
+    def sizes(self, sizes: list[int], captured: Captured) -> list[int]:
+        """Return the rows of each tile."""
+        return rows_per_picture(sizes, captured.features)
 
     def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
         """Return one item per tile or, where the caller told them, per video."""
@@ -114,9 +121,9 @@ class InternVL(MergedTiles):
 
 
 class Idefics3(MergedTiles):
-    """Idefics3 and SmolVLM: pixel shuffle, then one linear layer. Every tile is an item."""
+    """Idefics3: pixel shuffle, then one linear layer. Every tile is an item."""
 
-    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3",)
 
     def tower(self, modality: str) -> Any:
         """Return the SigLIP-like encoder."""
@@ -150,6 +157,36 @@ class Idefics3(MergedTiles):
         shuffled = connector.pixel_shuffle(attention.mT.contiguous(), connector.scale_factor)
         merged: Tensor = shuffled.unflatten(-1, (-1, heads)).mean(dim=2).mT
         return merged
+
+
+class SmolVLM(Idefics3):
+    """SmolVLM: as Idefics3, but its forward takes rows in blocks of one size only."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("smolvlm",)
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Put kept rows into the prompt ourselves: the forward would cut them into equal blocks.
+
+        Until transformers 5.19 a block is the first entry of the rows, later a patch's side; what
+        stays of an image or a video is no multiple of either.
+        """
+        hook = self.inner.register_forward_pre_hook(self._place_rows, with_kwargs=True)
+        return [hook]
+
+    def _place_rows(
+        self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Give the inner model embeddings in place of ids and rows."""
+        named = named_arguments(inner, args, kwargs)
+        image = (named.get("mm_encoder_outputs") or {}).get("image")
+        if image is None or named.get("input_ids") is None:
+            return None
+        input_ids = named.pop("input_ids")
+        embeddings = inner.get_input_embeddings()(input_ids)
+        rows = torch.cat(list(image.pooler_output)).to(embeddings)
+        places = (input_ids == self.token_id("image"))[..., None].to(embeddings.device)
+        embeddings = embeddings.masked_scatter(places, rows)
+        return (), {**named, "inputs_embeds": embeddings, "mm_encoder_outputs": None}
 
 
 class Gemma3(MergedTiles):

@@ -10,13 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.packages import Package, check_packages
+from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
 if TYPE_CHECKING:
     from tokenprune_hf.lite.model import LiteModel
 
 HELP = "train a small selector that ranks visual tokens as a model's own layer does"
 EXTRA = "train"
+
+
+def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
+    """Return what it imports."""
+    return (*TRANSFORMERS, Package("rich"), Package("scipy"))
+
 
 _DECODER = {
     "width": "hidden_size",
@@ -94,6 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tokenprune.selectors.flexselect import FlexSelect
+    from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.lite.data import rank, read_data
     from tokenprune_hf.lite.training import Recipe, split, train
     from tokenprune_hf.loading import load, model_path
@@ -115,6 +124,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     teacher = FlexSelect(layer=arguments.layer, reduction=arguments.reduction)
     asked = read_data(arguments.data)
+    if any(one.kind == "video" for one in asked):
+        check_packages(VIDEO, EXTRA, "reading the videos")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputFileError(f"--out {arguments.out} is a file; give a folder.")
     console = Console()
@@ -136,6 +147,7 @@ def run(arguments: argparse.Namespace) -> int:
             teacher,
             arguments.frames,
             lambda: progress.advance(task),
+            LeftOut(lambda text: console.print(text, soft_wrap=True, markup=False)),
         )
     learnt, held_out = split(files, arguments.held_out, recipe.seed)
     features, _, _ = learnt[0].tensors()
@@ -225,8 +237,7 @@ def _from_checkpoint(name: str) -> tuple[dict[str, Any], Callable[[LiteModel], N
     try:
         found = make.AutoModel.from_pretrained(name, dtype="float32")
     except Exception as error:  # what is wrong with a checkpoint can show in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise InputFileError(f"--init-from {name} cannot be loaded ({reason}).") from None
+        raise InputFileError(f"--init-from {name} cannot be loaded ({reason_of(error)}).") from None
     source = getattr(found, "language_model", found)
     if source.config.model_type != "qwen2":
         raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.errors import ConfigError, InputFileError, OutputError, reason_of
 from tokenprune.reading import question_scores
 from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_hf.encoding import encode_media
+from tokenprune_hf.failures import LeftOut, around
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import ask
@@ -94,7 +95,7 @@ def read_data(file: Path) -> list[Asked]:
     try:
         lines = file.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"the data file {file} cannot be read: {error}.") from None
+        raise InputFileError(f"the data file {file} cannot be read: {reason_of(error)}.") from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -102,7 +103,7 @@ def read_data(file: Path) -> list[Asked]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({error}).") from None
+            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
         kinds = [kind for kind in ("image", "video") if isinstance(values, dict) and kind in values]
         question = values.get("question") if kinds else None
         if len(kinds) != 1 or not isinstance(question, str) or not question.strip():
@@ -127,6 +128,7 @@ def rank(
     teacher: FlexSelect,
     frames: int,
     done: Callable[[], None],
+    left_out: LeftOut | None = None,
 ) -> list[list[Example]]:
     """Have the teacher rank every question's tokens; what is in the folder already is kept.
 
@@ -144,11 +146,13 @@ def rank(
         Frames of each video, at most those of one set.
     done
         Called after each question.
+    left_out
+        Notes questions that fail, by file and question; None: the first one is an error.
 
     Returns
     -------
     list of list of Example
-        One list for each file, in the order in which they first come.
+        One list for each file that has an example, in the order in which they first come.
 
     Raises
     ------
@@ -156,6 +160,8 @@ def rank(
         If a video has more frames than are ranked as one set.
     InputFileError
         If an image or a video cannot be read; what was ranked before it stays on disk.
+    NothingLeftError
+        If no question is left.
     """
     if frames > teacher.frames_per_set:
         raise ConfigError(
@@ -166,65 +172,85 @@ def rank(
     by_file: dict[tuple[str, Path], list[str]] = {}
     for one in asked:
         by_file.setdefault((one.kind, one.file), []).append(one.question)
-    return [
-        list(_rank_file(model, processor, kind, file, questions, folder, teacher, frames, done))
-        for (kind, file), questions in by_file.items()
-    ]
+    found = []
+    for (kind, file), questions in by_file.items():
+        ranking = _FileRanking(model, processor, kind, file, folder, teacher, frames)
+        examples: list[Example] = []
+        for question in questions:
+            with around(left_out, f"{file}, {question!r}"):
+                examples += ranking.examples(question)
+            done()
+        if examples:
+            found.append(examples)
+    if left_out is not None:
+        left_out.check("question", len(found))
+    return found
 
 
-def _rank_file(
-    model: Any,
-    processor: Any,
-    kind: str,
-    file: Path,
-    questions: Sequence[str],
-    folder: Path,
-    teacher: FlexSelect,
-    frames: int,
-    done: Callable[[], None],
-) -> Iterator[Example]:
-    from safetensors import safe_open
+class _FileRanking:
+    """What the teacher makes of the questions about one image or video; it is read once."""
 
-    stat = file.stat()
-    name = getattr(model, "name_or_path", "")
-    media_key = _key(name, file.resolve(), stat.st_size, stat.st_mtime_ns, frames)
-    media_file = folder / f"{media_key}.safetensors"
-    family = family_of(model)
-    encoded: Any = None
-    content: Any = None
-    for question in questions:
-        ranking_key = _key(media_key, question, repr(teacher))
-        ranking_file = folder / f"{media_key}-{ranking_key}.safetensors"
-        if not (media_file.is_file() and ranking_file.is_file()):
-            if content is None:
-                content = load_image(file) if kind == "image" else read_video(file, frames)
-            inputs = ask(processor, question, **{kind: content}).to(model.device)
-            with torch.inference_mode():
-                if encoded is None:
-                    encoded = encode_media(family, dict(inputs), ("features",))
-                    _save(
-                        media_file,
-                        {
-                            f"features.{index}": _small(item.tokens.features)
-                            for media in encoded.modalities.values()
-                            for index, item in enumerate(media.items)
-                        },
-                    )
-                needs = ("question", "query_attention")
-                items = prompt_items(family, inputs, encoded, needs)
-                rows = [tokens for own in items.values() for tokens in own]
-                found = {"question": rows[0].question}
-                for index, tokens in enumerate(rows):
-                    (whole,) = frame_sets(tokens.grid, teacher.frames_per_set)
-                    reader: Any = tokens.query_attention
-                    (seen,) = reader.read([whole], teacher.layer, values=False, hidden=False)
-                    found[f"scores.{index}"] = question_scores(seen, teacher.reduction)
-                _save(ranking_file, found)
-        done()
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        kind: str,
+        file: Path,
+        folder: Path,
+        teacher: FlexSelect,
+        frames: int,
+    ) -> None:
+        stat = file.stat()
+        name = getattr(model, "name_or_path", "")
+        self._key = _key(name, file.resolve(), stat.st_size, stat.st_mtime_ns, frames)
+        self._media_file = folder / f"{self._key}.safetensors"
+        self._model, self._processor, self._family = model, processor, family_of(model)
+        self._kind, self._file, self._folder = kind, file, folder
+        self._teacher, self._frames = teacher, frames
+        self._content: Any = None
+        self._encoded: Any = None
+
+    def examples(self, question: str) -> list[Example]:
+        """Return an example for each item, ranked now or in an earlier run."""
+        from safetensors import safe_open
+
+        key = _key(self._key, question, repr(self._teacher))
+        ranking_file = self._folder / f"{self._key}-{key}.safetensors"
+        if not (self._media_file.is_file() and ranking_file.is_file()):
+            self._rank(question, ranking_file)
         with safe_open(ranking_file, "pt") as ranking:
             names = [key for key in ranking.keys() if key.startswith("scores.")]  # noqa: SIM118
-        for index in range(len(names)):
-            yield Example(media_file, ranking_file, index)
+        return [Example(self._media_file, ranking_file, index) for index in range(len(names))]
+
+    def _rank(self, question: str, ranking_file: Path) -> None:
+        """Have the teacher rank the tokens for one question, and keep what comes of it."""
+        if self._content is None:
+            self._content = (
+                load_image(self._file)
+                if self._kind == "image"
+                else read_video(self._file, self._frames)
+            )
+        inputs = ask(self._processor, question, **{self._kind: self._content})
+        inputs = inputs.to(self._model.device)
+        with torch.inference_mode():
+            if self._encoded is None:
+                self._encoded = encode_media(self._family, dict(inputs), ("features",))
+                features = {
+                    f"features.{index}": _small(item.tokens.features)
+                    for media in self._encoded.modalities.values()
+                    for index, item in enumerate(media.items)
+                }
+                _save(self._media_file, features)
+            needs = ("question", "query_attention")
+            items = prompt_items(self._family, inputs, self._encoded, needs)
+            rows = [tokens for own in items.values() for tokens in own]
+            found = {"question": rows[0].question}
+            for index, tokens in enumerate(rows):
+                (whole,) = frame_sets(tokens.grid, self._teacher.frames_per_set)
+                reader: Any = tokens.query_attention
+                (seen,) = reader.read([whole], self._teacher.layer, values=False, hidden=False)
+                found[f"scores.{index}"] = question_scores(seen, self._teacher.reduction)
+            _save(ranking_file, found)
 
 
 def _small(features: Any) -> Tensor:
@@ -239,8 +265,15 @@ def _key(*parts: object) -> str:
 
 
 def _save(file: Path, tensors: dict[str, Any]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = file.with_suffix(f".{os.getpid()}.part")
-    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
-    part.replace(file)
+    try:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
+        part.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{file} cannot be written: {reason_of(error)}. Make room and run the same command "
+            "again: it goes on where it was."
+        ) from None

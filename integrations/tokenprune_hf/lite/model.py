@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
+from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
 from tokenprune.reading import Reduction, question_scores
 from tokenprune_hf.prefix import read_layers
 
@@ -168,10 +168,9 @@ class LiteModel(nn.Module):
         try:
             model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
         except (OSError, SafetensorError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
             raise InputFileError(
-                f"the weights of the selector {folder} cannot be read ({reason}). Copy the folder "
-                "again, or train it again with `tokenprune train-selector`."
+                f"the weights of the selector {folder} cannot be read ({reason_of(error)}). Copy "
+                "the folder again, or train it again with `tokenprune train-selector`."
             ) from None
         return model.requires_grad_(False).eval()
 
@@ -190,18 +189,18 @@ def read_config(folder: Path) -> LiteConfig:
         values = json.loads(file.read_text("utf-8"))
     except OSError as error:
         raise InputFileError(
-            f"there is no selector at {folder}: {file.name} cannot be read ({error.strerror}). "
+            f"there is no selector at {folder}: {file.name} cannot be read ({reason_of(error)}). "
             f"{advice}"
         ) from None
     except ValueError as error:
-        raise InputFileError(f"{file} is damaged: {error}. {advice}") from None
+        raise InputFileError(f"{file} is damaged: {reason_of(error)}. {advice}") from None
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise InputFileError(f"{file} does not belong to a selector of tokenprune. {advice}")
     try:
         return LiteConfig(**values)
     except TypeError as error:
         raise ConfigError(
-            f"{file} was written by another version of tokenprune ({error}). {advice}"
+            f"{file} was written by another version of tokenprune ({reason_of(error)}). {advice}"
         ) from None
 
 

@@ -10,7 +10,8 @@ Pictures and frames are sent without loss, so that the model sees what it sees i
 vLLM takes a video's frames as ``data:video/jpeg;base64,FRAME,FRAME`` and opens each as any picture,
 PNG too; it samples them no further. Their times go along as ``media_io_kwargs`` where the server is
 open to it (`--allow-request-keep` or vLLM's `--trust-request-mm-kwargs`). Without that, vLLM takes
-frames for one a second, and no more than 32 of them.
+frames for one a second, and no more than 32 of them: other frames are refused, since models that
+read times would read wrong ones.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from anyio.from_thread import start_blocking_portal
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 
-from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
+from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
@@ -45,6 +46,9 @@ from tokenprune_hf.video import Video
 
 FRAMES = 32
 """Frames that vLLM takes of a sequence unless it is told otherwise; it drops the rest silently."""
+
+SECONDS = 0.1
+"""How far a frame may be from the time at which a server takes it to be; models read tenths."""
 
 TOP = 20
 """First tokens whose likelihoods are asked for; servers give no more."""
@@ -160,13 +164,8 @@ class OpenAIEngine:
         """Encode the picture or the frames."""
         content = asked.content
         if isinstance(content, Video):
-            if not self._server.open and len(content.frames) > FRAMES:
-                raise ConfigError(
-                    f"{content.path}: these are {len(content.frames)} frames, of which this server "
-                    f"may read the first {FRAMES} without saying so. Give --frames {FRAMES} or "
-                    "less, or start it with --allow-request-keep (`tokenprune serve`) or "
-                    "--trust-request-mm-kwargs (`vllm serve`)."
-                )
+            if not self._server.open:
+                _check_untold(content)
             asked.prepared = _Prepared(_video_part(content), _how_sampled(content))
         elif isinstance(content, Image.Image):
             asked.prepared = _Prepared(_image_part(_image_url(asked.items[0].path, content)))
@@ -497,6 +496,34 @@ def _video_part(video: Video) -> dict[str, Any]:
     return _sequence_part(",".join(_png(Image.fromarray(frame)) for frame in video.frames))
 
 
+def _check_untold(video: Video) -> None:
+    """Raise if a server that is not told how frames were sampled would take them for others.
+
+    Raises
+    ------
+    ConfigError
+        If there are more frames than it reads, or not one a second.
+    """
+    start = (
+        "start the server with --allow-request-keep (`tokenprune serve`) or "
+        "--trust-request-mm-kwargs (`vllm serve`)"
+    )
+    count = len(video.frames)
+    if count > FRAMES:
+        raise ConfigError(
+            f"{video.path}: these are {count} frames, of which this server may read the first "
+            f"{FRAMES} without saying so. Give --frames {FRAMES} or less, or {start}."
+        )
+    off = np.abs(video.times - np.arange(count))
+    if off.max() > SECONDS:
+        frame = int((off > SECONDS).argmax())
+        raise ConfigError(
+            f"{video.path}: this server cannot be told the times of frames and takes them for one "
+            f"a second, and frame {frame} is at {video.times[frame]:.2f} s. Give --fps 1, or "
+            f"{start}."
+        )
+
+
 def _how_sampled(video: Video) -> dict[str, Any]:
     """Return what the server has to know so that it lays the frames out as other engines do."""
     _, metadata = frames_and_metadata(video)
@@ -647,7 +674,7 @@ def _reason(error: Exception, timeout: float) -> str:
     if isinstance(error, openai.APIError):
         return f"the server broke the answer off: {error.message.strip().rstrip('.')}"
     if isinstance(error, ValueError):
-        return f"the server sent what is no JSON ({error})"
+        return f"the server sent what is no JSON ({reason_of(error)})"
     return str(error)
 
 

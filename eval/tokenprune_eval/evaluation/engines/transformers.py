@@ -32,6 +32,7 @@ from tokenprune.errors import (
     PromptError,
     TokenPruneError,
     UnsupportedModelError,
+    reason_of,
 )
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -53,6 +54,7 @@ from tokenprune_hf.encoded_file import (
     save_encoded,
 )
 from tokenprune_hf.encoding import Encoded
+from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load, model_path
@@ -159,7 +161,7 @@ class TransformersEngine:
         for pruning in self.prunings.values():
             check_method(pruning.selector(), self.model)
         if settings.dominance:
-            _check_dominance(self.model, settings.max_new_tokens)
+            check_dominance(self.model, settings.max_new_tokens)
         if settings.cache is not None:
             _check_cache(settings.cache)
             self.needs = sorted({*self.needs, *_all_needs(self.model)})
@@ -365,7 +367,7 @@ class TransformersEngine:
             save_encoded(prepared.file, prepared.encoded, model, seconds=prepared.encode_seconds)
         except OSError as error:
             raise OutputError(
-                f"{prepared.file} cannot be written: {error.strerror or error}. Make room, give "
+                f"{prepared.file} cannot be written: {reason_of(error)}. Make room, give "
                 "another folder with --cache, or leave it out."
             ) from None
 
@@ -462,7 +464,7 @@ class TransformersEngine:
                     prompt_tokens=prompt_tokens,
                     answer_tokens=self._answer_tokens(new[row]),
                     mass_kept=_mass_kept(own),
-                    kv_bytes=_cache_bytes(output.past_key_values, prompt_tokens),
+                    kv_bytes=_cache_bytes(cache_of(output), prompt_tokens),
                     batch=count,
                     seconds=Seconds(
                         encode=encode,
@@ -491,7 +493,7 @@ class TransformersEngine:
         return int(at[0]) + 1 if len(at) else len(new)
 
 
-def _check_dominance(model: Any, max_new_tokens: int) -> None:
+def check_dominance(model: Any, max_new_tokens: int) -> None:
     """Raise where modality dominance cannot be measured."""
     if max_new_tokens < 2:
         raise ConfigError(
@@ -510,7 +512,7 @@ def _check_cache(folder: Path) -> None:
             pass
     except OSError as error:
         raise OutputError(
-            f"nothing can be written to {folder}: {error.strerror or error}. Give another folder "
+            f"nothing can be written to {folder}: {reason_of(error)}. Give another folder "
             "with --cache, or leave it out."
         ) from None
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 import tokenprune_vllm
-from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.errors import ConfigError, TokenPruneError, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
@@ -86,8 +86,8 @@ class VllmEngine:
             raise
         except Exception as error:  # what keeps an engine from starting can be anything
             raise ConfigError(
-                f"vLLM does not start with {model} ({type(error).__name__}: {error}). Its log "
-                "above has the reason; --engine-arg NAME=VALUE changes its arguments."
+                f"vLLM does not start with {model} ({type(error).__name__}: {reason_of(error)}). "
+                "Its log above has the reason; --engine-arg NAME=VALUE changes its arguments."
             ) from error
         self._letters = Letters(
             self._llm.get_tokenizer(), required=settings.choose_by == "likelihood"
@@ -118,7 +118,9 @@ class VllmEngine:
         """Lay the prompts out."""
         content = asked.content
         if isinstance(content, Video):
-            media: dict[str, Any] = {"video": frames_and_metadata(content)}
+            frames, metadata = frames_and_metadata(content)
+            # vLLM's own key: these are the frames, none are to be drawn from them.
+            media: dict[str, Any] = {"video": (frames, {**metadata, "do_sample_frames": False})}
         elif isinstance(content, Image.Image):
             media = {"image": content}
         else:

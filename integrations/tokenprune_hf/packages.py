@@ -1,0 +1,15 @@
+"""What this room imports beside torch and numpy; see `tokenprune.packages`."""
+
+from __future__ import annotations
+
+from tokenprune.packages import Package
+
+TRANSFORMERS = (
+    Package("transformers"),
+    Package("torchvision"),
+    Package("PIL"),
+)
+"""What a model of transformers and its processor need."""
+
+VIDEO = (Package("av"),)
+"""What reading videos needs; decord is used where it is there."""

@@ -1,0 +1,73 @@
+"""The releases of the engines that were tested, and one warning where another one is found.
+
+The bounds in pyproject.toml are the same numbers. What is installed past them (with ``--no-deps``,
+from source) may well work: engines rename things, and what is known to move is looked for.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+
+from tokenprune.errors import UntestedReleaseWarning
+
+
+@dataclass(frozen=True)
+class Releases:
+    """What was tested of an engine, from `oldest` to `newest`, both as (major, minor).
+
+    A bugfix release counts as its minor release.
+    """
+
+    oldest: tuple[int, int]
+    newest: tuple[int, int]
+
+    @property
+    def requirement(self) -> str:
+        """The range as pyproject.toml says it: ``">=5.19,<5.25"``."""
+        major, minor = self.newest
+        return f">={_said(self.oldest)},<{major}.{minor + 1}"
+
+    def covers(self, version: str) -> bool:
+        """Say whether a version's (major, minor) was tested; one that cannot be read was not."""
+        found = re.match(r"(\d+)\.(\d+)", version)
+        return found is not None and (
+            self.oldest <= (int(found.group(1)), int(found.group(2))) <= self.newest
+        )
+
+
+TESTED = {
+    "transformers": Releases((5, 19), (5, 24)),
+    "vllm": Releases((0, 32), (0, 33)),
+}
+"""Engine -> what was tested, by `scripts/test` and by hand."""
+
+_WARNED: set[str] = set()
+
+
+def warn_untested(engine: str, version: str) -> None:
+    """Warn, once per process and engine, if a release was not tested.
+
+    Parameters
+    ----------
+    engine
+        A key of `TESTED`.
+    version
+        What is running.
+    """
+    tested = TESTED[engine]
+    if engine in _WARNED or tested.covers(version):
+        return
+    _WARNED.add(engine)
+    warnings.warn(
+        f"{engine} {version} was not tested with this tokenprune; {_said(tested.oldest)} to "
+        f"{_said(tested.newest)} were. If it fails or answers oddly, install "
+        f"'{engine}{tested.requirement}', or a newer tokenprune.",
+        UntestedReleaseWarning,
+        stacklevel=2,
+    )
+
+
+def _said(release: tuple[int, int]) -> str:
+    return f"{release[0]}.{release[1]}"
