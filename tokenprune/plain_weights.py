@@ -6,19 +6,29 @@ it, and none of them says so: a weight is still there to be read.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of weights that are numbers and not codes for them."""
 
 
-ONLY_WATCHES = "tokenprune_only_watches"
-"""An attribute of hooks that change nothing. Adapters hang theirs on a projector while a call runs,
-and a call in another thread must not take them for a change of what it computes."""
+_WATCHES = "only_watches"
+
+
+def only_watches(hook: _Hook) -> _Hook:
+    """Mark a hook as one that looks at calls and changes nothing, and return it.
+
+    The hooks of another thread that watches the same projector must not change how it is measured.
+    """
+    setattr(hook, _WATCHES, True)
+    return hook
 
 
 def why_altered(module: nn.Module) -> str | None:
@@ -33,8 +43,8 @@ def why_altered(module: nn.Module) -> str | None:
         if hasattr(module, "_hf_hook"):
             return "accelerate fetches the weights for each call (offloading)"
         return "the forward was replaced"
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if not all(getattr(hook, ONLY_WATCHES, False) for hook in hooks):
+    hooks = (*list(module._forward_hooks.values()), *list(module._forward_pre_hooks.values()))
+    if not all(getattr(hook, _WATCHES, False) for hook in hooks):
         return "hooks see the call and may change it"
     if parametrize.is_parametrized(module):
         return "the weights are parametrized"

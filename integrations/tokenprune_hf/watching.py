@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.plain_weights import ONLY_WATCHES
+from tokenprune.plain_weights import only_watches
 
 
 @contextmanager
@@ -37,8 +37,7 @@ def watch_input(
         if threading.get_ident() == thread:
             see(args, kwargs)
 
-    setattr(hook, ONLY_WATCHES, True)
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = module.register_forward_pre_hook(only_watches(hook), with_kwargs=True)
     try:
         yield
     finally:
@@ -54,8 +53,7 @@ def watch_output(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
         if threading.get_ident() == thread:
             see(output)
 
-    setattr(hook, ONLY_WATCHES, True)
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(only_watches(hook))
     try:
         yield
     finally:

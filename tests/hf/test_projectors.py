@@ -16,6 +16,7 @@ from tests.hf.models import TINY, prompt
 from tokenprune import Selection
 from tokenprune.errors import OptionError, UnreadableProjectorError
 from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.watching import watch_input, watch_output
 
 BLIND = ("uniform", "random", "cls-attention", "divprune", "information", "feature-norm")
 
@@ -117,6 +118,19 @@ def test_methods_that_do_not_look_at_the_projector_run_on_any(name: str, change:
         tokenprune_hf.prune(model, "zeroth-order", 5, estimator="frobenius")
     with torch.no_grad(), tokenprune_hf.prune(model, "divprune", 5):
         model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+
+def test_another_thread_that_watches_the_projector_changes_nothing() -> None:
+    model, inputs = TINY["llava"].model(), prompt(TINY["llava"], ["tit"])
+    (expected,) = selections(model, inputs, "zeroth-order")
+    projector = model.model.multi_modal_projector
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="method 'zeroth-order'")
+        with watch_input(projector, lambda *_: None), watch_output(projector, lambda _: None):
+            (watched,) = selections(model, inputs, "zeroth-order")
+    assert watched.scores is not None
+    assert expected.scores is not None
+    assert torch.equal(watched.scores, expected.scores)
 
 
 def test_nothing_is_read_for_methods_that_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
