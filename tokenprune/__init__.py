@@ -7,8 +7,9 @@ command does not import torch.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tokenprune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokenprune.budget import Keep as Keep
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from tokenprune.selectors.base import Selector as Selector
     from tokenprune.tokens import TokenBatch as TokenBatch
     from tokenprune.tokens import VisualTokens as VisualTokens
+
+DISTRIBUTION = "tokenprune-vlm"
+"""The name under which pip knows this package; `tokenprune_vlm` tells it from others by this."""
 
 _HOMES = {
     "Keep": "budget",
@@ -43,14 +47,4 @@ _HOMES = {
     "tokens_represented": "representation",
 }
 
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tokenprune' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tokenprune.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "errors"]
+__all__, __getattr__, __dir__ = lazy_names("tokenprune", _HOMES)

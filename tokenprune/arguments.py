@@ -1,20 +1,172 @@
-"""Command-line arguments that several subcommands share, and how their text is read."""
+"""Command-line arguments that several subcommands share, and how their text is read.
+
+One thing is written one way everywhere: ``--method`` or ``--methods``, MODEL in its place or
+``--model MODEL``, ``--option NAME=VALUE`` or ``--option METHOD.NAME=VALUE``.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import difflib
 import json
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tokenprune.errors import BudgetError, ConfigError, OptionError
+from tokenprune.errors import BudgetError, ConfigError, OptionError, did_you_mean
 
 if TYPE_CHECKING:
     from tokenprune.budget import Keep
 
+Container = argparse.ArgumentParser | argparse._ArgumentGroup
+"""What arguments are added to: `argparse` has no public name for a group."""
 
-def add_keep(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+_NEAR = 0.6
+"""How alike a mistyped word and its correction are, by `difflib`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that names an argument it does not know, and the nearest it does.
+
+    `argparse` names a missing or a misplaced argument first, which a mistyped name makes of others.
+
+    Attributes
+    ----------
+    takes_more
+        Whether arguments that it does not know are for somebody else.
+    model_is_required
+        Whether MODEL is the first positional argument, see `add_model`.
+    """
+
+    takes_more = False
+    model_is_required = False
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        more.setdefault("allow_abbrev", False)
+        super().__init__(*args, **more)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; see `argparse.ArgumentParser.parse_known_args`."""
+        given = list(args or ())
+        if not self.takes_more:
+            self._check_options(given)
+        if self.model_is_required:
+            given = self._with_model_in_its_place(given)
+        return super().parse_known_args(given, namespace)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End with an error for words that are nobody's."""
+        self.error(f"there is no place for {' '.join(unknown)}; see {self.prog} --help")
+
+    def _check_options(self, given: Sequence[str]) -> None:
+        """End with an error for an option that is not there."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for word in given:
+            if word == "--":
+                return
+            name = word.partition("=")[0]
+            if word.startswith("--") and name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
+                hint = f"did you mean {near[0]}?" if near else f"see {self.prog} --help"
+                self.error(f"there is no option {name}; {hint}")
+
+    def _with_model_in_its_place(self, given: list[str]) -> list[str]:
+        """Return arguments with the value of ``--model`` where MODEL is, in front."""
+        for place, word in enumerate(given):
+            if word == "--":
+                break
+            if word == "--model":
+                if place + 1 == len(given):
+                    break  # argparse says that the value is missing
+                return self._one_model([given[place + 1], *given[:place], *given[place + 2 :]])
+            if word.startswith("--model="):
+                value = word.partition("=")[2]
+                return self._one_model([value, *given[:place], *given[place + 1 :]])
+        return given
+
+    def _one_model(self, given: list[str]) -> list[str]:
+        """End with an error if there are now more positional arguments than places in front."""
+        places = sum(not action.option_strings for action in self._actions)
+        leading = next((n for n, word in enumerate(given) if word.startswith("-")), len(given))
+        if leading > places:
+            self.error(f"the model is named twice: {given[1]} and --model {given[0]}")
+        return given
+
+
+class _Model(argparse.Action):
+    """Store the model, which may be given in its place or as ``--model``, but not both."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        known = getattr(namespace, self.dest, None)
+        if known is not None:
+            parser.error(f"the model is named twice: {known} and {values}")
+        setattr(namespace, self.dest, values)
+
+
+def add_model(parser: Parser, what: str, *, required: bool = True) -> None:
+    """Add MODEL and, for the same, ``--model MODEL``; it goes to ``arguments.model``.
+
+    Parameters
+    ----------
+    parser
+        A subcommand's.
+    what
+        For ``--help``: what it may be, and what is taken without one.
+    required
+        Whether there must be one. It is then the first positional argument. Where there need be
+        none, it is the last one, and `parser` takes what was added before for the first.
+    """
+    if required:
+        parser.model_is_required = True
+        parser.add_argument("model", metavar="MODEL", help=what)
+        # Never met while parsing: `Parser` puts its value where MODEL is.
+        parser.add_argument(
+            "--model", dest="model_", metavar="MODEL", help="the same", default=argparse.SUPPRESS
+        )
+        return
+    parser.add_argument(
+        "model",
+        nargs="?",
+        action=_Model,
+        metavar="MODEL",
+        help=what,
+        # argparse would otherwise write the default over what --model gave.
+        default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--model", action=_Model, metavar="MODEL", help="the same")
+
+
+def add_method(container: Container, what: str, *, required: bool = False) -> None:
+    """Add ``--method METHOD``, also called ``--methods``: one; it goes to ``arguments.method``."""
+    container.add_argument(
+        "--method", "--methods", dest="method", metavar="METHOD", help=what, required=required
+    )
+
+
+def add_methods(container: Container, what: str, *, required: bool = False) -> None:
+    """Add ``--method METHOD [METHOD ...]``, also called ``--methods``: a list in `method`."""
+    container.add_argument(
+        "--method",
+        "--methods",
+        dest="method",
+        nargs="+",
+        action="extend",
+        metavar="METHOD",
+        help=what,
+        required=required,
+    )
+
+
+def add_keep(parser: Container, default: str | None = None) -> None:
     """Add ``--keep KEEP``; read it with `parse_keep`."""
     ending = "" if default is None else f" (default: {default})"
     parser.add_argument(
@@ -25,7 +177,7 @@ def add_keep(parser: argparse.ArgumentParser, default: str | None = None) -> Non
     )
 
 
-def add_positions(parser: argparse.ArgumentParser) -> None:
+def add_positions(parser: Container) -> None:
     """Add ``--positions``."""
     parser.add_argument(
         "--positions",
@@ -35,14 +187,15 @@ def add_positions(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_options(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """Add ``--option NAME=VALUE``; read them with `parse_options`."""
+def add_options(parser: Container) -> None:
+    """Add ``--option``; read the list with `options_by_method`."""
     parser.add_argument(
         "--option",
         action="append",
         default=[],
-        metavar="NAME=VALUE",
-        help=f"{help_text}, for example estimator=jvp; may be repeated",
+        metavar="[METHOD.]NAME=VALUE",
+        help="an option of a method, for example flexselect.layer=3; without METHOD of every "
+        "method that has it; may be repeated",
     )
 
 
@@ -116,8 +269,15 @@ def _number(text: str) -> int | float | None:
     return value / 100 if percent else value
 
 
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
+def parse_options(given: Iterable[str], argument: str = "--option") -> dict[str, Any]:
     """Return ``NAME=VALUE`` arguments as a dict; values are read as JSON, or stay text.
+
+    Parameters
+    ----------
+    given
+        The arguments.
+    argument
+        What to call it in an error.
 
     Raises
     ------
@@ -125,12 +285,83 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
         If there is no ``=``.
     """
     values: dict[str, Any] = {}
-    for option in options:
-        name, equals, text = option.partition("=")
+    for one in given:
+        name, equals, text = one.partition("=")
         if not equals or not name:
-            raise OptionError(f"--option {option} is not NAME=VALUE, for example seed=1.")
+            raise OptionError(f"{argument} {one} is not NAME=VALUE, for example seed=1.")
         try:
-            values[name.replace("-", "_")] = json.loads(text)
+            values[name] = json.loads(text)
         except json.JSONDecodeError:
-            values[name.replace("-", "_")] = text
-    return values
+            values[name] = text
+    return {name.replace("-", "_"): value for name, value in values.items()}
+
+
+def options_by_method(given: Iterable[str], methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return what ``--option`` says, by method.
+
+    Parameters
+    ----------
+    given
+        ``METHOD.NAME=VALUE``, for one method, or ``NAME=VALUE``, for every method that has it.
+    methods
+        Those that are in use.
+
+    Returns
+    -------
+    dict
+        Method -> name -> value, for those of `methods` that were given an option. What names its
+        method wins over what does not.
+
+    Raises
+    ------
+    OptionError
+        If an option names a method that is not in use, or no method in use has it.
+    UnknownMethodError
+        If there is no such method.
+    """
+    named: dict[str, dict[str, Any]] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    methods = list(dict.fromkeys(methods))
+    for one in given:
+        name, equals, text = one.partition("=")
+        # A method's name may have a dot in it, an option's cannot.
+        method, dot, option = name.rpartition(".")
+        ((option, value),) = parse_options([f"{option}{equals}{text}"]).items()
+        if dot:
+            if method not in methods:
+                raise OptionError(
+                    f"--option {one} is for the method {method!r}, which is not in use. "
+                    f"{did_you_mean(method, methods)}"
+                )
+            _check_option(option, [method])
+            named.setdefault(method, {})[option] = value
+            continue
+        for method in _check_option(option, methods):
+            plain.setdefault(method, {})[option] = value
+    return {
+        method: {**plain.get(method, {}), **named.get(method, {})}
+        for method in methods
+        if method in plain or method in named
+    }
+
+
+def _check_option(option: str, methods: Sequence[str]) -> list[str]:
+    """Return those methods that have an option; raise where none has."""
+    from tokenprune.registry import find
+
+    fields = {
+        method: {field.name for field in dataclasses.fields(find(method))} for method in methods
+    }
+    having = [method for method in methods if option in fields[method]]
+    if having:
+        return having
+    match methods:
+        case []:
+            lacking = "there is no method in use that has an option"
+        case [method]:
+            lacking = f"method {method!r} has no option"
+        case _:
+            lacking = f"none of the methods {', '.join(methods)} has an option"
+    raise OptionError(
+        f"{lacking} {option!r}. {did_you_mean(option, set().union(*fields.values()))}"
+    )

@@ -9,6 +9,8 @@ A subcommand is a module registered in the entry point group ``tokenprune.comman
     needs      optional: (arguments) -> the packages it will import, up to its last stage; they are
                looked for before `run`
     TAKES_MORE optional: True where arguments it does not know go to `run` as `arguments.more`
+    ACTIONS    optional: name -> `Action`, where the first word may be one; `arguments.action` is
+               its name, or None
 
 and imports torch and the engines inside `run` only.
 """
@@ -16,15 +18,29 @@ and imports torch and the engines inside `run` only.
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import Protocol, cast
+from typing import NoReturn, Protocol, cast
 
+from tokenprune.arguments import Parser
 from tokenprune.errors import TokenPruneError
 from tokenprune.packages import Package, check_packages, missing_packages
 
 GROUP = "tokenprune.commands"
+
+_CLOSED_PIPE = 128 + 13
+"""What shells give to a program that SIGPIPE, signal 13, ended."""
+
+_NEAR = 0.6
+"""How alike a mistyped word and its correction are, by `difflib`."""
+
+_NEARER = 0.75
+"""The same where the word could also be right, as the name of a model."""
 
 
 class Command(Protocol):
@@ -33,11 +49,31 @@ class Command(Protocol):
     HELP: str
     EXTRA: str
 
-    def configure(self, parser: argparse.ArgumentParser) -> None:
+    def configure(self, parser: Parser) -> None:
         """Add the subcommand's arguments."""
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Do the work and return the exit status."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """One of several things that a subcommand does.
+
+    Attributes
+    ----------
+    help
+        One line.
+    configure
+        Adds its arguments.
+    """
+
+    help: str
+    configure: Callable[[Parser], None]
+
+
+def _name(entry: EntryPoint) -> str:
+    return entry.name
 
 
 def _load(entry: EntryPoint) -> Command | None:
@@ -49,52 +85,121 @@ def _load(entry: EntryPoint) -> Command | None:
         return None
 
 
-def _parser(commands: dict[str, Command]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _overview(entries: Mapping[str, EntryPoint]) -> Parser:
+    """Return the parser of the command itself, which lists the subcommands."""
+    parser = Parser(
         prog="tokenprune",
         description="Keep the visual tokens that matter, before the language model reads them.",
     )
     parser.add_argument("--version", action="version", version=version("tokenprune-vlm"))
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in sorted(commands.items()):
-        command.configure(
-            subparsers.add_parser(
-                name, help=command.HELP, description=command.HELP, allow_abbrev=False
-            )
-        )
+    for name, entry in sorted(entries.items()):
+        if (command := _load(entry)) is not None:
+            subparsers.add_parser(name, help=command.HELP)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0 done, 2 wrong input, 130 interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    entries = {entry.name: entry for entry in entry_points(group=GROUP)}
-    # Load just the subcommand that is asked for; --help and a mistyped name need them all.
-    wanted = [argv[0]] if argv and argv[0] in entries else sorted(entries)
-    commands = {name: command for name in wanted if (command := _load(entries[name])) is not None}
-    parser = _parser(commands)
-    arguments, more = parser.parse_known_args(argv)
-    arguments.more = more
-    command = commands[arguments.command]
-    if more and not getattr(command, "TAKES_MORE", False):
-        parser.error(f"{arguments.command} has no arguments {' '.join(more)}")
+def _no_subcommand(entries: Mapping[str, EntryPoint], argv: Sequence[str]) -> NoReturn:
+    """Print the overview, the version, or what is wrong with the first word; and end."""
+    parser = _overview(entries)
+    if argv and not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], entries, n=1, cutoff=_NEAR)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        parser.error(f"there is no subcommand {argv[0]}. {hint}Allowed: {', '.join(entries)}.")
+    parser.parse_args(argv)
+    raise SystemExit(2)  # every such line ends in argparse
+
+
+def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:
+    """Return a subcommand's arguments, with what is known of them in `command` and `action`."""
+    actions: Mapping[str, Action] = getattr(command, "ACTIONS", {})
+    action = words[0] if words and words[0] in actions else None
+    prog = f"tokenprune {name}" if action is None else f"tokenprune {name} {action}"
+    described = command.HELP if action is None else actions[action].help
+    parser = Parser(prog=prog, description=described)
+    parser.takes_more = getattr(command, "TAKES_MORE", False)
+    if action is None:
+        command.configure(parser)
+        _check_action(parser, actions, words)
+    else:
+        actions[action].configure(parser)
+        words = words[1:]
+    arguments, more = parser.parse_known_args(words)
+    if more and not parser.takes_more:
+        parser.refuse(more)
+    arguments.command, arguments.action, arguments.more = name, action, more
+    return arguments
+
+
+def _check_action(parser: Parser, actions: Mapping[str, Action], words: Sequence[str]) -> None:
+    """End with an error if the first word is a mistyped action, and not a model or a file."""
+    # `--model` takes whatever looks like an action.
+    if words and not words[0].startswith("-") and "/" not in words[0]:
+        near = difflib.get_close_matches(words[0], actions, n=1, cutoff=_NEARER)
+        if near and not os.path.exists(words[0]):
+            parser.error(f"there is no action {words[0]}; did you mean {near[0]}?")
+
+
+def _run(argv: Sequence[str]) -> int:
+    entries = {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=_name)}
+    if not argv or argv[0] not in entries:
+        _no_subcommand(entries, argv)
+    # Just the subcommand that is asked for is loaded.
+    name = argv[0]
+    command = _load(entries[name])
+    if command is None:
+        return 2
+    arguments = _parse(name, command, argv[1:])
     try:
         if hasattr(command, "needs"):
             check_packages(command.needs(arguments), command.EXTRA, "this subcommand")
         return command.run(arguments)
     except TokenPruneError as error:
-        print(f"tokenprune {arguments.command}: {error}", file=sys.stderr)
+        print(f"tokenprune {name}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if not command.EXTRA or (error.name or "").startswith("tokenprune"):
             raise
         # What `needs` left out: a package that one of those it names needs in its turn.
         missing = missing_packages([Package(error.name or "?")], command.EXTRA, "this subcommand")
-        print(f"tokenprune {arguments.command}: {missing}", file=sys.stderr)
+        print(f"tokenprune {name}: {missing}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\ntokenprune {arguments.command}: interrupted", file=sys.stderr)
+        print(f"\ntokenprune {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_closed_pipe(file: int) -> bool:
+    """Say whether a file descriptor to write to is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+    except AttributeError:  # not on every system
+        return True
+    poll.register(file, 0)  # errors are told without being asked for
+    return bool(poll.poll(0))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status.
+
+    Returns
+    -------
+    int
+        0 done, 2 wrong input, 130 interrupted, 141 if the reader of a pipe went away (``| head``);
+        a subcommand may have others.
+    """
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            # Here, and not when Python ends, a pipe that was closed can be met.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_closed_pipe(sys.stdout.fileno()):
+            raise  # another pipe broke, such as one to a worker
+        # What is left in the buffer must not be written again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
 
 
 if __name__ == "__main__":

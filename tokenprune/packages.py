@@ -12,10 +12,8 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tokenprune import DISTRIBUTION as DISTRIBUTION
 from tokenprune.errors import MissingPackageError
-
-DISTRIBUTION = "tokenprune-vlm"
-"""The name under which pip knows this package."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,15 @@ group ``tokenprune.selectors``. Nothing is imported before a method is asked for
 
 from __future__ import annotations
 
-import functools
 import importlib
-import sys
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING, Any
 
+from tokenprune.entries import unique_entries
 from tokenprune.errors import RegistryError, UnknownMethodError, did_you_mean
-from tokenprune.selectors.base import Selector
+
+if TYPE_CHECKING:
+    from tokenprune.selectors.base import Selector
 
 GROUP = "tokenprune.selectors"
 
@@ -36,27 +37,15 @@ NO_SELECTORS = {
 """Methods that are no selectors: name -> what they do, and who takes them."""
 
 
-def _entries() -> dict[str, EntryPoint]:
+def registered() -> dict[str, EntryPoint]:
     """Return name -> where the class is, for every method; a name that is taken is refused."""
-    return _entries_on(tuple(sys.path))
-
-
-@functools.lru_cache(maxsize=4)
-def _entries_on(_path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """Read the installed packages' entry points, once for each search path: it takes 2 ms."""
-    entries = {name: EntryPoint(name, value, GROUP) for name, value in _OWN.items()}
-    for entry in entry_points(group=GROUP):
-        known = entries.get(entry.name)
-        if known is not None and known.value != entry.value:
-            raise RegistryError(
-                f"two selectors are called {entry.name!r}: {known.value} and {entry.value}. "
-                "Rename one in its package's entry points, or uninstall that package."
-            )
-        entries[entry.name] = entry
-    return entries
+    return unique_entries(GROUP, "selectors", _OWN)
 
 
 def _load(entry: EntryPoint) -> type[Selector]:
+    # Here, because it imports torch.
+    from tokenprune.selectors.base import Selector
+
     module_name, _, class_name = entry.value.partition(":")
     try:
         loaded = getattr(importlib.import_module(module_name), class_name)
@@ -86,7 +75,7 @@ def methods() -> dict[str, type[Selector]]:
     RegistryError
         If two packages register one name, or one cannot be loaded.
     """
-    return {name: _load(entry) for name, entry in sorted(_entries().items())}
+    return {name: _load(entry) for name, entry in sorted(registered().items())}
 
 
 def find(method: str) -> type[Selector]:
@@ -99,7 +88,7 @@ def find(method: str) -> type[Selector]:
     RegistryError
         If it is registered twice or cannot be loaded.
     """
-    entries = _entries()
+    entries = registered()
     if method in NO_SELECTORS:
         raise UnknownMethodError(f"method {method!r} {NO_SELECTORS[method]}.")
     if method not in entries:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.arguments import Parser, add_model
 from tokenprune.errors import ConfigError, reason_of
 from tokenprune.packages import Package
 from tokenprune_eval.packages import TABLES, needs_of_model
@@ -35,15 +36,11 @@ _ALPHAS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 """What else --alpha might have been."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     # A list of files swallows what comes after it, so the model is shown first.
     parser.usage = f"{parser.prog} MODEL --data DATA [DATA ...] --out FILE [options]"
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="a checkpoint of transformers, a folder or a name; 'bundled': the bundled model",
-    )
+    add_model(parser, "a checkpoint of transformers, a folder or a name, or bundled")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -134,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.layout import identity_of
-    from tokenprune_hf.loading import load, model_path
+    from tokenprune_hf.loading import load
 
     names = ("alpha", "dense", "sink", "intra")
     given = {name: getattr(arguments, name) for name in names}
@@ -161,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
             prompts = check_pictures(prompts, lambda: advance(1), left_out)
             left_out.check("prompt", len(prompts))
         with progress.step("loading the model", 1):
-            model, processor = load(model_path(arguments.model))
+            model, processor = load(arguments.model)
             if arguments.dtype is not None:
                 model = model.to(getattr(torch, arguments.dtype))
         limits = thresholds(identity_of(model).layers, **given)

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_keep, parse_keep
+from tokenprune.arguments import Parser, add_keep, add_model, parse_keep
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
+from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, TABLES, needs_of_model
 from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
@@ -39,21 +40,14 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     )
 
 
-BUNDLED = "bundled"
-"""In place of a model's name: the bundled model."""
-
 _LINE, _SOFT = "#20639b", "#5c6672"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     # A list of files swallows what comes after it, so the model is shown first.
     parser.usage = f"{parser.prog} MODEL --video FILE [FILE ...] [options]"
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help=f"a checkpoint of transformers, a folder or a name; {BUNDLED!r}: the bundled model",
-    )
+    add_model(parser, "a checkpoint of transformers, a folder or a name, or bundled")
     parser.add_argument(
         "--video",
         nargs="+",
@@ -142,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
                 advance(1)
             left_out.check("video", len(videos))
         with progress.step("loading the model", 1):
-            model, processor = load(_path(arguments.model))
+            model, processor = load(arguments.model)
         about = _about(arguments, model, needles, videos)
         numbers = arguments.out / "layer_recall.json"
         planned = len(videos) * len(needles) * arguments.repeats
@@ -197,15 +191,6 @@ def run(arguments: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
-
-
-def _path(model: str) -> str:
-    """Return what to load for the name that the user gave."""
-    if model != BUNDLED:
-        return model
-    from tokenprune_eval.bundled.model import bundled_model_path
-
-    return str(bundled_model_path())
 
 
 def _name(model: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import textwrap
 import warnings
@@ -12,16 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import (
-    ConfigError,
-    MissingPackageError,
-    OptionError,
-    OutputError,
-    UnsupportedModelError,
-    did_you_mean,
+from tokenprune.arguments import (
+    Parser,
+    add_keep,
+    add_methods,
+    add_model,
+    add_options,
+    add_positions,
+    options_by_method,
+    parse_keep,
 )
+from tokenprune.errors import ConfigError, MissingPackageError, OutputError, UnsupportedModelError
 from tokenprune.packages import Package
+from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, needs_of_model
 from tokenprune_hf.packages import TRANSFORMERS
 
@@ -46,7 +48,7 @@ EXTRA = "demo"
 
 def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     """Return what it imports."""
-    return (*TRANSFORMERS, *PLOTS, *needs_of_model(arguments.model or "bundled"))
+    return (*TRANSFORMERS, *PLOTS, *needs_of_model(arguments.model or BUNDLED))
 
 
 _FORMATS = (".png", ".pdf", ".svg")
@@ -91,27 +93,17 @@ class Shown:
         return text
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
-    parser.add_argument(
-        "--model",
-        metavar="PATH_OR_NAME",
-        help="a checkpoint of transformers (default: the bundled model)",
-    )
+    add_model(parser, "a checkpoint of transformers (default: the bundled model)", required=False)
     parser.add_argument(
         "--question", metavar="TEXT", help="also answer this, with all tokens and with those kept"
     )
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        action="extend",
-        metavar="METHOD",
-        help="one panel each (default: zeroth-order cls-attention divprune)",
-    )
+    add_methods(parser, "one panel each (default: zeroth-order cls-attention divprune)")
     add_keep(parser, default="0.25")
     add_positions(parser)
-    add_options(parser, "an option of those methods that have it")
+    add_options(parser)
     parser.add_argument(
         "-o",
         "--out",
@@ -168,22 +160,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
     """Return the methods, each with those options that it has."""
-    from tokenprune.registry import build, find
+    from tokenprune.registry import build
 
-    values = parse_options(options)
-    fields = {
-        method: {field.name for field in dataclasses.fields(find(method))} for method in methods
-    }
-    known = set().union(*fields.values())
-    for name in values:
-        if name not in known:
-            raise OptionError(
-                f"none of {', '.join(methods)} has an option {name!r}. {did_you_mean(name, known)}"
-            )
-    return [
-        build(method, {name: value for name, value in values.items() if name in fields[method]})
-        for method in methods
-    ]
+    values = options_by_method(options, methods)
+    return [build(method, values.get(method, {})) for method in methods]
 
 
 def _check_out(out: Path) -> None:
@@ -216,10 +196,9 @@ def _look(
 
     import tokenprune_hf
     from tokenprune.selecting import select_many
-    from tokenprune_eval.bundled.model import bundled_model_path
     from tokenprune_hf.loading import ask, load
 
-    model, processor = load(model_name or str(bundled_model_path()))
+    model, processor = load(model_name or BUNDLED)
     inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)

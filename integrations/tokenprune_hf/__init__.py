@@ -9,8 +9,10 @@ The model's own forward runs; no code of transformers is copied and no attention
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import tokenprune_vlm.checked  # noqa: F401  # raises where `tokenprune` is another project's
+from tokenprune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokenprune_hf.dominance import measure_dominance as measure_dominance
@@ -47,10 +49,4 @@ _HOMES = {
     "sparse": "sparse_attention",
 }
 
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tokenprune_hf' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tokenprune_hf.{_HOMES[name]}"), name)
+__all__, __getattr__, __dir__ = lazy_names("tokenprune_hf", _HOMES)

@@ -6,8 +6,6 @@ about an image or a video as the model's own chat template does.
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
+from tokenprune.providers import model_path
 from tokenprune_hf.families.base import VIDEO_FRAMES
 from tokenprune_hf.families.registry import supported_models
 from tokenprune_hf.video import Video
@@ -28,38 +27,19 @@ _CLOCKS = [whole / part for part in (1.0, 1.001) for whole in range(1000, 500, -
 No faster ones: some processors count a tick in whole milliseconds."""
 
 
-BUNDLED = "bundled"
-"""What stands for the bundled model on a command line."""
-
-
-def model_path(name: str) -> str:
-    """Return what `load` takes for a command line's MODEL, which may be the word ``bundled``."""
-    if name != BUNDLED:
-        return name
-    # eval/ stands above this room and may be absent; whoever writes "bundled" has it.
-    module = importlib.import_module("tokenprune_eval.bundled.model")
-    return str(module.bundled_model_path())
-
-
-def selector_path(path: str) -> Path:
-    """Return the folder of a trained selector, which may be the word ``bundled``."""
-    if path != BUNDLED:
-        return Path(path)
-    module = importlib.import_module("tokenprune_eval.bundled.model")
-    folder: Path = module.SELECTOR
-    return folder
-
-
 def load(name: str) -> tuple[Any, Any]:
     """Return a model in eval mode, on the GPU where there is one, and its processor.
 
     Parameters
     ----------
     name
-        Folder of a checkpoint, or a name that transformers can find.
+        Folder of a checkpoint, a name that transformers can find, or one that a package brings
+        (see `tokenprune.providers`): ``"bundled"`` is the bundled model.
 
     Raises
     ------
+    MissingPackageError
+        If what brings a named model is not installed.
     UnsupportedModelError
         If it cannot be pruned; said before weights are read.
     InputFileError
@@ -68,18 +48,19 @@ def load(name: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    path = model_path(name)
     hf: Any = transformers  # much of it is not typed
     hf.utils.logging.disable_progress_bar()
     hf.utils.logging.set_verbosity_error()
     try:
-        kind = hf.AutoConfig.from_pretrained(name).model_type
+        kind = hf.AutoConfig.from_pretrained(path).model_type
         if kind not in supported_models():
             raise UnsupportedModelError(
                 f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
                 f"{', '.join(sorted(supported_models()))}."
             )
-        processor = hf.AutoProcessor.from_pretrained(name)
-        model = hf.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
+        processor = hf.AutoProcessor.from_pretrained(path)
+        model = hf.AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
     except TokenPruneError:
         raise
     except Exception as error:  # what is wrong with a checkpoint can show in any way

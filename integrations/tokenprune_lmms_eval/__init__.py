@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import tokenprune_vlm.checked  # noqa: F401  # raises where `tokenprune` is another project's
+
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 

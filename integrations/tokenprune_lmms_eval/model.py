@@ -16,7 +16,7 @@ from loguru import logger
 
 import tokenprune_hf
 from tokenprune.errors import ConfigError, TokenPruneError
-from tokenprune_hf.loading import load, model_path
+from tokenprune_hf.loading import load
 from tokenprune_lmms_eval.arguments import read_arguments
 from tokenprune_lmms_eval.generation import Generation, StopAtText, cut, read_generation
 from tokenprune_lmms_eval.prompt import Message, lay_out
@@ -59,7 +59,7 @@ class PrunedModel(lmms):
                 "tokenprune_hf runs in one process, and this one was started as one of several. "
                 "Start lmms-eval by itself; --offset and --limit cut a task into parts."
             )
-        self.model, self.processor = load(model_path(arguments.pretrained))
+        self.model, self.processor = load(arguments.pretrained)
         if arguments.device is not None:
             try:
                 self.model.to(arguments.device)

@@ -8,8 +8,10 @@ without them vLLM behaves as if it were not installed.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import tokenprune_vlm.checked  # noqa: F401  # raises where `tokenprune` is another project's
+from tokenprune.lazy import lazy_names
 
 if TYPE_CHECKING:
     from tokenprune_vllm.architectures import ARCHITECTURES as ARCHITECTURES
@@ -22,10 +24,4 @@ _HOMES = {
     "engine_args": "engine",
 }
 
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tokenprune_vllm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"tokenprune_vllm.{_HOMES[name]}"), name)
+__all__, __getattr__, __dir__ = lazy_names("tokenprune_vllm", _HOMES)

@@ -11,6 +11,7 @@ from typing import Any
 from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.providers import model_path
 from tokenprune_vllm.architectures import architecture_of, check_method
 from tokenprune_vllm.settings import KEY, ServerSettings
 
@@ -32,7 +33,7 @@ def engine_args(
     Parameters
     ----------
     model
-        A folder or a name on the model hub.
+        A folder, a name on the model hub, or ``"bundled"``.
     method
         A name out of `tokenprune.methods()`.
     keep
@@ -61,8 +62,9 @@ def engine_args(
     InputFileError
         If the model has no config.json that can be read.
     """
+    path = model_path(model)
     overrides = pruning_overrides(
-        read_config(model, engine.get("revision")),
+        read_config(path, engine.get("revision")),
         str(model),
         PruningConfig(method, keep, positions, dict(options or {})),
         request_methods,
@@ -74,7 +76,7 @@ def engine_args(
             "hf_overrides must be a dict here: tokenprune adds its own keys to it, which it cannot "
             f"do to a {type(given).__name__}."
         )
-    return {"model": os.fspath(model), **engine, "hf_overrides": merge(given or {}, overrides)}
+    return {"model": path, **engine, "hf_overrides": merge(given or {}, overrides)}
 
 
 def pruning_overrides(

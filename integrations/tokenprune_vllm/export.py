@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import InputFileError, reason_of
+from tokenprune.providers import model_path
 from tokenprune_vllm.engine import pruning_overrides, read_config
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"})
@@ -25,7 +27,7 @@ def export(
     out: str | os.PathLike[str],
     pruning: PruningConfig,
     *,
-    request_methods: Sequence[str] = (),
+    request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     copy: bool = False,
 ) -> Path:
     """Write a checkpoint that vLLM serves pruned.
@@ -33,13 +35,13 @@ def export(
     Parameters
     ----------
     model
-        A folder, or a name on the model hub that is downloaded if need be.
+        A folder, a name on the model hub that is downloaded if need be, or ``"bundled"``.
     out
         The folder to make; it must not be there yet, or be empty.
     pruning
         How to prune.
     request_methods
-        Methods that a request may name, beside the default's.
+        Methods that a request may name, beside the default's; a mapping gives their options.
     copy
         Copy all files. Otherwise files are hard-linked where the file system can, so that
         weights are on the disk once.
@@ -91,7 +93,7 @@ def export(
 
 def _folder(model: str | os.PathLike[str]) -> Path:
     """Return the folder of a checkpoint, downloading it where a name was given."""
-    folder = Path(model)
+    folder = Path(model_path(model))
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download

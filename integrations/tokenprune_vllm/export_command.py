@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from tokenprune.arguments import Parser, add_model
 from tokenprune.packages import Package
 from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.serve import add_pruning, pruning_of
@@ -18,9 +19,9 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     return TRANSFORMERS
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
-    parser.add_argument("model", metavar="MODEL", help="a folder or a name on the model hub")
+    add_model(parser, "a folder, a name on the model hub, or bundled")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
     add_pruning(parser)
     parser.add_argument(
@@ -32,11 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the folder and say how to serve it."""
     from tokenprune_vllm.export import export
 
+    pruning, request_methods = pruning_of(arguments)
     out = export(
         arguments.model,
         arguments.out,
-        pruning_of(arguments),
-        request_methods=arguments.request_method,
+        pruning,
+        request_methods=request_methods,
         copy=arguments.copy,
     )
     print(f"{out}: serve it with `vllm serve {out}`, or with `tokenprune serve {out}`.")

@@ -38,5 +38,5 @@ def check_overridden(made: type, mixin: type, names: Sequence[str]) -> None:
         raise UnsupportedModelError(
             f"vLLM {__version__} has no {', '.join(gone)} for {made.__name__} to override, so "
             f"tokenprune {version('tokenprune-vlm')} cannot prune in it. Install a version of vLLM "
-            "that docs/serving.md names, or a newer tokenprune."
+            "that `tokenprune docs serving` names, or a newer tokenprune."
         )

@@ -8,6 +8,6 @@ VLLM = (
     Package(
         "vllm",
         install=f"'{DISTRIBUTION}[vllm]'",
-        hint="That is vLLM for a GPU; docs/serving.md says how to install its CPU build.",
+        hint="That is vLLM for a GPU; `tokenprune docs serving` says how to install its CPU build.",
     ),
 )

@@ -11,9 +11,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_keep, add_options, add_positions, parse_keep, parse_options
-from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.arguments import (
+    Parser,
+    add_keep,
+    add_method,
+    add_model,
+    add_options,
+    add_positions,
+    options_by_method,
+    parse_keep,
+)
+from tokenprune.errors import ConfigError, InputFileError, OptionError, reason_of
 from tokenprune.packages import Package
+from tokenprune.providers import model_path
 from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.packages import VLLM
 
@@ -30,11 +40,9 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     return (*VLLM, *TRANSFORMERS)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments; all others are vLLM's."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a folder or a name on the model hub; comes first"
-    )
+    add_model(parser, "a folder, a name on the model hub, or bundled; comes first")
     add_pruning(parser)
     parser.add_argument(
         "--allow-request-keep",
@@ -43,21 +51,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_pruning(parser: argparse.ArgumentParser) -> None:
+def add_pruning(parser: Parser) -> None:
     """Add the arguments that say how to prune; `serve` and `export` share them."""
     parser.add_argument(
         "--pruning",
         type=Path,
         metavar="FILE",
         help="a PruningConfig as JSON, which calibrate and find-layer write, in place of --method, "
-        "--keep, --positions and --option",
+        "--keep and --positions",
     )
-    parser.add_argument("--method", metavar="METHOD", help="see `tokenprune methods`")
+    add_method(parser, "see `tokenprune methods`")
     add_keep(parser)
     add_positions(parser)
-    add_options(parser, "an option of the method")
+    add_options(parser)
     parser.add_argument(
         "--request-method",
+        "--request-methods",
+        dest="request_method",
         nargs="+",
         action="extend",
         default=[],
@@ -90,17 +100,19 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     if arguments.request_method and not arguments.allow_request_keep:
         raise ConfigError("--request-method needs --allow-request-keep: requests ask for nothing.")
     trusts = "--trust-request-mm-kwargs" in more
-    config = read_config(arguments.model, _value(more, "--revision"))
-    methods: dict[str, dict[str, Any]] = {name: {} for name in arguments.request_method}
+    model = model_path(arguments.model)
+    config = read_config(model, _value(more, "--revision"))
     given = (arguments.pruning, arguments.method, arguments.keep)
     if given == (None, None, None) and KEY in config:
         written = config[KEY]  # an exported checkpoint says itself how to prune
-        methods.update(written.get("request_methods", {}))
         pruning = PruningConfig.from_dict(
             {name: written[name] for name in ("method", "keep", "positions", "options")}
         )
+        methods = dict(written.get("request_methods", {}))
+        for name, options in _request_methods(arguments, pruning).items():
+            methods[name] = options or methods.get(name, {})
     else:
-        pruning = pruning_of(arguments)
+        pruning, methods = pruning_of(arguments)
     ours = pruning_overrides(
         config,
         arguments.model,
@@ -110,12 +122,20 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     )
     if arguments.allow_request_keep and not trusts:
         more.append("--trust-request-mm-kwargs")
+    if model != arguments.model and _value(more, "--served-model-name") is None:
+        # Requests name the model as the user did, and not by the folder behind it.
+        more += ["--served-model-name", arguments.model]
     more += ["--hf-overrides", json.dumps(merge(overrides, ours))]
-    return [*_server(), *_model(arguments.model), *more]
+    return [*_server(), *_model(model), *more]
 
 
-def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
-    """Return what `add_pruning`'s arguments say.
+def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, dict[str, Any]]]:
+    """Return what `add_pruning`'s arguments say: the default, and what requests may name.
+
+    Returns
+    -------
+    tuple
+        The default, and method -> options of each of ``--request-method``.
 
     Raises
     ------
@@ -123,14 +143,16 @@ def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
         If method or budget is missing, or both they and a file are given.
     InputFileError
         If the file cannot be read.
+    OptionError, UnknownMethodError
+        As `options_by_method`.
     """
     from tokenprune.config import PruningConfig
 
     if arguments.pruning is not None:
-        if arguments.method or arguments.keep or arguments.option:
+        if arguments.method or arguments.keep:
             raise ConfigError(
-                f"--pruning {arguments.pruning} says how to prune, and --method, --keep and "
-                "--option say it again. Give one or the other."
+                f"--pruning {arguments.pruning} says how to prune, and --method and --keep say it "
+                "again. Give one or the other."
             )
         try:
             text = arguments.pruning.read_text("utf-8")
@@ -138,19 +160,43 @@ def pruning_of(arguments: argparse.Namespace) -> PruningConfig:
             raise InputFileError(
                 f"--pruning {arguments.pruning} cannot be read: {reason_of(error)}."
             ) from None
-        return PruningConfig.from_json(text)
+        pruning = PruningConfig.from_json(text)
+        return pruning, _request_methods(arguments, pruning)
     for name in ("method", "keep"):
         if getattr(arguments, name) is None:
             raise ConfigError(
                 f"--{name} is missing. Say how to prune, for example --method cls-attention "
                 "--keep 64. For an unpruned server use vLLM's own command."
             )
-    return PruningConfig(
+    options = options_by_method(arguments.option, [arguments.method, *arguments.request_method])
+    pruning = PruningConfig(
         arguments.method,
         parse_keep(arguments.keep),
         arguments.positions,
-        parse_options(arguments.option),
+        options.get(arguments.method, {}),
     )
+    return pruning, {name: options.get(name, {}) for name in arguments.request_method}
+
+
+def _request_methods(
+    arguments: argparse.Namespace, pruning: PruningConfig
+) -> dict[str, dict[str, Any]]:
+    """Return method -> options of ``--request-method``, beside a default that is written down.
+
+    Raises
+    ------
+    ConfigError
+        If an option is not for one of these: the default has its own.
+    """
+    names = [name for name in arguments.request_method if name != pruning.method]
+    try:
+        options = options_by_method(arguments.option, names)
+    except OptionError as error:
+        raise ConfigError(
+            f"how {pruning.method} prunes is written down with its options, so --option is for the "
+            f"methods of --request-method alone: {error}"
+        ) from None
+    return {name: options.get(name, {}) for name in names}
 
 
 def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
@@ -186,12 +232,11 @@ def _take_overrides(more: Sequence[str]) -> tuple[dict[str, object], list[str]]:
 
 
 def _value(more: Sequence[str], name: str) -> str | None:
-    """Return the value of one of vLLM's arguments."""
+    """Return the value of one of vLLM's arguments, which it also takes with underscores."""
     for argument, following in zip(more, [*more[1:], ""], strict=False):
-        if argument == name:
-            return following
-        if argument.startswith(f"{name}="):
-            return argument.partition("=")[2]
+        given, equals, value = argument.partition("=")
+        if given.replace("_", "-") == name:
+            return value if equals else following
     return None
 
 

@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tokenprune.cli import GROUP, Command
+from tokenprune.cli import GROUP, Command, parse
 from tokenprune.errors import MissingPackageError
 from tokenprune.packages import DISTRIBUTION, Package, check_packages
 
@@ -194,9 +194,7 @@ def _commands() -> Iterator[tuple[str, Command, argparse.Namespace]]:
     loaded: dict[str, Any] = {one.name: one.load() for one in entry_points(group=GROUP)}
     for name, (arguments, _) in COMMANDS.items():
         command = loaded[arguments[0]]
-        parser = argparse.ArgumentParser()
-        command.configure(parser)
-        yield name, command, parser.parse_known_args(arguments[1:])[0]
+        yield name, command, parse(arguments[0], command, arguments[1:])
 
 
 def _brought_by(extra: str) -> set[str]:

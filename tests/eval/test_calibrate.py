@@ -36,7 +36,7 @@ from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.evaluation.engines.base import Said
 from tokenprune_hf.images import load_image
-from tokenprune_hf.loading import load, model_path
+from tokenprune_hf.loading import load
 
 # The test of a mean -----------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ BASE = ["calibrate", "--model", "bundled", "--batch", "8"]
 
 def _right(items: Sequence[Item], config: PruningConfig) -> tuple[list[bool], list[bool]]:
     """Return whether each answer is right, unpruned and pruned: one by one, by other code."""
-    model, processor = load(model_path("bundled"))
+    model, processor = load("bundled")
 
     def ask(item: Item) -> bool:
         inputs: Any = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
@@ -226,7 +226,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = PruningConfig.from_json(out.read_text())
     assert config.method == "divprune"
     assert config.keep == 0.707
-    assert serve_command(model_path("bundled"), config) in printed
+    assert serve_command("bundled", config) in printed
 
     log = json.loads((tmp_path / "made" / "config.calibration.json").read_text())
     assert log["complete"]

@@ -26,7 +26,7 @@ from tokenprune.selectors.frame_sets import pick_in_sets
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
-_OUR_OWN = "none: tokenprune's own, docs/selectors.md"
+_OUR_OWN = "none: tokenprune's own, see `tokenprune docs selectors`"
 _AHEAD = 11  # tokens whose products are computed before it is known that they are taken
 _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
 

@@ -110,6 +110,11 @@ def bundled_model_path(cache_dir: Path | None = None, *, weights: Path = WEIGHTS
     return target
 
 
+def bundled_selector_path() -> Path:
+    """Folder of the trained selector that goes with the bundled model."""
+    return SELECTOR
+
+
 def vocabulary(weights: Path = WEIGHTS) -> frozenset[str]:
     """Every word the model's tokenizer knows; all others become ``<unk>``.
 

@@ -11,10 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_positions, parse_keep, parse_options, parse_share
+from tokenprune.arguments import (
+    Parser,
+    add_methods,
+    add_model,
+    add_options,
+    add_positions,
+    options_by_method,
+    parse_keep,
+    parse_options,
+    parse_share,
+)
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
-from tokenprune_eval.evaluation.command import add_how, options_by_method
+from tokenprune_eval.evaluation.command import add_how
 from tokenprune_eval.packages import needs_of_run
 
 if TYPE_CHECKING:
@@ -76,18 +86,19 @@ _SETTINGS = (
 """Arguments that are settings of `tokenprune eval` as they are."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
+    # A list of words swallows what comes after it, so the model is shown first.
+    parser.usage = (
+        "%(prog)s MODEL --data DATA [DATA ...] --method METHOD [METHOD ...] --max-drop SHARE "
+        "[options]"
+    )
     parser.epilog = (
         "Exit status: 0 where every method has a budget below 1.0, 1 where one has none, 2 for "
-        "wrong input. docs/calibrate.md says what is claimed, and how surely."
+        "wrong input. `tokenprune docs calibrate` says what is claimed, and how surely."
     )
+    add_model(parser, "a checkpoint, bundled, or with --engine openai the served name")
     what = parser.add_argument_group("what is calibrated")
-    what.add_argument(
-        "--model",
-        required=True,
-        help="a checkpoint, `bundled`, or with --engine openai the served name",
-    )
     what.add_argument(
         "--data",
         nargs="+",
@@ -95,9 +106,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help="questions like those to come: names or files, see `tokenprune eval ls`",
     )
-    what.add_argument(
-        "--method", nargs="+", required=True, metavar="METHOD", help="see `tokenprune methods`"
-    )
+    add_methods(what, "see `tokenprune methods`", required=True)
     what.add_argument(
         "--max-drop",
         required=True,
@@ -117,14 +126,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="budgets to choose from: all fractions, or all numbers of tokens (default: 1/sqrt(2) "
         "to 1/64 in steps of sqrt(2))",
     )
-    what.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        metavar="METHOD.NAME=VALUE",
-        help="an option of a method, for example flexselect.layer=3; may be repeated",
-    )
-    add_positions(what)  # type: ignore[arg-type]
+    add_options(what)
+    add_positions(what)
     what.add_argument(
         "--per-media",
         default="1",
@@ -295,8 +298,8 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
     }
     values |= {
         "keep": list(bounds.grid),
-        "options": options_by_method(arguments.option),
-        "engine_args": parse_options(arguments.engine_arg or []),
+        "options": options_by_method(arguments.option, arguments.method),
+        "engine_args": parse_options(arguments.engine_arg or [], "--engine-arg"),
         "out": arguments.out,
     }
     settings = read_settings(values)
@@ -555,7 +558,7 @@ def _print(console: Console, report: _Report) -> None:
     from rich import box
     from rich.table import Table
 
-    from tokenprune_hf.loading import BUNDLED, model_path
+    from tokenprune.providers import BUNDLED
 
     bounds, unpruned, calls = report.bounds, report.unpruned(), report.calls()
     table = Table(
@@ -617,7 +620,7 @@ def _print(console: Console, report: _Report) -> None:
                 "unanswered, the errors say why."
             )
             continue
-        say(f"{report.files[method]}: {serve_command(model_path(model), config)}")
+        say(f"{report.files[method]}: {serve_command(model, config)}")
     if model == BUNDLED:
         say(
             "The bundled model is a test object and no public VLM: its budgets say nothing about "

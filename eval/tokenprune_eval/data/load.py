@@ -60,7 +60,7 @@ FORMATS = {
     jsonl.NAME: _Format(
         ".jsonl",
         jsonl.COLUMNS,
-        "tokenprune's own format, one question a line (docs/data.md)",
+        "tokenprune's own format, one question a line (`tokenprune docs data`)",
         lambda file, media, answers: jsonl.load(file, media),
         either=frozenset({"image", "video"}),
     ),

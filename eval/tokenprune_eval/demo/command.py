@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenprune.arguments import add_positions
+from tokenprune.arguments import Parser, add_methods, add_positions
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
 from tokenprune_eval.packages import BUNDLED_MODEL, REPORT
@@ -20,7 +20,7 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     return (*TRANSFORMERS, *REPORT, Package("easy_vqa"), *BUNDLED_MODEL)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
     parser.add_argument(
         "--out",
@@ -38,11 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="ask at least N questions of each set, whole images at a time (default: 1000)",
     )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        metavar="METHOD",
-        help="what to compare (default: all of tokenprune's own; see `tokenprune methods`)",
+    add_methods(
+        parser, "what to compare (default: all of tokenprune's own; see `tokenprune methods`)"
     )
     add_positions(parser)
     parser.add_argument(
@@ -58,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenprune.registry import find
     from tokenprune_eval.demo.output import prepare_folder, write_whole
 
-    for method in arguments.methods or ():
+    for method in arguments.method or ():
         find(method)
     prepare_folder(arguments.out)
 
@@ -70,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = runner.Settings(
         out=arguments.out,
-        methods=tuple(dict.fromkeys(arguments.methods or runner.METHODS)),
+        methods=tuple(dict.fromkeys(arguments.method or runner.METHODS)),
         questions=None if arguments.full else arguments.questions,
         positions=arguments.positions,
         seed=arguments.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -48,25 +49,33 @@ def _say_where(console: Console, out: Path, results: Results) -> None:
     console.print(f"report: {out / REPORT}, table: {out / TABLE}", highlight=False, soft_wrap=True)
 
 
-def ls(console: Console) -> int:
-    """List what can be named."""
+_ENGINES = {
+    "hf": "transformers, in this process",
+    "vllm": "vLLM, in this process",
+    "openai": "a server with OpenAI's protocol, at --base-url",
+}
+
+
+def ls(console: Console, as_json: bool = False) -> int:
+    """List what can be named, as tables or as one object: argument -> name -> description."""
     from tokenprune.registry import methods
     from tokenprune_eval.data.load import data_sets
 
-    for title, rows in (
-        ("--data", data_sets()),
-        ("--method", {name: method.summary for name, method in methods().items()}),
-        (
-            "--engine",
-            {
-                "hf": "transformers, in this process",
-                "vllm": "vLLM, in this process",
-                "openai": "a server with OpenAI's protocol, at --base-url",
-            },
-        ),
-    ):
+    listed = {
+        "data": data_sets(),
+        "method": {name: method.summary for name, method in methods().items()},
+        "engine": _ENGINES,
+    }
+    if as_json:
+        print(json.dumps(listed, indent=2))
+        return 0
+    for argument, rows in listed.items():
         table = Table(
-            box=None, show_header=False, title=title, title_justify="left", pad_edge=False
+            box=None,
+            show_header=False,
+            title=f"--{argument}",
+            title_justify="left",
+            pad_edge=False,
         )
         table.add_column(no_wrap=True)
         table.add_column()

@@ -185,7 +185,7 @@ def _check_letters(settings: Settings, sets: Sequence[DataSet]) -> None:
 def _processor(model: str) -> Any:
     from transformers import AutoProcessor
 
-    from tokenprune_hf.loading import model_path
+    from tokenprune.providers import model_path
 
     processors: Any = AutoProcessor
     try:
@@ -218,7 +218,7 @@ def _check_model(settings: Settings) -> None:
 
 def _check_for_vllm(settings: Settings) -> None:
     import tokenprune_vllm
-    from tokenprune_hf.loading import model_path
+    from tokenprune.providers import model_path
 
     path = model_path(settings.model)
     for condition in settings.conditions():
@@ -241,7 +241,7 @@ def _check_for_transformers(settings: Settings) -> None:
     from tokenprune_eval.evaluation.engines.transformers import check_dominance
     from tokenprune_hf.families.base import Media
     from tokenprune_hf.families.registry import check_method, family_of, supported_models
-    from tokenprune_hf.loading import model_path
+    from tokenprune.providers import model_path
 
     name = model_path(settings.model)
     try:
@@ -276,7 +276,7 @@ def _check_vllm_memory(settings: Settings) -> None:
 
     if not current_platform.is_cpu():
         return
-    from tokenprune_hf.loading import model_path
+    from tokenprune.providers import model_path
 
     total, free = _memory()
     given = settings.engine_args

@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.arguments import add_positions, parse_keep, parse_options
+from tokenprune.arguments import (
+    Parser,
+    add_methods,
+    add_model,
+    add_options,
+    add_positions,
+    options_by_method,
+    parse_keep,
+    parse_options,
+)
+from tokenprune.cli import Action
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package, check_packages
 from tokenprune_eval.packages import SETTINGS, STATISTICS, TABLES, needs_of_run
@@ -20,8 +30,6 @@ EXTRA = "eval"
 _WIDTH = 120
 """Columns of what goes into a file or a pipe, which the tables fit into."""
 
-_ACTIONS = "ls, validate, merge and compare are described by `tokenprune eval ACTION --help`."
-
 
 def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     """Return what it imports, as far as the command line says; a YAML file may ask for more."""
@@ -34,41 +42,50 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     return needs_of_run(arguments.engine or "hf", arguments.model)
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments."""
-    parser.epilog = _ACTIONS
-    _add_settings(parser)
-    actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    actions.add_parser("ls", help="list data sets, methods and engines")
-    validate = actions.add_parser(
-        "validate", help="check settings, data and model without running anything"
+def configure(parser: Parser) -> None:
+    """Add the arguments of a run; `ACTIONS` has the rest."""
+    described = [f"{name}: {action.help}" for name, action in ACTIONS.items()]
+    # A list of words swallows what comes after it, so the model is shown first.
+    parser.usage = "%(prog)s [MODEL] --data DATA [DATA ...] [options], or %(prog)s ACTION"
+    parser.epilog = (
+        f"Actions: {'; '.join(described)}. `{parser.prog} ACTION --help` describes each."
     )
-    _add_settings(validate)
-    merge = actions.add_parser("merge", help="put the folders of shards together")
-    merge.add_argument("out", type=Path, help="folder for the whole")
-    merge.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="folders of runs")
-    compare = actions.add_parser("compare", help="compare two runs, question by question")
-    compare.add_argument("a", type=Path, metavar="A", help="folder of a run")
-    compare.add_argument("b", type=Path, metavar="B", help="folder of another")
-    compare.add_argument("--markdown", action="store_true", help="print Markdown")
+    _add_settings(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_listing(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_merge(parser: Parser) -> None:
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the whole")
+    parser.add_argument("shards", type=Path, nargs="+", metavar="SHARD", help="folders of runs")
+
+
+def _add_compare(parser: Parser) -> None:
+    parser.add_argument("a", type=Path, metavar="A", help="folder of a run")
+    parser.add_argument("b", type=Path, metavar="B", help="folder of another")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+
+
+def _add_settings(parser: Parser) -> None:
     """Add what `Settings` holds; nothing has a default here, so that a YAML file can give it."""
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="YAML with these settings; arguments win"
     )
-    what = parser.add_argument_group("what is run")
-    what.add_argument(
-        "--model", help="a checkpoint, `bundled`, or with --engine openai the served name"
+    add_model(
+        parser,
+        "a checkpoint, bundled, or with --engine openai the served name; comes first",
+        required=False,
     )
+    what = parser.add_argument_group("what is run")
     what.add_argument(
         "--data", nargs="+", metavar="DATA", help="names or files, see `tokenprune eval ls`"
     )
     what.add_argument("--media", type=Path, metavar="DIR", help="where the data's files lie")
     what.add_argument("--split", help="of a named data set (default: test)")
     what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
-    what.add_argument("--method", nargs="+", metavar="METHOD", help="see `tokenprune methods`")
+    add_methods(what, "see `tokenprune methods`")
     what.add_argument(
         "--keep",
         nargs="+",
@@ -76,13 +93,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="numbers of tokens, or fractions such as 0.25 or 25%% (default: 1.0 0.5 0.25 0.125 "
         "0.0625); the unpruned model is run in any case",
     )
-    what.add_argument(
-        "--option",
-        action="append",
-        metavar="METHOD.NAME=VALUE",
-        help="an option of a method, for example flexselect.layer=3; may be repeated",
-    )
-    add_positions(what)  # type: ignore[arg-type]
+    add_options(what)
+    add_positions(what)
     what.set_defaults(positions=None)
     what.add_argument("--limit", type=int, metavar="N", help="questions of each data set")
     what.add_argument("--seed", type=int, help="of the draw of these questions (default: 0)")
@@ -146,10 +158,12 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         values["keep"] = [parse_keep(text) for text in arguments.keep]
     if arguments.shard:
         values["shard"] = _shard(arguments.shard)
-    if arguments.option:
-        values["options"] = options_by_method(arguments.option)
     if arguments.engine_arg:
-        values["engine_args"] = parse_options(arguments.engine_arg)
+        values["engine_args"] = parse_options(arguments.engine_arg, "--engine-arg")
+    if arguments.option:
+        # The methods may stand in the file.
+        methods = read_settings({**values, "options": {}}, arguments.config).method
+        values["options"] = options_by_method(arguments.option, methods)
     return read_settings(values, arguments.config)
 
 
@@ -160,24 +174,13 @@ def _shard(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
-def options_by_method(given: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what ``--option METHOD.NAME=VALUE`` says, by method.
-
-    Raises
-    ------
-    ConfigError
-        If no method is named.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for one in given:
-        method, dot, option = one.partition(".")
-        if not dot or "=" in method:
-            raise ConfigError(
-                f"--option {one} does not say of which method. Write METHOD.NAME=VALUE, for "
-                "example flexselect.layer=3."
-            )
-        found.setdefault(method, {}).update(parse_options([option]))
-    return found
+ACTIONS = {
+    "ls": Action("list data sets, methods and engines", _add_listing),
+    "validate": Action("check settings, data and model without running anything", _add_settings),
+    "merge": Action("put the folders of shards together", _add_merge),
+    "compare": Action("compare two runs, question by question", _add_compare),
+}
+"""What `tokenprune eval` does besides running, see `tokenprune.cli`."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -190,7 +193,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     if arguments.action == "ls":
-        return actions.ls(console)
+        return actions.ls(console, as_json=arguments.json)
     if arguments.action == "merge":
         return actions.merge(console, arguments.out, arguments.shards)
     if arguments.action == "compare":

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.providers import BUNDLED
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.demo.runner import _cores, _processor
@@ -28,7 +29,6 @@ from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import ItemInfo, Results, summarise, write_results
-from tokenprune_hf.loading import BUNDLED
 
 LOSSES_SHOWN = 20
 """Lost questions of each data set and condition whose kept tokens are noted, for the report."""

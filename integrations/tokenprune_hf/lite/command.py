@@ -10,8 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune.arguments import Parser, add_model
 from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.packages import Package, check_packages
+from tokenprune.providers import model_path
 from tokenprune_hf.packages import TRANSFORMERS, VIDEO
 
 if TYPE_CHECKING:
@@ -36,13 +38,11 @@ _DECODER = {
 """Argument -> its name in the decoder's config."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
+def configure(parser: Parser) -> None:
     """Add the arguments."""
-    parser.add_argument(
-        "model",
-        metavar="MODEL",
-        help="the checkpoint to learn from (a folder or a name that transformers can find), or "
-        "bundled",
+    add_model(
+        parser,
+        "the checkpoint to learn from: a folder, a name that transformers can find, or bundled",
     )
     parser.add_argument(
         "--data",
@@ -105,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.lite.data import rank, read_data
     from tokenprune_hf.lite.training import Recipe, split, train
-    from tokenprune_hf.loading import load, model_path
+    from tokenprune_hf.loading import load
 
     recipe = Recipe(
         **{
@@ -135,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    model, processor = load(model_path(arguments.model))
+    model, processor = load(arguments.model)
     cache = arguments.cache or arguments.out / "teacher"
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("teacher's rankings", total=len(asked))
@@ -235,7 +235,7 @@ def _from_checkpoint(name: str) -> tuple[dict[str, Any], Callable[[LiteModel], N
 
     make: Any = transformers
     try:
-        found = make.AutoModel.from_pretrained(name, dtype="float32")
+        found = make.AutoModel.from_pretrained(model_path(name), dtype="float32")
     except Exception as error:  # what is wrong with a checkpoint can show in any way
         raise InputFileError(f"--init-from {name} cannot be loaded ({reason_of(error)}).") from None
     source = getattr(found, "language_model", found)

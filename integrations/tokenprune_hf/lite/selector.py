@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.numerics import full_precision
+from tokenprune.providers import selector_path
 from tokenprune.selectors.frame_sets import FrameSets
 from tokenprune.tokens import TokenBatch
 
@@ -45,14 +46,12 @@ class FlexSelectLite(FrameSets):
                 "`tokenprune train-selector` trained for the model."
             )
         from tokenprune_hf.lite.model import read_config
-        from tokenprune_hf.loading import selector_path
 
         read_config(selector_path(self.path))
 
     def check_model(self, config: Any) -> None:
         """Raise unless the selector was trained for a model with this config."""
         from tokenprune_hf.lite.model import read_config
-        from tokenprune_hf.loading import selector_path
 
         own = read_config(selector_path(self.path))
         text = config.get_text_config()
@@ -68,7 +67,6 @@ class FlexSelectLite(FrameSets):
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the trained selector's scores; sets of one size go through it together."""
         from tokenprune_hf.lite.model import load_on
-        from tokenprune_hf.loading import selector_path
 
         features, questions = tokens.require("features"), tokens.require("question")
         model = load_on(selector_path(self.path), features.device)

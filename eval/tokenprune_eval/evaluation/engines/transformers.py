@@ -57,7 +57,7 @@ from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
-from tokenprune_hf.loading import load, model_path
+from tokenprune_hf.loading import load
 from tokenprune_hf.video import Video
 
 _PIXELS = "pixel"
@@ -153,7 +153,7 @@ class TransformersEngine:
             "image": max(16, settings.batch),
             "video": max(1, settings.batch // 4),
         }
-        self.model, self.processor = load(model_path(settings.model))
+        self.model, self.processor = load(settings.model)
         self.prunings = {one.key: settings.pruning(one) for one in settings.conditions()}
         self.needs = sorted(
             {need for one in self.prunings.values() for need in one.selector().needs}

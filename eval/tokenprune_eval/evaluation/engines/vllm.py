@@ -16,13 +16,14 @@ from PIL import Image
 
 import tokenprune_vllm
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
+from tokenprune.providers import model_path
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_hf.loading import frames_and_metadata, model_path, prompt_text
+from tokenprune_hf.loading import frames_and_metadata, prompt_text
 from tokenprune_hf.video import Video
 from tokenprune_vllm.engine import read_config
 from tokenprune_vllm.settings import KEY
