@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Container = argparse.ArgumentParser | argparse._ArgumentGroup
 """What arguments are added to: `argparse` has no public name for a group."""
 
+_IN_PLACE = "_model_in_place"
+"""Notes while parsing whether the model came in its place."""
+
 _NEAR = 0.6
 """How alike a mistyped word and its correction are, by `difflib`."""
 
@@ -55,7 +58,9 @@ class Parser(argparse.ArgumentParser):
             self._check_options(given)
         if self.model_is_required:
             given = self._with_model_in_its_place(given)
-        return super().parse_known_args(given, namespace)
+        arguments, more = super().parse_known_args(given, namespace)
+        vars(arguments).pop(_IN_PLACE, None)
+        return arguments, more
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """End with an error for words that are nobody's."""
@@ -74,18 +79,21 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"there is no option {name}; {hint}")
 
     def _with_model_in_its_place(self, given: list[str]) -> list[str]:
-        """Return arguments with the value of ``--model`` where MODEL is, in front."""
-        for place, word in enumerate(given):
+        """Return arguments with the value of ``--model`` where MODEL is, in front; the last wins."""
+        model: str | None = None
+        rest: list[str] = []
+        words = iter(given)
+        for word in words:
+            name, equals, value = word.partition("=")
             if word == "--":
-                break
-            if word == "--model":
-                if place + 1 == len(given):
-                    break  # argparse says that the value is missing
-                return self._one_model([given[place + 1], *given[:place], *given[place + 2 :]])
-            if word.startswith("--model="):
-                value = word.partition("=")[2]
-                return self._one_model([value, *given[:place], *given[place + 1 :]])
-        return given
+                rest += [word, *words]
+            elif name == "--model":
+                model = value if equals else next(words, None)
+                if model is None:
+                    self.error("argument --model: expected one argument")
+            else:
+                rest.append(word)
+        return rest if model is None else self._one_model([model, *rest])
 
     def _one_model(self, given: list[str]) -> list[str]:
         """End with an error if there are now more positional arguments than places in front."""
@@ -97,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Model(argparse.Action):
-    """Store the model, which may be given in its place or as ``--model``, but not both."""
+    """Store the model, given in its place or as ``--model``, but not both; of several the last."""
 
     def __call__(
         self,
@@ -106,10 +114,12 @@ class _Model(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        known = getattr(namespace, self.dest, None)
-        if known is not None:
+        known = vars(namespace).get(self.dest)
+        in_place = option_string is None
+        if known is not None and vars(namespace)[_IN_PLACE] != in_place:
             parser.error(f"the model is named twice: {known} and {values}")
         setattr(namespace, self.dest, values)
+        setattr(namespace, _IN_PLACE, in_place)
 
 
 def add_model(parser: Parser, what: str, *, required: bool = True) -> None:
@@ -330,7 +340,7 @@ def options_by_method(given: Iterable[str], methods: Iterable[str]) -> dict[str,
         if dot:
             if method not in methods:
                 raise OptionError(
-                    f"--option {one} is for the method {method!r}, which is not in use. "
+                    f"--option {one} is for {method!r}, which is not among the methods. "
                     f"{did_you_mean(method, methods)}"
                 )
             _check_option(option, [method])

@@ -378,7 +378,7 @@ def test_a_disk_without_room_is_found_first(
         (["--keep", "0"], "keeps nothing"),
         (["--keep", "many"], "is no number"),
         (["--method", "cls-atention"], "Did you mean 'cls-attention'"),
-        (["--option", "layer=3"], "METHOD.NAME=VALUE"),
+        (["--option", "layer=3"], "has no option 'layer'"),
         (["--option", "flexselect.layer=3"], "not among the methods"),
         (["--option", "cls-attention.layer=3"], "layer"),
         (["--shard", "3/2"], "i from 1 to n"),
