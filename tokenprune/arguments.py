@@ -79,7 +79,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"there is no option {name}; {hint}")
 
     def _with_model_in_its_place(self, given: list[str]) -> list[str]:
-        """Return arguments with the value of ``--model`` where MODEL is, in front; the last wins."""
+        """Return arguments with what the last ``--model`` says in front, where MODEL is."""
         model: str | None = None
         rest: list[str] = []
         words = iter(given)

@@ -83,7 +83,13 @@ def test_starting_the_command_imports_neither_torch_nor_an_engine(words: str) ->
 @pytest.mark.parametrize(
     ("words", "unbuffered"),
     # Of help that is written at once argparse itself hides that nobody reads it.
-    [("methods", ""), ("methods", "1"), ("docs selectors", ""), ("docs selectors", "1"), ("-h", "")],
+    [
+        ("methods", ""),
+        ("methods", "1"),
+        ("docs selectors", ""),
+        ("docs selectors", "1"),
+        ("-h", ""),
+    ],
 )
 def test_a_closed_pipe_ends_it_quietly(words: str, unbuffered: str) -> None:
     reading, writing = os.pipe()
@@ -262,7 +268,7 @@ def test_what_is_left_when_the_foreign_package_was_uninstalled_over_ours(tmp_pat
     assert "--force-reinstall" in done.stderr
 
 
-# --- names that are loaded when they are used -------------------------------------------------------
+# --- names that are loaded when they are used -----------------------------------------------------
 
 
 @pytest.mark.parametrize("package", ["tokenprune", "tokenprune_hf", "tokenprune_vllm"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import tokenprune_vllm
 from tests.vllm import checkpoints
 from tests.vllm.engines import answer, engine, greedy, kept
+from tokenprune.arguments import Parser
 from tokenprune.config import PruningConfig
 from tokenprune.errors import (
     ConfigError,
@@ -24,6 +24,7 @@ from tokenprune.errors import (
     UnknownMethodError,
     UnsupportedModelError,
 )
+from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_vllm import serve
 from tokenprune_vllm.export import export
 from tokenprune_vllm.hooks import check_overridden
@@ -195,18 +196,75 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
+def serve_command(*words: str) -> list[str]:
+    """Return the command line of vLLM's server for one of `tokenprune serve`."""
+    parser = Parser()
+    parser.takes_more = True
+    serve.configure(parser)
+    arguments, arguments.more = parser.parse_known_args(words)
+    return serve.server_command(arguments)
+
+
+def settings_in(command: list[str]) -> dict[str, Any]:
+    """Return what a command line of vLLM's server says of pruning."""
+    made = json.loads(command[command.index("--hf-overrides") + 1])["tokenprune"]
+    return dict(made)
+
+
+def test_serve_and_engine_args_and_export_take_the_bundled_model(tmp_path: Path) -> None:
+    folder = str(bundled_model_path())
+    command = serve_command("bundled", "--method=random", "--keep=4", "--port", "80")
+    assert folder in command
+    assert command[command.index("--served-model-name") + 1] == "bundled"
+    assert settings_in(command)["keep"] == 4
+    named = serve_command(
+        "--model=bundled", "--method=random", "--keep=4", "--served_model_name=mine"
+    )
+    assert folder in named
+    assert "--served-model-name" not in named
+    assert tokenprune_vllm.engine_args("bundled", "random", 4)["model"] == folder
+    out = export("bundled", tmp_path / "out", PruningConfig("random", 4))
+    config = json.loads((out / "config.json").read_text())
+    assert config["tokenprune"]["keep"] == 4
+    assert (out / "model.safetensors").is_file()
+
+
+def test_options_of_the_methods_that_requests_may_name(llava: Path, tmp_path: Path) -> None:
+    requests = ("--allow-request-keep", "--request-methods", "flexselect", "random", "--keep=4")
+
+    def methods(*words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        made = settings_in(serve_command(str(llava), *words))
+        return made["options"], made["request_methods"]
+
+    options = ("--option", "flexselect.layer=3", "--option", "seed=5")
+    assert methods("--method=zeroth-order", *requests, *options) == (
+        {"seed": 5},
+        {"flexselect": {"layer": 3}, "random": {"seed": 5}},
+    )
+    file = tmp_path / "pruning.json"
+    file.write_text(PruningConfig("zeroth-order", 7, options={"seed": 1}).to_json(), "utf-8")
+    of_file = ("--pruning", str(file), *requests[:-1])
+    assert methods(*of_file, *options) == (
+        {"seed": 1},
+        {"flexselect": {"layer": 3}, "random": {"seed": 5}},
+    )
+    with pytest.raises(ConfigError, match="zeroth-order prunes is written down with its options"):
+        methods(*of_file, "--option", "zeroth-order.seed=2")
+    out = str(
+        export(llava, tmp_path / "out", PruningConfig("uniform", 4), request_methods=["random"])
+    )
+    made = settings_in(serve_command(out, *requests[:-1], "--option", "seed=9"))
+    assert made["request_methods"] == {"random": {"seed": 9}, "flexselect": {}}
+
+
 def test_serve_goes_by_an_exported_config_unless_told_otherwise(
     llava: Path, tmp_path: Path
 ) -> None:
     pruning = PruningConfig("divprune", 0.25, "compact")
     out = str(export(llava, tmp_path / "out", pruning, request_methods=["uniform"]))
-    parser = argparse.ArgumentParser()
-    serve.configure(parser)
 
     def overrides(*arguments: str) -> dict[str, Any]:
-        known, more = parser.parse_known_args([out, *arguments])
-        known.more = more
-        command = serve.server_command(known)
+        command = serve_command(out, *arguments)
         made: dict[str, Any] = json.loads(command[command.index("--hf-overrides") + 1])
         assert command[-4:-2] == ["--port", "80"]
         return made

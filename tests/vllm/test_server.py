@@ -16,6 +16,7 @@ from PIL import Image
 from tests.vllm.servers import COMMON, PLAIN, TOKENPRUNE, Server, chat, serve
 from tokenprune_eval.bundled.model import bundled_model_path
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "what color is the shape?"
 
 
@@ -229,6 +230,14 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
     assert sum(used) == 0
     running = [value for name, value in page.items() if "num_requests_running" in name]
     assert sum(running) == 0
+
+
+def test_the_script_serves_the_bundled_model_under_its_name(tmp_path: Path) -> None:
+    with serve([str(ROOT / "scripts" / "serve")], tmp_path) as running:
+        models = httpx.get(f"{running.url}/v1/models", timeout=30).json()["data"]
+        assert [model["id"] for model in models] == ["bundled"]
+        text = tokens_of(running.ask(None, QUESTION, model="bundled"))
+        assert tokens_of(running.ask(picture(0), QUESTION, model="bundled")) == text + 16 + 2
 
 
 @pytest.fixture(scope="module")
