@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,12 +233,24 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
     assert sum(running) == 0
 
 
-def test_the_script_serves_the_bundled_model_under_its_name(tmp_path: Path) -> None:
-    with serve([str(ROOT / "scripts" / "serve")], tmp_path) as running:
-        models = httpx.get(f"{running.url}/v1/models", timeout=30).json()["data"]
-        assert [model["id"] for model in models] == ["bundled"]
-        text = tokens_of(running.ask(None, QUESTION, model="bundled"))
-        assert tokens_of(running.ask(picture(0), QUESTION, model="bundled")) == text + 16 + 2
+def test_the_script_serves_the_bundled_model_and_the_readme_asks_it(tmp_path: Path) -> None:
+    (block,) = [
+        part for part in (ROOT / "README.md").read_text("utf-8").split("```") if "curl http" in part
+    ]
+    start, _, asking = block.removeprefix("bash").partition("\n\n")
+    script, _, _ = start.strip().partition(" ")
+    with serve([str(ROOT / script)], tmp_path) as running:
+        command = asking.replace("http://localhost:8000", f"--silent --show-error {running.url}")
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["model"] == "bundled"
+        assert answer["choices"][0]["message"]["content"].strip() == "bag"
+        alone = tokens_of(running.ask(None, "what is the yellow item?", model="bundled"))
+        # Two tokens begin and end an image.
+        assert answer["usage"]["prompt_tokens"] == alone + 16 + 2
 
 
 @pytest.fixture(scope="module")
