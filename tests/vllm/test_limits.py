@@ -201,7 +201,8 @@ def serve_command(*words: str) -> list[str]:
     parser = Parser()
     parser.takes_more = True
     serve.configure(parser)
-    arguments, arguments.more = parser.parse_known_args(words)
+    arguments, more = parser.parse_known_args(words)
+    arguments.more = more
     return serve.server_command(arguments)
 
 
