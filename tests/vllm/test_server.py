@@ -234,12 +234,9 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
 
 
 def test_the_script_serves_the_bundled_model_and_the_readme_asks_it(tmp_path: Path) -> None:
-    (block,) = [
-        part for part in (ROOT / "README.md").read_text("utf-8").split("```") if "curl http" in part
-    ]
-    start, _, asking = block.removeprefix("bash").partition("\n\n")
-    script, _, _ = start.strip().partition(" ")
-    with serve([str(ROOT / script)], tmp_path) as running:
+    blocks = (ROOT / "README.md").read_text("utf-8").split("```")
+    (asking,) = [block.removeprefix("bash") for block in blocks if "curl http" in block]
+    with serve([str(ROOT / "scripts" / "serve")], tmp_path) as running:
         command = asking.replace("http://localhost:8000", f"--silent --show-error {running.url}")
         done = subprocess.run(
             ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120
