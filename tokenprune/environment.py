@@ -43,6 +43,9 @@ _SHOWN = (
 )
 """Distributions whose versions are printed."""
 
+_NEEDED = frozenset({"torch", "numpy", "transformers", "vllm"})
+"""Of these, what is printed also where it is missing."""
+
 _VARIABLES = re.compile(
     r"(TOKENPRUNE|VLLM|HF|HUGGINGFACE|TRANSFORMERS|TORCH|PYTORCH|CUDA|NVIDIA|NCCL|OMP|MKL|ONEDNN"
     r"|TOKENIZERS)_.*|LD_PRELOAD|PYTHONPATH|VIRTUAL_ENV"
@@ -98,9 +101,10 @@ def _versions() -> dict[str, str]:
     }
     for name in _SHOWN:
         number = _installed(name)
-        if number is None and name not in ("torch", "numpy", "transformers", "vllm"):
+        if number is None and (name not in _NEEDED or any(map(_installed, _instead_of(name)))):
             continue
-        asked = f" (asked for: {wanted[name]})" if wanted.get(name) else ""
+        range_of = next((one for one, others in _IN_PLACE_OF.items() if name in others), name)
+        asked = f" (asked for: {wanted[range_of]})" if wanted.get(range_of) else ""
         found[name] = (number or "not installed") + asked
     return found
 
@@ -117,6 +121,11 @@ def _installed(name: str) -> str | None:
             build = re.search(r"^__version__ = ['\"](.+)['\"]$", file.read_text("utf-8"), re.M)
             return build[1] if build else found.version
     return found.version
+
+
+def _instead_of(name: str) -> tuple[str, ...]:
+    """Return the distributions that bring the same package as one."""
+    return _IN_PLACE_OF.get(name, ())
 
 
 def _requirements() -> list[tuple[str, str, str]]:
@@ -140,7 +149,7 @@ def _extras() -> dict[str, str]:
     for name, extra, _ in _requirements():
         if extra:
             lacking = missing.setdefault(extra, [])
-            if not any(_installed(one) for one in (name, *_IN_PLACE_OF.get(name, ()))):
+            if not any(map(_installed, (name, *_instead_of(name)))):
                 lacking.append(name)
     return {
         extra: f"missing: {', '.join(names)}" if names else "installed"

@@ -206,22 +206,6 @@ def test_messages_cite_what_an_installed_user_can_reach() -> None:
     assert set(cited) <= set(find_pages())
 
 
-def test_scripts_that_are_called_have_their_run_bit() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "--stage", "scripts"], cwd=ROOT, capture_output=True, text=True
-    )
-    if listed.returncode:
-        pytest.skip("not in a git checkout")
-    seen = 0
-    for line in listed.stdout.splitlines():
-        mode, _, _, name = line.split(maxsplit=3)
-        called = (ROOT / name).read_bytes().startswith(b"#!")
-        assert mode == ("100755" if called else "100644"), name
-        assert os.access(ROOT / name, os.X_OK) == called, name
-        seen += called
-    assert seen > 10
-
-
 # --- another project's package of this name -------------------------------------------------------
 
 

@@ -14,11 +14,13 @@ _IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
 found = {}
-for name in ("tokenprune", "tokenprune_hf", "tokenprune_eval"):
+for name in ("tokenprune", "tokenprune_vlm", "tokenprune_hf", "tokenprune_eval"):
     package = importlib.import_module(name)
     found[name] = package.__file__
     for module in pkgutil.walk_packages(package.__path__, name + "."):
         importlib.import_module(module.name)
+from tokenprune.documentation import find_pages
+found["docs"] = str(find_pages()["serving"])
 print(json.dumps(found))
 """
 
@@ -31,8 +33,10 @@ def test_wheel_imports_without_the_checkout(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(unpacked)
-    for package in ("tokenprune", "tokenprune_hf", "tokenprune_eval"):
+    for package in ("tokenprune", "tokenprune_vlm", "tokenprune_hf", "tokenprune_eval"):
         assert f"{package}/py.typed" in names
+    pages = {f"tokenprune/docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
+    assert pages == {name for name in names if name.startswith("tokenprune/docs/")}
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     # Isolated mode leaves out the current folder; the wheel comes before the editable checkout.
     output = subprocess.run(
