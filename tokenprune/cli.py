@@ -110,8 +110,14 @@ def _no_subcommand(entries: Mapping[str, EntryPoint], argv: Sequence[str]) -> No
     raise SystemExit(2)  # every such line ends in argparse
 
 
-def _parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:
-    """Return a subcommand's arguments, with what is known of them in `command` and `action`."""
+def parse(name: str, command: Command, words: Sequence[str]) -> argparse.Namespace:
+    """Return what a subcommand is given for the words behind its name; ends for wrong ones.
+
+    Returns
+    -------
+    argparse.Namespace
+        Its own arguments, and `command`, `action` and `more` (see the top of this file).
+    """
     actions: Mapping[str, Action] = getattr(command, "ACTIONS", {})
     action = words[0] if words and words[0] in actions else None
     prog = f"tokenprune {name}" if action is None else f"tokenprune {name} {action}"
@@ -149,7 +155,7 @@ def _run(argv: Sequence[str]) -> int:
     command = _load(entries[name])
     if command is None:
         return 2
-    arguments = _parse(name, command, argv[1:])
+    arguments = parse(name, command, argv[1:])
     try:
         if hasattr(command, "needs"):
             check_packages(command.needs(arguments), command.EXTRA, "this subcommand")
