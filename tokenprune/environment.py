@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune import DISTRIBUTION
+from tokenprune.releases import TESTED
 
 HELP = "print versions, hardware and settings, for a report of a bug"
 EXTRA = ""
@@ -92,7 +93,7 @@ def describe() -> dict[str, dict[str, Any]]:
 
 
 def _versions() -> dict[str, str]:
-    """Return versions, each with the range that this release asks for."""
+    """Return versions, each with the range that was tested or that this release asks for."""
     wanted = {name: text for name, _, text in _requirements()}
     found = {
         DISTRIBUTION: f"{version(DISTRIBUTION)}, in {Path(__file__).parent}",
@@ -105,6 +106,9 @@ def _versions() -> dict[str, str]:
             continue
         range_of = next((one for one, others in _IN_PLACE_OF.items() if name in others), name)
         asked = f" (asked for: {wanted[range_of]})" if wanted.get(range_of) else ""
+        if range_of in TESTED:
+            untested = number is not None and not TESTED[range_of].covers(number)
+            asked = f" ({'untested; ' * untested}tested: {TESTED[range_of].requirement})"
         found[name] = (number or "not installed") + asked
     return found
 

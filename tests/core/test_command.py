@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import tokenprune
-from tokenprune import cli, environment
+from tokenprune import cli, environment, releases
 from tokenprune.documentation import find_pages
 
 COMMAND = Path(sys.executable).with_name("tokenprune")
@@ -136,11 +136,12 @@ def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out
     assert "secret" not in printed
     about = json.loads(printed)
-    versions = about["versions"]
+    versions, tested = about["versions"], releases.TESTED["transformers"].requirement
     assert versions["torch"].split()[0] == torch.__version__
     assert versions["transformers"].split()[0] == transformers.__version__
     assert versions["numpy"].split()[0] == numpy.__version__
-    assert re.search(r"\(asked for: .*>=", versions["transformers"])
+    assert versions["transformers"].endswith(f" (tested: {tested})")
+    assert versions["numpy"].endswith(")")
     assert about["machine"]["cores"].startswith(str(len(os.sched_getaffinity(0))))
     assert set(about["selectors"]) == set(tokenprune.methods())
     assert about["extras"]["hf"] == "installed"
@@ -157,10 +158,12 @@ def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 def test_env_says_what_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>=2", "transformers<6,>=5; extra == 'hf'", "not-there>=1; extra == 'hf'"]
+    monkeypatch.setattr(environment, "TESTED", {"transformers": releases.Tested((4, 1), (4, 2))})
     monkeypatch.setattr(environment, "requires", lambda _: asked)
     about = environment.describe()
     assert about["extras"] == {"hf": "missing: not-there"}
-    assert about["versions"]["transformers"].endswith("(asked for: <6,>=5)")
+    assert about["versions"]["transformers"].endswith(" (untested; tested: >=4.1,<4.3)")
+    assert about["versions"]["torch"].endswith(" (asked for: >=2)")
 
 
 # --- the documentation --------------------------------------------------------------------------
