@@ -158,7 +158,7 @@ def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 def test_env_says_what_of_an_extra_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["torch>=2", "transformers<6,>=5; extra == 'hf'", "not-there>=1; extra == 'hf'"]
-    monkeypatch.setattr(environment, "TESTED", {"transformers": releases.Tested((4, 1), (4, 2))})
+    monkeypatch.setattr(environment, "TESTED", {"transformers": releases.Releases((4, 1), (4, 2))})
     monkeypatch.setattr(environment, "requires", lambda _: asked)
     about = environment.describe()
     assert about["extras"] == {"hf": "missing: not-there"}
