@@ -17,19 +17,19 @@ from pathlib import Path
 from tokenprune.cli import main as tokenprune
 from tokenprune_eval.bundled.scenes import load_scenes
 
-QUESTIONS = 60
+SCENES = load_scenes()[:60]
 
 
 def write_questions(file: Path) -> None:
-    """Write one question a line: here about the bundled pictures, which need no download."""
+    """Write one question a line, here about pictures that come with the package."""
     lines = [
         {
-            "image": str(scene.image),
+            "image": scene.image.name,
             "question": scene.question,
             "answer": scene.answer,
             "type": scene.type,
         }
-        for scene in load_scenes()[:QUESTIONS]
+        for scene in SCENES
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
@@ -42,6 +42,7 @@ def main() -> int:
     write_questions(questions)
     # The same as on a command line: tokenprune eval --model bundled --data ...
     command = ["eval", "--model", "bundled", "--data", str(questions), "--out", str(run)]
+    command += ["--media", str(SCENES[0].image.parent)]  # the folder with the pictures
     command += ["--method", "relevant-information", "divprune", "random"]
     command += ["--keep", "0.25", "0.125", "--max-new-tokens", "6"]
     if status := tokenprune(command):

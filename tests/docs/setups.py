@@ -103,7 +103,8 @@ def heads(folder: Path) -> Setup:
 
 def llava(folder: Path) -> Setup:
     """Return an image and a prompt for LLaVA-1.5; a tiny one is loaded in its place."""
-    path = checkpoints.save("llava", folder / "llava")
+    longer = {"max_position_embeddings": 4096}
+    path = checkpoints.save("llava", folder / "llava", text_config=longer)
     prompt = checkpoints.prompt("llava", "i")
     return Setup({"image": checkpoints.image(0), "prompt": prompt}, {LLAVA: path})
 

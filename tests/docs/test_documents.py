@@ -25,8 +25,10 @@ import yaml
 import tokenprune_hf
 from tests.docs.blocks import BLOCKS, DOCUMENTS, ROOT, Block
 from tests.docs.setups import SETUPS, Setup, bundled
-from tokenprune import VisualTokens, select
+from tokenprune import VisualTokens
 from tokenprune.cli import GROUP, main
+from tokenprune.registry import find
+from tokenprune.selecting import select_many
 from tokenprune_eval.data.jsonl import load as load_jsonl
 
 PYTHON = [block for block in BLOCKS if block.language == "python"]
@@ -55,7 +57,8 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         own = [block for block in BLOCKS if block.document == document]
         text = document.read_text("utf-8")
         assert len(re.findall(r"^```", text, flags=re.M)) == 2 * len(own), document
-        assert text.count("<!-- test:") == sum(bool(block.how) for block in own), document
+        comments = re.findall(r"^<!-- test:", text, flags=re.M)
+        assert len(comments) == sum(bool(block.how) for block in own), document
     used = {block.said("setup") for block in PYTHON}
     assert set(SETUPS) <= used, "a setup that no block names"
 
@@ -126,7 +129,8 @@ def test_selector_in_ten_lines_selects(tmp_path: Path) -> None:
     selector = names["EmbeddingNorm"]()
     torch.manual_seed(0)
     embeddings = torch.randn(64, 32)
-    selection = select(VisualTokens(grid=(1, 8, 8), embeddings=embeddings), selector, keep=16)
+    tokens = VisualTokens(grid=(1, 8, 8), embeddings=embeddings)
+    (selection,) = select_many([tokens], selector, keep=16)
     longest = embeddings.double().pow(2).sum(dim=1).argsort(descending=True)[:16]
     assert selection.kept.tolist() == sorted(longest.tolist())
     known = bundled(tmp_path).names
@@ -187,8 +191,6 @@ def test_tokenprune_lines_are_understood(
     assert main(words[1:]) == 0, place
     (arguments,) = seen
     method = getattr(arguments, "method", None) or []
-    from tokenprune.registry import find
-
     for name in [method] if isinstance(method, str) else method:
         find(name)
     if arguments.more:
