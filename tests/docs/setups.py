@@ -24,6 +24,7 @@ from tests.hf.mllamas import tiny as tiny_llama
 from tests.hf.test_sparse import heads_of
 from tests.vllm import checkpoints
 from tokenprune import PruningConfig
+from tokenprune.masks.patterns import Category
 from tokenprune_eval.bundled.model import SELECTOR, bundled_model_path
 from tokenprune_eval.bundled.scenes import load_scenes
 from tokenprune_hf.images import load_image
@@ -96,7 +97,8 @@ def heads(folder: Path) -> Setup:
     """Return the bundled model, and a mask for each of its heads in ``heads.json``."""
     known = bundled(folder).names
     config = decoder_of(known["model"]).config
-    layer = ("intra", *["dense"] * (config.num_attention_heads - 1))
+    layer: list[Category] = ["dense"] * config.num_attention_heads
+    layer[0] = "intra"
     heads_of(known["model"], [layer] * config.num_hidden_layers).save(folder / "heads.json")
     return Setup(known)
 

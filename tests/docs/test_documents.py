@@ -226,6 +226,8 @@ def test_other_lines_name_what_is_there() -> None:
             for word in words:
                 assert _extras(word) <= set(extras), f"{place}: {word}"
                 assert not word.startswith(project["name"]), f"{place}: it is on no registry"
+                if word.startswith("dist/"):  # as `pip wheel` names it
+                    assert f"-{project['version']}-py3-none-any.whl" in word, place
             for option, value in pairwise(words):
                 if option in ("-r", "--requirement", "-c", "--constraint"):
                     assert (ROOT / value).is_file(), f"{place}: {value}"
