@@ -65,7 +65,8 @@ def ask(client: OpenAI, image: Path, question: str, **pruning: Any) -> None:
         extra_body={"mm_processor_kwargs": {"tokenprune": pruning}} if pruning else None,
     )
     length = reply.usage.prompt_tokens if reply.usage else "unknown"
-    print(f"{question} {reply.choices[0].message.content} (tokens of the prompt: {length})")
+    answer = reply.choices[0].message.content
+    print(f"{question} {answer} (tokens of the prompt: {length})", flush=True)
 
 
 def main() -> None:
@@ -79,7 +80,10 @@ def main() -> None:
         ask(client, scene.image, scene.question, keep=4)
     finally:
         server.terminate()
-        server.wait()
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # it was stopped while it started
+            server.kill()
 
 
 if __name__ == "__main__":

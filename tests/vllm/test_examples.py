@@ -29,6 +29,7 @@ def test_serve_pruned(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found = re.findall(r"^(what .+\?) (\w+) \(tokens of the prompt: (\d+)\)$", done.stdout, re.M)
+    assert len(found) == 2, done.stdout[-4000:]
     (question, answer, served), (again, _, own) = found
     assert question == again
     assert answer == "bag"  # the right answer of the first scene, with 16 of 64 tokens
