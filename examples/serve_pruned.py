@@ -65,7 +65,7 @@ def ask(client: OpenAI, image: Path, question: str, **pruning: Any) -> None:
         extra_body={"mm_processor_kwargs": {"tokenprune": pruning}} if pruning else None,
     )
     length = reply.usage.prompt_tokens if reply.usage else "unknown"
-    answer = reply.choices[0].message.content
+    answer = (reply.choices[0].message.content or "").strip()
     print(f"{question} {answer} (tokens of the prompt: {length})", flush=True)
 
 
