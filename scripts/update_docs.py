@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Write the measured numbers into README.md, docs/demo.md and docs/serving.md.
 
-    scripts/demo --out demo-out
+    scripts/demo --full
     .venv/bin/python scripts/bench_selectors.py > docs/bench_selectors.txt
         (or its parts, --cost first, one after another)
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
     .venv/bin/python scripts/bench_vllm.py > docs/bench_vllm.txt
     .venv/bin/tokenprune eval --config scripts/eval.yaml
-    .venv/bin/python scripts/update_docs.py demo-out/results.json --eval eval-out
+    .venv/bin/python scripts/update_docs.py demo-out/full/results.json --eval eval-out
 
 Text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of README.md and
 docs/serving.md is replaced, and docs/demo.md is written anew; of the evaluation the table and the
@@ -66,14 +66,29 @@ def oracle_line(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def demo_results(path: Path) -> dict[str, Any]:
+    """Return what a complete full run of the demo found; the documents quote no other."""
+    results: dict[str, Any] = json.loads(path.read_text())
+    run = results.get("run")
+    if run != "full":
+        which = f"a {run} run" if run else "an older version's run"
+        raise SystemExit(
+            f"{path} is of {which}, and the documents quote a full one. Run scripts/demo --full "
+            "and give demo-out/full/results.json."
+        )
+    if not results["complete"]:
+        raise SystemExit(f"{path} is of a run that did not finish. Run scripts/demo --full again.")
+    return results
+
+
 def demo_page(results: dict[str, Any]) -> str:
     """Return docs/demo.md."""
     parts = [
         "# The demo, number by number",
-        "Written by `scripts/update_docs.py` from the `results.json` of one run of `scripts/demo`. "
-        "The model is the one bundled with tokenprune, trained on these two sets; it is no public "
-        "model, and its accuracies say nothing about one. Intervals are 95 % Wilson intervals "
-        "over questions; they do not cover the choice of the one model.",
+        "Written by `scripts/update_docs.py` from the `results.json` of one run of "
+        "`scripts/demo --full`. The model is the one bundled with tokenprune, trained on these two "
+        "sets; it is no public model, and its accuracies say nothing about one. Intervals are "
+        f"{results['settings']['intervals']}; they do not cover the choice of the one model.",
     ]
     for name, title in SETS.items():
         rows = [row for row in results["rows"] if row["dataset"] == name]
@@ -221,16 +236,14 @@ def main() -> None:
     """Read the results and write the documents."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "results", type=Path, nargs="?", help="results.json of a complete run of the demo"
+        "results", type=Path, nargs="?", help="results.json of a complete `scripts/demo --full`"
     )
     parser.add_argument("--eval", type=Path, help="folder of a complete `tokenprune eval`")
     arguments = parser.parse_args()
     texts = {"serving": serving_line()}
     texts["cost"] = "\n" + "\n\n".join(map(fenced, _BENCHES)) + "\n"
     if arguments.results is not None:
-        results = json.loads(arguments.results.read_text())
-        if not results["complete"]:
-            raise SystemExit(f"{arguments.results} is of a run that did not finish; run it again")
+        results = demo_results(arguments.results)
         texts.update(demo_texts(results))
         (ROOT / "docs" / "demo.md").write_text(demo_page(results))
     if arguments.eval is not None:

@@ -6,7 +6,9 @@ import dataclasses
 import json
 import math
 import os
+import pty
 import re
+import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -20,6 +22,7 @@ pytest.importorskip("statsmodels", reason="the demo needs the extra `demo`")
 
 import torch
 from PIL import Image
+from rich.console import Console
 
 from tests.eval.browser import CHROMIUM, browse
 from tokenprune.budget import tokens_kept
@@ -37,8 +40,11 @@ from tokenprune_eval.demo.evidence import Oracle, evidence_mask
 from tokenprune_eval.demo.output import OutputError, write_whole
 from tokenprune_eval.demo.questionsets import choose, load_sets
 from tokenprune_eval.demo.report import render
-from tokenprune_eval.demo.results import Results, Row, make_row, wilson
-from tokenprune_eval.demo.runner import KEEPS, METHODS, Example, Panel
+from tokenprune_eval.demo.results import Results, Row, independent, make_row, wilson
+from tokenprune_eval.demo.runner import FULL, QUICK, Example, Panel
+from tokenprune_eval.demo.terminal import TerminalProgress, progress_console
+
+ROOT = Path(__file__).parents[2]
 
 # Arithmetic -------------------------------------------------------------------------------------
 
@@ -68,6 +74,40 @@ def test_wilson_solves_its_equation(correct: int, count: int) -> None:
     assert low == pytest.approx(0.0 if correct == 0 else crossing(0.0, observed), abs=1e-9)
     mirrored = 1.0 if correct == count else crossing(1.0, observed)
     assert high == pytest.approx(mirrored, abs=1e-9)
+
+
+def test_questions_about_one_image_count_less() -> None:
+    """The effective number of questions, by Rao and Scott's ratio estimator written out."""
+    right = [True, True, True, False, True, False, False, False, True]
+    images = ["a", "a", "a", "b", "b", "c", "c", "c", "d"]
+    share = 5 / 9
+    residuals = [3 - 3 * share, 1 - 2 * share, 0 - 3 * share, 1 - 1 * share]
+    variance = 4 / 3 * sum(value * value for value in residuals) / 9**2
+    effect = variance / (share * (1 - share) / 9)
+    assert effect > 1.5
+    assert independent(right, images) == pytest.approx(9 / effect)
+    # One question an image: all count, less the degree of freedom. Answers that differ within
+    # each image are not worth more than independent ones.
+    assert independent(right, range(9)) == pytest.approx(8)
+    assert independent([True, False] * 4, [0, 0, 1, 1, 2, 2, 3, 3]) == 8
+    # Wholly alike within four images: four questions, less the degree of freedom.
+    assert independent([True] * 6 + [False] * 6, [n // 3 for n in range(12)]) == pytest.approx(3)
+    assert independent([True] * 5, ["a"] * 5) == 5
+    assert independent([True, False], ["a", "a"]) == 1
+
+
+def test_intervals_are_of_the_independent_questions() -> None:
+    questions = [
+        Question(str(number), Path(f"{number // 10}.png"), "?", "yes", "t", ())
+        for number in range(60)
+    ]
+    answers = Answers(["yes"] * 40 + ["no"] * 20, torch.ones(60, 4).bool())
+    row = make_row("s", "m", "original", questions, answers, None, Cost(1.0, 2.0, 3.0))
+    assert row.correct == 40
+    # Six images, each wholly right or wrong: five questions, of which two thirds are right.
+    low, high = wilson(10 / 3, 5)
+    assert (row.ci_low, row.ci_high) == pytest.approx((low, high))
+    assert high - low > 2 * (wilson(40, 60)[1] - wilson(40, 60)[0])
 
 
 def _cells(mask: torch.Tensor, rows: int, columns: int) -> list[list[int]]:
@@ -195,7 +235,8 @@ def test_an_interrupted_write_leaves_the_old_file(
         (["--out", "{file}"], "is a file"),
         (["--out", "{file}/below"], "Not a directory"),
         (["--out", "/proc/nowhere"], "nothing can be written"),
-        (["--questions", "0"], "Give at least 1"),
+        (["--questions", "0"], "Give at least 1, or all"),
+        (["--full", "--questions", "-3"], "Give at least 1, or all"),
         (["--methods", "zeroth-odor"], "Did you mean 'zeroth-order'"),
     ],
 )
@@ -276,7 +317,7 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
             by_type={EVIL: {"accuracy": 0.9, "questions": 1000}},
             unpruned=True,
         )
-        rows += [plain, *(dataclasses.replace(plain, method=method) for method in METHODS)]
+        rows += [plain, *(dataclasses.replace(plain, method=method) for method in FULL.methods)]
         rows += [
             dataclasses.replace(
                 plain,
@@ -288,12 +329,13 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
                 ci_high=0.9 * keep**0.3 + 0.03,
                 unpruned=False,
             )
-            for method in METHODS
-            for keep in KEEPS
+            for method in FULL.methods
+            for keep in FULL.keeps
         ]
         rows.append(dataclasses.replace(plain, method="oracle", keep=0.1, unpruned=False))
     about = {
-        "settings": {"seed": 0, "positions": "original", "evidence": EVIL},
+        "run": EVIL,
+        "settings": {"seed": 0, "positions": "original", "evidence": EVIL, "intervals": EVIL},
         "model": {"name": EVIL, "architecture": "X", "parameters": 25e6, "dtype": "float32"},
         "versions": {"python": "3"},
         "machine": {"processor": EVIL, "cores": 2, "threads": 2, "system": "Linux"},
@@ -379,15 +421,17 @@ class Ran:
         ]
 
 
+DEMO = (sys.executable, "-m", "tokenprune.cli", "demo")
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("demo") / "new" / "folder"
     done = subprocess.run(
-        [sys.executable, "-m", "tokenprune.cli", "demo", "--questions", "40", "--out", str(folder)],
+        [*DEMO, "--full", "--questions", "40", "--out", str(folder)],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     content = json.loads((folder / "results.json").read_text("utf-8"))
@@ -397,12 +441,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 def test_demo_has_a_row_for_everything(ran: Ran) -> None:
     assert ran.errors == ""
     assert ran.content["complete"] is True
-    budgets = (1.0, *KEEPS)
+    assert ran.content["run"] == "custom"  # a full one asks more
+    budgets = (1.0, *FULL.keeps)
     keys = [(row["dataset"], row["method"], row["keep"]) for row in ran.content["rows"]]
     assert len(keys) == len(set(keys))
     for dataset in ("scenes", "easy-vqa"):
         assert (dataset, "none", 1.0) in keys
-        assert {(dataset, method, keep) for method in METHODS for keep in budgets} <= set(keys)
+        assert {(dataset, method, keep) for method in FULL.methods for keep in budgets} <= set(keys)
     assert [row["dataset"] for row in ran.rows(method="oracle")] == ["scenes"]
     subset = ran.content["subsets"]["scenes"]
     assert len(subset["ids"]) == subset["questions"] >= 40
@@ -410,7 +455,10 @@ def test_demo_has_a_row_for_everything(ran: Ran) -> None:
         assert row["questions"] == ran.content["subsets"][row["dataset"]]["questions"]
         assert row["accuracy"] == row["correct"] / row["questions"]
         assert 0.0 <= row["ci_low"] <= row["accuracy"] <= row["ci_high"] <= 1.0
-        assert row["ci_high"] - row["ci_low"] < 0.35
+        # Never narrower than of as many independent questions.
+        low, high = wilson(row["correct"], row["questions"])
+        assert row["ci_low"] <= low + 1e-9
+        assert row["ci_high"] >= high - 1e-9
         assert row["prefill_ms"] > 0
         assert row["peak_memory_mib"] > 0
         if row["method"] != "oracle":
@@ -436,7 +484,7 @@ def test_demo_measures_pruning(ran: Ran) -> None:
     # Two random tokens of 64 do not show what eight well-placed ones do.
     (blind,) = ran.rows(dataset="scenes", method="random", keep=0.03125)
     assert blind["ci_high"] < oracle["ci_low"]
-    for method in METHODS:
+    for method in FULL.methods:
         rows = sorted(ran.rows(dataset="scenes", method=method), key=lambda row: row["keep"])
         assert len(rows) == 6
         shares = [row["evidence_kept"] for row in rows]
@@ -452,18 +500,147 @@ def test_demo_measures_pruning(ran: Ran) -> None:
 
 
 def test_demo_says_what_it_did(ran: Ran) -> None:
-    # One line a step, and as many steps as the progress bar counts on.
     lines = ran.printed.splitlines()
-    steps = [line for line in lines[: lines.index("writing the report") + 1] if ": " in line]
-    steps = [line for line in steps if " questions, about " not in line]
-    expected = runner._steps(runner.Settings(ran.folder), load_sets(40, 0))
-    assert len(steps) == expected - 2  # loading and writing have no set in front
+    found = [re.fullmatch(r"(.+) \((\d+) % done(, about [\d:]+ left)?\)", line) for line in lines]
+    steps = [step for step in found if step is not None]
+    # One line a step, each with what is done; before the last, all but the report's share is.
+    conditions = 9 * 5 + 2  # of a set: methods and budgets, unpruned, the oracle
+    assert len(steps) == 2 + (3 + conditions) + (3 + conditions - 1) + (3 * 3 + 1)
+    done = [int(step[2]) for step in steps]
+    assert done == sorted(done)
+    settings = dataclasses.replace(FULL, questions=40)
+    rest = runner._REPORT_SECONDS * runner._threads() / runner._work(settings, load_sets(40, 0))
+    assert steps[-1][1] == "writing the report"
+    assert done[-1] == round(100 * (1 - rest))
+    assert sum(step[3] is not None for step in steps) > len(steps) - 5
     assert f"scenes: {ran.content['subsets']['scenes']['questions']} of 2,600" in ran.printed
+    # A set's table is there before the next set begins.
+    (table,) = (
+        number for number, line in enumerate(lines) if line.startswith("scenes, custom run")
+    )
+    assert table < lines.index(
+        next(line for line in lines if line.startswith("easy-vqa: encoding"))
+    )
     assert "no public VLM" in ran.printed
-    for method in METHODS:
+    for method in FULL.methods:
         assert method in ran.printed
     html = (ran.folder / "report.html").read_text("utf-8")
     _check_self_contained(html)
+    assert "custom run" in html
     assert html.count('class="card"') == 12
     assert html.count('class="tile"') == 9 * 11 + 3 * 10
     assert sorted(entry.name for entry in ran.folder.iterdir()) == ["report.html", "results.json"]
+
+
+def test_first_table_is_soon_there(tmp_path: Path) -> None:
+    """The quick run's first table takes less than two minutes on two cores; we see it and stop."""
+    process = subprocess.Popen(
+        DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("easy-vqa:"):  # what follows the first table
+            process.terminate()
+            break
+    process.stdout.read()
+    errors = process.stderr.read()
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == -signal.SIGTERM, errors
+    # Seconds of computing and not of waiting, of which two cores offer 240 in two minutes. On quiet
+    # cores it takes about 65; beside other work each second does less.
+    assert used.ru_utime + used.ru_stime < 240
+    printed = "".join(lines)
+    assert "scenes, quick run: 503 of 2,600 questions" in " ".join(printed.split())
+    for method in QUICK.methods:
+        assert len(re.findall(rf"^{method} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ *$", printed, re.M)) == 1
+    # What was found stays, in the folder of quick runs, and says that it is not complete.
+    content = json.loads((tmp_path / "demo-out" / "quick" / "results.json").read_text("utf-8"))
+    assert (content["run"], content["complete"]) == ("quick", False)
+    assert len([row for row in content["rows"] if row["dataset"] == "scenes"]) == 2 + 8 * 4
+
+
+def test_bar_in_a_terminal_shows_the_time_left(tmp_path: Path) -> None:
+    """The bar goes to the terminal also where the tables go into a file."""
+    terminal, other_end = pty.openpty()
+    command = [*DEMO, "--questions", "20", "--methods", "information", "random"]
+    with (tmp_path / "printed").open("w") as stdout:
+        process = subprocess.Popen(
+            command,
+            stdout=stdout,
+            stderr=other_end,
+            cwd=tmp_path,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "120"},
+        )
+    os.close(other_end)
+    shown = b""
+    while True:
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:  # the process has closed its end
+            break
+        shown += part
+    os.close(terminal)
+    assert process.wait() == 0, shown
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode("utf-8"))
+    assert re.search(r"the whole run .+ \d+ % 0:\d\d:\d\d 0:\d\d:\d\d left", text)
+    assert re.search(r"scenes: encoding \d+ images .+ \d+/\d+ ", text)
+    printed = (tmp_path / "printed").read_text("utf-8")
+    assert "% done" not in printed
+    assert "scenes, custom run" in printed
+    assert (tmp_path / "demo-out" / "custom" / "report.html").is_file()
+
+
+def test_no_bar_is_drawn_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes everything for a terminal
+    with (tmp_path / "log").open("w") as file:
+        console = progress_console(Console(file=file, width=40))
+        with TerminalProgress(console) as progress:
+            progress.plan(8.0)
+            with progress.step("a step with a description longer than the line", 2, 6.0) as advance:
+                advance(1)
+            with progress.step("another", 1, 2.0):
+                pass
+            progress.say("said")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert lines[0] == "a step with a description longer than the line (0 % done)"
+    assert re.fullmatch(r"another \(75 % done, about 0:00:0\d left\)", lines[1])
+    assert lines[2:] == ["said"]
+
+
+def test_runs_have_names() -> None:
+    assert (QUICK.name, FULL.name) == ("quick", "full")
+    for changed in (
+        dataclasses.replace(FULL, questions=40),
+        dataclasses.replace(QUICK, seed=1),
+        dataclasses.replace(FULL, methods=FULL.methods[1:]),
+        dataclasses.replace(FULL, positions="compact"),
+    ):
+        assert changed.name == "custom"
+    # Both reports' headlines and pictures need these budgets.
+    assert {0.25, 0.125} < set(QUICK.keeps) < set(FULL.keeps)
+    assert set(QUICK.methods) < set(FULL.methods)
+
+
+def test_documents_quote_full_runs_alone(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    for content, said in (
+        ({"run": "quick", "complete": True}, "a quick run"),
+        ({"run": "custom", "complete": True}, "a custom run"),
+        ({"complete": True}, "an older version's run"),
+        ({"run": "full", "complete": False}, "did not finish"),
+    ):
+        file.write_text(json.dumps(content))
+        done = subprocess.run(
+            [sys.executable, ROOT / "scripts" / "update_docs.py", file],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "scripts/demo --full" in done.stderr
+        assert done.stdout == ""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenprune.arguments import Parser, add_methods, add_positions
 from tokenprune.errors import ConfigError
@@ -11,7 +14,11 @@ from tokenprune.packages import Package
 from tokenprune_eval.packages import BUNDLED_MODEL, REPORT
 from tokenprune_hf.packages import TRANSFORMERS
 
+if TYPE_CHECKING:
+    from tokenprune_eval.demo.runner import Settings
+
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
+FULL_MINUTES = 8  # on two quiet cores
 EXTRA = "demo"
 
 
@@ -23,23 +30,27 @@ def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
 def configure(parser: Parser) -> None:
     """Add the arguments."""
     parser.add_argument(
+        "--full",
+        action="store_true",
+        help="every method at six budgets, 1,000 questions of each set, both ways to count "
+        f"positions: what the README's numbers come from (about {FULL_MINUTES} minutes on two "
+        "cores; without it, what one would choose between, at three budgets and on 500 questions)",
+    )
+    parser.add_argument(
         "--out",
         type=Path,
-        default=Path("demo-out"),
         metavar="DIR",
-        help="folder for report.html and results.json (default: demo-out)",
+        help="folder for report.html and results.json (default: demo-out/quick, demo-out/full, or "
+        "demo-out/custom where another flag changes what is run)",
     )
-    amount = parser.add_mutually_exclusive_group()
-    amount.add_argument("--full", action="store_true", help="ask every question of both sets")
-    amount.add_argument(
+    parser.add_argument(
         "--questions",
-        type=int,
-        default=1000,
+        type=_amount,
         metavar="N",
-        help="ask at least N questions of each set, whole images at a time (default: 1000)",
+        help="ask at least N questions of each set, whole images at a time, or `all`",
     )
     add_methods(
-        parser, "what to compare (default: all of tokenprune's own; see `tokenprune methods`)"
+        parser, "what to compare (default: what one would choose between; see `tokenprune methods`)"
     )
     add_positions(parser)
     parser.add_argument(
@@ -47,46 +58,87 @@ def configure(parser: Parser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Run the demo, print its tables and write its files."""
-    if arguments.questions < 1:
-        raise ConfigError(f"--questions {arguments.questions} asks nothing. Give at least 1.")
+def _amount(text: str) -> int | str:
+    """Return a number of questions, or ``"all"``; argparse names what is neither."""
+    return text if text == "all" else int(text)
 
+
+_amount.__name__ = "number of questions"  # argparse puts it into its message
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    """Return what the arguments ask to run.
+
+    Raises
+    ------
+    ConfigError, UnknownMethodError
+        If a number of questions or a method is none.
+    """
     from tokenprune.registry import find
-    from tokenprune_eval.demo.output import prepare_folder, write_whole
 
+    asked = arguments.questions
+    if isinstance(asked, int) and asked < 1:
+        raise ConfigError(f"--questions {asked} asks nothing. Give at least 1, or all.")
     for method in arguments.method or ():
         find(method)
-    prepare_folder(arguments.out)
+
+    from tokenprune_eval.demo import runner
+
+    settings = runner.FULL if arguments.full else runner.QUICK
+    if asked is not None:
+        settings = dataclasses.replace(settings, questions=None if asked == "all" else asked)
+    return dataclasses.replace(
+        settings,
+        methods=tuple(dict.fromkeys(arguments.method or settings.methods)),
+        positions=arguments.positions,
+        seed=arguments.seed,
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo, print its tables and write its files."""
+    from tokenprune_eval.demo.output import prepare_folder, write_whole
+
+    settings = _settings(arguments)
+    out = arguments.out or Path("demo-out") / settings.name
+    prepare_folder(out)
 
     from rich.console import Console
 
     from tokenprune_eval.demo import runner
     from tokenprune_eval.demo.report import render
-    from tokenprune_eval.demo.terminal import TerminalProgress, print_tables
-
-    settings = runner.Settings(
-        out=arguments.out,
-        methods=tuple(dict.fromkeys(arguments.method or runner.METHODS)),
-        questions=None if arguments.full else arguments.questions,
-        positions=arguments.positions,
-        seed=arguments.seed,
+    from tokenprune_eval.demo.terminal import (
+        TerminalProgress,
+        print_accuracy,
+        print_details,
+        progress_console,
     )
+
     console = Console()
-    with TerminalProgress(console) as progress:
-        results, examples = runner.run(settings, progress)
-        with progress.step("writing the report", 1):
-            report = arguments.out / "report.html"
+    with TerminalProgress(progress_console(console)) as progress:
+        results, examples = runner.run(
+            settings, out, progress, partial(print_accuracy, console, settings.name)
+        )
+        with runner.report_step(progress):
+            report = out / "report.html"
             write_whole(report, render(results, examples))
-    print_tables(console, results.rows, results.other_positions)
+    if settings.name != "quick":
+        print_details(console, results.rows, results.other_positions)
     console.print(
-        "The bundled model is a test object and no public VLM: these accuracies say nothing "
+        "\nThe bundled model is a test object and no public VLM: these accuracies say nothing "
         "about public models.",
         highlight=False,
     )
     console.print(
-        f"{results.about['seconds']:.0f} s; report: {report}, numbers: {results.file}",
+        f"The {settings.name} run took {results.about['seconds']:.0f} s; what each method kept and "
+        f"what it costs: {report}; numbers: {results.file}",
         highlight=False,
         soft_wrap=True,
     )
+    if settings.name == "quick":
+        console.print(
+            "--full runs every method at six budgets on 1,000 questions of each set, in about "
+            f"{FULL_MINUTES} minutes on two cores.",
+            highlight=False,
+        )
     return 0

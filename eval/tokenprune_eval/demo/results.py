@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ class Row:
         Share of the visual tokens kept; of the oracle, whose number differs from question to
         question, the mean.
     accuracy, ci_low, ci_high
-        Share of right answers and its 95 % Wilson interval over questions.
+        Share of right answers and its 95 % Wilson interval, of as many questions as these are
+        worth, see `independent`.
     questions, correct
         How many were asked and how many answered right.
     visual_tokens, of_visual_tokens
@@ -68,7 +69,7 @@ class Row:
     unpruned: bool = False
 
 
-def wilson(correct: int, questions: int) -> tuple[float, float]:
+def wilson(correct: float, questions: float) -> tuple[float, float]:
     """Return the 95 % Wilson interval of a share.
 
     Parameters
@@ -76,7 +77,7 @@ def wilson(correct: int, questions: int) -> tuple[float, float]:
     correct
         Between 0 and `questions`.
     questions
-        At least 1.
+        At least 1. Neither has to be whole, see `independent`.
 
     Returns
     -------
@@ -89,6 +90,43 @@ def wilson(correct: int, questions: int) -> tuple[float, float]:
     # Rounding may leave the share itself outside, where none or all are correct.
     share = correct / questions
     return min(max(0.0, float(low)), share), max(min(1.0, float(high)), share)
+
+
+def independent(right: Sequence[bool], images: Sequence[Hashable]) -> float:
+    """Return as how many independent questions these count.
+
+    Questions about one image tend to be right or wrong together, so they tell less than as many
+    about images of their own. Their number is divided by the design effect: the variance of the
+    share with images as clusters, over that of independent questions (Rao and Scott, "A simple
+    method for the analysis of clustered binary data", Biometrics 48, 1992, section 2).
+
+    Parameters
+    ----------
+    right
+        Whether each question was answered right; at least one.
+    images
+        The image of each.
+
+    Returns
+    -------
+    float
+        At least 1 and at most ``len(right)``: a design effect below 1 is taken for chance. Where
+        all answers are right or all wrong there is no variance to compare, and it is
+        ``len(right)``; where all are about one image it is 1.
+    """
+    count = len(right)
+    excess: dict[Hashable, float] = {}
+    share = sum(right) / count
+    for is_right, image in zip(right, images, strict=True):
+        excess[image] = excess.get(image, 0.0) + is_right - share
+    clusters = len(excess)
+    if share in (0.0, 1.0):
+        return float(count)
+    if clusters == 1:
+        return 1.0
+    clustered = clusters / (clusters - 1) * sum(value**2 for value in excess.values())
+    effect = clustered / (count * share * (1 - share))
+    return max(1.0, count / max(1.0, effect))
 
 
 def make_row(
@@ -120,7 +158,9 @@ def make_row(
     by_type: dict[str, list[bool]] = {}
     for question, is_right in zip(questions, right, strict=True):
         by_type.setdefault(question.type, []).append(is_right)
-    low, high = wilson(sum(right), len(right))
+    share = sum(right) / len(right)
+    worth = independent(right, [question.image for question in questions])
+    low, high = wilson(share * worth, worth)
     total = answers.kept.shape[1]
     tokens = float(answers.kept.sum(dim=1).double().mean())
     shares = None
@@ -131,9 +171,9 @@ def make_row(
         dataset=dataset,
         method=method,
         keep=tokens / total,
-        accuracy=sum(right) / len(right),
-        ci_low=low,
-        ci_high=high,
+        accuracy=share,
+        ci_low=min(low, share),
+        ci_high=max(high, share),
         questions=len(right),
         correct=sum(right),
         visual_tokens=tokens,

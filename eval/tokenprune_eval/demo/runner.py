@@ -30,21 +30,11 @@ from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row, make_ro
 from tokenprune_hf.families.registry import check_method
 from tokenprune_hf.images import load_image
 
-METHODS = (
-    "cls-attention",
-    "zeroth-order",
-    "flexselect",
-    "divprune",
-    "information",
-    "relevant-information",
-    "random",
-    "uniform",
-    "feature-norm",
-)
-KEEPS = (0.5, 0.25, 0.125, 0.0625, 0.03125)
-"""Budgets besides 1.0, which is the unpruned model."""
-
 EXAMPLE_KEEP = 0.125
+INTERVALS = (
+    "95 % Wilson intervals of the number of independent questions that those asked are worth: "
+    "questions about one image tend to be right or wrong together"
+)
 EXAMPLES = {True: 9, False: 3}
 """How many questions are shown of a set with evidence, and of one without."""
 
@@ -58,29 +48,74 @@ PLAIN_CHECKS = 8
 """Questions of each set that the model also answers without anything of tokenprune."""
 
 
+# Seconds on one core of the machine where they were measured. Only their proportions matter: they
+# weigh the steps for the time that is left.
+_LOAD_SECONDS = 5.0
+_IMAGE_SECONDS = 0.13
+_TIMING_SECONDS = 0.13  # of one condition
+_PLAIN_SECONDS = 0.13  # of one question
+_QUESTION_SECONDS, _TOKENS_SECONDS, _READING_SECONDS = 0.0015, 0.005, 0.005
+"""Of one question: at any budget, in proportion to `keep`, and for a method that reads it."""
+_REPORT_SECONDS = 3.0
+
+
 @dataclass(frozen=True)
 class Settings:
     """What to run.
 
     Attributes
     ----------
-    out
-        Folder for the results.
     methods
         Names out of `tokenprune.methods()`.
+    keeps
+        Budgets besides 1.0, which is the unpruned model. `EXAMPLE_KEEP` and the report's
+        `HEADLINE_KEEP` are among them.
     questions
         At least so many of each set; None for all.
     positions
         How positions are counted.
+    both_positions
+        Whether some conditions also run with the other way to count positions.
     seed
         Seed of the choice of questions and of those that are shown.
     """
 
-    out: Path
-    methods: tuple[str, ...] = METHODS
-    questions: int | None = 1000
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    questions: int | None
     positions: Positions = "original"
+    both_positions: bool = False
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """``"quick"`` or ``"full"``, or ``"custom"`` where anything differs from both."""
+        return {QUICK: "quick", FULL: "full"}.get(self, "custom")
+
+
+QUICK = Settings(
+    methods=(
+        "cls-attention",
+        "zeroth-order",
+        "flexselect",
+        "divprune",
+        "information",
+        "relevant-information",
+        "random",
+        "uniform",
+    ),
+    keeps=(0.25, 0.125, 0.0625),
+    questions=500,
+)
+"""What one would choose between, and two baselines; intervals are up to 9 points wide."""
+
+FULL = Settings(
+    methods=(*QUICK.methods, "feature-norm"),
+    keeps=(0.5, 0.25, 0.125, 0.0625, 0.03125),
+    questions=1000,
+    both_positions=True,
+)
+"""What the README's numbers come from."""
 
 
 @dataclass(frozen=True)
@@ -127,25 +162,36 @@ class Example:
 class Progress(Protocol):
     """What the run tells of its progress."""
 
-    def plan(self, steps: int) -> None:
-        """Say how many steps there will be."""
+    def plan(self, work: float) -> None:
+        """Say how much work all steps together are, in any unit."""
 
-    def step(self, text: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def step(
+        self, text: str, total: int, work: float = 1.0
+    ) -> AbstractContextManager[Callable[[int], None]]:
         """Begin a step of `total` parts; the block gets the function that counts them."""
 
     def say(self, text: str) -> None:
         """Tell something that stays on the screen."""
 
 
-def run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]:
+def run(
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    finished: Callable[[QuestionSet, Sequence[Row]], None],
+) -> tuple[Results, list[Example]]:
     """Run everything; ``results.json`` is written as rows finish.
 
     Parameters
     ----------
     settings
-        What to run; `out` is a folder that can be written to.
+        What to run.
+    out
+        A folder that can be written to.
     progress
         Is told how far the run is.
+    finished
+        Is given each question set and its rows as soon as all of them are there.
 
     Returns
     -------
@@ -165,23 +211,32 @@ def run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]
     # Whole batches are shared out among the cores, see `Answerer`; no core waits for another.
     torch.set_num_threads(1)
     try:
-        return _run(settings, progress)
+        return _run(settings, out, progress, finished)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]]:
+def report_step(progress: Progress) -> AbstractContextManager[Callable[[int], None]]:
+    """Begin the last step of a run, which the caller does: writing the report."""
+    return progress.step("writing the report", 1, _REPORT_SECONDS * _threads())
+
+
+def _run(
+    settings: Settings,
+    out: Path,
+    progress: Progress,
+    finished: Callable[[QuestionSet, Sequence[Row]], None],
+) -> tuple[Results, list[Example]]:
     started = time.perf_counter()
     selectors = [find(method)() for method in settings.methods]
     sets = load_sets(settings.questions, settings.seed)
-    progress.plan(_steps(settings, sets))
-    with progress.step("loading the model", 1) as advance:
-        answerer = Answerer(bundled_model_path(), min(_cores(), MOST_THREADS))
-        advance(1)
+    progress.plan(_work(settings, sets))
+    with progress.step("loading the model", 1, _LOAD_SECONDS * _threads()):
+        answerer = Answerer(bundled_model_path(), _threads())
     for selector in selectors:
         check_method(selector, answerer.model)
     about = _about(settings, sets, answerer)
-    results = Results(settings.out / "results.json", about)
+    results = Results(out / "results.json", about)
     results.save()
     examples: list[Example] = []
     needs = sorted({need for selector in selectors for need in selector.needs})
@@ -192,20 +247,54 @@ def _run(settings: Settings, progress: Progress) -> tuple[Results, list[Example]
             + ("(all)" if settings.questions is None else f"(drawn with seed {settings.seed})")
         )
         examples += _SetRun(settings, questions, answerer, results, progress).run(needs)
+        finished(questions, [row for row in results.rows if row.dataset == questions.name])
     about["seconds"] = round(time.perf_counter() - started, 1)
     results.complete = True
     results.save()
     return results, examples
 
 
-def _steps(settings: Settings, sets: Sequence[QuestionSet]) -> int:
-    """Return how many steps a run and its report have."""
-    steps = 2  # loading the model, writing the report
+def _work(settings: Settings, sets: Sequence[QuestionSet]) -> float:
+    """Return the work of a run and its report: seconds of one core.
+
+    A step that keeps one core busy counts once for each thread: the others wait meanwhile.
+    """
+    work = (_LOAD_SECONDS + _REPORT_SECONDS) * _threads()
     for one in sets:
-        steps += 4 + len(settings.methods) * len(KEEPS) + one.has_evidence
-        if one.name == SCENES:
-            steps += len(_position_methods(settings)) * len(POSITION_KEEPS) + one.has_evidence
-    return steps
+        conditions = [(UNPRUNED, 1.0), *_budgets(settings)]
+        if one.has_evidence:
+            conditions.append((ORACLE, 0.0))
+        work += _IMAGE_SECONDS * len(one.images) + _timing_work(len(conditions)) + _plain_work(one)
+        if settings.both_positions and one.name == SCENES:
+            conditions += _position_conditions(settings)
+            if one.has_evidence:
+                conditions.append((ORACLE, 0.0))
+        work += sum(_answer_work(one, method, keep) for method, keep in conditions)
+    return work
+
+
+def _answer_work(questions: QuestionSet, method: str, keep: float) -> float:
+    reads = method not in (UNPRUNED, ORACLE) and "query_attention" in find(method).needs
+    each = _QUESTION_SECONDS + _TOKENS_SECONDS * keep + _READING_SECONDS * reads
+    return each * len(questions.questions)
+
+
+def _timing_work(conditions: int) -> float:
+    return _TIMING_SECONDS * conditions * _threads()
+
+
+def _plain_work(questions: QuestionSet) -> float:
+    return _PLAIN_SECONDS * min(PLAIN_CHECKS, len(questions.questions)) * _threads()
+
+
+def _budgets(settings: Settings) -> list[tuple[str, float]]:
+    return [(method, keep) for method in settings.methods for keep in settings.keeps]
+
+
+def _position_conditions(settings: Settings) -> list[tuple[str, float]]:
+    """Return what is run with both ways to count positions, besides the evidence alone."""
+    keeps = [keep for keep in POSITION_KEEPS if keep in settings.keeps]
+    return [(method, keep) for method in _position_methods(settings) for keep in keeps]
 
 
 def _position_methods(settings: Settings) -> Sequence[str]:
@@ -237,22 +326,23 @@ class _SetRun:
     def run(self, needs: Sequence[str]) -> list[Example]:
         """Run all conditions of the set and return the questions to show."""
         questions = self.set.questions
-        with self.progress.step(f"{self.set.name}: encoding", len(self.set.images)) as advance:
+        images = len(self.set.images)
+        text = f"{self.set.name}: encoding {images} images"
+        with self.progress.step(text, images, _IMAGE_SECONDS * images) as advance:
             self.chunks = self.answerer.encode(questions, needs, advance)
         if self.set.has_evidence:
             self.evidence = self._evidence()
-        methods = self.settings.methods
-        budgets = [(method, keep) for method in methods for keep in KEEPS]
+        budgets = _budgets(self.settings)
         costs = self._costs(budgets)
 
         unpruned = self._row(UNPRUNED, 1.0, costs[UNPRUNED, 1.0])
         self._check_against_plain()
-        self._add(unpruned, *(replace(unpruned, method=method) for method in methods))
+        self._add(unpruned, *(replace(unpruned, method=method) for method in self.settings.methods))
         for method, keep in budgets:
             self._add(self._row(method, keep, costs[method, keep]))
         if self.evidence is not None:
             self._add(self._row(ORACLE, 0.0, costs[ORACLE, 0.0]))
-        if self.set.name == SCENES:
+        if self.settings.both_positions and self.set.name == SCENES:
             self._other_positions(costs)
         return self._examples()
 
@@ -269,7 +359,8 @@ class _SetRun:
         )
         other = "" if main else f", positions {positions}"
         text = f"{self.set.name}: {name}{other}"
-        with self.progress.step(text, len(self.set.questions)) as advance:
+        work = _answer_work(self.set, method, keep)
+        with self.progress.step(text, len(self.set.questions), work) as advance:
             if method == ORACLE:
                 evidence = self._known_evidence()
                 answers = self.answerer.answer_each(
@@ -348,14 +439,13 @@ class _SetRun:
             keys.append((ORACLE, 0.0))
             conditions.append((Oracle(places[None]), len(places)))
         text = f"{self.set.name}: timing, methods taking turns"
-        with self.progress.step(text, 1) as advance:
+        with self.progress.step(text, 1, _timing_work(len(conditions))):
             costs = measure(
                 self.answerer.model,
                 self.answerer.batch([self.set.questions[typical].question]),
                 chunk.encoded.take([chunk.image_of[place]]),
                 conditions,
             )
-            advance(1)
         return dict(zip(keys, costs, strict=True))
 
     def _check_against_plain(self) -> None:
@@ -364,11 +454,11 @@ class _SetRun:
             range(len(self.set.questions)), min(PLAIN_CHECKS, len(self.set.questions))
         )
         same = 0
-        with self.progress.step(f"{self.set.name}: comparing with the plain model", 1) as advance:
+        text = f"{self.set.name}: comparing with the plain model"
+        with self.progress.step(text, 1, _plain_work(self.set)):
             for number in numbers:
                 plain = self.answerer.plain_answer(self.set.questions[number])
                 same += plain == self.shown[UNPRUNED].texts[number]
-            advance(1)
         self.results.about["same_as_plain_model"][self.set.name] = {
             "questions": len(numbers),
             "same": same,
@@ -377,11 +467,10 @@ class _SetRun:
     def _other_positions(self, costs: dict[tuple[str, float], Cost]) -> None:
         """Run some conditions with the other way to count positions."""
         other: Positions = "compact" if self.settings.positions == "original" else "original"
-        for method in _position_methods(self.settings):
-            for keep in POSITION_KEEPS:
-                row = self._row(method, keep, costs[method, keep], other)
-                self.results.other_positions.append(row)
-                self.results.save()
+        for method, keep in _position_conditions(self.settings):
+            row = self._row(method, keep, costs[method, keep], other)
+            self.results.other_positions.append(row)
+            self.results.save()
         if self.evidence is not None:
             self.results.other_positions.append(self._row(ORACLE, 0.0, costs[ORACLE, 0.0], other))
             self.results.save()
@@ -431,14 +520,16 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
     packages = ("tokenprune-vlm", "torch", "transformers", "numpy", "pillow", "statsmodels")
     parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
     return {
+        "run": settings.name,
         "settings": {
             "methods": list(settings.methods),
-            "keep": [1.0, *KEEPS],
+            "keep": [1.0, *settings.keeps],
             "positions": settings.positions,
             "questions": "all" if settings.questions is None else settings.questions,
             "seed": settings.seed,
             "example_keep": EXAMPLE_KEEP,
             "random": "another draw for every image",
+            "intervals": INTERVALS,
             "evidence": f"cells of the image covered by a box to at least {100 * COVERED:.0f} %",
         },
         "model": {
@@ -470,6 +561,11 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
         "same_as_plain_model": {},
         "seconds": None,
     }
+
+
+def _threads() -> int:
+    """Return how many batches are at work at a time."""
+    return min(_cores(), MOST_THREADS)
 
 
 def _cores() -> int:
