@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -330,7 +331,6 @@ def test_text_that_spells_a_placeholder_is_answered_as_the_plain_model_does() ->
 
 
 def test_peft_models_are_pruned_inside() -> None:
-    peft = pytest.importorskip("peft")
     model, (inputs, *_) = TINY["llava"].model(), questions("llava")
     target = r".*language_model.*q_proj"
     lora = peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False)
@@ -351,7 +351,6 @@ def test_peft_models_are_pruned_inside() -> None:
 
 
 def test_peft_prompt_tuning_is_refused() -> None:
-    peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     config.num_layers, config.num_attention_heads = 2, 4
     adapted = peft.get_peft_model(TINY["llava"].model(), config)
