@@ -33,7 +33,7 @@ def configure(parser: Parser) -> None:
         "--full",
         action="store_true",
         help="every method at six budgets, 1,000 questions of each set, both ways to count "
-        f"positions: what the README's numbers come from (about {FULL_MINUTES} minutes on two "
+        f"positions: what `tokenprune docs demo` comes from (about {FULL_MINUTES} minutes on two "
         "cores; without it, what one would choose between, at three budgets and on 500 questions)",
     )
     parser.add_argument(
