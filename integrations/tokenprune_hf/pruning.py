@@ -321,7 +321,8 @@ class Pruning(Attachment):
             Gets what the cache holds in the end.
         """
         short_length = call["input_ids"].shape[1]
-        self._shift_lengths(call, input_ids.shape[1] - short_length)
+        full_length = input_ids.shape[1]
+        self._shift_lengths(call, full_length, full_length - short_length)
         if call.get("streamer") is not None:
             call["streamer"] = _FullPromptStreamer(call["streamer"], input_ids)
         beams = self._setting(call, "num_beams") or 1
@@ -385,17 +386,34 @@ class Pruning(Attachment):
         config = kwargs.get("generation_config") or self.model.generation_config
         return getattr(config, name, None)
 
-    def _shift_lengths(self, kwargs: dict[str, Any], removed: int) -> None:
-        """Let `max_length` and `min_length` count the caller's prompt and not the short one."""
-        given = kwargs.get("generation_config")
-        defaults = self.model.generation_config if given is None else given
-        for name, by_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if kwargs.get(by_new) is not None or getattr(defaults, by_new, None) is not None:
+    def _shift_lengths(self, kwargs: dict[str, Any], full_length: int, removed: int) -> None:
+        """Let `max_length` and `min_length` count the caller's prompt and not the short one.
+
+        Raises
+        ------
+        PromptError
+            If they leave no room for an answer: the engine would say so of the short prompt.
+        """
+        lengths = {
+            name: self._setting(kwargs, name) or None
+            for name, by_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
+            if self._setting(kwargs, by_new) is None
+        }
+        longest, shortest = lengths.get("max_length"), lengths.get("min_length")
+        if longest is not None and longest <= full_length:
+            raise PromptError(
+                f"the prompt has {full_length} tokens and max_length={longest} counts them, so "
+                "nothing is left for an answer. Raise it or, better, give max_new_tokens."
+            )
+        if longest is not None and shortest is not None and shortest > longest:
+            raise PromptError(
+                f"min_length={shortest} is above max_length={longest}. Lower it, or give "
+                "min_new_tokens and max_new_tokens."
+            )
+        for name, length in lengths.items():
+            if length is None:
                 continue
-            length = kwargs.get(name, getattr(defaults, name, None))
-            if not length:
-                continue
-            if given is None or name in kwargs:
+            if kwargs.get("generation_config") is None or name in kwargs:
                 kwargs[name] = max(length - removed, 0)
             else:
                 # transformers takes a config or arguments, not both; the caller's stays.

@@ -170,6 +170,11 @@ def test_lengths_count_the_callers_prompt() -> None:
         output = model.generate(**inputs, generation_config=passed)
         assert output.shape[1] == length + 2
         assert passed.max_length == length + 2
+        # Errors count it too: the short prompt would have room.
+        with pytest.raises(PromptError, match=f"has {length} tokens and max_length={length} "):
+            model.generate(**inputs, max_length=length)
+        with pytest.raises(PromptError, match=f"min_length={length + 3} is above max_length"):
+            model.generate(**inputs, max_length=length + 2, min_length=length + 3)
 
 
 def test_text_prompts_mixed_prompts_and_prompts_without_words() -> None:
