@@ -24,7 +24,7 @@ from tokenprune.errors import (
     reason_of,
 )
 
-_LOST = re.compile(r"(CUDA|HIP) error|CUBLAS_STATUS|CUDNN_STATUS_INTERNAL|device-side assert")
+LOST_DEVICE = re.compile(r"(CUDA|HIP) error|CUBLAS_STATUS|CUDNN_STATUS_INTERNAL|device-side assert")
 """What torch says when the device answers no further call of this process."""
 
 NOT_THE_ITEM = (MissingPackageError, OptionError, OutputError, UnsupportedModelError)
@@ -119,7 +119,7 @@ def failure_of(error: Exception, ends: tuple[type[Exception], ...] = NOT_THE_ITE
     if isinstance(error, ends):
         raise error
     said = reason_of(error)
-    if _LOST.search(said):
+    if LOST_DEVICE.search(said):
         raise error
     _logger.debug("an item is left out", exc_info=error)
     if isinstance(error, TokenPruneError):

@@ -7,18 +7,15 @@ disk, a missing package, an engine or a device that is gone.
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
 
 from tokenprune.errors import MissingPackageError, TokenPruneError
 from tokenprune_eval.demo.output import OutputError
+from tokenprune_hf.failures import LOST_DEVICE
 
 _LONGEST = 1000
 """Characters of a reason that are kept."""
-
-_LOST = re.compile(r"(CUDA|HIP) error|CUBLAS_STATUS|CUDNN_STATUS_INTERNAL|device-side assert")
-"""What torch says when the device answers no further call of this process."""
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ def failure_of(error: Exception) -> str:
     if isinstance(error, OutputError | MissingPackageError | EngineLostError):
         raise error
     text = " ".join(str(error).split())[:_LONGEST]
-    if _LOST.search(text):
+    if LOST_DEVICE.search(text):
         raise EngineLostError(
             f"the device has failed and takes no further call ({text}). The answers so far are on "
             "disk; the same command goes on behind them."
@@ -60,18 +57,6 @@ def _out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError)
-
-
-def free_memory() -> None:
-    """Give back what a failed call held, so that a smaller one finds room.
-
-    To be called outside of the ``except`` clause: the error holds the tensors of the call.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def alike(reason: str) -> str:

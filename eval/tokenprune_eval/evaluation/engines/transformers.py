@@ -42,7 +42,7 @@ from tokenprune_eval.demo.costs import peak_bytes
 from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
-from tokenprune_eval.evaluation.failures import failure_of, free_memory
+from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -56,6 +56,7 @@ from tokenprune_hf.encoded_file import (
 )
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
+from tokenprune_hf.failures import free_memory
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load
