@@ -334,7 +334,7 @@ def test_peft_models_are_pruned_inside() -> None:
     model, (inputs, *_) = TINY["llava"].model(), questions("llava")
     target = r".*language_model.*q_proj"
     lora = peft.LoraConfig(r=4, target_modules=target, init_lora_weights=False)
-    adapted = peft.get_peft_model(model, lora).eval()
+    adapted: Any = peft.get_peft_model(model, lora).eval()
     inside = adapted.base_model.model
     plain = adapted.generate(**inputs, **GREEDY)
     with tokenprune_hf.prune(inside, "cls-attention", 5):
@@ -353,7 +353,7 @@ def test_peft_models_are_pruned_inside() -> None:
 def test_peft_prompt_tuning_is_refused() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, token_dim=32)
     config.num_layers, config.num_attention_heads = 2, 4
-    adapted = peft.get_peft_model(TINY["llava"].model(), config)
+    adapted: Any = peft.get_peft_model(TINY["llava"].model(), config)
     with pytest.raises(UnsupportedModelError, match="learned embeddings"):
         tokenprune_hf.prune(adapted, "uniform", 3)
 
