@@ -196,9 +196,10 @@ class Pruning(Attachment):
         self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Stand in front of the model's own `forward`."""
+        # A call with pixels inside `generate` is no step of it: a logits processor makes it.
+        if self._call.generating and not _brings_pixels(kwargs):
+            return plain(*args, **self._step(kwargs))
         with self._running():
-            if self._call.generating:
-                return plain(*args, **self._step(kwargs))
             named = named_arguments(self.model, args, kwargs)
             with Filling[Shortened](cache_of(named)) as filling:
                 if (shortened := self._shorten(named, filling.before is not None)) is not None:
@@ -250,21 +251,25 @@ class Pruning(Attachment):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """Mark a call of the model as running in this thread."""
-        self._call.depth += 1
+        """Mark a call of the model as running in this thread, perhaps inside another one."""
+        call, proportional = self._call, self._proportional
+        before = call.prompt, call.generating, call.read
+        counted = None if proportional is None else proportional.logs
+        call.prompt, call.generating, call.read = None, False, False
+        call.depth += 1
         try:
             yield
         finally:
-            self._call.depth -= 1
-            if not self._call.depth:
-                self._count_keys(None)
+            call.depth -= 1
+            call.prompt, call.generating, call.read = before
+            if proportional is not None:
+                proportional.logs = counted
 
-    def _count_keys(self, shortened: Shortened | None) -> None:
+    def _count_keys(self, shortened: Shortened) -> None:
         """Have attention count the keys of a prompt until the call is over."""
         if self._proportional is not None:
-            if shortened is not None:
-                self._proportional.check_call()
-            self._proportional.logs = None if shortened is None else shortened.logs
+            self._proportional.check_call()
+            self._proportional.logs = shortened.logs
 
     # generate ----------------------------------------------------------------------------------
 
@@ -353,15 +358,11 @@ class Pruning(Attachment):
             If pruning was taken off while it ran, and the answer needed it.
         """
         call = self._call
-        before = call.prompt, call.generating, call.read
         call.prompt, call.generating, call.read = shortened, True, False
-        try:
-            output = plain(**kwargs)
-            read = call.read
-        finally:
-            call.prompt, call.generating, call.read = before
+        output = plain(**kwargs)
         if shortened is None:
             return output
+        read = call.read
         every_step = (
             shortened.ends_with_dropped
             or self.proportional_attention
@@ -602,6 +603,13 @@ def _represent(encoded: Encoded, modality: str, selections: list[Selection]) -> 
             one = dataclasses.replace(one, represented=counts[0])
         result.append(one)
     return result
+
+
+def _brings_pixels(arguments: dict[str, Any]) -> bool:
+    """Say whether a call brings images or videos, by the names that all encoders share."""
+    return any(
+        name.startswith("pixel_values") and value is not None for name, value in arguments.items()
+    )
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:

@@ -327,6 +327,30 @@ def test_text_that_spells_a_placeholder_is_answered_as_the_plain_model_does() ->
         assert pruning.selections == []
 
 
+@pytest.mark.parametrize("proportional", [False, True])
+def test_a_call_inside_a_call_is_pruned_by_itself(proportional: bool) -> None:
+    """A logits processor that asks the model about another image, by either of its calls."""
+    model, (first, second, *_) = TINY["llava"].model(), questions("llava")
+    said: list[Any] = []
+
+    def ask(_ids: Tensor, scores: Tensor) -> Tensor:
+        said.append((model(**second).logits[0, -1], model.generate(**second, **GREEDY)[0]))
+        return scores
+
+    with (
+        torch.no_grad(),
+        tokenprune_hf.prune(model, "divprune", 5, proportional_attention=proportional) as pruning,
+    ):
+        right = model(**second).logits[0, -1], model.generate(**second, **GREEDY)[0]
+        alone = model.generate(**first, **GREEDY)
+        assert torch.equal(model.generate(**first, **GREEDY, logits_processor=[ask]), alone)
+        assert len(pruning.selections[0]) == 5
+    assert len(said) == 5
+    for logits, sequence in said:
+        assert torch.equal(logits, right[0])
+        assert torch.equal(sequence, right[1])
+
+
 # Wrappers -----------------------------------------------------------------------------------------
 
 
