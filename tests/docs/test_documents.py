@@ -128,7 +128,7 @@ def test_first_example_prints_what_it_says(tmp_path: Path) -> None:
 
 def test_selector_in_ten_lines_selects(tmp_path: Path) -> None:
     """CONTRIBUTING's class, used as the page says, keeps the longest projected tokens."""
-    (block,) = (block for block in PYTHON if block.document.name == "CONTRIBUTING.md")
+    block = next(block for block in PYTHON if block.document.name == "CONTRIBUTING.md")
     names, _ = _run([block], tmp_path)
     selector = names["EmbeddingNorm"]()
     torch.manual_seed(0)
