@@ -16,6 +16,7 @@ from tokenprune.errors import (
     BudgetError,
     ConfigError,
     OptionError,
+    SelectorError,
     TokenPruneError,
     UnknownMethodError,
     UnsupportedModelError,
@@ -153,11 +154,20 @@ def test_models_that_cannot_be_pruned() -> None:
 
 
 def test_a_method_whose_needs_cannot_be_met() -> None:
+    """What no adapter gathers is refused when the class is made, or else at `prune`."""
+    with pytest.raises(SelectorError, match="sound"):
+
+        class AsksForSound(Selector):
+            name: ClassVar[str] = "asks"
+            summary: ClassVar[str] = "what a microphone heard"
+            needs: ClassVar[tuple[str, ...]] = ("sound",)
+
     @dataclass(frozen=True)
-    class AsksForSound(Selector):
+    class AsksAtLast(Selector):
         name: ClassVar[str] = "asks"
         summary: ClassVar[str] = "what a microphone heard"
-        needs: ClassVar[tuple[str, ...]] = ("sound",)
+        needs: ClassVar[tuple[str, ...]] = ()
 
+    AsksAtLast.needs = ("sound",)
     with pytest.raises(UnsupportedModelError, match="sound"):
-        tokenprune_hf.prune(TINY["llava"].model(), AsksForSound(), 3)
+        tokenprune_hf.prune(TINY["llava"].model(), AsksAtLast(), 3)
