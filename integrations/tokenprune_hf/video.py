@@ -11,6 +11,7 @@ where they disagree, the list is made anew by decoding the whole file, of which 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -321,11 +322,11 @@ def _open(file: Path) -> InputContainer:
     import av
 
     try:
-        return av.open(
+        container: InputContainer = av.open(
             os.path.abspath(file),  # a colon in a relative path would be taken for a protocol
             "r",
-            metadata_errors="replace",
             container_options={"protocol_whitelist": "file"},
+            **_lenient(),
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, PermissionError):
@@ -337,6 +338,17 @@ def _open(file: Path) -> InputContainer:
             f"{file}: this is no video that can be read ({text or _reason(error)}). If it is one, "
             "its beginning or its index is missing: copy or download it again."
         ) from None
+    return container
+
+
+@functools.cache
+def _lenient() -> dict[str, Any]:
+    """Return what has PyAV read titles that are no UTF-8; from 19 on it does by itself."""
+    import av
+
+    # A compiled function without a signature: its documentation says what it takes.
+    known = "metadata_errors" in (av.open.__doc__ or "")
+    return {"metadata_errors": "replace"} if known else {}
 
 
 def _stream(file: Path, container: InputContainer) -> VideoStream:
