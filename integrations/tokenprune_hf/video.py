@@ -605,14 +605,14 @@ def _list_frames(file: Path, note: str) -> _Listing:
 def _orientation(frame: VideoFrame) -> _Orientation:
     """Return what the display matrix of a frame says; it is applied by players, not by decoders."""
     side_data: Any = frame.side_data
-    for data in side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            # Column and row of the stored picture become a * column + c * row, and b and d.
-            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-            if abs(a) + abs(d) >= abs(b) + abs(c):
-                return _Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
-            return _Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
-    return _Orientation()
+    data = side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return _Orientation()
+    # Column and row of the stored picture become a * column + c * row, and b and d.
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return _Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
+    return _Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
 
 
 def _check_whole(file: Path, listing: _Listing, allow_truncated: bool) -> None:

@@ -281,7 +281,7 @@ def test_mirrored_videos_are_made_upright(tmp_path: Path, rotation: int) -> None
         assert video.backend == "pyav"
         assert video.frames.shape[1:] == upright.shape
         with av.open(file) as container:
-            matrix = next(iter(cast(Any, next(container.decode(video=0)).side_data)))
+            matrix = cast(Any, next(container.decode(video=0))).side_data["DISPLAYMATRIX"]
             a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
         # Where the matrix puts every pixel of the stored picture, one by one.
         rows, columns = np.indices(stored.shape[:2])
