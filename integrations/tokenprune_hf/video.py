@@ -11,6 +11,7 @@ where they disagree, the list is made anew by decoding the whole file, of which 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import os
@@ -321,11 +322,11 @@ def _open(file: Path) -> InputContainer:
     import av
 
     try:
-        return av.open(
+        container: InputContainer = av.open(
             os.path.abspath(file),  # a colon in a relative path would be taken for a protocol
             "r",
-            metadata_errors="replace",
             container_options={"protocol_whitelist": "file"},
+            **_lenient(),
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, PermissionError):
@@ -337,6 +338,17 @@ def _open(file: Path) -> InputContainer:
             f"{file}: this is no video that can be read ({text or _reason(error)}). If it is one, "
             "its beginning or its index is missing: copy or download it again."
         ) from None
+    return container
+
+
+@functools.cache
+def _lenient() -> dict[str, Any]:
+    """Return what has PyAV read titles that are no UTF-8; from 19 on it does by itself."""
+    import av
+
+    # A compiled function without a signature: its documentation says what it takes.
+    known = "metadata_errors" in (av.open.__doc__ or "")
+    return {"metadata_errors": "replace"} if known else {}
 
 
 def _stream(file: Path, container: InputContainer) -> VideoStream:
@@ -593,14 +605,14 @@ def _list_frames(file: Path, note: str) -> _Listing:
 def _orientation(frame: VideoFrame) -> _Orientation:
     """Return what the display matrix of a frame says; it is applied by players, not by decoders."""
     side_data: Any = frame.side_data
-    for data in side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            # Column and row of the stored picture become a * column + c * row, and b and d.
-            a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
-            if abs(a) + abs(d) >= abs(b) + abs(c):
-                return _Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
-            return _Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
-    return _Orientation()
+    data = side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return _Orientation()
+    # Column and row of the stored picture become a * column + c * row, and b and d.
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return _Orientation(False, flip_rows=d < 0, flip_columns=a < 0)
+    return _Orientation(True, flip_rows=b < 0, flip_columns=c < 0)
 
 
 def _check_whole(file: Path, listing: _Listing, allow_truncated: bool) -> None:

@@ -281,7 +281,7 @@ def test_mirrored_videos_are_made_upright(tmp_path: Path, rotation: int) -> None
         assert video.backend == "pyav"
         assert video.frames.shape[1:] == upright.shape
         with av.open(file) as container:
-            matrix = next(iter(cast(Any, next(container.decode(video=0)).side_data)))
+            matrix = cast(Any, next(container.decode(video=0))).side_data["DISPLAYMATRIX"]
             a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
         # Where the matrix puts every pixel of the stored picture, one by one.
         rows, columns = np.indices(stored.shape[:2])
@@ -661,3 +661,20 @@ def test_missing_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingPackageError, match="pip install av"):
         read_video(folder / "plain.mp4", 3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_title_that_is_no_utf_8_does_not_matter(tmp_path: Path, backend: Any) -> None:
+    """Cameras write others; PyAV before its release 19 has to be told."""
+    plain, file = _encode(tmp_path / "plain.mkv"), tmp_path / "titled.mkv"
+    with av.open(str(plain)) as source, av.open(str(file), "w") as target:
+        target.metadata["title"] = "a title of bytes"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    file.write_bytes(
+        file.read_bytes().replace(b"a title of bytes", b"a title of \xff\xfe\xe4\xf6!")
+    )
+    assert len(read_video(file, 4, backend=backend).frames) == 4
