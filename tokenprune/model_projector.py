@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError, reason_of
 from tokenprune.plain_weights import FLOATS, why_altered
 from tokenprune.projectors import Grams, MLPProjector
 from tokenprune.tokens import Projector
@@ -77,7 +77,7 @@ class ModelProjector:
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnreadableProjectorError(
                 f"{self!r} is not made of the layers that this model's projectors are made of "
-                f"({error})"
+                f"({reason_of(error)})"
             ) from error
         mlp.grams = _GRAMS.setdefault(self.module, {})
         return mlp

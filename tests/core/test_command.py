@@ -249,7 +249,7 @@ def test_what_is_left_when_the_foreign_package_was_uninstalled_over_ours(tmp_pat
     (tmp_path / "tokenprune_vlm").symlink_to(ROOT / "tokenprune_vlm")
     code = "import sys, tokenprune_vlm; sys.exit(tokenprune_vlm.main(['methods']))"
     # Without site, the checkout is not on the path.
-    done = run(sys.executable, "-S", "-c", code, cwd=tmp_path)
+    done = run(sys.executable, "-S", "-c", code, cwd=tmp_path, PYTHONPATH="")
     assert done.returncode == 2
     assert done.stderr.startswith(f"tokenprune: the package `tokenprune` in {tmp_path}")
     assert "--force-reinstall" in done.stderr

@@ -156,8 +156,9 @@ def test_a_killed_run_loses_and_repeats_nothing(ran: Path, tmp_path: Path) -> No
 
 def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
     out = tmp_path / "both"
+    asked = evaluate(out, "--limit", "1000")  # so many that the second one starts meanwhile
     first = subprocess.Popen(
-        [*COMMAND, *evaluate(out)],
+        [*COMMAND, *asked],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -166,7 +167,7 @@ def test_two_runs_cannot_write_one_folder(tmp_path: Path) -> None:
         while not (out / "run.json").is_file():
             assert first.poll() is None
             time.sleep(0.01)
-        second = run(*evaluate(out))
+        second = run(*asked)
         assert first.poll() is None, "the first was to be at work still"
     finally:
         first.kill()
@@ -420,4 +421,4 @@ def test_a_model_without_letters_says_so_before_any_answer(tmp_path: Path) -> No
     assert done.returncode == 2
     assert "no token for the letter" in done.stderr
     assert "--choose-by text" in done.stderr
-    assert not answers(out)
+    assert not (out / "run.json").exists()  # nothing was begun

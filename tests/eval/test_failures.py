@@ -96,6 +96,7 @@ def settings(file: Path, **more: Any) -> Settings:
 
 def use(monkeypatch: pytest.MonkeyPatch, rule: Rule, odd: Sequence[str] = ()) -> None:
     monkeypatch.setattr(runner, "build_engine", lambda settings: Stub(rule, odd))
+    monkeypatch.setattr(runner, "check_before_model", lambda settings, sets: None)  # no checkpoint
 
 
 def records(file: Path) -> list[Record]:
