@@ -28,7 +28,7 @@ COMMON = (
 )
 TOKENPRUNE = (sys.executable, "-m", "tokenprune.cli")
 PLAIN = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
-_PATIENCE = 240.0
+_PATIENCE = 600.0  # a start takes half a minute, and many times that beside other work
 
 
 @dataclass
