@@ -52,6 +52,10 @@ class Holding(Generic[T]):
     prompt: T
     after: Tensor | None
     refusal: str | None = None
+    # How the cache is recognised: its length when it was left, the layer whose keys tell rows and
+    # the first number of each of those keys [B, ...], in the pieces in which they came. Comparing
+    # them is spared where the very tensor (with its version) is there still; a cache whose keys
+    # cannot be read is known as the very object alone.
     _length: int = 0
     _layer: int | None = None
     _samples: list[Tensor] = field(default_factory=list)
@@ -221,6 +225,8 @@ def _rows(cache: Any, holding: Holding[Any], length: int) -> Tensor | None:
         "cannot be told. Go on from the cache as it was returned, or from a copy, a crop "
         "(cache.crop(-n)) or a re-ordering of it; or read the whole prompt again."
     )
+    if length > holding._length:  # a shallow copy, whose layers were filled further by the other
+        raise changed
     if holding._layer is None:
         # Keys that cannot be read: nothing but the very object, untouched, is known.
         same = holding._owner is not None and holding._owner() is cache

@@ -241,6 +241,16 @@ def test_forward_calls_on_a_cache_that_was_copied_and_cut_back(name: str) -> Non
         torch.testing.assert_close(logits, right.flip(0))
 
 
+def test_a_shallow_copy_that_was_filled_through_the_other_is_refused() -> None:
+    model, inputs = setting("llava", ["tit"])
+    with torch.no_grad(), tokenprune_hf.prune(model, "feature-norm", 5):
+        cache = cache_of(model(**inputs))
+        other = copy.copy(cache)  # its layers are the same ones
+        model(input_ids=MORE, **cache_argument(model, cache))
+        with pytest.raises(PromptError, match="no longer holds what was left"):
+            model(input_ids=MORE, **cache_argument(model, other))
+
+
 def test_a_caches_tokens_are_compared_with_those_that_are_passed() -> None:
     model, inputs = setting("llava", ["tit"])
     length = inputs["input_ids"].shape[1]
