@@ -34,7 +34,7 @@ from tokenprune.budget import tokens_kept
 from tokenprune.registry import build
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
-from tokenprune_eval.demo.results import wilson
+from tokenprune_eval.results.statistics import wilson
 from tokenprune_hf.loading import ask, load
 from tokenprune_hf.video import Video, read_video
 

@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from tokenprune.masks.coverage import thresholds
-    from tokenprune_eval.demo.output import OutputError, prepare_folder
-    from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.shared.output import OutputError, prepare_folder
+    from tokenprune_eval.shared.progress import TerminalProgress
     from tokenprune_hf.calibrate_heads import (
         QUESTION,
         check_pictures,
@@ -201,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _writing(file: Path) -> Iterator[None]:
-    from tokenprune_eval.demo.output import OutputError
+    from tokenprune_eval.shared.output import OutputError
 
     try:
         yield

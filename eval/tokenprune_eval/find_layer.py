@@ -116,8 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
     import rich.console
 
     from tokenprune.config import PruningConfig
-    from tokenprune_eval.demo.output import prepare_folder, write_whole
-    from tokenprune_eval.demo.terminal import TerminalProgress
+    from tokenprune_eval.shared.output import prepare_folder, write_whole
+    from tokenprune_eval.shared.progress import TerminalProgress
     from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.find_layer import drawn_needles, find_layer, read_needles
     from tokenprune_hf.loading import load

@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     for text in said:
         print(f"tokenprune show: {text}", file=sys.stderr)
 
-    from tokenprune_eval.demo.output import write_whole
+    from tokenprune_eval.shared.output import write_whole
 
     write_whole(
         arguments.out,

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.answer_text import final_part, is_right, read_choice, read_open
 from tokenprune_eval.evaluation.engines.base import Said
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition
 from tokenprune_eval.evaluation.scoring import prompt_of, score
+from tokenprune_eval.results.answer_text import final_part, is_right, read_choice, read_open
+from tokenprune_eval.results.records import UNPRUNED, Condition
 
 CARS = ("a blue car", "a red car", "a green bus", "a bicycle")
 ANIMALS = ("man", "woman", "child", "dog")

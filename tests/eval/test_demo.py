@@ -35,14 +35,16 @@ from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.demo import runner
 from tokenprune_eval.demo.answering import Answers
 from tokenprune_eval.demo.baselines import RandomPerImage
-from tokenprune_eval.demo.costs import Cost, peak_bytes
+from tokenprune_eval.demo.costs import Cost
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
-from tokenprune_eval.demo.output import OutputError, write_whole
 from tokenprune_eval.demo.questionsets import choose, load_sets
 from tokenprune_eval.demo.report import render
-from tokenprune_eval.demo.results import Results, Row, independent, make_row, wilson
+from tokenprune_eval.demo.results import Results, Row, make_row
 from tokenprune_eval.demo.runner import FULL, QUICK, Example, Panel
-from tokenprune_eval.demo.terminal import TerminalProgress, progress_console
+from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
+from tokenprune_eval.results.statistics import independent, wilson
+from tokenprune_eval.shared.output import OutputError, write_whole
+from tokenprune_eval.shared.progress import TerminalProgress, progress_console
 
 ROOT = Path(__file__).parents[2]
 

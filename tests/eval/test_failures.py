@@ -21,19 +21,19 @@ from tests.eval.test_openai import settings as server_settings
 from tokenprune.errors import ConfigError, MissingPackageError, TokenPruneError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.data.load import load_data
-from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation import runner
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.openai import ServerError
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
 from tokenprune_eval.evaluation.failures import EngineLostError, alike, failure_of
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
 from tokenprune_eval.evaluation.runner import GIVE_UP, EvaluationError, run
 from tokenprune_eval.evaluation.scoring import prompt_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.results.summary import read_results
+from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.video import Video
 
 Rule = Callable[[Item, Condition], str | None]

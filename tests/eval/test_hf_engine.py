@@ -21,16 +21,16 @@ from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.data.load import load_data
-from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation.engines.base import Said
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import Condition, ModalityIndices, Record
 from tokenprune_eval.evaluation.runner import run
 from tokenprune_eval.evaluation.scoring import likeliest, prompt_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.records import Condition, ModalityIndices, Record
 from tokenprune_eval.results.summary import ItemInfo, Results, summarise
+from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.images import load_image
 
 

@@ -25,10 +25,10 @@ from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Said
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine, ServerError, check_server
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
 from tokenprune_eval.evaluation.runner import EvaluationError, run
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_hf.images import load_image
 from tokenprune_hf.video import Video
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from tests.eval.browser import CHROMIUM, browse
 from tokenprune.errors import ConfigError, InputFileError
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.records import Condition, Record, Seconds
 from tokenprune_eval.results.compare import compare, comparison_markdown, print_comparison
 from tokenprune_eval.results.files import read_run, write_items
+from tokenprune_eval.results.records import Condition, Record, Seconds
 from tokenprune_eval.results.report import render
 from tokenprune_eval.results.statistics import answer_of, difference_interval, mcnemar_p, paired
 from tokenprune_eval.results.summary import (
@@ -34,8 +34,8 @@ from tokenprune_eval.results.summary import (
     Results,
     read_results,
     summarise,
-    write_results,
 )
+from tokenprune_eval.results.write import write_results
 from tokenprune_eval.results.table import markdown, print_tables
 
 EVIL = "<script>document.title = 'owned'</script> & \"quoted\" {{ 7 * 7 }} $x_1$ |"

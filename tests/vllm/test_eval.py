@@ -18,9 +18,9 @@ from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Said
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
-from tokenprune_eval.evaluation.records import Record
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.records import Record
 from tokenprune_hf.images import load_image
 
 PRUNED = "cls-attention@0.25"

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from tokenprune.config import PruningConfig
     from tokenprune_eval.calibrate.search import Bounds, Decision, Search
     from tokenprune_eval.data.item import Item
-    from tokenprune_eval.demo.terminal import TerminalProgress
     from tokenprune_eval.evaluation.engines.base import Engine
-    from tokenprune_eval.evaluation.records import Record
     from tokenprune_eval.evaluation.settings import Settings
     from tokenprune_eval.evaluation.store import Store
+    from tokenprune_eval.results.records import Record
+    from tokenprune_eval.shared.progress import TerminalProgress
 
 HELP = "find the smallest keep of a method that loses no more accuracy than allowed"
 EXTRA = "eval"
@@ -168,11 +168,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from tokenprune_eval.calibrate.search import Answers, Search, draw
-    from tokenprune_eval.demo.output import prepare_folder
-    from tokenprune_eval.demo.terminal import TerminalProgress
     from tokenprune_eval.evaluation.checks import check_before_model
     from tokenprune_eval.evaluation.runner import build_engine, load_sets
     from tokenprune_eval.evaluation.store import Store
+    from tokenprune_eval.shared.output import prepare_folder
+    from tokenprune_eval.shared.progress import TerminalProgress
 
     files = _files(arguments.out, list(dict.fromkeys(settings.method)))
     settings = settings.model_copy(update={"out": files[ANSWERS]})
@@ -337,7 +337,7 @@ def _check_not_there(files: dict[str, Path], methods: list[str], search: dict[st
     OutputError
         Naming it.
     """
-    from tokenprune_eval.demo.output import OutputError
+    from tokenprune_eval.shared.output import OutputError
 
     if _is_unfinished(files[LOG], search):
         return
@@ -407,7 +407,7 @@ class _Report:
 
     def note(self, decision: Decision) -> None:
         """Write a decision, and the configuration if it was the method's last."""
-        from tokenprune_eval.demo.output import write_whole
+        from tokenprune_eval.shared.output import write_whole
 
         self.decisions.append(decision)
         self.write(complete=False)
@@ -436,7 +436,7 @@ class _Report:
 
     def calls(self) -> dict[str, int]:
         """Return questions put to the model, and how many all budgets on all would have been."""
-        from tokenprune_eval.evaluation.records import UNPRUNED
+        from tokenprune_eval.results.records import UNPRUNED
 
         calls = self.search.answers.calls
         questions = sum(map(len, self.search.media))
@@ -449,7 +449,7 @@ class _Report:
 
     def unpruned(self) -> dict[str, Any]:
         """Return how the unpruned model fared."""
-        from tokenprune_eval.evaluation.records import UNPRUNED
+        from tokenprune_eval.results.records import UNPRUNED
 
         right = self.search.answers.right.get(UNPRUNED, {})
         answered = [one for one in right.values() if one is not None]
@@ -463,8 +463,8 @@ class _Report:
         """Write the log."""
         from tokenprune_eval.calibrate.search import steps
         from tokenprune_eval.calibrate.sequential import needed
-        from tokenprune_eval.demo.output import write_whole
         from tokenprune_eval.evaluation.runner import _versions
+        from tokenprune_eval.shared.output import write_whole
 
         bounds, media = self.bounds, self.search.media
         values = {

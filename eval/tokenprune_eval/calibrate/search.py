@@ -21,10 +21,10 @@ from tokenprune_eval.calibrate.sequential import MeanTest
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Record
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
+from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 
 CUT = "the answer was cut off before it named anything; give more --max-new-tokens."
 """Why there is no answer to a question whose answer is longer than allowed."""

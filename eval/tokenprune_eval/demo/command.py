@@ -97,7 +97,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo, print its tables and write its files."""
-    from tokenprune_eval.demo.output import prepare_folder, write_whole
+    from tokenprune_eval.shared.output import prepare_folder, write_whole
 
     settings = _settings(arguments)
     out = arguments.out or Path("demo-out") / settings.name
@@ -107,12 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tokenprune_eval.demo import runner
     from tokenprune_eval.demo.report import render
-    from tokenprune_eval.demo.terminal import (
-        TerminalProgress,
-        print_accuracy,
-        print_details,
-        progress_console,
-    )
+    from tokenprune_eval.demo.terminal import print_accuracy, print_details
+    from tokenprune_eval.shared.progress import TerminalProgress, progress_console
 
     console = Console()
     with TerminalProgress(progress_console(console)) as progress:

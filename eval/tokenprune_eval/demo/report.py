@@ -14,15 +14,14 @@ from PIL import ImageStat
 from torch import Tensor
 
 from tokenprune_eval.bundled.questions import Question
-from tokenprune_eval.demo.plots import accuracy_plot, style_of
+from tokenprune_eval.demo.plots import accuracy_plot
 from tokenprune_eval.demo.questionsets import EASY_VQA, SCENES
 from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row
 from tokenprune_eval.demo.runner import EXAMPLE_KEEP, Example, Panel
+from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL, style_of
 from tokenprune_hf.images import load_image
 
-BASELINES = ("random", "uniform", "feature-norm")
 HEADLINE_KEEP = 0.25
-LIGHT_VEIL, DARK_VEIL = "#f3f4f6", "#39424e"
 
 _ABOUT_SETS = {
     SCENES: (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor
 from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.demo.answering import Answers
 from tokenprune_eval.demo.costs import Cost
-from tokenprune_eval.demo.output import write_whole
+from tokenprune_eval.results.statistics import independent, wilson
+from tokenprune_eval.shared.output import write_whole
 
 UNPRUNED, ORACLE = "none", "oracle"
 """What the rows of the unpruned model, and of the evidence alone, have for a method."""
@@ -67,66 +68,6 @@ class Row:
     positions: str
     by_type: dict[str, dict[str, float]]
     unpruned: bool = False
-
-
-def wilson(correct: float, questions: float) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share.
-
-    Parameters
-    ----------
-    correct
-        Between 0 and `questions`.
-    questions
-        At least 1. Neither has to be whole, see `independent`.
-
-    Returns
-    -------
-    tuple of float
-        Low and high, between 0 and 1.
-    """
-    from statsmodels.stats.proportion import proportion_confint
-
-    low, high = proportion_confint(correct, questions, alpha=0.05, method="wilson")
-    # Rounding may leave the share itself outside, where none or all are correct.
-    share = correct / questions
-    return min(max(0.0, float(low)), share), max(min(1.0, float(high)), share)
-
-
-def independent(right: Sequence[bool], images: Sequence[Hashable]) -> float:
-    """Return as how many independent questions these count.
-
-    Questions about one image tend to be right or wrong together, so they tell less than as many
-    about images of their own. Their number is divided by the design effect: the variance of the
-    share with images as clusters, over that of independent questions (Rao and Scott, "A simple
-    method for the analysis of clustered binary data", Biometrics 48, 1992, section 2).
-
-    Parameters
-    ----------
-    right
-        Whether each question was answered right; at least one.
-    images
-        The image of each.
-
-    Returns
-    -------
-    float
-        At least 1 and at most ``len(right)``: a design effect below 1 is taken for chance. Where
-        all answers are right or all wrong there is no variance to compare, and it is
-        ``len(right)``; where all are about one image it is 1.
-    """
-    count = len(right)
-    excess: dict[Hashable, float] = {}
-    share = sum(right) / count
-    for is_right, image in zip(right, images, strict=True):
-        excess[image] = excess.get(image, 0.0) + is_right - share
-    clusters = len(excess)
-    if share in (0.0, 1.0):
-        return float(count)
-    if clusters == 1:
-        return 1.0
-    clustered = clusters / (clusters - 1) * sum(value**2 for value in excess.values())
-    effect = clustered / (count * share * (1 - share))
-    return max(1.0, count / max(1.0, effect))
 
 
 def make_row(

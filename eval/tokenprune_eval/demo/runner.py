@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import random
 import time
@@ -27,6 +26,7 @@ from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
 from tokenprune_eval.demo.questionsets import SCENES, QuestionSet, load_sets
 from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row, make_row
+from tokenprune_eval.shared.machine import cores, processor
 from tokenprune_hf.families.registry import check_method
 from tokenprune_hf.images import load_image
 
@@ -543,8 +543,8 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
             **{package: version(package) for package in packages},
         },
         "machine": {
-            "processor": _processor(),
-            "cores": _cores(),
+            "processor": processor(),
+            "cores": cores(),
             "threads": len(answerer.models),
             "system": f"{platform.system()} {platform.machine()}",
         },
@@ -565,21 +565,4 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
 
 def _threads() -> int:
     """Return how many batches are at work at a time."""
-    return min(_cores(), MOST_THREADS)
-
-
-def _cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _processor() -> str:
-    """Return the processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text("utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    return min(cores(), MOST_THREADS)

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from tokenprune.errors import ConfigError
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_eval.results.summary import REPORT, TABLE, Results
+from tokenprune_eval.results.summary import Results
 
 EVERY = 30.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -43,6 +43,8 @@ def evaluate(console: Console, settings: Settings) -> int:
 
 
 def _say_where(console: Console, out: Path, results: Results) -> None:
+    from tokenprune_eval.results.write import REPORT, TABLE
+
     errors = sum(row.errors for row in results.rows)
     if errors:
         console.print(f"{errors:,} answers are missing because of errors; the report lists them.")
@@ -130,8 +132,8 @@ def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
     from tokenprune_eval.evaluation.runner import results_of
     from tokenprune_eval.evaluation.store import Store
     from tokenprune_eval.results.files import RUN, read_run
-    from tokenprune_eval.results.summary import write_results
     from tokenprune_eval.results.table import print_tables
+    from tokenprune_eval.results.write import write_results
 
     runs = [read_run(shard) for shard in shards]
     settings = [Settings.model_validate(run.about["settings"]) for run in runs]

@@ -24,10 +24,10 @@ from tokenprune.errors import (
 from tokenprune.packages import check_packages
 from tokenprune_eval.data.choose import missing_media
 from tokenprune_eval.data.item import DataSet
-from tokenprune_eval.demo.output import OutputError
-from tokenprune_eval.evaluation.records import UNPRUNED
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import run_before
+from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.packages import VIDEO
 
 _BYTES_OF_ANSWER = 1024

@@ -11,7 +11,7 @@ import logging
 import re
 
 from tokenprune.errors import MissingPackageError, TokenPruneError
-from tokenprune_eval.demo.output import OutputError
+from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.failures import LOST_DEVICE
 
 _LONGEST = 1000

@@ -19,17 +19,17 @@ from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelErro
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
-from tokenprune_eval.demo.runner import _cores, _processor
 from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
 from tokenprune_eval.evaluation.failures import alike, failure_of
 from tokenprune_eval.evaluation.reading import by_media, read_ahead
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import read_run
-from tokenprune_eval.results.summary import ItemInfo, Results, summarise, write_results
+from tokenprune_eval.results.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
+from tokenprune_eval.results.summary import ItemInfo, Results, summarise
+from tokenprune_eval.shared.machine import cores, processor
 
 LOSSES_SHOWN = 20
 """Lost questions of each data set and condition whose kept tokens are noted, for the report."""
@@ -118,6 +118,9 @@ def run(settings: Settings, progress: Progress) -> Results:
         cannot be written, where no question can be answered at all or the engine is lost, and with
         `strict` for the first question without an answer. What was answered stays in the folder.
     """
+    # Its packages draw and fill in the report, which others who ask questions here do without.
+    from tokenprune_eval.results.write import write_results
+
     settings.check_methods()
     sets = load_sets(settings)
     check_before_model(settings, sets)
@@ -408,8 +411,8 @@ def _machine() -> dict[str, Any]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": _processor(),
-        "cores": _cores(),
+        "processor": processor(),
+        "cores": cores(),
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}",
     }

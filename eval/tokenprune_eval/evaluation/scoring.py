@@ -1,7 +1,7 @@
 """How a question is put, and what its answer counts as.
 
 Choices are laid out one a line behind their letters, and the letter is asked for, as LLaVA's
-evaluation does. `tokenprune_eval.evaluation.answer_text` reads the answers.
+evaluation does. `tokenprune_eval.results.answer_text` reads the answers.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokenprune_eval.data.item import LETTERS, Item
-from tokenprune_eval.evaluation.answer_text import is_right, read_choice
 from tokenprune_eval.evaluation.engines.base import Said
-from tokenprune_eval.evaluation.records import Condition, Record
 from tokenprune_eval.evaluation.settings import ChooseBy
+from tokenprune_eval.results.answer_text import is_right, read_choice
+from tokenprune_eval.results.records import Condition, Record
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 

@@ -13,7 +13,7 @@ from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
 from tokenprune.registry import find
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition
+from tokenprune_eval.results.records import UNPRUNED, Condition
 
 EngineName = Literal["hf", "vllm", "openai"]
 ChooseBy = Literal["likelihood", "text"]

@@ -18,11 +18,11 @@ from typing import Any
 import filelock
 
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
-from tokenprune_eval.demo.output import OutputError, prepare_folder, write_whole
-from tokenprune_eval.evaluation.records import Condition, Record
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import RECORDS, RUN, Run, read_run, write_items
+from tokenprune_eval.results.records import Condition, Record
 from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.shared.output import OutputError, prepare_folder, write_whole
 
 
 class BusyFolderError(TokenPruneError, RuntimeError):

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from tokenprune_eval.evaluation.records import Record
 from tokenprune_eval.results import words
 from tokenprune_eval.results.files import Run, read_run
+from tokenprune_eval.results.records import Record
 from tokenprune_eval.results.statistics import (
     Accuracy,
     Answer,

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tokenprune.errors import InputFileError, reason_of
-from tokenprune_eval.demo.output import write_whole
-from tokenprune_eval.evaluation.records import Condition, Record
+from tokenprune_eval.results.records import Condition, Record
 from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.shared.output import write_whole
 
 RUN, ITEMS, RECORDS = "run.json", "items.jsonl", "records.jsonl"
 

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from tokenprune_eval.demo.plots import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
-from tokenprune_eval.evaluation.records import UNPRUNED
 from tokenprune_eval.results import words
+from tokenprune_eval.results.drawing import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
+from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import Accuracy
 from tokenprune_eval.results.summary import Row
 

@@ -19,10 +19,10 @@ from PIL import Image
 
 from tokenprune.errors import TokenPruneError
 from tokenprune_eval.data.item import LETTERS
-from tokenprune_eval.demo.report import BASELINES, DARK_VEIL, LIGHT_VEIL
-from tokenprune_eval.evaluation.records import UNPRUNED
 from tokenprune_eval.results import words
+from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.results.plots import cost_plot, curves, styles
+from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.summary import DataInfo, ItemInfo, Loss, Results, Row, Said
 from tokenprune_hf.images import load_image
 from tokenprune_hf.video import read_video

@@ -1,7 +1,7 @@
 """results.json: one row for each data set and condition, worked out from a run's records.
 
-`summarise` makes `Results`, `write_results` writes them with the table and the report beside, and
-`read_results` reads them back. Whatever was not measured is None.
+`summarise` makes `Results`, `read_results` reads them back, and `tokenprune_eval.results.write`
+writes them. Whatever was not measured is None.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.demo.output import write_whole
-from tokenprune_eval.evaluation.records import (
+from tokenprune_eval.results.records import (
     UNPRUNED,
     Condition,
     Depth,
@@ -37,7 +36,7 @@ from tokenprune_eval.results.statistics import (
 )
 
 SCHEMA_VERSION: Literal[1] = 1
-RESULTS, TABLE, REPORT = "results.json", "table.md", "report.html"
+RESULTS = "results.json"
 MAX_LOSSES = 12
 MAX_ERRORS = 50
 
@@ -400,29 +399,6 @@ def summarise(
     )
 
 
-def write_results(folder: Path, results: Results) -> None:
-    """Write ``results.json``, ``table.md`` and ``report.html``, each as a whole.
-
-    Parameters
-    ----------
-    folder
-        The run's folder; it exists.
-    results
-        What to write. The pictures and videos of its losses are read.
-
-    Raises
-    ------
-    OutputError
-        If a file cannot be written.
-    """
-    from tokenprune_eval.results.report import render
-    from tokenprune_eval.results.table import markdown
-
-    write_whole(folder / RESULTS, results.model_dump_json(indent=1) + "\n")
-    write_whole(folder / TABLE, markdown(results))
-    write_whole(folder / REPORT, render(results))
-
-
 def read_results(folder: Path) -> Results:
     """Read a run's ``results.json``.
 
@@ -503,20 +479,24 @@ def _row(
     answers: _Answers,
     failed: set[str],
 ) -> Row:
-    own = {item.id: answers[condition.key].get(item.id) for item in items}
-    answered = {item: answer for item, answer in own.items() if answer is not None}
+    """Return one data set under one condition.
+
+    Parameters
+    ----------
+    name, items
+        The data set and its questions.
+    condition, given
+        The condition, and its records by question.
+    answers
+        Of all conditions.
+    failed
+        The questions that no paired figure counts.
+    """
+    of_condition = answers[condition.key]
+    answered = {item.id: of_condition[item.id] for item in items if item.id in of_condition}
     asked = [given[item.id] for item in items if item.id in given]
     # An answer that was cut has taken its tokens and seconds like any other.
     records = [record for record in asked if record.error is None]
-    reference = None if condition.method == UNPRUNED else answers.get(UNPRUNED)
-    compared = {item: answer for item, answer in answered.items() if item not in failed}
-    types: dict[str, list[bool]] = {}
-    for item in items:
-        right = types.setdefault(item.type, [])
-        if item.id in answered:
-            right.append(answered[item.id].correct)
-    totals = [record.seconds.total for record in records if record.seconds.total is not None]
-    peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
     return Row(
         data_set=name,
         condition=condition.key,
@@ -529,28 +509,54 @@ def _row(
         errors=len(asked) - len(records),
         missing=len(items) - len(asked),
         accuracy=accuracy_of([answer.correct for answer in answered.values()]),
-        against_unpruned=None if reference is None else paired(compared, reference),
-        by_type=(
-            {}
-            if set(types) <= {""}
-            else {kind: accuracy_of(right) for kind, right in types.items()}
-        ),
-        visual_tokens=_mean(record.visual_tokens for record in records),
-        of_visual_tokens=_mean(record.of_visual_tokens for record in records),
-        prompt_tokens=_mean(record.prompt_tokens for record in records),
-        answer_tokens=_mean(record.answer_tokens for record in records),
-        seconds=Seconds(
-            **{
-                part: _median(getattr(record.seconds, part) for record in records)
-                for part in Seconds.model_fields
-            }
-        ),
-        items_per_second=len(totals) / sum(totals) if sum(totals) > 0 else None,
-        peak_bytes=max(peaks) if peaks else None,
-        kv_bytes=_mean(record.kv_bytes for record in records),
-        mass_kept=_mean(record.mass_kept for record in records),
-        dominance=_dominance([one.dominance for one in records if one.dominance is not None]),
+        against_unpruned=_against_unpruned(condition, answered, answers, failed),
+        by_type=_by_type(items, answered),
+        **_costs(records),
     )
+
+
+def _against_unpruned(
+    condition: Condition, answered: Mapping[str, Answer], answers: _Answers, failed: set[str]
+) -> Paired | None:
+    """Compare a condition's answers with the unpruned ones, if both ran and it is another."""
+    if condition.method == UNPRUNED or UNPRUNED not in answers:
+        return None
+    compared = {item: answer for item, answer in answered.items() if item not in failed}
+    return paired(compared, answers[UNPRUNED])
+
+
+def _by_type(
+    items: Sequence[ItemInfo], answered: Mapping[str, Answer]
+) -> dict[str, Accuracy | None]:
+    """Return the accuracy of each type of question; nothing where no question has a type."""
+    right: dict[str, list[bool]] = {item.type: [] for item in items}
+    for item in items:
+        if item.id in answered:
+            right[item.type].append(answered[item.id].correct)
+    return {kind: accuracy_of(of_kind) for kind, of_kind in right.items()} if any(right) else {}
+
+
+def _costs(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the fields of a `Row` that are means, medians or extremes over its records."""
+    means = (
+        *("visual_tokens", "of_visual_tokens", "prompt_tokens", "answer_tokens"),
+        *("kv_bytes", "mass_kept"),
+    )
+    seconds = {
+        part: _median(getattr(record.seconds, part) for record in records)
+        for part in Seconds.model_fields
+    }
+    totals = [record.seconds.total for record in records if record.seconds.total is not None]
+    peaks = [record.peak_bytes for record in records if record.peak_bytes is not None]
+    return {
+        **{name: _mean(getattr(record, name) for record in records) for name in means},
+        "seconds": Seconds(**seconds),
+        "items_per_second": len(totals) / sum(totals) if sum(totals) > 0 else None,
+        "peak_bytes": max(peaks, default=None),
+        "dominance": _dominance(
+            [record.dominance for record in records if record.dominance is not None]
+        ),
+    }
 
 
 def _failed(items: Sequence[ItemInfo], given: _Given, answers: _Answers) -> set[str]:

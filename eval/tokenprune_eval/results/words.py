@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokenprune_eval.evaluation.records import UNPRUNED
+from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import Accuracy, Paired
 
 NOTHING = "\N{EN DASH}"

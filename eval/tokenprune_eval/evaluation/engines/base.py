@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
+from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_hf.video import Video
 
 

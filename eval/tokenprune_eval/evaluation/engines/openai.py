@@ -39,9 +39,9 @@ from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.failures import EngineLostError
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.results.records import UNPRUNED, Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata
 from tokenprune_hf.video import Video
 

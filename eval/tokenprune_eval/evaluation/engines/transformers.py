@@ -38,14 +38,14 @@ from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import FROM_PROMPT
 from tokenprune_eval.data.item import Item
-from tokenprune_eval.demo.costs import peak_bytes
-from tokenprune_eval.demo.output import OutputError
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
+from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
 from tokenprune_eval.evaluation.failures import failure_of
-from tokenprune_eval.evaluation.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
+from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.dominance import depth_layers, measure_dominance
 from tokenprune_hf.encoded_file import (
     encoded_key,

@@ -21,9 +21,9 @@ from tokenprune_eval.data.item import Item
 from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.failures import EngineLostError, failure_of
-from tokenprune_eval.evaluation.records import UNPRUNED, Condition, Seconds
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
+from tokenprune_eval.results.records import UNPRUNED, Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata, prompt_text
 from tokenprune_hf.video import Video
 from tokenprune_vllm.engine import read_config

@@ -1,0 +1,1 @@
+"""What several commands need: the folder they write to, their progress bars, the machine's name."""
