@@ -43,7 +43,8 @@ def by_method(rows: Sequence[Row], cell: Any) -> str:
     tokens = {row["keep"]: row["visual_tokens"] for row in rows}
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
-        if method in ("none", "oracle"):  # the unpruned run is every method's first column
+        # The unpruned run, "none" to earlier versions, is every method's first column.
+        if method in ("unpruned", "none", "oracle"):
             continue
         mine = {row["keep"]: row for row in rows if row["method"] == method}
         lines.append([f"`{method}`", *[cell(mine[k]) if k in mine else "" for k in budgets]])

@@ -266,10 +266,10 @@ def _encode(
 
 def _answer(model: Any, processor: Any, inputs: Any, **more: Any) -> str:
     """Return what the model says, on one line."""
-    output = model.generate(**inputs, **more, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)
-    new = output[:, inputs["input_ids"].shape[1] :]
-    text: str = processor.batch_decode(new, skip_special_tokens=True)[0]
-    return " ".join(text.split()) or "(nothing)"
+    from tokenprune_eval.shared.asking import answer
+
+    said = answer(model, processor, inputs, max_new_tokens=_MAX_NEW_TOKENS, **more)
+    return said or "(nothing)"
 
 
 def _seen(inputs: Any, processor: Any, image: Image.Image, whole: int) -> Pixels:

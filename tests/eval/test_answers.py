@@ -10,8 +10,8 @@ import pytest
 
 pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.results.answer_text import final_part, is_right, read_choice, read_open
 from tokenprune_eval.results.records import UNPRUNED, Condition
@@ -35,8 +35,8 @@ PETS = ("cat", "dog", "bird", "fish", "elephant")
 WAYS = tuple(f"way {number}" for number in range(9))
 
 
-def question(choices: tuple[str, ...] = (), answer: str = "B") -> Item:
-    return Item("1", "image", Path("x.png"), "which?", answer, choices)
+def question(choices: tuple[str, ...] = (), answer: str = "B") -> Question:
+    return Question("1", "image", Path("x.png"), "which?", answer, choices)
 
 
 PLAIN = [
@@ -620,14 +620,16 @@ def test_open_answers(text: str, answer: str, right: bool) -> None:
 )
 def test_cut_answers_count_if_they_name_a_choice(text: str, letter: str) -> None:
     condition = Condition(method=UNPRUNED, keep=1.0)
-    record = score(question(CARS), condition, Said(text=text, cut=True), "text")
+    record = score(question(CARS), condition, EngineAnswer(text=text, cut=True), "text")
     assert (record.choice, record.cut) == (letter, None if letter else True)
     assert record.correct is (True if letter else None)
     # Where the likelihoods count, the text need not be whole.
-    likely = Said(text=text, cut=True, likelihoods={"A": -0.1, "B": -2.0, "C": -3.0, "D": -9.0})
+    likely = EngineAnswer(
+        text=text, cut=True, likelihoods={"A": -0.1, "B": -2.0, "C": -3.0, "D": -9.0}
+    )
     assert score(question(CARS), condition, likely, "likelihood").correct is False
     # An answer that ended by itself and names nothing is wrong.
-    ended = score(question(CARS), condition, Said(text=text), "text")
+    ended = score(question(CARS), condition, EngineAnswer(text=text), "text")
     assert (ended.correct, ended.cut) == (ended.choice == "B", None)
 
 
@@ -650,7 +652,7 @@ def test_cut_answers_count_if_they_name_a_choice(text: str, letter: str) -> None
 def test_cut_open_answers(text: str, read: str) -> None:
     assert read_open(text, cut=True) == read
     for answer in ("red", "yes", "blue"):
-        said = Said(text=text, cut=True)
+        said = EngineAnswer(text=text, cut=True)
         record = score(question(answer=answer), Condition(method=UNPRUNED, keep=1.0), said, "text")
         assert record.correct is (read == answer if read else None)
         assert record.cut is (None if read else True)

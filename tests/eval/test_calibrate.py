@@ -32,9 +32,9 @@ from tokenprune.errors import ConfigError
 from tokenprune_eval.calibrate.command import serve_command
 from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
-from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import load_data
-from tokenprune_eval.evaluation.engines.base import Said
+from tokenprune_eval.data.question import DataSet, Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer
 from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import load
 
@@ -176,7 +176,8 @@ def test_the_whole_search_is_as_rarely_wrong_as_said() -> None:
 
 def test_draw() -> None:
     items = [
-        Item(str(number), "image", Path(f"{number // 3}.png"), "?", "yes") for number in range(30)
+        Question(str(number), "image", Path(f"{number // 3}.png"), "?", "yes")
+        for number in range(30)
     ]
     sets = [DataSet("one", items[:15]), DataSet("two", items[15:])]
     alone = draw(sets, 1, None, seed=0)
@@ -198,11 +199,11 @@ def test_draw() -> None:
 BASE = ["calibrate", "--model", "bundled", "--batch", "8"]
 
 
-def _right(items: Sequence[Item], config: PruningConfig) -> tuple[list[bool], list[bool]]:
+def _right(items: Sequence[Question], config: PruningConfig) -> tuple[list[bool], list[bool]]:
     """Return whether each answer is right, unpruned and pruned: one by one, by other code."""
     model, processor = load("bundled")
 
-    def ask(item: Item) -> bool:
+    def ask(item: Question) -> bool:
         inputs: Any = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
         output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -239,7 +240,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert decision["outcome"] == "accepted"
     assert decision["at_least"] <= decision["drop"] < decision["at_most"] <= 0.2
 
-    known = {f"scenes/{item.id}": item for item in load_data("scenes").items}
+    known = {f"scenes/{item.id}": item for item in load_data("scenes").questions}
     assert [one["outcome"] for one in log["decisions"]] == ["accepted", "too lossy"]
     for decision in log["decisions"]:
         asked = [one for own in log["order"][: decision["media"]] for one in own]
@@ -260,7 +261,7 @@ def test_the_command_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert PruningConfig.from_json(out.read_text()) == config
 
 
-def _lines(file: Path, items: Sequence[Item], broken: int) -> Path:
+def _lines(file: Path, items: Sequence[Question], broken: int) -> Path:
     """Write questions as JSON lines, with as many about files that hold no image in front."""
     for path in {item.path for item in items}:
         shutil.copy(path, file.parent)
@@ -280,7 +281,7 @@ def test_no_budget_and_files_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two questions of each image make one observation of it."""
-    data = _lines(tmp_path / "own.jsonl", load_data("scenes").items[: 7 * 200], broken=30)
+    data = _lines(tmp_path / "own.jsonl", load_data("scenes").questions[: 7 * 200], broken=30)
     arguments = [*BASE, "--data", str(data), "--max-drop", "20%", "--keep-grid", "0.015625"]
     arguments += ["--per-media", "2", "--out", str(tmp_path / "out")]
     assert main([*arguments, "--method", "feature-norm", "uniform"]) == 1
@@ -333,12 +334,12 @@ class Canned:
     def begin(self, media: Any) -> None:
         assert all(one.prepared for one in media)
 
-    def answer(self, media: Any, wanted: Sequence[Item], condition: Any, done: Any) -> None:
-        there = {item.id for one in media for item in one.items}
+    def answer(self, media: Any, wanted: Sequence[Question], condition: Any, done: Any) -> None:
+        there = {item.id for one in media for item in one.questions}
         for item in wanted:
             assert item.id in there
             said = self._says(item, condition)
-            done(item, said if isinstance(said, Said) else Said(text=said))
+            done(item, said if isinstance(said, EngineAnswer) else EngineAnswer(text=said))
 
     def close(self) -> None:
         pass
@@ -353,8 +354,8 @@ def _canned(monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
 def test_a_method_that_answers_nothing_has_no_budget_and_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def says(item: Item, condition: Any) -> Any:
-        refused = Said(error="odd tensors")
+    def says(item: Question, condition: Any) -> Any:
+        refused = EngineAnswer(error="odd tensors")
         return refused if condition.method == "divprune" else item.answer
 
     _canned(monkeypatch, says)
@@ -382,12 +383,12 @@ def test_one_odd_question_is_left_out_or_counts_as_wrong(
     """Unpruned it has no place in any comparison; pruned alone it is a loss a user would see."""
     odd: dict[str, set[str]] = {"unpruned": set(), "uniform@0.25": set()}
 
-    def says(item: Item, condition: Any) -> Any:
+    def says(item: Question, condition: Any) -> Any:
         number = int(item.id.rpartition("-")[2])
         for key, rest in (("unpruned", 3), ("uniform@0.25", 5)):
             if condition.key == key and number % 11 == rest:
                 odd[key].add(item.id)
-                return Said(error="odd")
+                return EngineAnswer(error="odd")
         return item.answer
 
     _canned(monkeypatch, says)
@@ -446,7 +447,7 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
-    def answer(self, media: Any, wanted: Sequence[Item], condition: Any, done: Any) -> None:
+    def answer(self, media: Any, wanted: Sequence[Question], condition: Any, done: Any) -> None:
         self._asked += [(condition.key, item.id) for item in wanted]
         self._engine.answer(media, wanted, condition, done)
 
@@ -533,7 +534,7 @@ def test_answers_of_other_settings_are_not_mixed_in(
 def test_what_ended_in_an_error_can_be_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    items = load_data("scenes").items[: 7 * 20 : 7]
+    items = load_data("scenes").questions[: 7 * 20 : 7]
     data = _lines(tmp_path / "own.jsonl", items, broken=12)
     out = tmp_path / "out"
     arguments = [*BASE, "--data", str(data), "--method", "uniform", "--max-drop", "60%"]

@@ -24,8 +24,8 @@ from PIL import Image
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.data.choose import choose, missing_media
 from tokenprune_eval.data.errors import DataSetError
-from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import data_sets, load_data
+from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_hf.video import read_video
 
 
@@ -94,8 +94,8 @@ def test_video_mme(tmp_path: Path) -> None:
     here = _video(tmp_path / "data" / "-gZ4q.mkv")
     read = load_data(str(file))
     assert read.name == "video-mme"
-    assert read.items == (
-        Item(
+    assert read.questions == (
+        Question(
             id="001-1",
             kind="video",
             path=here,
@@ -104,7 +104,7 @@ def test_video_mme(tmp_path: Path) -> None:
             choices=("Apples.", "Candles.", "Berries.", "A. Three kinds."),
             type="Counting Problem",
         ),
-        Item(
+        Question(
             id="001-2",
             kind="video",
             path=tmp_path / "data" / "abc.mp4",
@@ -118,7 +118,7 @@ def test_video_mme(tmp_path: Path) -> None:
     assert load_data(f"video-mme:{file}") == read
     other = tmp_path / "elsewhere"
     _video(other / "abc.mp4")
-    assert load_data(str(file), media=other).items[1].path == other / "abc.mp4"
+    assert load_data(str(file), media=other).questions[1].path == other / "abc.mp4"
 
 
 def test_video_mme_refused(tmp_path: Path) -> None:
@@ -188,20 +188,22 @@ def test_mlvu(tmp_path: Path) -> None:
 
     read = load_data(str(folder))
     assert read.name == "mlvu"
-    told = [(item.id, item.path.relative_to(videos), item.answer, item.type) for item in read.items]
+    told = [
+        (item.id, item.path.relative_to(videos), item.answer, item.type) for item in read.questions
+    ]
     assert told == [
         ("4_count-1", Path("4_count/count_2.mp4"), "B", "count"),
         ("4_count-2", Path("4_count/count_1.mp4"), "D", "count"),
         ("5_order-1", Path("order/order_1.mp4"), "B", "order"),
     ]
-    assert read.items[0].choices == ("2", "1", "5", "4")
-    assert missing_media(read) == [read.items[0].path, read.items[2].path]
+    assert read.questions[0].choices == ("2", "1", "5", "4")
+    assert missing_media(read) == [read.questions[0].path, read.questions[2].path]
 
     # Of equal candidates the authors' scripts take the last.
     equal = _mlvu("a.mp4", candidates=["1", "2", "1", "3"])
-    assert load_data(str(_json(tmp_path / "4_count.json", [equal]))).items[0].answer == "C"
+    assert load_data(str(_json(tmp_path / "4_count.json", [equal]))).questions[0].answer == "C"
 
-    (asked,) = load_data(str(folder / "9_summary.json")).items
+    (asked,) = load_data(str(folder / "9_summary.json")).questions
     assert (asked.choices, asked.answer) == ((), "A man walks.")
 
 
@@ -221,10 +223,10 @@ def test_mlvu_test_split(tmp_path: Path) -> None:
     answers = _json(tmp_path / "test-ground-truth" / "test_mcq_gt.json", truth)
     (tmp_path / "MLVU_Test" / "video").mkdir(parents=True)
     read = load_data(str(file), answers=answers)
-    assert [(item.id, item.answer) for item in read.items] == [("AC_0", "A"), ("AC_1", "C")]
-    assert read.items[0].path == tmp_path / "MLVU_Test" / "video" / "t1.mp4"
+    assert [(item.id, item.answer) for item in read.questions] == [("AC_0", "A"), ("AC_1", "C")]
+    assert read.questions[0].path == tmp_path / "MLVU_Test" / "video" / "t1.mp4"
     alone = _json(tmp_path / "test-ground-truth" / "mcq.json", truth[:1])
-    assert load_data(str(alone)).items[0].path == read.items[1].path
+    assert load_data(str(alone)).questions[0].path == read.questions[1].path
 
     half = _json(tmp_path / "half.json", {"AC_1": "5"})
     assert "entry 1: the question 'AC_0' has no answer" in _refused(file, answers=half)
@@ -283,7 +285,7 @@ def test_longvideobench(tmp_path: Path) -> None:
     video = _video(tmp_path / "videos" / "86CxyhFV9MI.mp4")
     read = load_data(str(file))
     assert read.name == "longvideobench"
-    assert read.items[0] == Item(
+    assert read.questions[0] == Question(
         id="86CxyhFV9MI_0",
         kind="video",
         path=video,
@@ -292,7 +294,7 @@ def test_longvideobench(tmp_path: Path) -> None:
         choices=("yellow", "green", "blue", "red", "black"),
         type="T2A",
     )
-    assert (read.items[1].answer, len(read.items[1].choices)) == ("A", 4)
+    assert (read.questions[1].answer, len(read.questions[1].choices)) == ("A", 4)
     assert missing_media(read) == []
 
     for entry in (first, second):
@@ -303,7 +305,7 @@ def test_longvideobench(tmp_path: Path) -> None:
     assert "lvb_val.json" in message
     answers = _json(tmp_path / "mine.json", {"86CxyhFV9MI_0": "green", "86CxyhFV9MI_1": "D"})
     read = load_data(str(test), answers=answers)
-    assert [item.answer for item in read.items] == ["B", "D"]
+    assert [item.answer for item in read.questions] == ["B", "D"]
 
     bad = [_lvb(0, correct_choice=5), _lvb(1, correct_choice=True), _lvb(2), _lvb(2)]
     message = _refused(_json(tmp_path / "bad.json", bad))
@@ -337,7 +339,7 @@ def test_lvbench(tmp_path: Path) -> None:
     video = _video(tmp_path / "videos" / "Cm73.mp4")
     read = load_data(str(file))
     assert read.name == "lvbench"
-    assert read.items[0] == Item(
+    assert read.questions[0] == Question(
         id="55",
         kind="video",
         path=video,
@@ -346,7 +348,7 @@ def test_lvbench(tmp_path: Path) -> None:
         choices=("1636", "1366 (B) or\nso", "1363", "1633"),
         type="key information retrieval",
     )
-    assert read.items[1].type == "event understanding, reasoning"
+    assert read.questions[1].type == "event understanding, reasoning"
     assert missing_media(read) == [tmp_path / "videos" / "x.mp4"]
 
     bad = [
@@ -398,8 +400,10 @@ def test_jsonl(tmp_path: Path) -> None:
     file.write_text("\ufeff" + file.read_text().replace("\\u2028", "\u2028"), "utf-8")
     read = load_data(str(file))
     assert read.name == "own"
-    assert read.items[0] == Item("own-1", "image", tmp_path / "media" / "a.png", "Colour?", "black")
-    assert read.items[1] == Item(
+    assert read.questions[0] == Question(
+        "own-1", "image", tmp_path / "media" / "a.png", "Colour?", "black"
+    )
+    assert read.questions[1] == Question(
         id="the second",
         kind="video",
         path=tmp_path / "media" / "b.mp4",
@@ -409,10 +413,10 @@ def test_jsonl(tmp_path: Path) -> None:
         type="colour",
         times=(0.0, 0.5),
     )
-    assert [item.answer for item in read.items] == ["black", "B", "B", "B"]
-    assert read.items[2].question == "Line\u2028break?"
+    assert [item.answer for item in read.questions] == ["black", "B", "B", "B"]
+    assert read.questions[2].question == "Line\u2028break?"
     assert missing_media(read) == [tmp_path / "b.mp4"]
-    assert len(read_video(read.items[1].path, frames=2).frames) == 2
+    assert len(read_video(read.questions[1].path, frames=2).frames) == 2
     moved = _lines(tmp_path / "x" / "own.jsonl", rows[3:])
     assert missing_media(load_data(str(moved), media=tmp_path / "media")) == []
 
@@ -489,7 +493,7 @@ def test_paths_in_the_media_folder(tmp_path: Path) -> None:
     names = [str(media / "a.mp4"), "link/b.mp4", "sub/../c.mp4"]
     good = _lines(tmp_path / "good.jsonl", [row | {"video": name} for name in names])
     read = load_data(str(good), media=media)
-    assert [item.path for item in read.items] == [
+    assert [item.path for item in read.questions] == [
         media / "a.mp4",
         media / "link" / "b.mp4",
         media / "c.mp4",
@@ -532,14 +536,17 @@ def test_unknown_and_ambiguous(tmp_path: Path) -> None:
 def test_bundled_sets(tmp_path: Path) -> None:
     read = load_data("scenes", media=tmp_path)
     source = scenes.load_scenes()
-    assert len(read.items) == len(source) == 2600
-    assert {item.type for item in read.items} == set(scenes.TYPES)
-    assert (read.items[7].question, read.items[7].answer) == (source[7].question, source[7].answer)
+    assert len(read.questions) == len(source) == 2600
+    assert {item.type for item in read.questions} == set(scenes.TYPES)
+    assert (read.questions[7].question, read.questions[7].answer) == (
+        source[7].question,
+        source[7].answer,
+    )
     assert missing_media(read) == []
     assert "no split 'train'" in _refused("scenes", split="train")
     easy = load_data("easy-vqa")
-    assert len(easy.items) == 9673
-    assert {item.type for item in easy.items} == {"yes/no", "shape", "color"}
+    assert len(easy.questions) == 9673
+    assert {item.type for item in easy.questions} == {"yes/no", "shape", "color"}
     assert load_data("easy-vqa", split="train").name == "easy-vqa-train"
     assert "Did you mean 'test'?" in _refused("easy-vqa", split="tests")
     assert "comes with its answers" in _refused("scenes", answers=tmp_path)
@@ -548,10 +555,10 @@ def test_bundled_sets(tmp_path: Path) -> None:
 @pytest.mark.skipif(not scenes.FASHION_FOLDER.is_dir(), reason="Fashion-MNIST is missing")
 def test_needles(tmp_path: Path) -> None:
     read = load_data("needles", work=tmp_path, needle_videos=1)
-    assert [item.type for item in read.items] == ["kind", "color", "place", "exists"]
-    assert all(item.kind == "video" and not item.choices for item in read.items)
+    assert [item.type for item in read.questions] == ["kind", "color", "place", "exists"]
+    assert all(item.kind == "video" and not item.choices for item in read.questions)
     assert missing_media(read) == []
-    assert tmp_path in read.items[0].path.parents
+    assert tmp_path in read.questions[0].path.parents
 
 
 def test_listing_needs_no_heavy_package() -> None:
@@ -580,7 +587,7 @@ def _set() -> DataSet:
     counts = [1 + (7 * number) % 4 for number in range(30)]
     asked = [(turn, number) for turn in range(4) for number in range(30) if turn < counts[number]]
     items = [
-        Item(f"{number}-{turn}", "video", Path(f"/v/{number}.mp4"), "?", "x")
+        Question(f"{number}-{turn}", "video", Path(f"/v/{number}.mp4"), "?", "x")
         for turn, number in asked
     ]
     return DataSet("thirty", tuple(items))
@@ -588,34 +595,34 @@ def _set() -> DataSet:
 
 def test_a_draw() -> None:
     whole = _set()
-    position = {item.id: number for number, item in enumerate(whole.items)}
-    assert choose(whole, None, 0).items == whole.items
-    assert choose(whole, 10**6, 0).items == whole.items
+    position = {item.id: number for number, item in enumerate(whole.questions)}
+    assert choose(whole, None, 0).questions == whole.questions
+    assert choose(whole, 10**6, 0).questions == whole.questions
     drawn_before: set[str] = set()
     for limit in (1, 2, 7, 20, 40):
         drawn = choose(whole, limit, 3)
         assert drawn.name == "thirty"
-        assert len(drawn.items) == limit
-        places = [position[item.id] for item in drawn.items]
+        assert len(drawn.questions) == limit
+        places = [position[item.id] for item in drawn.questions]
         assert places == sorted(places)
-        ids = {item.id for item in drawn.items}
+        ids = {item.id for item in drawn.questions}
         assert drawn_before <= ids
         drawn_before = ids
         # At most one file is not there whole, and of that one the first questions are.
         cut = 0
-        for path in {item.path for item in drawn.items}:
-            own = [item for item in whole.items if item.path == path]
-            taken = [item for item in drawn.items if item.path == path]
+        for path in {item.path for item in drawn.questions}:
+            own = [item for item in whole.questions if item.path == path]
+            taken = [item for item in drawn.questions if item.path == path]
             assert taken == own[: len(taken)]
             cut += len(taken) < len(own)
         assert cut <= 1
         assert choose(whole, limit, 3) == drawn
-    assert choose(whole, 20, 3).items != choose(whole, 20, 4).items
+    assert choose(whole, 20, 3).questions != choose(whole, 20, 4).questions
 
 
 def test_every_file_is_drawn_as_often() -> None:
     whole = _set()
-    first = [choose(whole, 1, seed).items[0].path for seed in range(3000)]
+    first = [choose(whole, 1, seed).questions[0].path for seed in range(3000)]
     counts = [first.count(Path(f"/v/{number}.mp4")) for number in range(30)]
     # Binomial, 3000 draws at 1/30: mean 100, standard deviation 9.8.
     assert min(counts) > 60
@@ -627,14 +634,14 @@ def test_every_file_is_drawn_as_often() -> None:
 def test_shards(limit: int | None, parts: int) -> None:
     whole = _set()
     drawn = choose(whole, limit, 5)
-    shards = [choose(whole, limit, 5, (part, parts)).items for part in range(1, parts + 1)]
+    shards = [choose(whole, limit, 5, (part, parts)).questions for part in range(1, parts + 1)]
     together = [item for shard in shards for item in shard]
-    assert sorted(item.id for item in together) == sorted(item.id for item in drawn.items)
+    assert sorted(item.id for item in together) == sorted(item.id for item in drawn.questions)
     files = [{item.path for item in shard} for shard in shards]
-    assert sum(map(len, files)) == len({item.path for item in drawn.items})
+    assert sum(map(len, files)) == len({item.path for item in drawn.questions})
     assert max(map(len, files)) - min(map(len, files)) <= 1
     for shard in shards:
-        assert list(shard) == [item for item in drawn.items if item in shard]
+        assert list(shard) == [item for item in drawn.questions if item in shard]
 
 
 def test_what_cannot_be_chosen() -> None:

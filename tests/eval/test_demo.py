@@ -30,18 +30,18 @@ from tokenprune.cli import main
 from tokenprune.errors import TokensError
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
-from tokenprune.tokens import TokenBatch
-from tokenprune_eval.bundled.questions import Question
-from tokenprune_eval.demo import runner
-from tokenprune_eval.demo.answering import Answers
-from tokenprune_eval.demo.baselines import RandomPerImage
+from tokenprune.tokens import TokenBatch, VisualTokens
+from tokenprune_eval.data.choose import choose_media
+from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.demo.costs import Cost
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
-from tokenprune_eval.demo.questionsets import choose, load_sets
+from tokenprune_eval.demo.preset import FULL, QUICK
 from tokenprune_eval.demo.report import render
 from tokenprune_eval.demo.results import Results, Row, make_row
-from tokenprune_eval.demo.runner import FULL, QUICK, Example, Panel
+from tokenprune_eval.demo.runner import Example, Panel
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
+from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.records import UNPRUNED, Record
 from tokenprune_eval.results.statistics import independent, wilson
 from tokenprune_eval.shared.output import OutputError, write_whole
 from tokenprune_eval.shared.progress import TerminalProgress, progress_console
@@ -98,13 +98,18 @@ def test_questions_about_one_image_count_less() -> None:
     assert independent([True, False], ["a", "a"]) == 1
 
 
+def _question(id_: str, image: str, answer: str, kind: str = "t") -> Question:
+    return Question(id_, "image", Path(image), "?", answer, type=kind)
+
+
+def _record(right: bool, kept: list[int]) -> Record:
+    return Record(item="i", condition="c", correct=right, of_visual_tokens=4, kept=kept)
+
+
 def test_intervals_are_of_the_independent_questions() -> None:
-    questions = [
-        Question(str(number), Path(f"{number // 10}.png"), "?", "yes", "t", ())
-        for number in range(60)
-    ]
-    answers = Answers(["yes"] * 40 + ["no"] * 20, torch.ones(60, 4).bool())
-    row = make_row("s", "m", "original", questions, answers, None, Cost(1.0, 2.0, 3.0))
+    questions = [_question(str(number), f"{number // 10}.png", "yes") for number in range(60)]
+    records = [_record(number < 40, [0, 1, 2, 3]) for number in range(60)]
+    row = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0))
     assert row.correct == 40
     # Six images, each wholly right or wrong: five questions, of which two thirds are right.
     low, high = wilson(10 / 3, 5)
@@ -144,27 +149,34 @@ def test_oracle_keeps_the_evidence_and_nothing_else() -> None:
 
 
 def test_random_draws_anew_for_every_image() -> None:
-    batch = TokenBatch(grid=(1, 8, 8), labels=("a", "b", "c"), device=torch.device("cpu"))
-    picks = RandomPerImage((5, 0, 5)).select(batch, 16).kept
-    one = TokenBatch(grid=(1, 8, 8), labels=("a",), device=torch.device("cpu"))
-    for row, seed in zip(picks, (5, 0, 5), strict=True):
-        assert torch.equal(row, build("random", {"seed": seed}).select(one, 16).kept[0])
-    assert not torch.equal(picks[0], picks[1])
-    with pytest.raises(TokensError, match="Give one for each"):
-        RandomPerImage((1, 2)).select(batch, 16)
+    preset = dataclasses.replace(QUICK, methods=("random",), keeps=(0.25,), questions=20)
+    scenes, easy = preset.sets()
+    draw = preset.choosers([scenes, easy])["random@0.25"]
+    tokens = VisualTokens(grid=(1, 8, 8))
+    batch = TokenBatch(grid=(1, 8, 8), labels=("a",), device=torch.device("cpu"))
+    drawn = {}
+    for asked in (scenes, easy):
+        for place, image in enumerate(asked.images):
+            about = [question for question in asked.data.questions if question.path == image]
+            (kept,) = {tuple(draw(question, tokens).kept.tolist()) for question in about}
+            picks = build("random", {"seed": place}).select(batch, 16)
+            assert kept == tuple(picks.kept[0].tolist())
+            drawn[image] = kept
+    assert len(set(drawn.values())) == max(len(scenes.images), len(easy.images))
 
 
 def test_rows_count_answers_and_evidence() -> None:
-    questions = [
-        Question(str(number), Path("x.png"), "?", answer, kind, ((0, 0, 1, 1),))
-        for number, (answer, kind) in enumerate(
-            [("red", "color"), ("top-left", "place"), ("blue", "color"), ("Yes", "exists")]
-        )
-    ]
-    kept = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 1, 0], [0, 0, 1, 1]]).bool()
+    kinds = ("color", "place", "color", "exists")
+    questions = [_question(str(number), "x.png", "a", kind) for number, kind in enumerate(kinds)]
+    kept = [[0, 1], [0, 2], [1, 2], [2, 3]]
     evidence = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
-    answers = Answers(["red", "top", "red", "yes"], kept)
-    row = make_row("s", "m", "original", questions, answers, evidence, Cost(1.0, 2.0, 3.0))
+    records = [
+        _record(right, of_question)
+        for right, of_question in zip((True, False, False, True), kept, strict=True)
+    ]
+    # Cut off before it named anything: neither right nor wrong to an evaluation, wrong here.
+    records[2].correct, records[2].cut = None, True
+    row = make_row("s", "m", "original", questions, records, evidence, Cost(1.0, 2.0, 3.0))
     assert (row.correct, row.questions, row.accuracy) == (2, 4, 0.5)
     assert row.by_type == {
         "color": {"accuracy": 0.5, "questions": 2},
@@ -173,26 +185,30 @@ def test_rows_count_answers_and_evidence() -> None:
     }
     assert row.evidence_kept == (1 + 0 + 1 + 0.5) / 4
     assert (row.visual_tokens, row.of_visual_tokens, row.keep) == (2, 4, 0.5)
-    without = make_row("s", "m", "original", questions, answers, None, Cost(1.0, 2.0, 3.0))
+    without = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0))
     assert without.evidence_kept is None
 
 
 def test_choice_takes_whole_images_and_is_reproducible() -> None:
-    questions = [
-        Question(f"{image}-{number}", Path(f"{image}.png"), "?", "a", "t", ())
-        for number in range(3)
-        for image in range(50)
-    ]
-    chosen = choose("s", questions, 20, seed=3)
-    assert len(chosen.questions) == 21
-    assert len(chosen.images) == 7
-    assert chosen.of_questions == 150
-    assert chosen.questions == choose("s", questions, 20, seed=3).questions
-    assert chosen.questions != choose("s", questions, 20, seed=4).questions
+    whole = DataSet(
+        "s",
+        [
+            _question(f"{image}-{number}", f"{image}.png", "a")
+            for number in range(3)
+            for image in range(50)
+        ],
+    )
+    chosen = choose_media(whole, 20, seed=3)
+    paths = [question.path for question in chosen.questions]
+    assert len(paths) == 21
+    assert paths == [path for path in dict.fromkeys(paths) for _ in range(3)]
+    assert chosen.drawn_from == 150
+    assert chosen == choose_media(whole, 20, seed=3)
+    assert chosen.questions != choose_media(whole, 20, seed=4).questions
     # A larger sample holds the smaller one, and more than there is means all.
-    assert set(chosen.questions) < set(choose("s", questions, 60, seed=3).questions)
-    assert len(choose("s", questions, 10_000, seed=3).questions) == 150
-    assert len(choose("s", questions, None, seed=3).questions) == 150
+    assert set(chosen.questions) < set(choose_media(whole, 60, seed=3).questions)
+    assert len(choose_media(whole, 10_000, seed=3).questions) == 150
+    assert choose_media(whole, None, seed=3).drawn_from is None
 
 
 def test_peak_memory_is_counted_to_the_byte() -> None:
@@ -302,7 +318,7 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
     for place, dataset in enumerate(("scenes", "easy-vqa")):
         plain = Row(
             dataset=dataset,
-            method="none",
+            method=UNPRUNED,
             keep=1.0,
             accuracy=0.95,
             ci_low=0.93,
@@ -348,10 +364,12 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
         "seconds": 100.0,
     }
     compact = dataclasses.replace(rows[10], positions="compact", accuracy=0.4)
-    question = Question("q", picture, EVIL, "seven", EVIL, ((30, 20, 90, 70),))
+    question = Question(
+        "q", "image", picture, EVIL, "seven", type=EVIL, evidence=((30, 20, 90, 70),)
+    )
     kept = torch.zeros(64, dtype=torch.bool)
     kept[[9, 10, 63]] = True
-    panels = (Panel("none", "seven", ~torch.zeros_like(kept)), Panel("random", EVIL, kept))
+    panels = (Panel(UNPRUNED, "seven", ~torch.zeros_like(kept)), Panel("random", EVIL, kept))
     results = Results(tmp_path / "results.json", about, rows, [compact], complete=True)
     return results, [Example("scenes", question, (8, 8), panels)]
 
@@ -448,7 +466,7 @@ def test_demo_has_a_row_for_everything(ran: Ran) -> None:
     keys = [(row["dataset"], row["method"], row["keep"]) for row in ran.content["rows"]]
     assert len(keys) == len(set(keys))
     for dataset in ("scenes", "easy-vqa"):
-        assert (dataset, "none", 1.0) in keys
+        assert (dataset, UNPRUNED, 1.0) in keys
         assert {(dataset, method, keep) for method in FULL.methods for keep in budgets} <= set(keys)
     assert [row["dataset"] for row in ran.rows(method="oracle")] == ["scenes"]
     subset = ran.content["subsets"]["scenes"]
@@ -475,7 +493,7 @@ def test_demo_measures_pruning(ran: Ran) -> None:
     # Unpruned rows are what the model says without tokenprune.
     for check in ran.content["same_as_plain_model"].values():
         assert check["same"] == check["questions"] > 0
-    plain = {row["dataset"]: row for row in ran.rows(method="none")}
+    plain = {row["dataset"]: row for row in ran.rows(method=UNPRUNED)}
     assert plain["scenes"]["ci_high"] > 0.95
     assert plain["easy-vqa"]["ci_high"] > 0.98
     assert plain["scenes"]["evidence_kept"] == 1.0
@@ -502,27 +520,13 @@ def test_demo_measures_pruning(ran: Ran) -> None:
 
 
 def test_demo_says_what_it_did(ran: Ran) -> None:
-    lines = ran.printed.splitlines()
-    found = [re.fullmatch(r"(.+) \((\d+) % done(, about [\d:]+ left)?\)", line) for line in lines]
-    steps = [step for step in found if step is not None]
-    # One line a step, each with what is done; before the last, all but the report's share is.
-    conditions = 9 * 5 + 2  # of a set: methods and budgets, unpruned, the oracle
-    assert len(steps) == 2 + (3 + conditions) + (3 + conditions - 1) + (3 * 3 + 1)
-    done = [int(step[2]) for step in steps]
-    assert done == sorted(done)
-    settings = dataclasses.replace(FULL, questions=40)
-    rest = runner._REPORT_SECONDS * runner._threads() / runner._work(settings, load_sets(40, 0))
-    assert steps[-1][1] == "writing the report"
-    assert done[-1] == round(100 * (1 - rest))
-    assert sum(step[3] is not None for step in steps) > len(steps) - 5
-    assert f"scenes: {ran.content['subsets']['scenes']['questions']} of 2,600" in ran.printed
-    # A set's table is there before the next set begins.
-    (table,) = (
-        number for number, line in enumerate(lines) if line.startswith("scenes, custom run")
-    )
-    assert table < lines.index(
-        next(line for line in lines if line.startswith("easy-vqa: encoding"))
-    )
+    subsets = ran.content["subsets"]
+    assert f"scenes: {subsets['scenes']['questions']} of 2,600" in ran.printed
+    answers = 0
+    for name, conditions in (("scenes", 1 + 9 * 5 + 1 + 3 * 3 + 1), ("easy-vqa", 1 + 9 * 5)):
+        answers += subsets[name]["questions"] * conditions
+    assert f"{answers:,} answers" in ran.printed.splitlines()
+    assert ran.printed.index("scenes, custom run") < ran.printed.index("easy-vqa, custom run")
     assert "no public VLM" in ran.printed
     for method in FULL.methods:
         assert method in ran.printed
@@ -531,7 +535,9 @@ def test_demo_says_what_it_did(ran: Ran) -> None:
     assert "custom run" in html
     assert html.count('class="card"') == 12
     assert html.count('class="tile"') == 9 * 11 + 3 * 10
-    assert sorted(entry.name for entry in ran.folder.iterdir()) == ["report.html", "results.json"]
+    known = read_run(ran.folder)
+    assert len(known.records) == answers
+    assert known.about["complete"] is True
 
 
 def test_first_table_is_soon_there(tmp_path: Path) -> None:
@@ -544,7 +550,7 @@ def test_first_table_is_soon_there(tmp_path: Path) -> None:
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("easy-vqa:"):  # what follows the first table
+        if line.startswith("oracle"):  # the first table's last line
             process.terminate()
             break
     process.stdout.read()
@@ -562,7 +568,7 @@ def test_first_table_is_soon_there(tmp_path: Path) -> None:
     # What was found stays, in the folder of quick runs, and says that it is not complete.
     content = json.loads((tmp_path / "demo-out" / "quick" / "results.json").read_text("utf-8"))
     assert (content["run"], content["complete"]) == ("quick", False)
-    assert len([row for row in content["rows"] if row["dataset"] == "scenes"]) == 2 + 8 * 4
+    assert [row["dataset"] for row in content["rows"]] == ["scenes"] * (2 + 8 * 4)
 
 
 def test_bar_in_a_terminal_shows_the_time_left(tmp_path: Path) -> None:
@@ -588,10 +594,9 @@ def test_bar_in_a_terminal_shows_the_time_left(tmp_path: Path) -> None:
     os.close(terminal)
     assert process.wait() == 0, shown
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode("utf-8"))
-    assert re.search(r"the whole run .+ \d+ % 0:\d\d:\d\d 0:\d\d:\d\d left", text)
-    assert re.search(r"scenes: encoding \d+ images .+ \d+/\d+ ", text)
+    assert re.search(r"scenes: random@0.25 .+ \d+/\d+ .+ 0:\d\d:\d\d 0:\d\d:\d\d left", text)
     printed = (tmp_path / "printed").read_text("utf-8")
-    assert "% done" not in printed
+    assert " a second" not in printed
     assert "scenes, custom run" in printed
     assert (tmp_path / "demo-out" / "custom" / "report.html").is_file()
 
@@ -611,6 +616,44 @@ def test_no_bar_is_drawn_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert lines[0] == "a step with a description longer than the line (0 % done)"
     assert re.fullmatch(r"another \(75 % done, about 0:00:0\d left\)", lines[1])
     assert lines[2:] == ["said"]
+
+
+def _demo(folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run one method on few questions; return what was printed."""
+    arguments = ["demo", "--questions", "10", "--methods", "random", "--out", str(folder)]
+    assert main(arguments) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_an_interrupted_run_continues_and_a_finished_one_begins_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _demo(tmp_path, capsys)
+    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    records = (tmp_path / "records.jsonl").read_text("utf-8").splitlines(keepends=True)
+    assert f"{len(records)} answers\n" in _demo(tmp_path, capsys)
+    # Killed while it wrote its 41st answer.
+    (tmp_path / "records.jsonl").write_text("".join(records[:40]) + records[40][:20], "utf-8")
+    about = json.loads((tmp_path / "run.json").read_text("utf-8"))
+    (tmp_path / "run.json").write_text(json.dumps({**about, "complete": False}), "utf-8")
+    assert f"{len(records)} answers, 40 of them known\n" in _demo(tmp_path, capsys)
+    continued = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    for before, after in zip(results["rows"], continued["rows"], strict=True):
+        for name in ("prefill_ms", "selection_ms"):
+            before.pop(name), after.pop(name)
+        assert before == after
+
+
+def test_an_evaluation_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"settings": {}, "conditions": [], "complete": False}
+    (tmp_path / "run.json").write_text(json.dumps(about), "utf-8")
+    for name in ("items.jsonl", "records.jsonl"):
+        (tmp_path / name).touch()
+    assert main(["demo", "--questions", "10", "--out", str(tmp_path)]) == 2
+    assert "holds a run of `tokenprune eval`" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run.json").read_text("utf-8")) == about
 
 
 def test_runs_have_names() -> None:

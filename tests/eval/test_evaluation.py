@@ -74,7 +74,7 @@ def answers(folder: Path) -> dict[tuple[str, str], str | None]:
 
 
 def test_a_draw_says_of_how_many_questions(ran: Path) -> None:
-    whole = len(load_data("scenes").items)
+    whole = len(load_data("scenes").questions)
     said = f"24 of {whole:,} questions"
     assert f"## scenes: {said}, 64 visual tokens unpruned" in (ran / "table.md").read_text("utf-8")
     report = (ran / "report.html").read_text("utf-8")
@@ -85,7 +85,7 @@ def test_a_draw_says_of_how_many_questions(ran: Path) -> None:
 
 
 def test_accuracy_is_what_transformers_says(ran: Path) -> None:
-    items = choose(load_data("scenes"), 24, 0).items
+    items = choose(load_data("scenes"), 24, 0).questions
     model, processor = tokenprune_hf.load(str(bundled_model_path()))
     right: Counter[str] = Counter()
     for item in items:
@@ -194,7 +194,7 @@ def test_shards_make_the_whole(ran: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     merged = run("merge", str(whole), *map(str, shards))
     assert merged.returncode == 0, merged.stderr
-    assert f"scenes: 24 of {len(load_data('scenes').items):,} questions" in merged.stdout
+    assert f"scenes: 24 of {len(load_data('scenes').questions):,} questions" in merged.stdout
     assert answers(whole) == answers(ran)
     of = {row.condition: row.accuracy for row in read_results(ran).rows}
     assert {row.condition: row.accuracy for row in read_results(whole).rows} == of

@@ -19,14 +19,14 @@ import tokenprune_hf
 from tests.eval.test_openai import Faulty, Quiet, questions, records_of, serving
 from tests.eval.test_openai import settings as server_settings
 from tokenprune.errors import ConfigError, MissingPackageError, TokenPruneError
-from tokenprune_eval.data.item import Item
 from tokenprune_eval.data.load import load_data
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation import runner
-from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.openai import ServerError
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
 from tokenprune_eval.evaluation.failures import EngineLostError, alike, failure_of
-from tokenprune_eval.evaluation.reading import by_media, read_ahead
+from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
 from tokenprune_eval.evaluation.runner import GIVE_UP, EvaluationError, run
 from tokenprune_eval.evaluation.scoring import prompt_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -36,7 +36,7 @@ from tokenprune_eval.results.summary import read_results
 from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.video import Video
 
-Rule = Callable[[Item, Condition], str | None]
+Rule = Callable[[Question, Condition], str | None]
 """What goes wrong with a question under a condition; None where it is answered."""
 
 
@@ -50,24 +50,30 @@ class Stub:
     def about(self) -> dict[str, Any]:
         return {}
 
-    def prepare(self, asked: Asked) -> None:
-        for item in asked.items:
+    def prepare(self, asked: MediaQuestions) -> None:
+        for item in asked.questions:
             if item.question in self.odd:
                 raise ValueError(f"no such prompt: {item.question}")
 
-    def begin(self, media: Sequence[Asked]) -> None:
+    def begin(self, media: Sequence[MediaQuestions]) -> None:
         for one in media:
-            if one.items[0].question == "cannot be encoded":
+            if one.questions[0].question == "cannot be encoded":
                 one.error = "RuntimeError: odd pixels"
 
     def answer(
-        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+        self,
+        media: Sequence[MediaQuestions],
+        wanted: Sequence[Question],
+        condition: Condition,
+        done: Done,
     ) -> None:
         for item in wanted:
             error = self.rule(item, condition)
-            done(item, Said(text="" if error else item.answer, error=error))
+            done(item, EngineAnswer(text="" if error else item.answer, error=error))
 
-    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+    def peak_bytes(
+        self, media: Sequence[MediaQuestions], item: Question, condition: Condition
+    ) -> int | None:
         raise ValueError("no peak for odd questions")
 
     def close(self) -> None:
@@ -103,14 +109,14 @@ def records(file: Path) -> list[Record]:
     return read_run(file.parent / "out").records
 
 
-def fine(item: Item, condition: Condition) -> None:
+def fine(item: Question, condition: Condition) -> None:
     return None
 
 
 def test_one_odd_question_is_recorded_and_the_others_answered(
     pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def rule(item: Item, condition: Condition) -> str | None:
+    def rule(item: Question, condition: Condition) -> str | None:
         odd = item.question == "what color 0?" and condition.method == UNPRUNED
         return "too long" if odd else None
 
@@ -161,7 +167,7 @@ def test_a_run_without_any_answer_ends_with_the_reason(
     pictures.write_text("".join(pictures.read_text().splitlines(keepends=True)[:6]))
     asked: list[str] = []
 
-    def refuse(item: Item, condition: Condition) -> str:
+    def refuse(item: Question, condition: Condition) -> str:
         asked.append(item.id)
         return f"nothing is answered, not even {item.question}"
 
@@ -190,7 +196,7 @@ def test_pictures_that_all_fail_alike_end_the_run_early(
 ) -> None:
     asked: list[str] = []
 
-    def refuse(item: Item, condition: Condition) -> str:
+    def refuse(item: Question, condition: Condition) -> str:
         asked.append(item.question)
         return f"no room for {len(asked)} tokens"
 
@@ -239,7 +245,7 @@ def test_reasons() -> None:
     assert failure_of(IndexError()) == "IndexError"
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")):
         assert "not enough memory" in failure_of(error)
-    with pytest.raises(EngineLostError, match="the same command goes on"):
+    with pytest.raises(EngineLostError, match="run the same command to continue"):
         failure_of(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert alike("12 tokens of 'a.png'") == alike("7 tokens of 'b.png'") != alike("7 words")
 
@@ -255,15 +261,15 @@ def engine(tmp_path: Path) -> Iterator[TransformersEngine]:
     made.close()
 
 
-def media_of(engine: TransformersEngine, count: int) -> tuple[list[Asked], list[Item]]:
-    items = list(load_data("scenes").items[:count])
+def media_of(engine: TransformersEngine, count: int) -> tuple[list[MediaQuestions], list[Question]]:
+    items = list(load_data("scenes").questions[:count])
     return list(read_ahead(by_media(items), engine.settings, prompt_of, engine.prepare)), items
 
 
 def said_by(
-    engine: TransformersEngine, media: Sequence[Asked], items: Sequence[Item]
-) -> dict[str, Said]:
-    said: dict[str, Said] = {}
+    engine: TransformersEngine, media: Sequence[MediaQuestions], items: Sequence[Question]
+) -> dict[str, EngineAnswer]:
+    said: dict[str, EngineAnswer] = {}
     condition = Condition(method=UNPRUNED, keep=1.0)
     engine.answer(media, items, condition, lambda item, one: said.update({item.id: one}))
     assert len(said) == len(items)
@@ -280,8 +286,8 @@ def test_a_batch_with_an_odd_question_answers_the_others(
     assert all(one.error is None for one in before.values())
     ask = engine.ask
 
-    def odd(questions: Any, *more: Any) -> list[Said]:
-        if any(one.item.id == items[2].id for one in questions):
+    def odd(questions: Any, *more: Any) -> list[EngineAnswer]:
+        if any(one.question.id == items[2].id for one in questions):
             raise error
         return ask(questions, *more)
 
@@ -333,7 +339,7 @@ def test_a_server_that_goes_away_ends_the_run(tmp_path: Path) -> None:
         found = records_of(tmp_path)
         assert [item for item, _ in found] == [f"q{number}" for number in range(5)]
         assert all(record.error is None for record in found.values())
-        # It is back: the same command goes on behind them.
+        # It is back: the same command continues.
         faulty.dies_at, faulty.dead = "", False
         assert run(asking, Quiet()).complete
     assert len(records_of(tmp_path)) == 12
@@ -370,9 +376,9 @@ def test_truncated_videos_are_read_where_that_is_asked_for(
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     seen: dict[str, Video] = {}
 
-    def prepare(self: Stub, asked: Asked) -> None:
+    def prepare(self: Stub, asked: MediaQuestions) -> None:
         assert isinstance(asked.content, Video)
-        seen[asked.items[0].question] = asked.content
+        seen[asked.questions[0].question] = asked.content
 
     monkeypatch.setattr(Stub, "prepare", prepare)
     use(monkeypatch, fine)

@@ -19,17 +19,17 @@ pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 import tokenprune_hf
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
 from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_eval.data.item import Item
 from tokenprune_eval.data.load import load_data
-from tokenprune_eval.evaluation.engines.base import Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
-from tokenprune_eval.evaluation.reading import by_media, read_ahead
+from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
 from tokenprune_eval.evaluation.runner import run
 from tokenprune_eval.evaluation.scoring import likeliest, prompt_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import Condition, ModalityIndices, Record
-from tokenprune_eval.results.summary import ItemInfo, Results, summarise
+from tokenprune_eval.results.summary import QuestionInfo, Results, summarise
 from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.images import load_image
 
@@ -49,21 +49,21 @@ def settings(folder: Path, **more: Any) -> Settings:
     return Settings.model_validate(given)
 
 
-def questions(count: int) -> list[Item]:
-    return list(load_data("scenes").items[:count])
+def questions(count: int) -> list[Question]:
+    return list(load_data("scenes").questions[:count])
 
 
-def answered(wanted: Settings, items: Sequence[Item]) -> dict[tuple[str, str], Said]:
+def answered(wanted: Settings, items: Sequence[Question]) -> dict[tuple[str, str], EngineAnswer]:
     """Return what an engine says to questions, by condition and question."""
     engine = TransformersEngine(wanted)
-    found: dict[tuple[str, str], Said] = {}
+    found: dict[tuple[str, str], EngineAnswer] = {}
     try:
         media = list(read_ahead(by_media(items), wanted, prompt_of, engine.prepare))
         assert not [one.error for one in media if one.error]
         engine.begin(media)
         for condition in wanted.conditions():
 
-            def done(item: Item, said: Said, key: str = condition.key) -> None:
+            def done(item: Question, said: EngineAnswer, key: str = condition.key) -> None:
                 assert (key, item.id) not in found
                 found[key, item.id] = said
 
@@ -75,7 +75,7 @@ def answered(wanted: Settings, items: Sequence[Item]) -> dict[tuple[str, str], S
 
 
 @pytest.fixture(scope="module")
-def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Said]:
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], EngineAnswer]:
     wanted = settings(
         tmp_path_factory.mktemp("alone"), method=["cls-attention", "flexselect"], keep=[0.25]
     )
@@ -83,7 +83,7 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str]
 
 
 def test_a_batch_says_what_its_questions_say_alone(
-    one_by_one: dict[tuple[str, str], Said], tmp_path: Path
+    one_by_one: dict[tuple[str, str], EngineAnswer], tmp_path: Path
 ) -> None:
     wanted = settings(
         tmp_path, method=["cls-attention", "flexselect"], keep=[0.25], batch=4, workers=2
@@ -118,7 +118,7 @@ def test_a_batch_says_what_its_questions_say_alone(
     )
 
 
-def test_costs_add_up(one_by_one: dict[tuple[str, str], Said]) -> None:
+def test_costs_add_up(one_by_one: dict[tuple[str, str], EngineAnswer]) -> None:
     text = json.loads((bundled_model_path() / "config.json").read_text("utf-8"))["text_config"]
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
     per_token = text["num_hidden_layers"] * 2 * text["num_key_value_heads"] * head * 4  # float32
@@ -220,7 +220,7 @@ def test_a_second_run_reads_what_the_first_encoded(
         assert evaluated(one).complete
         files = len(list(cache.iterdir()))
         assert len(encoder_calls) == (files if one is not plain else 2 * files)
-    assert files == len({item.path for item in read_run(first.out).items})
+    assert files == len({item.path for item in read_run(first.out).questions})
     said = [
         {(one.condition, one.item): (one.text, one.mass_kept) for one in read_run(of.out).records}
         for of in (second, plain)
@@ -264,11 +264,11 @@ def test_dominance_is_that_of_the_question_alone(tmp_path: Path) -> None:
     results = evaluated(wanted)
     known = read_run(wanted.out)
     measured = {one.item for one in known.records if one.dominance is not None}
-    assert measured == {item.id for item in known.items[:2]}
+    assert measured == {item.id for item in known.questions[:2]}
     model, processor = tokenprune_hf.load(str(bundled_model_path()))
     for row, keep in zip(results.rows, (1.0, 0.25), strict=True):
         found = []
-        for item in known.items[:2]:
+        for item in known.questions[:2]:
             inputs = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
             with (
                 tokenprune_hf.prune(model, "cls-attention", keep),
@@ -327,7 +327,7 @@ def test_dominance_that_cannot_be_measured_stops_at_the_start(
 def test_infinite_dominance_has_no_number() -> None:
     even = ModalityIndices.of(1.0, 1.0, 1.0)
     blind = ModalityIndices.of(math.inf, 4.0, 0.0)
-    infos = [ItemInfo.of("set", item) for item in questions(3)]
+    infos = [QuestionInfo.of("set", item) for item in questions(3)]
     records = [
         Record(
             item=info.id,

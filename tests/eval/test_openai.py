@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 from tokenprune.errors import ConfigError, TokenPruneError
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked, Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine, ServerError, check_server
 from tokenprune_eval.evaluation.runner import EvaluationError, run
 from tokenprune_eval.evaluation.settings import Settings
@@ -495,14 +495,16 @@ def test_keeping_everything_under_a_method_is_the_plain_model(tmp_path: Path) ->
 
 
 def answers(
-    engine: OpenAIEngine, asked: Asked, condition: Condition, content: Image.Image | Video
-) -> dict[str, Said]:
+    engine: OpenAIEngine, asked: MediaQuestions, condition: Condition, content: Image.Image | Video
+) -> dict[str, EngineAnswer]:
     asked.content = content
     engine.prepare(asked)
     asked.content = None
     engine.begin([asked])
-    found: dict[str, Said] = {}
-    engine.answer([asked], asked.items, condition, lambda item, said: found.update({item.id: said}))
+    found: dict[str, EngineAnswer] = {}
+    engine.answer(
+        [asked], asked.questions, condition, lambda item, said: found.update({item.id: said})
+    )
     return found
 
 
@@ -521,8 +523,8 @@ PLAIN = Condition(method=UNPRUNED, keep=1.0)
 def test_likelihoods_only_where_all_letters_are_known(tmp_path: Path) -> None:
     file = tmp_path / "red.png"
     Image.new("RGB", (32, 32), "red").save(file)
-    item = Item("a", "image", file, "which?", "A", choices=("red", "blue"))
-    openly = Item("b", "image", file, "which?", "red")
+    item = Question("a", "image", file, "which?", "A", choices=("red", "blue"))
+    openly = Question("b", "image", file, "which?", "red")
     known = {"A": math.log(0.3), " A": math.log(0.2), "B": math.log(0.1), "Bo": math.log(0.4)}
     wanted = {"A": math.log(0.5), "B": math.log(0.1)}
     for top, most, expected in (
@@ -535,7 +537,7 @@ def test_likelihoods_only_where_all_letters_are_known(tmp_path: Path) -> None:
             engine_of(settings(faulty.url, tmp_path)) as engine,
         ):
             said = answers(
-                engine, Asked([item, openly], ["A or B?", "open"]), PLAIN, load_image(file)
+                engine, MediaQuestions([item, openly], ["A or B?", "open"]), PLAIN, load_image(file)
             )
         assert said["b"].likelihoods is None
         assert [said["a"].text, said["b"].text] == ["red", "red"]
@@ -575,7 +577,7 @@ def test_the_server_sees_the_pixels_that_other_engines_see(
 ) -> None:
     file = make(tmp_path)
     with serving(Faulty()) as faulty, engine_of(settings(faulty.url, tmp_path)) as engine:
-        asked = Asked([Item("a", "image", file, "?", "x")], ["?"], load_image(file))
+        asked = MediaQuestions([Question("a", "image", file, "?", "x")], ["?"], load_image(file))
         engine.prepare(asked)
     url = asked.prepared.part["image_url"]["url"]
     data = base64.b64decode(url.partition(",")[2], validate=True)
@@ -597,21 +599,21 @@ def video(count: int, step: float = 0.5) -> Video:
     "faulty", [Faulty(), Faulty(open=False), Faulty(images=False)], ids=["open", "plain", "videos"]
 )
 def test_frames_and_their_times(faulty: Faulty, tmp_path: Path) -> None:
-    asked = Asked([Item("a", "video", Path("v.mp4"), "?", "green")], ["color?"])
+    asked = MediaQuestions([Question("a", "video", Path("v.mp4"), "?", "green")], ["color?"])
     gap = replace(video(4), times=np.array([0.0, 0.4, 3.1, 3.2]), duration=3.3)
     with serving(faulty), engine_of(settings(faulty.url, tmp_path)) as engine:
         # A server that is not told takes frames for one a second.
         said = answers(engine, asked, PLAIN, gap if faulty.open else video(4, 1.01))
         if faulty.open:
-            engine.prepare(Asked(asked.items, asked.prompts, video(33)))
+            engine.prepare(MediaQuestions(asked.questions, asked.prompts, video(33)))
         else:
             with pytest.raises(ConfigError, match="33 frames, of which this server may read"):
-                engine.prepare(Asked(asked.items, asked.prompts, video(33, 1.0)))
+                engine.prepare(MediaQuestions(asked.questions, asked.prompts, video(33, 1.0)))
             late = replace(video(4, 1.0), times=np.array([0.0, 1.0, 2.0, 3.2]))
             with pytest.raises(
                 ConfigError, match=r"frame 3 is at 3\.20 s\. Give --fps 1, or start"
             ):
-                engine.prepare(Asked(asked.items, asked.prompts, late))
+                engine.prepare(MediaQuestions(asked.questions, asked.prompts, late))
     assert (said["a"].text, said["a"].error) == ("green", None)
     (body,) = faulty.questions()
     kind, _, frames = body["messages"][0]["content"][0]["video_url"]["url"].partition(",")

@@ -22,21 +22,21 @@ from rich.console import Console
 
 from tests.eval.browser import CHROMIUM, browse
 from tokenprune.errors import ConfigError, InputFileError
-from tokenprune_eval.data.item import Item
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.compare import compare, comparison_markdown, print_comparison
-from tokenprune_eval.results.files import read_run, write_items
+from tokenprune_eval.results.files import read_run, write_questions
 from tokenprune_eval.results.records import Condition, Record, Seconds
 from tokenprune_eval.results.report import render
 from tokenprune_eval.results.statistics import answer_of, difference_interval, mcnemar_p, paired
 from tokenprune_eval.results.summary import (
     MAX_LOSSES,
-    ItemInfo,
+    QuestionInfo,
     Results,
     read_results,
     summarise,
 )
-from tokenprune_eval.results.write import write_results
 from tokenprune_eval.results.table import markdown, print_tables
+from tokenprune_eval.results.write import write_results
 
 EVIL = "<script>document.title = 'owned'</script> & \"quoted\" {{ 7 * 7 }} $x_1$ |"
 
@@ -102,14 +102,16 @@ def test_the_same_answer_is_the_same_letter_or_text() -> None:
 # Summary ----------------------------------------------------------------------------------------
 
 
-def _item(name: str, kind: str = "color", data_set: str = "set", **fields: Any) -> ItemInfo:
+def _item(name: str, kind: str = "color", data_set: str = "set", **fields: Any) -> QuestionInfo:
     given: dict[str, Any] = {
         "path": Path("/nowhere/picture.png"),
         "question": "what?",
         "answer": "red",
     }
     given |= fields
-    return ItemInfo(id=f"{data_set}/{name}", data_set=data_set, kind="image", type=kind, **given)
+    return QuestionInfo(
+        id=f"{data_set}/{name}", data_set=data_set, kind="image", type=kind, **given
+    )
 
 
 def _record(item: str, condition: Condition, text: str, **fields: Any) -> Record:
@@ -286,10 +288,10 @@ def test_what_does_not_belong_together_is_refused() -> None:
 
 
 def test_item_info_of_an_item() -> None:
-    item = Item("3", "video", Path("v.mp4"), "what?", "B", ("x", "y"), "colour", (0.5, 1.0))
-    info = ItemInfo.of("clips", item)
+    item = Question("3", "video", Path("v.mp4"), "what?", "B", ("x", "y"), "colour", (0.5, 1.0))
+    info = QuestionInfo.of("clips", item)
     assert (info.id, info.choices, info.times) == ("clips/3", ("x", "y"), (0.5, 1.0))
-    assert ItemInfo.model_validate_json(info.model_dump_json()) == info
+    assert QuestionInfo.model_validate_json(info.model_dump_json()) == info
 
 
 # Files and tables -------------------------------------------------------------------------------
@@ -529,7 +531,7 @@ def test_report_in_a_browser(tmp_path: Path) -> None:
 
 def _write_run(
     folder: Path,
-    items: list[ItemInfo],
+    items: list[QuestionInfo],
     conditions: list[Condition],
     records: list[Record],
     **about: Any,
@@ -537,7 +539,7 @@ def _write_run(
     folder.mkdir()
     described = _about(conditions=[one.model_dump() for one in conditions], **about)
     (folder / "run.json").write_text(json.dumps(described))
-    write_items(folder, items)
+    write_questions(folder, items)
     lines = "".join(record.model_dump_json() + "\n" for record in records)
     (folder / "records.jsonl").write_text(lines + '{"item": "se')  # cut off
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.vllm.servers import COMMON, TOKENPRUNE, Server, serve
 from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked, Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
@@ -104,9 +104,9 @@ def test_a_server_takes_a_question_with_choices(server: Server, tmp_path: Path) 
     )
     file = tmp_path / "white.png"
     Image.new("RGB", (224, 224), "white").save(file)
-    item = Item("a", "image", file, "what color?", "A", choices=("red", "blue"))
-    asked = Asked([item], ["what color is the shape?"], load_image(file))
-    said: list[Said] = []
+    item = Question("a", "image", file, "what color?", "A", choices=("red", "blue"))
+    asked = MediaQuestions([item], ["what color is the shape?"], load_image(file))
+    said: list[EngineAnswer] = []
     engine = OpenAIEngine(settings)
     try:
         engine.prepare(asked)

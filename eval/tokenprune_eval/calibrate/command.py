@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tokenprune.config import PruningConfig
     from tokenprune_eval.calibrate.search import Bounds, Decision, Search
-    from tokenprune_eval.data.item import Item
+    from tokenprune_eval.data.question import Question
     from tokenprune_eval.evaluation.engines.base import Engine
     from tokenprune_eval.evaluation.settings import Settings
     from tokenprune_eval.evaluation.store import Store
@@ -213,7 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if missing else 0
 
 
-def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Item]]) -> list[Record]:
+def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Question]]) -> list[Record]:
     """Begin the folder of the answers, or go on with it; return those that are there.
 
     Raises
@@ -221,15 +221,15 @@ def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Item]]) ->
     ConfigError
         If they were given under other settings.
     """
-    from tokenprune_eval.evaluation.runner import _machine, _versions
-    from tokenprune_eval.results.summary import ItemInfo
+    from tokenprune_eval.evaluation.runner import _machine, versions
+    from tokenprune_eval.results.summary import QuestionInfo
 
     infos = []
-    for items in media:
-        for item in items:
-            data_set, _, own = item.id.partition("/")
-            infos.append(ItemInfo.of(data_set, replace(item, id=own)))
-    about = {"versions": _versions(), "machine": _machine(), "complete": False, "seconds": None}
+    for questions in media:
+        for question in questions:
+            data_set, _, own = question.id.partition("/")
+            infos.append(QuestionInfo.of(data_set, replace(question, id=own)))
+    about = {"versions": versions(), "machine": _machine(), "complete": False, "seconds": None}
     known = store.begin(settings, about, infos, settings.conditions())
     return [one for one in known.records if (one.condition, one.item) in store.done]
 
@@ -357,7 +357,9 @@ def _is_unfinished(log: Path, search: dict[str, Any]) -> bool:
         return False
 
 
-def _search(settings: Settings, bounds: Bounds, media: Sequence[Sequence[Item]]) -> dict[str, Any]:
+def _search(
+    settings: Settings, bounds: Bounds, media: Sequence[Sequence[Question]]
+) -> dict[str, Any]:
     """Return all on which the result of a search depends, as JSON types; the log holds it."""
     from tokenprune_eval.evaluation.settings import FREE
 
@@ -365,7 +367,7 @@ def _search(settings: Settings, bounds: Bounds, media: Sequence[Sequence[Item]])
         "max_drop": bounds.max_drop,
         "confidence": bounds.confidence,
         "grid": list(bounds.grid),
-        "order": [[item.id for item in items] for items in media],
+        "order": [[question.id for question in questions] for questions in media],
         "settings": settings.model_dump(mode="json", exclude={*FREE, "limit", "shard"}),
     }
 
@@ -463,7 +465,7 @@ class _Report:
         """Write the log."""
         from tokenprune_eval.calibrate.search import steps
         from tokenprune_eval.calibrate.sequential import needed
-        from tokenprune_eval.evaluation.runner import _versions
+        from tokenprune_eval.evaluation.runner import versions
         from tokenprune_eval.shared.output import write_whole
 
         bounds, media = self.bounds, self.search.media
@@ -479,7 +481,7 @@ class _Report:
             "unpruned": self.unpruned(),
             "decisions": [_plain(one) for one in self.decisions],
             "model": self.about,
-            "versions": _versions(),
+            "versions": versions(),
         }
         text = json.dumps(values, indent=1, allow_nan=False)
         write_whole(self.files[LOG], text + "\n")
@@ -595,17 +597,17 @@ def _print(console: Console, report: _Report) -> None:
         f"budget on every question would have been {calls['exhaustive']:,}."
     )
     if errors := unpruned["errors"]:
-        item, error = next(iter(errors.items()))
+        question, error = next(iter(errors.items()))
         say(
             f"{len(errors):,} questions were left out because the unpruned model has no answer, "
-            f"for example {item}: {error}"
+            f"for example {question}: {error}"
         )
     if failed := {key: error for one in report.decisions for key, error in one.errors.items()}:
         count = sum(len(one.errors) for one in report.decisions)
-        item, error = next(iter(failed.items()))
+        question, error = next(iter(failed.items()))
         say(
             f"{count:,} answers of pruned models are missing and count as wrong, for example to "
-            f"{item}: {error}"
+            f"{question}: {error}"
         )
     model = report.settings.model
     for method in report.methods:

@@ -18,9 +18,9 @@ from typing import Literal, Protocol, cast
 
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune_eval.calibrate.sequential import MeanTest
-from tokenprune_eval.data.item import DataSet, Item
-from tokenprune_eval.evaluation.engines.base import Asked, Engine, Said
-from tokenprune_eval.evaluation.reading import by_media, read_ahead
+from tokenprune_eval.data.question import DataSet, Question
+from tokenprune_eval.evaluation.engines.base import Engine, EngineAnswer, MediaQuestions
+from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import ChooseBy, Settings
 from tokenprune_eval.evaluation.store import Store
@@ -168,7 +168,7 @@ class Decision:
 
 def draw(
     sets: Sequence[DataSet], per_media: int | None, limit: int | None, seed: int
-) -> list[list[Item]]:
+) -> list[list[Question]]:
     """Return images and videos in random order, each with some of its questions.
 
     Parameters
@@ -183,15 +183,15 @@ def draw(
         Of both draws.
     """
     generator = random.Random(seed)
-    of_path: dict[Path, list[Item]] = {}
+    of_path: dict[Path, list[Question]] = {}
     for one in sets:
-        for item in one.items:
-            named = replace(item, id=f"{one.name}/{item.id}")
-            of_path.setdefault(item.path, []).append(named)
-    drawn: list[list[Item]] = []
+        for question in one.questions:
+            named = replace(question, id=f"{one.name}/{question.id}")
+            of_path.setdefault(question.path, []).append(named)
+    drawn: list[list[Question]] = []
     left = sum(map(len, of_path.values())) if limit is None else limit
-    for items in generator.sample(list(of_path.values()), len(of_path)):
-        own = generator.sample(items, len(items))[:per_media][:left]
+    for questions in generator.sample(list(of_path.values()), len(of_path)):
+        own = generator.sample(questions, len(questions))[:per_media][:left]
         if own:
             drawn.append(own)
         left -= len(own)
@@ -239,20 +239,20 @@ class Answers:
         """Return why questions have no answer under one condition."""
         return self.errors.setdefault(condition.key, {})
 
-    def knows(self, item: Item, conditions: Iterable[Condition]) -> bool:
+    def knows(self, question: Question, conditions: Iterable[Condition]) -> bool:
         """Say whether an interrupted search has asked a question under all these conditions."""
-        return all((one.key, item.id) in self._earlier for one in conditions)
+        return all((one.key, question.id) in self._earlier for one in conditions)
 
-    def recall(self, item: Item, condition: Condition) -> bool:
+    def recall(self, question: Question, condition: Condition) -> bool:
         """Note what an interrupted search was told; say whether it was told anything."""
-        record = self._earlier.get((condition.key, item.id))
+        record = self._earlier.get((condition.key, question.id))
         if record is not None:
             self._note(record, condition)
         return record is not None
 
-    def note(self, item: Item, condition: Condition, said: Said) -> None:
+    def note(self, question: Question, condition: Condition, said: EngineAnswer) -> None:
         """Note what the model said and put it on disk; answers may come from several threads."""
-        record = score(item, condition, said, self._choose_by)
+        record = score(question, condition, said, self._choose_by)
         with self._lock:
             self._store.append([record])
             self._note(record, condition)
@@ -268,7 +268,7 @@ class _Trial:
     """One budget of one method under test."""
 
     def __init__(
-        self, condition: Condition, bounds: Bounds, media: Sequence[Sequence[Item]]
+        self, condition: Condition, bounds: Bounds, media: Sequence[Sequence[Question]]
     ) -> None:
         self.condition = condition
         self.test = MeanTest(bounds.max_drop, bounds.accept_at, bounds.reject_at)
@@ -285,10 +285,10 @@ class _Trial:
         unpruned = answers.of(_FULL)
         pruned = answers.of(self.condition)
         while self.outcome is None and self._at < len(self._media):
-            items = self._media[self._at]
-            if any(item.id not in unpruned for item in items):
+            questions = self._media[self._at]
+            if any(question.id not in unpruned for question in questions):
                 return
-            asked = [item.id for item in items if unpruned[item.id] is not None]
+            asked = [question.id for question in questions if unpruned[question.id] is not None]
             if any(one not in pruned for one in asked):
                 return
             self._at += 1
@@ -368,7 +368,7 @@ class Search:
         self,
         settings: Settings,
         bounds: Bounds,
-        media: Sequence[Sequence[Item]],
+        media: Sequence[Sequence[Question]],
         engine: Engine,
         answers: Answers,
         progress: Progress,
@@ -427,8 +427,10 @@ class Search:
         unpruned = self.answers.of(_FULL)
         groups = [
             group
-            for items in self.media
-            for group in by_media([one for one in items if unpruned.get(one.id, True) is not None])
+            for questions in self.media
+            for group in by_media(
+                [one for one in questions if unpruned.get(one.id, True) is not None]
+            )
         ]
         reading = self._read(groups, [_FULL, *(one.condition for one in left)])
         with closing(reading):
@@ -451,15 +453,15 @@ class Search:
             yield trial
 
     def _read(
-        self, groups: Sequence[Sequence[Item]], conditions: Sequence[Condition]
-    ) -> Generator[Asked, None, None]:
+        self, groups: Sequence[Sequence[Question]], conditions: Sequence[Condition]
+    ) -> Generator[MediaQuestions, None, None]:
         """Yield every group, read and prepared, in order.
 
         Those about which nothing is left to ask have neither content nor prompts.
         """
         known = [all(self.answers.knows(one, conditions) for one in group) for group in groups]
         reading = cast(
-            Generator[Asked, None, None],
+            Generator[MediaQuestions, None, None],
             read_ahead(
                 [group for group, is_known in zip(groups, known, strict=True) if not is_known],
                 self.settings,
@@ -470,70 +472,73 @@ class Search:
         with closing(reading):
             for group, is_known in zip(groups, known, strict=True):
                 if is_known:
-                    yield Asked(group, ())
+                    yield MediaQuestions(group, ())
                     continue
                 left = len(group)
                 while left:  # a group may come in parts
                     part = next(reading)
-                    left -= len(part.items)
+                    left -= len(part.questions)
                     yield part
 
-    def _ask(self, chunk: Sequence[Asked], conditions: Sequence[Condition]) -> None:
+    def _ask(self, chunk: Sequence[MediaQuestions], conditions: Sequence[Condition]) -> None:
         if to_encode := [one for one in chunk if one.error is None and one.prompts]:
             self.engine.begin(to_encode)
         # What cannot be read, prepared or encoded has no answer under any condition.
         for asked in chunk:
             if asked.error is not None:
-                for item in asked.items:
-                    if not self.answers.recall(item, _FULL):
-                        self.answers.note(item, _FULL, Said(error=asked.error))
+                for question in asked.questions:
+                    if not self.answers.recall(question, _FULL):
+                        self.answers.note(question, _FULL, EngineAnswer(error=asked.error))
         if good := [one for one in chunk if one.error is None]:
             for condition in (_FULL, *conditions):
                 self._answer(good, condition)
         self._check_answers(GIVE_UP)
 
-    def _answer(self, media: Sequence[Asked], condition: Condition) -> None:
+    def _answer(self, media: Sequence[MediaQuestions], condition: Condition) -> None:
         known = self.answers.of(condition)
         unpruned = self.answers.of(_FULL)
         wanted = [
-            item
+            question
             for one in media
-            for item in one.items
-            if item.id not in known and unpruned.get(item.id, True) is not None
+            for question in one.questions
+            if question.id not in known and unpruned.get(question.id, True) is not None
         ]
         self.answers.calls[condition.key] += len(wanted)
-        new = [item for item in wanted if not self.answers.recall(item, condition)]
+        new = [question for question in wanted if not self.answers.recall(question, condition)]
         if new:
             self.engine.answer(
                 [one for one in media if one.prompts],
                 new,
                 condition,
-                lambda item, said: self.answers.note(item, condition, said),
+                lambda question, said: self.answers.note(question, condition, said),
             )
 
     def _check_answers(self, errors: int) -> None:
         """Raise if there were that many errors and no answer."""
         unpruned = self.answers.of(_FULL)
         if len(unpruned) >= errors and all(right is None for right in unpruned.values()):
-            item, error = next(iter(self.answers.errors_of(_FULL).items()))
+            question, error = next(iter(self.answers.errors_of(_FULL).items()))
             raise CalibrationError(
                 f"the unpruned model answered none of {len(unpruned)} questions, for example "
-                f"{item}: {error} See to that first; `tokenprune eval validate` helps to find it."
+                f"{question}: {error} See to that first; `tokenprune eval validate` helps to find "
+                "it."
             )
 
 
-def _chunks(reading: Iterator[Asked], at_once: dict[str, int], batch: int) -> Iterator[list[Asked]]:
+def _chunks(
+    reading: Iterator[MediaQuestions], at_once: dict[str, int], batch: int
+) -> Iterator[list[MediaQuestions]]:
     """Yield a few images, or videos, at a time: as many as their questions fill a batch.
 
     More would be questions that a test, decided by then, has no use for.
     """
-    chunk: list[Asked] = []
+    chunk: list[MediaQuestions] = []
     for one in reading:
-        kind = one.items[0].kind
+        kind = one.questions[0].kind
         full = chunk and (
-            kind != chunk[0].items[0].kind
+            kind != chunk[0].questions[0].kind
             or len(chunk) >= at_once[kind]
-            or sum(len(other.items) for other in (*chunk, one)) > batch
+            or sum(len(other.questions) for other in (*chunk, one)) > batch
         )
         if full:
             yield chunk

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 from tokenprune.errors import did_you_mean
 from tokenprune_eval.bundled.easyvqa import Split as EasyVqaSplit
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.model import default_cache_dir
-from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
-from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.bundled.needles import needle_set
+from tokenprune_eval.bundled.questions import Question as ImageQuestion
 from tokenprune_eval.bundled.scenes import Split as NeedleSplit
 from tokenprune_eval.bundled.scenes import load_scenes
 from tokenprune_eval.data.errors import DataSetError
-from tokenprune_eval.data.item import DataSet, Item
+from tokenprune_eval.data.question import DataSet, Question
 
 
 def easy_vqa(split: str) -> DataSet:
@@ -67,15 +67,27 @@ def needles(split: str, work: Path | None = None, videos: int = 100) -> DataSet:
     _check_split("needles", split, get_args(NeedleSplit))
     folder = work if work is not None else default_cache_dir() / "needles"
     asked = needle_set(folder, videos=videos, split=cast(NeedleSplit, split))
-    return DataSet(_named("needles", split), [_item(one, "video", one.video) for one in asked])
+    questions = [
+        Question(one.id, "video", one.video.absolute(), one.question, one.answer, type=one.type)
+        for one in asked
+    ]
+    return DataSet(_named("needles", split), questions)
 
 
-def _of_images(name: str, split: str, questions: list[Question]) -> DataSet:
-    return DataSet(_named(name, split), [_item(one, "image", one.image) for one in questions])
-
-
-def _item(one: Question | VideoQuestion, kind: Literal["image", "video"], path: Path) -> Item:
-    return Item(one.id, kind, path.absolute(), one.question, one.answer, type=one.type)
+def _of_images(name: str, split: str, asked: list[ImageQuestion]) -> DataSet:
+    questions = [
+        Question(
+            one.id,
+            "image",
+            one.image.absolute(),
+            one.question,
+            one.answer,
+            type=one.type,
+            evidence=one.evidence,
+        )
+        for one in asked
+    ]
+    return DataSet(_named(name, split), questions)
 
 
 def _named(name: str, split: str) -> str:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from tokenprune_eval.data.errors import DataSetError
-from tokenprune_eval.data.item import DataSet, Item
+from tokenprune_eval.data.question import DataSet, Question
 
 
 def choose(
@@ -46,33 +46,68 @@ def choose(
         raise DataSetError(
             f"limit must be at least 1, got {limit}. Leave it out for all questions."
         )
-    items = list(dataset.items)
+    questions = list(dataset.questions)
     if limit is not None:
-        items = _draw(items, limit, seed)
+        questions = _draw(questions, limit, seed)
     if shard is not None:
         part, parts = shard
         if not 1 <= part <= parts:
             raise DataSetError(f"shard must be i/n with i from 1 to n, got {part}/{parts}.")
-        own = set(list(dict.fromkeys(item.path for item in items))[part - 1 :: parts])
-        items = [item for item in items if item.path in own]
-    whole = dataset.drawn_from or len(dataset.items)
-    return DataSet(dataset.name, tuple(items), None if len(items) == whole else whole)
+        own = set(list(dict.fromkeys(question.path for question in questions))[part - 1 :: parts])
+        questions = [question for question in questions if question.path in own]
+    whole = dataset.drawn_from or len(dataset.questions)
+    return DataSet(dataset.name, tuple(questions), None if len(questions) == whole else whole)
 
 
-def _draw(items: list[Item], limit: int, seed: int) -> list[Item]:
+def _draw(questions: list[Question], limit: int, seed: int) -> list[Question]:
     of_path: dict[Path, list[int]] = {}
-    for number, item in enumerate(items):
-        of_path.setdefault(item.path, []).append(number)
+    for number, question in enumerate(questions):
+        of_path.setdefault(question.path, []).append(number)
     paths = list(of_path)
     drawn: list[int] = []
     for path in random.Random(seed).sample(paths, len(paths)):
         drawn += of_path[path][: limit - len(drawn)]
         if len(drawn) == limit:
             break
-    return [items[number] for number in sorted(drawn)]
+    return [questions[number] for number in sorted(drawn)]
+
+
+def choose_media(dataset: DataSet, at_least: int | None, seed: int) -> DataSet:
+    """Draw whole images or videos until there are enough questions about them.
+
+    Parameters
+    ----------
+    dataset
+        The whole set.
+    at_least
+        How many questions there are to be; None for all.
+    seed
+        Seed of the draw. With the same seed a smaller number draws a part of what a larger one
+        draws.
+
+    Returns
+    -------
+    DataSet
+        All questions about the images or videos drawn, one of these after the other.
+    """
+    of_path: dict[Path, list[Question]] = {}
+    for question in dataset.questions:
+        of_path.setdefault(question.path, []).append(question)
+    paths = list(of_path)
+    if at_least is not None:
+        order = random.Random(seed).sample(paths, len(paths))
+        drawn: set[Path] = set()
+        count = 0
+        while order and count < at_least:
+            drawn.add(path := order.pop())
+            count += len(of_path[path])
+        paths = [path for path in paths if path in drawn]
+    questions = tuple(question for path in paths for question in of_path[path])
+    whole = dataset.drawn_from or len(dataset.questions)
+    return DataSet(dataset.name, questions, None if len(questions) == whole else whole)
 
 
 def missing_media(dataset: DataSet) -> list[Path]:
     """Return the images and videos of a data set that are not there, each once, in its order."""
-    paths = dict.fromkeys(item.path for item in dataset.items)
+    paths = dict.fromkeys(question.path for question in dataset.questions)
     return [path for path in paths if not path.is_file()]

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenprune.errors import MissingPackageError, reason_of
 from tokenprune_eval.data.errors import DataSetError, Problems
-from tokenprune_eval.data.item import LETTERS, DataSet, Item
+from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 """Tried in this order where a data set names a video without its suffix."""
@@ -314,7 +314,9 @@ def letter_of(answer: str, choices: Sequence[str]) -> str:
     )
 
 
-def finish(name: str, file: Path, items: list[tuple[str, Item]], problems: Problems) -> DataSet:
+def finish(
+    name: str, file: Path, questions: list[tuple[str, Question]], problems: Problems
+) -> DataSet:
     """Make the data set, or say all that is wrong with the file.
 
     Parameters
@@ -322,23 +324,25 @@ def finish(name: str, file: Path, items: list[tuple[str, Item]], problems: Probl
     name
         Of the data set.
     file
-        Where the items are from.
-    items
+        Where the questions are from.
+    questions
         With the place of each.
     problems
-        Found so far; items with the id of an earlier one are added.
+        Found so far; questions with the id of an earlier one are added.
 
     Raises
     ------
     DataSetError
-        If there are problems, or no items.
+        If there are problems, or no questions.
     """
     places: dict[str, str] = {}
-    for place, item in items:
-        first = places.setdefault(item.id, place)
+    for place, question in questions:
+        first = places.setdefault(question.id, place)
         if first != place:
-            problems.add(place, f"the id {item.id!r} is that of {first} too. Ids must be unique")
+            problems.add(
+                place, f"the id {question.id!r} is that of {first} too. Ids must be unique"
+            )
     problems.check()
-    if not items:
+    if not questions:
         raise DataSetError(f"{file} holds no questions.")
-    return DataSet(name, tuple(item for _, item in items))
+    return DataSet(name, tuple(question for _, question in questions))

@@ -17,7 +17,7 @@ from tokenprune_eval.data.files import (
     media_folder,
     read_jsonl,
 )
-from tokenprune_eval.data.item import DataSet, Item
+from tokenprune_eval.data.question import DataSet, Question
 
 NAME = "jsonl"
 COLUMNS = frozenset({"question", "answer"})
@@ -119,7 +119,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
     """
     folder = media_folder(media, [file.absolute().parent])
     problems = Problems(file)
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for place, record in read_jsonl(file, problems):
         try:
             line = Line.model_validate(record)
@@ -128,7 +128,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             continue
         choices = tuple(line.choices or ())
         try:
-            item = Item(
+            question = Question(
                 id=line.id or f"{file.stem}-{place.removeprefix('line ')}",
                 kind="image" if line.image is not None else "video",
                 path=inside(folder, line.image or line.video or ""),
@@ -141,5 +141,5 @@ def load(file: Path, media: Path | None = None) -> DataSet:
         except ValueError as error:
             problems.add(place, str(error))
             continue
-        items.append((place, item))
-    return finish(file.stem, file, items, problems)
+        questions.append((place, question))
+    return finish(file.stem, file, questions, problems)

@@ -18,7 +18,7 @@ from tokenprune_eval.data.files import (
     read_jsonl,
     read_parquet,
 )
-from tokenprune_eval.data.item import DataSet
+from tokenprune_eval.data.question import DataSet
 
 __all__ = ["choose", "data_sets", "load_data", "missing_media"]
 

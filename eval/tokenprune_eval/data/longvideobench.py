@@ -27,7 +27,7 @@ from tokenprune_eval.data.files import (
     media_folder,
     read_json,
 )
-from tokenprune_eval.data.item import LETTERS, DataSet, Item
+from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 NAME = "longvideobench"
 COLUMNS = frozenset({"id", "video_path", "question", "candidates", "question_category"})
@@ -79,7 +79,7 @@ def load(file: Path, media: Path | None = None, answers: Path | None = None) -> 
             "test split. Use lvb_val.json, or give a file with answers."
         )
     folder = media_folder(media, [file.absolute().parent / "videos"])
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for place, record in records:
         try:
             entry = Entry.model_validate(record)
@@ -99,7 +99,7 @@ def load(file: Path, media: Path | None = None, answers: Path | None = None) -> 
         except ValueError as error:
             problems.add(f"{place} ({entry.id})", str(error))
             continue
-        item = Item(
+        question = Question(
             id=entry.id,
             kind="video",
             path=path,
@@ -108,8 +108,8 @@ def load(file: Path, media: Path | None = None, answers: Path | None = None) -> 
             choices=choices,
             type=entry.question_category,
         )
-        items.append((place, item))
-    return finish(NAME, file, items, problems)
+        questions.append((place, question))
+    return finish(NAME, file, questions, problems)
 
 
 def _letter(index: int | None, count: int) -> str:

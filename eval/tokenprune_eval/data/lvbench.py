@@ -28,7 +28,7 @@ from tokenprune_eval.data.files import (
     read_jsonl,
     video_of,
 )
-from tokenprune_eval.data.item import LETTERS, DataSet, Item
+from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 NAME = "lvbench"
 COLUMNS = frozenset({"key", "qa"})
@@ -95,7 +95,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             f"{file} holds no answers (no key 'answer'). Give the published "
             "video_info.meta.jsonl, which has them."
         )
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for place, line in lines:
         for number, asked in enumerate(line.qa, start=1):
             where = f"{place}, question {number} (uid {asked.uid})"
@@ -109,7 +109,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             except ValueError as error:
                 problems.add(where, str(error))
                 continue
-            item = Item(
+            question = Question(
                 id=asked.uid,
                 kind="video",
                 path=path,
@@ -118,8 +118,8 @@ def load(file: Path, media: Path | None = None) -> DataSet:
                 choices=choices,
                 type=", ".join(sorted(asked.question_type)),
             )
-            items.append((where, item))
-    return finish(NAME, file, items, problems)
+            questions.append((where, question))
+    return finish(NAME, file, questions, problems)
 
 
 def _split(text: str) -> tuple[str, tuple[str, ...]]:

@@ -28,7 +28,7 @@ from tokenprune_eval.data.files import (
     media_folder,
     read_json,
 )
-from tokenprune_eval.data.item import LETTERS, DataSet, Item
+from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 NAME = "mlvu"
 COLUMNS = frozenset({"video", "question", "question_type"})
@@ -81,12 +81,14 @@ def load(file: Path, media: Path | None = None, answers: Path | None = None) -> 
     files = sorted(one for one in file.glob("*.json") if one.is_file())
     if not files:
         raise DataSetError(f"{file} holds no JSON files. Give MLVU's folder json, or a file of it.")
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for one in files:
         if any("candidates" in record for _, record in read_json(one, Problems(one))):
-            found = _load_file(one, media, answers).items
-            items += [(f"{one.name}, question {n}", item) for n, item in enumerate(found, start=1)]
-    return finish(NAME, file, items, Problems(file))
+            found = _load_file(one, media, answers).questions
+            questions += [
+                (f"{one.name}, question {n}", question) for n, question in enumerate(found, start=1)
+            ]
+    return finish(NAME, file, questions, Problems(file))
 
 
 def _load_file(file: Path, media: Path | None, answers: Path | None) -> DataSet:
@@ -102,7 +104,7 @@ def _load_file(file: Path, media: Path | None, answers: Path | None) -> DataSet:
             "load that file itself."
         )
     folder = _task_folder(media_folder(media, _usual(file.absolute().parent)), file.stem)
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for number, (place, record) in enumerate(records, start=1):
         try:
             entry = Entry.model_validate(record)
@@ -123,7 +125,7 @@ def _load_file(file: Path, media: Path | None, answers: Path | None) -> DataSet:
         except ValueError as error:
             problems.add(place, str(error))
             continue
-        item = Item(
+        question = Question(
             id=name,
             kind="video",
             path=path,
@@ -132,8 +134,8 @@ def _load_file(file: Path, media: Path | None, answers: Path | None) -> DataSet:
             choices=choices,
             type=entry.question_type,
         )
-        items.append((place, item))
-    return finish(NAME, file, items, problems)
+        questions.append((place, question))
+    return finish(NAME, file, questions, problems)
 
 
 def _usual(home: Path) -> list[Path]:

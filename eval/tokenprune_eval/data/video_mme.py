@@ -29,7 +29,7 @@ from tokenprune_eval.data.files import (
     read_parquet,
     video_of,
 )
-from tokenprune_eval.data.item import LETTERS, DataSet, Item
+from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 NAME = "video-mme"
 COLUMNS = frozenset({"videoID", "question_id", "task_type", "question", "options", "answer"})
@@ -84,7 +84,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             "file, which has them."
         )
     problems = Problems(file)
-    items: list[tuple[str, Item]] = []
+    questions: list[tuple[str, Question]] = []
     for place, record in records:
         try:
             row = Row.model_validate(record)
@@ -101,7 +101,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
         except ValueError as error:
             problems.add(f"{place} ({row.question_id})", str(error))
             continue
-        item = Item(
+        question = Question(
             id=row.question_id,
             kind="video",
             path=path,
@@ -110,8 +110,8 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             choices=choices,
             type=row.task_type,
         )
-        items.append((place, item))
-    return finish(NAME, file, items, problems)
+        questions.append((place, question))
+    return finish(NAME, file, questions, problems)
 
 
 def _texts(options: Sequence[str]) -> tuple[str, ...]:

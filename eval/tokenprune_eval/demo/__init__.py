@@ -1,4 +1,5 @@
-"""The demo: the bundled model answers two question sets with all and with few visual tokens.
+"""The demo: an evaluation of the bundled model with a page of its own.
 
-`command.py` is ``tokenprune demo``; `runner.py` does the work; `report.py` writes the page.
+`preset.py` says what is asked; `tokenprune_eval.evaluation` asks it; `runner.py` adds what is the
+demo's own: what an answer costs, the oracle, and the questions that `report.py` shows.
 """

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from tokenprune.arguments import Parser, add_methods, add_positions
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
-from tokenprune_eval.packages import BUNDLED_MODEL, REPORT
+from tokenprune_eval.packages import BUNDLED_MODEL, REPORT, RUN_FOLDER, SETTINGS
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
-    from tokenprune_eval.demo.runner import Settings
+    from tokenprune_eval.demo.preset import Preset
 
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
 FULL_MINUTES = 8  # on two quiet cores
@@ -24,7 +24,7 @@ EXTRA = "demo"
 
 def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     """Return what it imports."""
-    return (*TRANSFORMERS, *REPORT, Package("easy_vqa"), *BUNDLED_MODEL)
+    return (*TRANSFORMERS, *SETTINGS, *RUN_FOLDER, *REPORT, Package("easy_vqa"), *BUNDLED_MODEL)
 
 
 def configure(parser: Parser) -> None:
@@ -66,7 +66,7 @@ def _amount(text: str) -> int | str:
 _amount.__name__ = "number of questions"  # argparse puts it into its message
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _preset(arguments: argparse.Namespace) -> Preset:
     """Return what the arguments ask to run.
 
     Raises
@@ -82,14 +82,14 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     for method in arguments.method or ():
         find(method)
 
-    from tokenprune_eval.demo import runner
+    from tokenprune_eval.demo.preset import FULL, QUICK
 
-    settings = runner.FULL if arguments.full else runner.QUICK
+    preset = FULL if arguments.full else QUICK
     if asked is not None:
-        settings = dataclasses.replace(settings, questions=None if asked == "all" else asked)
+        preset = dataclasses.replace(preset, questions=None if asked == "all" else asked)
     return dataclasses.replace(
-        settings,
-        methods=tuple(dict.fromkeys(arguments.method or settings.methods)),
+        preset,
+        methods=tuple(dict.fromkeys(arguments.method or preset.methods)),
         positions=arguments.positions,
         seed=arguments.seed,
     )
@@ -99,8 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the demo, print its tables and write its files."""
     from tokenprune_eval.shared.output import prepare_folder, write_whole
 
-    settings = _settings(arguments)
-    out = arguments.out or Path("demo-out") / settings.name
+    preset = _preset(arguments)
+    out = arguments.out or Path("demo-out") / preset.name
     prepare_folder(out)
 
     from rich.console import Console
@@ -108,17 +108,17 @@ def run(arguments: argparse.Namespace) -> int:
     from tokenprune_eval.demo import runner
     from tokenprune_eval.demo.report import render
     from tokenprune_eval.demo.terminal import print_accuracy, print_details
-    from tokenprune_eval.shared.progress import TerminalProgress, progress_console
+    from tokenprune_eval.shared.progress import RunProgress, progress_console
 
     console = Console()
-    with TerminalProgress(progress_console(console)) as progress:
+    with RunProgress(progress_console(console)) as progress:
         results, examples = runner.run(
-            settings, out, progress, partial(print_accuracy, console, settings.name)
+            preset, out, progress, partial(print_accuracy, console, preset.name)
         )
-        with runner.report_step(progress):
-            report = out / "report.html"
-            write_whole(report, render(results, examples))
-    if settings.name != "quick":
+        progress.at("writing the report")
+        report = out / runner.REPORT
+        write_whole(report, render(results, examples))
+    if preset.name != "quick":
         print_details(console, results.rows, results.other_positions)
     console.print(
         "\nThe bundled model is a test object and no public VLM: these accuracies say nothing "
@@ -126,12 +126,12 @@ def run(arguments: argparse.Namespace) -> int:
         highlight=False,
     )
     console.print(
-        f"The {settings.name} run took {results.about['seconds']:.0f} s; what each method kept and "
+        f"The {preset.name} run took {results.about['seconds']:.0f} s; what each method kept and "
         f"what it costs: {report}; numbers: {results.file}",
         highlight=False,
         soft_wrap=True,
     )
-    if settings.name == "quick":
+    if preset.name == "quick":
         console.print(
             "--full runs every method at six budgets on 1,000 questions of each set, in about "
             f"{FULL_MINUTES} minutes on two cores.",

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 
-from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Row
+from tokenprune_eval.demo.preset import ORACLE
+from tokenprune_eval.demo.results import Row
 from tokenprune_eval.results.drawing import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
+from tokenprune_eval.results.records import UNPRUNED
 
 
 def accuracy_plot(rows: Sequence[Row], narrow: bool = False) -> str:

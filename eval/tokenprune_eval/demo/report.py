@@ -13,12 +13,13 @@ from jinja2 import Environment, StrictUndefined
 from PIL import ImageStat
 from torch import Tensor
 
-from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.plots import accuracy_plot
-from tokenprune_eval.demo.questionsets import EASY_VQA, SCENES
-from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row
+from tokenprune_eval.demo.preset import EASY_VQA, ORACLE, SCENES
+from tokenprune_eval.demo.results import Results, Row
 from tokenprune_eval.demo.runner import EXAMPLE_KEEP, Example, Panel
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL, style_of
+from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_hf.images import load_image
 
 HEADLINE_KEEP = 0.25
@@ -213,7 +214,7 @@ def _example_tokens(rows: Sequence[Row]) -> int:
 
 
 def _example_view(place: int, example: Example) -> dict[str, Any]:
-    picture = load_image(example.question.image)
+    picture = load_image(example.question.path)
     width, height = picture.size
     return {
         "id": f"picture-{place}",

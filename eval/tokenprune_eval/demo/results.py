@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from tokenprune_eval.bundled.questions import Question
-from tokenprune_eval.demo.answering import Answers
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.costs import Cost
+from tokenprune_eval.results.records import Record
 from tokenprune_eval.results.statistics import independent, wilson
 from tokenprune_eval.shared.output import write_whole
-
-UNPRUNED, ORACLE = "none", "oracle"
-"""What the rows of the unpruned model, and of the evidence alone, have for a method."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Row:
     Attributes
     ----------
     dataset, method, positions
-        What was run. ``"none"`` is the unpruned model, ``"oracle"`` the evidence alone.
+        What was run. ``"unpruned"`` is the model with all tokens, ``"oracle"`` the evidence alone.
     keep
         Share of the visual tokens kept; of the oracle, whose number differs from question to
         question, the mean.
@@ -70,43 +68,54 @@ class Row:
     unpruned: bool = False
 
 
+def said(record: Record) -> str:
+    """Return an answer as it is compared and shown: in lower case, on one line."""
+    return " ".join((record.text or "").lower().split())
+
+
+def kept(record: Record) -> Tensor:
+    """Return BoolTensor [N], the visual tokens that were kept."""
+    mask = torch.zeros(record.of_visual_tokens or 0, dtype=torch.bool)
+    mask[record.kept or []] = True
+    return mask
+
+
 def make_row(
     dataset: str,
     method: str,
     positions: str,
     questions: Sequence[Question],
-    answers: Answers,
+    records: Sequence[Record],
     evidence: Tensor | None,
     cost: Cost,
 ) -> Row:
-    """Compare answers exactly with the right ones, and count what was kept.
+    """Count what was right and what was kept.
 
     Parameters
     ----------
     dataset, method, positions
         See `Row`.
-    questions, answers
-        In the same order.
+    questions, records
+        The questions and their answers, in the same order.
     evidence
         BoolTensor [Q, N] or None.
     cost
         What one question costs.
     """
-    right = [
-        text == question.answer.lower()
-        for text, question in zip(answers.texts, questions, strict=True)
-    ]
+    # An answer that was cut off before it named anything is not right.
+    right = [bool(record.correct) for record in records]
     by_type: dict[str, list[bool]] = {}
     for question, is_right in zip(questions, right, strict=True):
         by_type.setdefault(question.type, []).append(is_right)
     share = sum(right) / len(right)
-    worth = independent(right, [question.image for question in questions])
+    worth = independent(right, [question.path for question in questions])
     low, high = wilson(share * worth, worth)
-    total = answers.kept.shape[1]
-    tokens = float(answers.kept.sum(dim=1).double().mean())
+    masks = torch.stack([kept(record) for record in records])
+    total = masks.shape[1]
+    tokens = float(masks.sum(dim=1).double().mean())
     shares = None
     if evidence is not None:
-        found = (answers.kept & evidence).sum(dim=1).double() / evidence.sum(dim=1)
+        found = (masks & evidence).sum(dim=1).double() / evidence.sum(dim=1)
         shares = float(found.mean())
     return Row(
         dataset=dataset,
@@ -138,7 +147,7 @@ class Results:
     Attributes
     ----------
     file
-        ``results.json``; `save` writes it after every row, so an interrupted run keeps its rows.
+        ``results.json``; `save` writes it after every set.
     about
         Settings, versions, machine and which questions were asked.
     rows

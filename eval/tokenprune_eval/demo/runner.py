@@ -1,35 +1,41 @@
-"""The run itself: which conditions, in which order, and what is kept for the report."""
+"""The run: the preset through the evaluation, and what the demo adds to it, set by set."""
 
 from __future__ import annotations
 
 import platform
 import random
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune.budget import tokens_kept
-from tokenprune.config import Positions
-from tokenprune.registry import find
-from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_eval.bundled.questions import Question
-from tokenprune_eval.demo.answering import Answerer, Answers, Chunk
-from tokenprune_eval.demo.baselines import RandomPerImage
+import tokenprune_hf
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.selectors.base import Selector
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
-from tokenprune_eval.demo.questionsets import SCENES, QuestionSet, load_sets
-from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Results, Row, make_row
+from tokenprune_eval.demo.preset import ORACLE, DemoSet, Preset, image_size, oracle_condition
+from tokenprune_eval.demo.results import Results, Row, kept, make_row, said
+from tokenprune_eval.evaluation.checks import check_before_model
+from tokenprune_eval.evaluation.engines.base import Engine
+from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
+from tokenprune_eval.evaluation.runner import Planned, answer_all, versions
+from tokenprune_eval.evaluation.store import Store
+from tokenprune_eval.results.files import ITEMS, RECORDS, RUN, read_run
+from tokenprune_eval.results.records import UNPRUNED, Condition, Record
+from tokenprune_eval.shared.asking import answer
 from tokenprune_eval.shared.machine import cores, processor
-from tokenprune_hf.families.registry import check_method
+from tokenprune_eval.shared.progress import RunProgress
 from tokenprune_hf.images import load_image
 
+RESULTS, REPORT = "results.json", "report.html"
 EXAMPLE_KEEP = 0.125
 INTERVALS = (
     "95 % Wilson intervals of the number of independent questions that those asked are worth: "
@@ -38,84 +44,14 @@ INTERVALS = (
 EXAMPLES = {True: 9, False: 3}
 """How many questions are shown of a set with evidence, and of one without."""
 
-POSITION_METHODS = ("zeroth-order", "cls-attention", "random")
-POSITION_KEEPS = (0.5, 0.25, 0.125)
-"""What is also run with the other way to count positions, on the scenes."""
-
-MOST_THREADS = 8
-
 PLAIN_CHECKS = 8
 """Questions of each set that the model also answers without anything of tokenprune."""
 
+_PRESET = "demo"
+"""Under this name a run's ``run.json`` has what was asked of the demo."""
 
-# Seconds on one core of the machine where they were measured. Only their proportions matter: they
-# weigh the steps for the time that is left.
-_LOAD_SECONDS = 5.0
-_IMAGE_SECONDS = 0.13
-_TIMING_SECONDS = 0.13  # of one condition
-_PLAIN_SECONDS = 0.13  # of one question
-_QUESTION_SECONDS, _TOKENS_SECONDS, _READING_SECONDS = 0.0015, 0.005, 0.005
-"""Of one question: at any budget, in proportion to `keep`, and for a method that reads it."""
-_REPORT_SECONDS = 3.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to run.
-
-    Attributes
-    ----------
-    methods
-        Names out of `tokenprune.methods()`.
-    keeps
-        Budgets besides 1.0, which is the unpruned model. `EXAMPLE_KEEP` and the report's
-        `HEADLINE_KEEP` are among them.
-    questions
-        At least so many of each set; None for all.
-    positions
-        How positions are counted.
-    both_positions
-        Whether some conditions also run with the other way to count positions.
-    seed
-        Seed of the choice of questions and of those that are shown.
-    """
-
-    methods: tuple[str, ...]
-    keeps: tuple[float, ...]
-    questions: int | None
-    positions: Positions = "original"
-    both_positions: bool = False
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        """``"quick"`` or ``"full"``, or ``"custom"`` where anything differs from both."""
-        return {QUICK: "quick", FULL: "full"}.get(self, "custom")
-
-
-QUICK = Settings(
-    methods=(
-        "cls-attention",
-        "zeroth-order",
-        "flexselect",
-        "divprune",
-        "information",
-        "relevant-information",
-        "random",
-        "uniform",
-    ),
-    keeps=(0.25, 0.125, 0.0625),
-    questions=500,
-)
-"""What one would choose between, and two baselines; intervals are up to 9 points wide."""
-
-FULL = Settings(
-    methods=(*QUICK.methods, "feature-norm"),
-    keeps=(0.5, 0.25, 0.125, 0.0625, 0.03125),
-    questions=1000,
-    both_positions=True,
-)
-"""What the README's numbers come from."""
+Records = Mapping[str, Sequence[Record]]
+"""Of one set: key of a condition -> a record for each question, in order."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +61,7 @@ class Panel:
     Attributes
     ----------
     method
-        Its name; ``"none"`` and ``"oracle"`` as in `Row`.
+        Its name; ``"unpruned"`` and ``"oracle"`` as in `Row`.
     answer
         What the model said.
     kept
@@ -159,32 +95,19 @@ class Example:
     panels: tuple[Panel, ...]
 
 
-class Progress(Protocol):
-    """What the run tells of its progress."""
-
-    def plan(self, work: float) -> None:
-        """Say how much work all steps together are, in any unit."""
-
-    def step(
-        self, text: str, total: int, work: float = 1.0
-    ) -> AbstractContextManager[Callable[[int], None]]:
-        """Begin a step of `total` parts; the block gets the function that counts them."""
-
-    def say(self, text: str) -> None:
-        """Tell something that stays on the screen."""
-
-
 def run(
-    settings: Settings,
+    preset: Preset,
     out: Path,
-    progress: Progress,
-    finished: Callable[[QuestionSet, Sequence[Row]], None],
+    progress: RunProgress,
+    finished: Callable[[DemoSet, Sequence[Row]], None],
 ) -> tuple[Results, list[Example]]:
-    """Run everything; ``results.json`` is written as rows finish.
+    """Run everything; ``results.json`` is written as sets finish.
+
+    A run that was interrupted continues in its folder; a finished one is begun anew.
 
     Parameters
     ----------
-    settings
+    preset
         What to run.
     out
         A folder that can be written to.
@@ -204,329 +127,276 @@ def run(
         For a method that is not there, or that the model cannot serve.
     MissingPackageError, BundledModelError
         If the model or a question set cannot be put together.
+    ConfigError
+        If the folder holds another evaluation.
     OutputError
         If the results cannot be written.
     """
+    started = time.perf_counter()
+    settings = preset.settings(out)
+    settings.check_methods()
+    sets = {one.name: one for one in preset.sets()}
+    check_before_model(settings, [one.data for one in sets.values()])
+    for one in sets.values():
+        progress.say(_asked(preset, one))
+    results = Results(out / RESULTS, {})
+    examples: list[Example] = []
+
+    def answered(planned: Planned, engine: Engine) -> None:
+        if not isinstance(engine, TransformersEngine):
+            raise TypeError(f"the demo runs transformers, not {type(engine).__name__}")
+        of_set = _AnsweredSet(preset, sets[planned.data.name], engine, out)
+        results.about = results.about or _about(preset, list(sets.values()), engine)
+        progress.at(f"{of_set.name}: timing, methods taking turns")
+        rows, others = of_set.rows()
+        results.rows += rows
+        results.other_positions += others
+        progress.at(f"{of_set.name}: comparing with the plain model")
+        results.about["same_as_plain_model"][of_set.name] = of_set.compare_with_plain()
+        results.save()
+        examples.extend(of_set.examples())
+        finished(sets[of_set.name], rows)
+
+    with _one_core_each(), Store(out) as store:
+        _begin(out, preset)
+        known = answer_all(
+            store,
+            settings,
+            [Planned(one.data, preset.conditions(one)) for one in sets.values()],
+            progress,
+            lambda: TransformersEngine(
+                settings,
+                list(
+                    {
+                        each.key: each for one in sets.values() for each in preset.conditions(one)
+                    }.values()
+                ),
+                preset.choosers(list(sets.values())),
+            ),
+            answered,
+            about={_PRESET: asdict(preset)},
+        )
+        results.about["seconds"] = round(time.perf_counter() - started, 1)
+        results.complete = True
+        results.save()
+        store.write_about({**known.about, "seconds": results.about["seconds"], "complete": True})
+    return results, examples
+
+
+@contextmanager
+def _one_core_each() -> Iterator[None]:
+    """Give each thread of torch one core: batches are shared out, and no core waits for another."""
     threads = torch.get_num_threads()
-    # Whole batches are shared out among the cores, see `Answerer`; no core waits for another.
     torch.set_num_threads(1)
     try:
-        return _run(settings, out, progress, finished)
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
-def report_step(progress: Progress) -> AbstractContextManager[Callable[[int], None]]:
-    """Begin the last step of a run, which the caller does: writing the report."""
-    return progress.step("writing the report", 1, _REPORT_SECONDS * _threads())
+def _asked(preset: Preset, asked: DemoSet) -> str:
+    """Say how much of a set is asked."""
+    return (
+        f"{asked.name}: {len(asked.data.questions):,} of {asked.of_questions:,} questions, about "
+        f"{len(asked.images):,} of {asked.of_images:,} images "
+        + ("(all)" if preset.questions is None else f"(drawn with seed {preset.seed})")
+    )
 
 
-def _run(
-    settings: Settings,
-    out: Path,
-    progress: Progress,
-    finished: Callable[[QuestionSet, Sequence[Row]], None],
-) -> tuple[Results, list[Example]]:
-    started = time.perf_counter()
-    selectors = [find(method)() for method in settings.methods]
-    sets = load_sets(settings.questions, settings.seed)
-    progress.plan(_work(settings, sets))
-    with progress.step("loading the model", 1, _LOAD_SECONDS * _threads()):
-        answerer = Answerer(bundled_model_path(), _threads())
-    for selector in selectors:
-        check_method(selector, answerer.model)
-    about = _about(settings, sets, answerer)
-    results = Results(out / "results.json", about)
-    results.save()
-    examples: list[Example] = []
-    needs = sorted({need for selector in selectors for need in selector.needs})
-    for questions in sets:
-        progress.say(
-            f"{questions.name}: {len(questions.questions):,} of {questions.of_questions:,} "
-            f"questions, about {len(questions.images):,} of {questions.of_images:,} images "
-            + ("(all)" if settings.questions is None else f"(drawn with seed {settings.seed})")
-        )
-        examples += _SetRun(settings, questions, answerer, results, progress).run(needs)
-        finished(questions, [row for row in results.rows if row.dataset == questions.name])
-    about["seconds"] = round(time.perf_counter() - started, 1)
-    results.complete = True
-    results.save()
-    return results, examples
+def _begin(out: Path, preset: Preset) -> None:
+    """Take what an earlier run of the demo left out of its folder, unless it can be continued.
 
-
-def _work(settings: Settings, sets: Sequence[QuestionSet]) -> float:
-    """Return the work of a run and its report: seconds of one core.
-
-    A step that keeps one core busy counts once for each thread: the others wait meanwhile.
+    Raises
+    ------
+    ConfigError
+        If the folder holds an evaluation that is not the demo's.
     """
-    work = (_LOAD_SECONDS + _REPORT_SECONDS) * _threads()
-    for one in sets:
-        conditions = [(UNPRUNED, 1.0), *_budgets(settings)]
-        if one.has_evidence:
-            conditions.append((ORACLE, 0.0))
-        work += _IMAGE_SECONDS * len(one.images) + _timing_work(len(conditions)) + _plain_work(one)
-        if settings.both_positions and one.name == SCENES:
-            conditions += _position_conditions(settings)
-            if one.has_evidence:
-                conditions.append((ORACLE, 0.0))
-        work += sum(_answer_work(one, method, keep) for method, keep in conditions)
-    return work
+    if not (out / RUN).is_file():
+        return
+    try:
+        before = read_run(out).about
+    except InputFileError:
+        before = {_PRESET: None}
+    if _PRESET not in before:
+        raise ConfigError(
+            f"{out} holds a run of `tokenprune eval`, and the demo would overwrite it. Give "
+            "another folder with --out."
+        )
+    # As JSON has it: with lists for tuples.
+    same = before[_PRESET] == {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(preset).items()
+    }
+    if same and not before.get("complete") and before.get("versions") == versions():
+        return
+    for name in (RUN, RECORDS, ITEMS, RESULTS, REPORT):
+        (out / name).unlink(missing_ok=True)
 
 
-def _answer_work(questions: QuestionSet, method: str, keep: float) -> float:
-    reads = method not in (UNPRUNED, ORACLE) and "query_attention" in find(method).needs
-    each = _QUESTION_SECONDS + _TOKENS_SECONDS * keep + _READING_SECONDS * reads
-    return each * len(questions.questions)
+class _AnsweredSet:
+    """One question set, answered under every condition.
 
-
-def _timing_work(conditions: int) -> float:
-    return _TIMING_SECONDS * conditions * _threads()
-
-
-def _plain_work(questions: QuestionSet) -> float:
-    return _PLAIN_SECONDS * min(PLAIN_CHECKS, len(questions.questions)) * _threads()
-
-
-def _budgets(settings: Settings) -> list[tuple[str, float]]:
-    return [(method, keep) for method in settings.methods for keep in settings.keeps]
-
-
-def _position_conditions(settings: Settings) -> list[tuple[str, float]]:
-    """Return what is run with both ways to count positions, besides the evidence alone."""
-    keeps = [keep for keep in POSITION_KEEPS if keep in settings.keeps]
-    return [(method, keep) for method in _position_methods(settings) for keep in keeps]
-
-
-def _position_methods(settings: Settings) -> Sequence[str]:
-    """Return the methods that are run with both ways to count positions."""
-    known = [name for name in POSITION_METHODS if name in settings.methods]
-    return known or settings.methods[:2]
-
-
-class _SetRun:
-    """The run of one question set."""
+    Parameters
+    ----------
+    preset
+        What is run.
+    asked
+        The set.
+    engine
+        What answered, with nothing to do.
+    out
+        The run's folder, which has the answers.
+    """
 
     def __init__(
-        self,
-        settings: Settings,
-        questions: QuestionSet,
-        answerer: Answerer,
-        results: Results,
-        progress: Progress,
+        self, preset: Preset, asked: DemoSet, engine: TransformersEngine, out: Path
     ) -> None:
-        self.settings = settings
-        self.set = questions
-        self.answerer = answerer
-        self.results = results
-        self.progress = progress
-        self.chunks: list[Chunk] = []
-        self.evidence: Tensor | None = None
-        self.shown: dict[str, Answers] = {}
-
-    def run(self, needs: Sequence[str]) -> list[Example]:
-        """Run all conditions of the set and return the questions to show."""
-        questions = self.set.questions
-        images = len(self.set.images)
-        text = f"{self.set.name}: encoding {images} images"
-        with self.progress.step(text, images, _IMAGE_SECONDS * images) as advance:
-            self.chunks = self.answerer.encode(questions, needs, advance)
-        if self.set.has_evidence:
-            self.evidence = self._evidence()
-        budgets = _budgets(self.settings)
-        costs = self._costs(budgets)
-
-        unpruned = self._row(UNPRUNED, 1.0, costs[UNPRUNED, 1.0])
-        self._check_against_plain()
-        self._add(unpruned, *(replace(unpruned, method=method) for method in self.settings.methods))
-        for method, keep in budgets:
-            self._add(self._row(method, keep, costs[method, keep]))
-        if self.evidence is not None:
-            self._add(self._row(ORACLE, 0.0, costs[ORACLE, 0.0]))
-        if self.settings.both_positions and self.set.name == SCENES:
-            self._other_positions(costs)
-        return self._examples()
-
-    def _add(self, *rows: Row) -> None:
-        self.results.rows += rows
-        self.results.save()
-
-    def _row(self, method: str, keep: float, cost: Cost, positions: Positions | None = None) -> Row:
-        """Answer all questions under one condition."""
-        main = positions is None
-        positions = positions or self.settings.positions
-        name = {UNPRUNED: "all visual tokens", ORACLE: "the evidence alone"}.get(
-            method, f"{method}, keep {keep:g}"
-        )
-        other = "" if main else f", positions {positions}"
-        text = f"{self.set.name}: {name}{other}"
-        work = _answer_work(self.set, method, keep)
-        with self.progress.step(text, len(self.set.questions), work) as advance:
-            if method == ORACLE:
-                evidence = self._known_evidence()
-                answers = self.answerer.answer_each(
-                    self.set.questions,
-                    self.chunks,
-                    lambda numbers: Oracle(
-                        evidence[numbers].nonzero()[:, 1].view(len(numbers), -1)
-                    ),
-                    evidence.sum(dim=1).tolist(),
-                    positions,
-                    advance,
-                )
-            elif method == "random":
-                images = {image: place for place, image in enumerate(self.set.images)}
-                seeds = [images[question.image] for question in self.set.questions]
-                rows, columns = self.answerer.grid
-                answers = self.answerer.answer_each(
-                    self.set.questions,
-                    self.chunks,
-                    lambda numbers: RandomPerImage(tuple(seeds[number] for number in numbers)),
-                    [tokens_kept(keep, rows * columns)] * len(seeds),
-                    positions,
-                    advance,
-                )
-            else:
-                # At keep 1.0 nothing is scored and nothing is dropped, whatever the method.
-                answers = self.answerer.answer(
-                    self.set.questions,
-                    self.chunks,
-                    "uniform" if method == UNPRUNED else method,
-                    keep,
-                    positions,
-                    advance,
-                )
-        if main and (method in (UNPRUNED, ORACLE) or keep == EXAMPLE_KEEP):
-            self.shown[method] = answers
-        row = make_row(
-            self.set.name, method, positions, self.set.questions, answers, self.evidence, cost
-        )
-        return replace(
-            row,
-            unpruned=method == UNPRUNED,
-            keep=row.keep if method == ORACLE else keep,
-        )
-
-    def _known_evidence(self) -> Tensor:
-        if self.evidence is None:
-            raise RuntimeError(f"{self.set.name} does not say where its evidence is")
-        return self.evidence
+        self.preset = preset
+        self.name = asked.name
+        self.questions = asked.data.questions
+        self.engine = engine
+        self._asked = asked
+        ids = [f"{self.name}/{question.id}" for question in self.questions]
+        found = {(one.condition, one.item): one for one in read_run(out).records}
+        self.records: Records = {
+            condition.key: [found[condition.key, id_] for id_ in ids]
+            for condition in preset.conditions(asked)
+        }
+        _, rows, columns = self.records[UNPRUNED][0].grid or (1, 1, 1)
+        self.grid = (rows, columns)
+        self.evidence = self._evidence() if asked.has_evidence else None
 
     def _evidence(self) -> Tensor:
         """Return BoolTensor [Q, N]."""
-        sizes = {image: load_image(image).size for image in self.set.images}
         return torch.stack(
             [
-                evidence_mask(question.evidence, sizes[question.image], self.answerer.grid)
-                for question in self.set.questions
+                evidence_mask(question.evidence, image_size(question.path), self.grid)
+                for question in self.questions
             ]
         )
 
-    def _costs(self, budgets: Sequence[tuple[str, float]]) -> dict[tuple[str, float], Cost]:
+    def rows(self) -> tuple[list[Row], list[Row]]:
+        """Return the main rows, and those with the other way to count positions."""
+        costs = self._costs()
+        unpruned = replace(self._row(Condition(method=UNPRUNED, keep=1.0), costs), unpruned=True)
+        others = self.preset.others(self._asked)
+        pruned = [
+            condition
+            for condition in self.preset.conditions(self._asked)[1:]
+            if condition not in others
+        ]
+        main = [
+            unpruned,
+            *(replace(unpruned, method=method) for method in self.preset.methods),
+            *(self._row(condition, costs) for condition in pruned),
+        ]
+        return main, [self._row(condition, costs) for condition in others]
+
+    def _row(self, condition: Condition, costs: Mapping[tuple[str, int | float], Cost]) -> Row:
+        positions = self.preset.positions if condition.method == UNPRUNED else condition.positions
+        row = make_row(
+            self.name,
+            condition.method,
+            positions,
+            self.questions,
+            self.records[condition.key],
+            self.evidence,
+            costs[condition.method, condition.keep],
+        )
+        return row if condition.method == ORACLE else replace(row, keep=float(condition.keep))
+
+    def _costs(self) -> dict[tuple[str, int | float], Cost]:
         """Measure every condition on one question: its evidence is of a typical size."""
         typical = 0
+        keys = [(UNPRUNED, 1.0), *((one.method, one.keep) for one in self.preset.budgets())]
+        conditions: list[tuple[str | Selector, int | float]] = [("uniform", 1.0), *keys[1:]]
         if self.evidence is not None:
             counts = self.evidence.sum(dim=1).double()
             typical = int((counts - counts.mean()).abs().argmin())
-        chunk, place = next(
-            (chunk, chunk.numbers.index(typical))
-            for chunk in self.chunks
-            if typical in chunk.numbers
-        )
-        keys: list[tuple[str, float]] = [(UNPRUNED, 1.0), *budgets]
-        conditions: list[tuple[Any, Any]] = [("uniform", 1.0), *budgets]
-        if self.evidence is not None:
             places = self.evidence[typical].nonzero()[:, 0]
-            keys.append((ORACLE, 0.0))
+            oracle = oracle_condition(self.preset.positions)
+            keys.append((ORACLE, oracle.keep))
             conditions.append((Oracle(places[None]), len(places)))
-        text = f"{self.set.name}: timing, methods taking turns"
-        with self.progress.step(text, 1, _timing_work(len(conditions))):
-            costs = measure(
-                self.answerer.model,
-                self.answerer.batch([self.set.questions[typical].question]),
-                chunk.encoded.take([chunk.image_of[place]]),
-                conditions,
-            )
+        inputs = self._inputs(self.questions[typical])
+        encoded = tokenprune_hf.encode(self.engine.model, needs=self.engine.needs, **inputs)
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        costs = measure(self.engine.model, text, encoded, conditions)
         return dict(zip(keys, costs, strict=True))
 
-    def _check_against_plain(self) -> None:
-        """Note whether the unpruned rows are what the model says without tokenprune."""
-        numbers = random.Random(self.settings.seed).sample(
-            range(len(self.set.questions)), min(PLAIN_CHECKS, len(self.set.questions))
-        )
+    def _inputs(self, question: Question) -> dict[str, Any]:
+        image = load_image(question.path)
+        return dict(tokenprune_hf.ask(self.engine.processor, question.question, image=image))
+
+    def compare_with_plain(self) -> dict[str, int]:
+        """Return of how many answers the unpruned model's are what it says without tokenprune."""
+        count = min(PLAIN_CHECKS, len(self.questions))
+        numbers = random.Random(self.preset.seed).sample(range(len(self.questions)), count)
         same = 0
-        text = f"{self.set.name}: comparing with the plain model"
-        with self.progress.step(text, 1, _plain_work(self.set)):
-            for number in numbers:
-                plain = self.answerer.plain_answer(self.set.questions[number])
-                same += plain == self.shown[UNPRUNED].texts[number]
-        self.results.about["same_as_plain_model"][self.set.name] = {
-            "questions": len(numbers),
-            "same": same,
+        for number in numbers:
+            with torch.inference_mode():
+                plain = answer(
+                    self.engine.model,
+                    self.engine.processor,
+                    self._inputs(self.questions[number]),
+                    max_new_tokens=self.engine.settings.max_new_tokens,
+                )
+            same += plain.lower() == said(self.records[UNPRUNED][number])
+        return {"questions": count, "same": same}
+
+    def examples(self) -> list[Example]:
+        """Return the questions to show, with what was kept for each."""
+        conditions = {
+            one.method: one.key
+            for one in self.preset.conditions(self._asked)
+            if (one.method in (UNPRUNED, ORACLE) or one.keep == EXAMPLE_KEEP)
+            and one not in self.preset.others(self._asked)
         }
+        return [
+            Example(
+                self.name,
+                self.questions[number],
+                self.grid,
+                tuple(
+                    Panel(method, said(self.records[key][number]), kept(self.records[key][number]))
+                    for method, key in conditions.items()
+                ),
+            )
+            for number in self._shown()
+        ]
 
-    def _other_positions(self, costs: dict[tuple[str, float], Cost]) -> None:
-        """Run some conditions with the other way to count positions."""
-        other: Positions = "compact" if self.settings.positions == "original" else "original"
-        for method, keep in _position_conditions(self.settings):
-            row = self._row(method, keep, costs[method, keep], other)
-            self.results.other_positions.append(row)
-            self.results.save()
-        if self.evidence is not None:
-            self.results.other_positions.append(self._row(ORACLE, 0.0, costs[ORACLE, 0.0], other))
-            self.results.save()
-
-    def _examples(self) -> list[Example]:
+    def _shown(self) -> list[int]:
         """Draw the questions to show: types take turns, and so do images."""
-        questions = self.set.questions
-        order = random.Random(self.settings.seed + 1).sample(range(len(questions)), len(questions))
-        wanted = EXAMPLES[self.set.has_evidence]
+        questions = self.questions
+        order = random.Random(self.preset.seed + 1).sample(range(len(questions)), len(questions))
+        wanted = EXAMPLES[self.evidence is not None]
         chosen: list[int] = []
         seen: set[Path] = set()
         while order and len(chosen) < wanted:
-            if seen.issuperset(questions[number].image for number in order):
+            if seen.issuperset(questions[number].path for number in order):
                 seen.clear()
             types: set[str] = set()
             for number in list(order):
                 question = questions[number]
-                if question.type not in types and question.image not in seen:
+                if question.type not in types and question.path not in seen:
                     types.add(question.type)
-                    seen.add(question.image)
+                    seen.add(question.path)
                     chosen.append(number)
                     order.remove(number)
-        chosen = chosen[:wanted]
-        methods = [UNPRUNED, *self.settings.methods]
-        if ORACLE in self.shown:
-            methods.append(ORACLE)
-        return [
-            Example(
-                self.set.name,
-                questions[number],
-                self.answerer.grid,
-                tuple(
-                    Panel(
-                        method,
-                        self.shown[method].texts[number],
-                        self.shown[method].kept[number],
-                    )
-                    for method in methods
-                ),
-            )
-            for number in chosen
-        ]
+        return chosen[:wanted]
 
 
-def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) -> dict[str, Any]:
+def _about(preset: Preset, sets: Sequence[DemoSet], engine: TransformersEngine) -> dict[str, Any]:
     """Return everything a reader needs to run the same again."""
     packages = ("tokenprune-vlm", "torch", "transformers", "numpy", "pillow", "statsmodels")
-    parameters = sum(parameter.numel() for parameter in answerer.model.parameters())
+    about = engine.about()
     return {
-        "run": settings.name,
+        "run": preset.name,
         "settings": {
-            "methods": list(settings.methods),
-            "keep": [1.0, *settings.keeps],
-            "positions": settings.positions,
-            "questions": "all" if settings.questions is None else settings.questions,
-            "seed": settings.seed,
+            "methods": list(preset.methods),
+            "keep": [1.0, *preset.keeps],
+            "positions": preset.positions,
+            "questions": "all" if preset.questions is None else preset.questions,
+            "seed": preset.seed,
             "example_keep": EXAMPLE_KEEP,
             "random": "another draw for every image",
             "intervals": INTERVALS,
@@ -534,9 +404,7 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
         },
         "model": {
             "name": "the bundled model, no public VLM",
-            "architecture": type(answerer.model).__name__,
-            "parameters": parameters,
-            "dtype": str(answerer.model.dtype).removeprefix("torch."),
+            **{name: about[name] for name in ("architecture", "parameters", "dtype")},
         },
         "versions": {
             "python": platform.python_version(),
@@ -545,24 +413,19 @@ def _about(settings: Settings, sets: Sequence[QuestionSet], answerer: Answerer) 
         "machine": {
             "processor": processor(),
             "cores": cores(),
-            "threads": len(answerer.models),
+            "threads": engine.settings.workers,
             "system": f"{platform.system()} {platform.machine()}",
         },
         "subsets": {
             one.name: {
-                "questions": len(one.questions),
+                "questions": len(one.data.questions),
                 "of_questions": one.of_questions,
                 "images": len(one.images),
                 "of_images": one.of_images,
-                "ids": [question.id for question in one.questions],
+                "ids": [question.id for question in one.data.questions],
             }
             for one in sets
         },
         "same_as_plain_model": {},
         "seconds": None,
     }
-
-
-def _threads() -> int:
-    """Return how many batches are at work at a time."""
-    return min(cores(), MOST_THREADS)

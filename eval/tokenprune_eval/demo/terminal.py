@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tokenprune_eval.demo.questionsets import QuestionSet
-from tokenprune_eval.demo.results import ORACLE, UNPRUNED, Row
+from tokenprune_eval.demo.preset import ORACLE, DemoSet
+from tokenprune_eval.demo.results import Row
+from tokenprune_eval.results.records import UNPRUNED
 
 
 def label(method: str) -> str:
     """Return what a method's row is called for people."""
-    return {UNPRUNED: "unpruned", ORACLE: "oracle (the evidence)"}.get(method, method)
+    return "oracle (the evidence)" if method == ORACLE else method
 
 
-def print_accuracy(console: Console, run: str, questions: QuestionSet, rows: Sequence[Row]) -> None:
+def print_accuracy(console: Console, run: str, asked: DemoSet, rows: Sequence[Row]) -> None:
     """Print a set's right answers; the title says which run it is and how much was asked.
 
     Parameters
@@ -27,13 +28,13 @@ def print_accuracy(console: Console, run: str, questions: QuestionSet, rows: Seq
     console
         Where.
     run
-        The run's name, see `Settings`.
-    questions
+        The run's name, see `Preset`.
+    asked
         The set.
     rows
         All of its rows.
     """
-    console.print(_accuracy(run, questions, rows))
+    console.print(_accuracy(run, asked, rows))
 
 
 def print_details(console: Console, rows: Sequence[Row], positions: Sequence[Row]) -> None:
@@ -76,11 +77,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _accuracy(run: str, questions: QuestionSet, rows: Sequence[Row]) -> Table:
-    asked, there = len(questions.questions), questions.of_questions
-    amount = f"all {there:,} questions" if asked == there else f"{asked:,} of {there:,} questions"
+def _accuracy(run: str, asked: DemoSet, rows: Sequence[Row]) -> Table:
+    count, whole = len(asked.data.questions), asked.of_questions
+    amount = f"all {whole:,} questions" if count == whole else f"{count:,} of {whole:,} questions"
     table = _table(
-        f"{questions.name}, {run} run: {amount}; right answers in % and 95 % intervals, by visual "
+        f"{asked.name}, {run} run: {amount}; right answers in % and 95 % intervals, by visual "
         f"tokens of {rows[0].of_visual_tokens}"
     )
     table.add_column("method", no_wrap=True)

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from tokenprune.errors import ConfigError
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.summary import Results
-
-EVERY = 30.0
-"""Seconds between two lines of progress where there is no terminal."""
+from tokenprune_eval.shared.progress import RunProgress
 
 
 def evaluate(console: Console, settings: Settings) -> int:
@@ -97,21 +82,21 @@ def validate(console: Console, settings: Settings) -> int:
         Listing all that would stop a run.
     """
     from tokenprune_eval.evaluation.checks import problems_of
-    from tokenprune_eval.evaluation.reading import by_media
+    from tokenprune_eval.evaluation.read_ahead import by_media
     from tokenprune_eval.evaluation.runner import load_sets
 
     settings.check_methods()
     conditions = settings.conditions()
     sets = load_sets(settings)
     for data_set in sets:
-        kinds = sorted({item.type for item in data_set.items if item.type})
+        kinds = sorted({question.type for question in data_set.questions if question.type})
         console.print(
-            f"{data_set.name}: {len(data_set.items):,} questions about "
-            f"{len(by_media(data_set.items)):,} images or videos"
+            f"{data_set.name}: {len(data_set.questions):,} questions about "
+            f"{len(by_media(data_set.questions)):,} images or videos"
             + (f"; types: {', '.join(kinds)}" if kinds else ""),
             highlight=False,
         )
-    asked = sum(len(data_set.items) for data_set in sets)
+    asked = sum(len(data_set.questions) for data_set in sets)
     console.print(
         f"{settings.engine}, {settings.model}: {asked:,} questions under {len(conditions)} "
         f"conditions: {', '.join(one.key for one in conditions)}",
@@ -156,7 +141,7 @@ def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
     if (out / RUN).exists():
         raise ConfigError(f"{out} holds a run already. Give a new folder.")
     conditions = list({one.key: one for run in runs for one in run.conditions}.values())
-    items = list({one.id: one for run in runs for one in run.items}.values())
+    questions = list({one.id: one for run in runs for one in run.questions}.values())
     about = {
         **runs[0].about,
         "data": list(
@@ -169,7 +154,7 @@ def merge(console: Console, out: Path, shards: Sequence[Path]) -> int:
     for name in ("settings", "conditions"):
         del about[name]
     with Store(out) as store:
-        store.begin(first, about, items, conditions)
+        store.begin(first, about, questions, conditions)
         for run in runs:
             store.append(run.records)
     results = results_of(out)
@@ -190,72 +175,3 @@ def compare(console: Console, a: Path, b: Path, as_markdown: bool) -> int:
     else:
         print_comparison(console, comparison)
     return 0
-
-
-class RunProgress:
-    """A bar with rate and time left; without a terminal, a line now and then."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TaskProgressColumn(show_speed=True),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID | None = None
-        self._total = self._done = self._before = 0
-        self._said = self._started = time.monotonic()
-
-    def __enter__(self) -> RunProgress:
-        """Start drawing."""
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop drawing; after an error, say what is not lost."""
-        self._bar.stop()
-        if kind is not None and self._done:
-            self._console.print(
-                f"{self._done:,} answers are on disk; the same command goes on behind them.",
-                highlight=False,
-            )
-
-    def plan(self, total: int, done: int) -> None:
-        """Say how many answers there will be, and how many there were before."""
-        self._total, self._done, self._before = total, done, done
-        self._task = self._bar.add_task("starting", total=total, completed=done)
-        self._console.print(
-            f"{total:,} answers" + (f", {done:,} of them known" if done else ""), highlight=False
-        )
-
-    def at(self, text: str) -> None:
-        """Say what is at work."""
-        if self._task is not None:
-            width = max(20, shutil.get_terminal_size().columns - 80)
-            self._bar.update(self._task, description=text[:width])
-
-    def advance(self, answers: int) -> None:
-        """Count answers."""
-        self._done += answers
-        if self._task is not None:
-            self._bar.advance(self._task, answers)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._said >= EVERY:
-            self._said = now
-            rate = (self._done - self._before) / (now - self._started)
-            left = (self._total - self._done) / rate if rate else 0.0
-            self._console.print(
-                f"{self._done:,} of {self._total:,}, {rate:.1f} a second, {left:,.0f} s left",
-                highlight=False,
-            )

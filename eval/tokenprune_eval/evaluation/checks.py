@@ -23,7 +23,7 @@ from tokenprune.errors import (
 )
 from tokenprune.packages import check_packages
 from tokenprune_eval.data.choose import missing_media
-from tokenprune_eval.data.item import DataSet
+from tokenprune_eval.data.question import DataSet
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import run_before
 from tokenprune_eval.results.records import UNPRUNED
@@ -101,7 +101,7 @@ def problems_of(settings: Settings, sets: Sequence[DataSet]) -> list[str]:
 
 
 def _check_packages(sets: Sequence[DataSet]) -> None:
-    if any(item.kind == "video" for one in sets for item in one.items):
+    if any(question.kind == "video" for one in sets for question in one.questions):
         check_packages(VIDEO, "eval", "the data holds videos; reading them")
 
 
@@ -152,7 +152,7 @@ def _lowest_there(folder: Path) -> Path:
 
 def _check_room(settings: Settings, sets: Sequence[DataSet]) -> None:
     """Raise if the disk has less room than the answers will take, roughly."""
-    answers = sum(len(one.items) for one in sets) * len(settings.conditions())
+    answers = sum(len(one.questions) for one in sets) * len(settings.conditions())
     needed = answers * _BYTES_OF_ANSWER + _BYTES_OF_REPORT
     there = _lowest_there(settings.out)
     free = shutil.disk_usage(there).free
@@ -175,11 +175,11 @@ def _check_letters(settings: Settings, sets: Sequence[DataSet]) -> None:
     """Raise if likelihoods are counted and letters of the data's choices are no tokens."""
     from tokenprune_eval.evaluation.engines.letters import Letters
 
-    choices = [item for one in sets for item in one.items if item.choices]
+    choices = [question for one in sets for question in one.questions if question.choices]
     if not choices or settings.engine == "openai" or settings.choose_by != "likelihood":
         return
     letters = Letters(_processor(settings.model).tokenizer, required=True)
-    letters.of(max(choices, key=lambda item: len(item.choices)))
+    letters.of(max(choices, key=lambda question: len(question.choices)))
 
 
 def _processor(model: str) -> Any:

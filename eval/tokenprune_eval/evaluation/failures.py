@@ -43,7 +43,7 @@ def failure_of(error: Exception) -> str:
     if LOST_DEVICE.search(text):
         raise EngineLostError(
             f"the device has failed and takes no further call ({text}). The answers so far are on "
-            "disk; the same command goes on behind them."
+            "disk: run the same command to continue."
         ) from error
     _logger.debug("a question failed", exc_info=error)
     if isinstance(error, TokenPruneError):

@@ -7,8 +7,8 @@ import platform
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
@@ -17,18 +17,23 @@ from typing import Any, Protocol
 
 from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
 from tokenprune.providers import BUNDLED
-from tokenprune_eval.data.item import DataSet, Item
 from tokenprune_eval.data.load import choose, load_data
+from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.evaluation.checks import check_before_model
-from tokenprune_eval.evaluation.engines.base import Asked, Engine, MeasuresDominance, Said
+from tokenprune_eval.evaluation.engines.base import (
+    Engine,
+    EngineAnswer,
+    MeasuresDominance,
+    MediaQuestions,
+)
 from tokenprune_eval.evaluation.failures import alike, failure_of
-from tokenprune_eval.evaluation.reading import by_media, read_ahead
+from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
 from tokenprune_eval.evaluation.scoring import prompt_of, score
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
-from tokenprune_eval.results.files import read_run
+from tokenprune_eval.results.files import StoredRun, read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
-from tokenprune_eval.results.summary import ItemInfo, Results, summarise
+from tokenprune_eval.results.summary import QuestionInfo, Results, summarise
 from tokenprune_eval.shared.machine import cores, processor
 
 LOSSES_SHOWN = 20
@@ -101,6 +106,22 @@ def build_engine(settings: Settings) -> Engine:
     return TransformersEngine(settings)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """One data set, and the conditions under which it is asked.
+
+    Attributes
+    ----------
+    data
+        The questions; their ids are those of the data set.
+    conditions
+        The unpruned one first.
+    """
+
+    data: DataSet
+    conditions: Sequence[Condition]
+
+
 def run(settings: Settings, progress: Progress) -> Results:
     """Answer what is not answered yet, and write the results.
 
@@ -125,49 +146,100 @@ def run(settings: Settings, progress: Progress) -> Results:
     sets = load_sets(settings)
     check_before_model(settings, sets)
     conditions = settings.conditions()
-    infos = [ItemInfo.of(one.name, item) for one in sets for item in one.items]
-    sets = [
-        replace(one, items=[replace(item, id=f"{one.name}/{item.id}") for item in one.items])
-        for one in sets
-    ]
     started = time.perf_counter()
     with Store(settings.out) as store:
-        known = store.begin(
-            settings,
-            {
-                "data": [{"name": one.name, "of": one.drawn_from} for one in sets],
-                "bundled": settings.model == BUNDLED,
-                "versions": _versions(),
-                "machine": _machine(),
-                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "seconds": None,
-                "complete": False,
-            },
-            infos,
-            conditions,
-        )
-        wanted = {(one.key, info.id) for one in conditions for info in infos}
-        progress.plan(len(wanted), len(wanted & store.done))
-        if wanted - store.done:
-            progress.at("loading the model")
-            engine = build_engine(settings)
-            try:
-                known.about["model"] = engine.about()
-                store.write_about(known.about)
-                work = _Run(settings, engine, store, progress, known.records)
-                for data_set in sets:
-                    work.run(data_set)
-                work.finish()
-            finally:
-                engine.close()
+        plan = [Planned(one, conditions) for one in sets]
+        known = answer_all(store, settings, plan, progress, partial(build_engine, settings))
         progress.at("working out the results")
+        everything = {(one.key, info.id) for one in known.conditions for info in known.questions}
         known.about["seconds"] = round(time.perf_counter() - started, 1)
-        everything = {(one.key, info.id) for one in known.conditions for info in known.items}
         known.about["complete"] = everything <= store.done
         store.write_about(known.about)
         results = results_of(settings.out)
         write_results(settings.out, results)
     return results
+
+
+def answer_all(
+    store: Store,
+    settings: Settings,
+    plan: Sequence[Planned],
+    progress: Progress,
+    engine_of: Callable[[], Engine],
+    answered: Callable[[Planned, Engine], None] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> StoredRun:
+    """Put every question of a plan to an engine, unless the folder has its answer.
+
+    This is the one place from which questions are put to a model and their answers kept.
+
+    Parameters
+    ----------
+    store
+        The run's folder, held.
+    settings
+        Of the run; the plan says which data and which conditions.
+    plan
+        What is asked, in order.
+    progress
+        Is told how far the run is.
+    engine_of
+        Makes the engine, where anything is left to ask.
+    answered
+        Is given each part of the plan as soon as all of it is answered, and the engine, which has
+        nothing to do then. With it the engine is made in any case.
+    about
+        What ``run.json`` is to say besides.
+
+    Returns
+    -------
+    StoredRun
+        What the folder held before, with the questions and conditions that were added.
+
+    Raises
+    ------
+    TokenPruneError
+        As `run`.
+    """
+    infos = [QuestionInfo.of(one.data.name, each) for one in plan for each in one.data.questions]
+    known = store.begin(
+        settings,
+        {
+            "data": [{"name": one.data.name, "of": one.data.drawn_from} for one in plan],
+            "bundled": settings.model == BUNDLED,
+            "versions": versions(),
+            "machine": _machine(),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": None,
+            "complete": False,
+            **(about or {}),
+        },
+        infos,
+        list({each.key: each for one in plan for each in one.conditions}.values()),
+    )
+    wanted = {
+        (condition.key, f"{one.data.name}/{question.id}")
+        for one in plan
+        for condition in one.conditions
+        for question in one.data.questions
+    }
+    progress.plan(len(wanted), len(wanted & store.done))
+    if wanted <= store.done and answered is None:
+        return known
+    progress.at("loading the model")
+    engine = engine_of()
+    try:
+        known.about["model"] = engine.about()
+        store.write_about(known.about)
+        work = _Answering(settings, engine, store, progress, known.records)
+        for one in plan:
+            work.run(one)
+            if answered is not None:
+                answered(one, engine)
+        work.finish()
+    finally:
+        engine.close()
+    return known
 
 
 def results_of(folder: Path) -> Results:
@@ -179,11 +251,11 @@ def results_of(folder: Path) -> Results:
         If it is no such folder, or damaged.
     """
     known = read_run(folder)
-    return summarise(known.about, known.items, known.conditions, known.records)
+    return summarise(known.about, known.questions, known.conditions, known.records)
 
 
-class _Run:
-    """The run of one data set after the other through one engine.
+class _Answering:
+    """One data set after the other through one engine.
 
     One odd question ends nothing: it is recorded as failed. Failures before the first answer are
     held back, for they may be of the run's own making, such as a wrong folder or a server that
@@ -203,7 +275,7 @@ class _Run:
         self.engine = engine
         self.store = store
         self.progress = progress
-        self.conditions = settings.conditions()
+        self.conditions: Sequence[Condition] = ()
         self._lock = threading.Lock()
         self._right_unpruned: set[str] = set()
         self._losses: Counter[str] = Counter()
@@ -216,14 +288,25 @@ class _Run:
         for record in records:
             self._note(record)
 
-    def run(self, data_set: DataSet) -> None:
+    def run(self, planned: Planned) -> None:
         """Answer what is not answered yet of one data set."""
+        self.conditions = planned.conditions
+        # In the folder, questions of several data sets lie side by side.
+        data_set = replace(
+            planned.data,
+            questions=[
+                replace(one, id=f"{planned.data.name}/{one.id}") for one in planned.data.questions
+            ],
+        )
         groups = [
-            [item for item in group if self._pending(item)] for group in by_media(data_set.items)
+            [question for question in group if self._pending(question)]
+            for group in by_media(data_set.questions)
         ]
         self._losses.clear()
         # By name and not by count: a run that goes on looks at the same ones.
-        self._looked_at = {item.id for item in data_set.items[: self.settings.dominance]}
+        self._looked_at = {
+            question.id for question in data_set.questions[: self.settings.dominance]
+        }
         measured: Counter[str] = Counter()
         reading = read_ahead(
             [group for group in groups if group],
@@ -259,7 +342,7 @@ class _Run:
             raise self._none_answered(f"none of the {len(self._reasons):,} questions")
         self._keep([], flush=True)
 
-    def _check_systematic(self, chunk: Sequence[Asked]) -> None:
+    def _check_systematic(self, chunk: Sequence[MediaQuestions]) -> None:
         """End the run if the first images or videos all failed alike, whatever the condition.
 
         Files that cannot be read are left to `finish`: each has a reason of its own.
@@ -267,7 +350,7 @@ class _Run:
         if self._answered or self._answers_before:
             return
         for one in chunk:
-            reason = self._reasons.get(one.items[0].id)
+            reason = self._reasons.get(one.questions[0].id)
             if reason is not None and not one.unread:
                 self._failing[alike(reason)] += 1
         if any(count >= GIVE_UP for count in self._failing.values()):
@@ -276,10 +359,10 @@ class _Run:
             )
 
     def _none_answered(self, which: str) -> EvaluationError:
-        item, reason = next(iter(self._reasons.items()))
+        question, reason = next(iter(self._reasons.items()))
         return EvaluationError(
-            f"{which} could be answered, for example {item}: {_sentence(reason)} Nothing of it is "
-            "recorded. Correct the settings, the data or the server, and run the same command "
+            f"{which} could be answered, for example {question}: {_sentence(reason)} Nothing of it "
+            "is recorded. Correct the settings, the data or the server, and run the same command "
             "again; `tokenprune eval validate` helps to find the reason."
         )
 
@@ -296,59 +379,70 @@ class _Run:
             self._held = []
         self.progress.advance(len(records))
 
-    def _pending(self, item: Item) -> bool:
-        return any((one.key, item.id) not in self.store.done for one in self.conditions)
+    def _pending(self, question: Question) -> bool:
+        return any((one.key, question.id) not in self.store.done for one in self.conditions)
 
     def _answer(
-        self, media: Sequence[Asked], condition: Condition, measured: Counter[str], name: str
+        self,
+        media: Sequence[MediaQuestions],
+        condition: Condition,
+        measured: Counter[str],
+        name: str,
     ) -> None:
         wanted = [
-            item
+            question
             for one in media
-            for item in one.items
-            if (condition.key, item.id) not in self.store.done
+            for question in one.questions
+            if (condition.key, question.id) not in self.store.done
         ]
         if not wanted:
             return
         self.progress.at(f"{name}: {condition.key}")
         peaks: dict[str, int | None] = {}
         while measured[condition.key] < self.settings.memory and len(peaks) < len(wanted):
-            item = wanted[len(peaks)]
+            question = wanted[len(peaks)]
             try:
-                peaks[item.id] = self.engine.peak_bytes(media, item, condition)
+                peaks[question.id] = self.engine.peak_bytes(media, question, condition)
             except Exception as error:  # the answer's record will say why
                 failure_of(error)
-                peaks[item.id] = None
+                peaks[question.id] = None
             measured[condition.key] += 1
         dominances: dict[str, dict[Depth, ModalityIndices] | None] = {}
         if isinstance(self.engine, MeasuresDominance):
-            for item in wanted:
-                if item.id in self._looked_at:
-                    dominances[item.id] = self._dominance(self.engine, media, item, condition)
+            for question in wanted:
+                if question.id in self._looked_at:
+                    dominances[question.id] = self._dominance(
+                        self.engine, media, question, condition
+                    )
 
-        def done(item: Item, said: Said) -> None:
-            record = score(item, condition, said, self.settings.choose_by)
-            record.peak_bytes = peaks.get(item.id)
-            record.dominance = dominances.get(item.id)
+        def done(question: Question, said: EngineAnswer) -> None:
+            record = score(question, condition, said, self.settings.choose_by)
+            record.peak_bytes = peaks.get(question.id)
+            record.dominance = dominances.get(question.id)
             with self._lock:
-                lost = record.correct is False and item.id in self._right_unpruned
-                if lost and said.kept is not None and self._losses[condition.key] < LOSSES_SHOWN:
+                lost = record.correct is False and question.id in self._right_unpruned
+                shown = lost and self._losses[condition.key] < LOSSES_SHOWN
+                if said.kept is not None and (shown or self.settings.note_kept):
                     record.kept, record.grid = said.kept.tolist(), said.grid
                 self._note(record)
                 self._keep([record])
             if self.settings.strict and record.error is not None:
                 raise EvaluationError(
-                    f"{item.id}, {condition.key}: {_sentence(record.error)} Run without --strict "
-                    "to record such questions and go on."
+                    f"{question.id}, {condition.key}: {_sentence(record.error)} Run without "
+                    "--strict to record such questions and go on."
                 )
 
         self.engine.answer(media, wanted, condition, done)
 
     def _dominance(
-        self, engine: MeasuresDominance, media: Sequence[Asked], item: Item, condition: Condition
+        self,
+        engine: MeasuresDominance,
+        media: Sequence[MediaQuestions],
+        question: Question,
+        condition: Condition,
     ) -> dict[Depth, ModalityIndices] | None:
         try:
-            return engine.dominance(media, item, condition)
+            return engine.dominance(media, question, condition)
         except UnsupportedModelError:
             raise
         except Exception as error:  # the answer's record will say why
@@ -361,21 +455,21 @@ class _Run:
         if record.kept is not None:
             self._losses[record.condition] += 1
 
-    def _fail(self, asked: Asked) -> None:
+    def _fail(self, asked: MediaQuestions) -> None:
         """Record an image or video that cannot be put to the model, under every condition."""
         error = asked.error or ""
         records = [
-            Record(item=item.id, condition=one.key, error=error)
-            for item in asked.items
+            Record(item=question.id, condition=one.key, error=error)
+            for question in asked.questions
             for one in self.conditions
-            if (one.key, item.id) not in self.store.done
+            if (one.key, question.id) not in self.store.done
         ]
         with self._lock:
             self._keep(records)
         if self.settings.strict:
             raise EvaluationError(
-                f"{asked.items[0].path}: {_sentence(error)} Run without --strict to record such "
-                "files and go on."
+                f"{asked.questions[0].path}: {_sentence(error)} Run without --strict to record "
+                "such files and go on."
             )
 
 
@@ -383,10 +477,12 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def _chunks(reading: Iterator[Asked], at_once: dict[str, int]) -> Iterator[list[Asked]]:
+def _chunks(
+    reading: Iterator[MediaQuestions], at_once: dict[str, int]
+) -> Iterator[list[MediaQuestions]]:
     """Yield images, or videos, a few at a time."""
-    for kind, run_of_kind in groupby(reading, key=lambda one: one.items[0].kind):
-        chunk: list[Asked] = []
+    for kind, run_of_kind in groupby(reading, key=lambda one: one.questions[0].kind):
+        chunk: list[MediaQuestions] = []
         for one in run_of_kind:
             chunk.append(one)
             if len(chunk) == at_once[kind]:
@@ -396,7 +492,8 @@ def _chunks(reading: Iterator[Asked], at_once: dict[str, int]) -> Iterator[list[
             yield chunk
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of those packages that are installed."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokenprune_eval.data.item import LETTERS, Item
-from tokenprune_eval.evaluation.engines.base import Said
+from tokenprune_eval.data.question import LETTERS, Question
+from tokenprune_eval.evaluation.engines.base import EngineAnswer
 from tokenprune_eval.evaluation.settings import ChooseBy
 from tokenprune_eval.results.answer_text import is_right, read_choice
 from tokenprune_eval.results.records import Condition, Record
@@ -17,27 +17,27 @@ from tokenprune_eval.results.records import Condition, Record
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 
 
-def prompt_of(item: Item, instruction: str = "") -> str:
+def prompt_of(question: Question, instruction: str = "") -> str:
     """Return the text that is put to the model.
 
     Parameters
     ----------
-    item
+    question
         The question.
     instruction
         Put behind an open question, on a line of its own; a question with choices has its own.
     """
-    if item.choices:
+    if question.choices:
         choices = "\n".join(
-            f"{letter}. {text}" for letter, text in zip(LETTERS, item.choices, strict=False)
+            f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False)
         )
-        return f"{item.question}\n{choices}\n{LETTER_ONLY}"
-    return f"{item.question}\n{instruction}" if instruction else item.question
+        return f"{question.question}\n{choices}\n{LETTER_ONLY}"
+    return f"{question.question}\n{instruction}" if instruction else question.question
 
 
-def letters_of(item: Item) -> str:
+def letters_of(question: Question) -> str:
     """Return the letters of a question's choices, ``"ABCD"``."""
-    return LETTERS[: len(item.choices)]
+    return LETTERS[: len(question.choices)]
 
 
 def likeliest(likelihoods: Mapping[str, float]) -> str:
@@ -45,12 +45,14 @@ def likeliest(likelihoods: Mapping[str, float]) -> str:
     return max(sorted(likelihoods), key=lambda letter: likelihoods[letter])
 
 
-def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> Record:
+def score(
+    question: Question, condition: Condition, said: EngineAnswer, choose_by: ChooseBy
+) -> Record:
     """Return the record of an answer, read against the right one.
 
     Parameters
     ----------
-    item
+    question
         The question.
     condition
         How the model was pruned.
@@ -59,7 +61,7 @@ def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> 
     choose_by
         What counts for questions with choices.
     """
-    record = Record(item=item.id, condition=condition.key, error=said.error)
+    record = Record(item=question.id, condition=condition.key, error=said.error)
     if said.error is not None:
         return record
     for name in (
@@ -75,15 +77,15 @@ def score(item: Item, condition: Condition, said: Said, choose_by: ChooseBy) -> 
         "seconds",
     ):
         setattr(record, name, getattr(said, name))
-    if item.choices:
-        record.choice = read_choice(said.text, item, cut=said.cut)
+    if question.choices:
+        record.choice = read_choice(said.text, question, cut=said.cut)
         undecided = said.cut and not record.choice
-        record.correct_by_text = None if undecided else record.choice == item.answer
+        record.correct_by_text = None if undecided else record.choice == question.answer
         if said.likelihoods is not None:
-            record.correct_by_likelihood = likeliest(said.likelihoods) == item.answer
+            record.correct_by_likelihood = likeliest(said.likelihoods) == question.answer
     else:
-        record.correct_by_text = is_right(said.text, item.answer, cut=said.cut)
+        record.correct_by_text = is_right(said.text, question.answer, cut=said.cut)
     record.cut = True if record.correct_by_text is None else None
-    by_text = choose_by == "text" or not item.choices
+    by_text = choose_by == "text" or not question.choices
     record.correct = record.correct_by_text if by_text else record.correct_by_likelihood
     return record

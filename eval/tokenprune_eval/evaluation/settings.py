@@ -24,7 +24,7 @@ GROWING = frozenset({"method", "keep", "data", "limit", "positions"})
 FREE = frozenset(
     {
         *("out", "strict", "retry_errors", "ahead", "batch", "workers", "cache"),
-        *("memory", "dominance"),
+        *("memory", "dominance", "note_kept"),
         *("base_url", "api_key", "concurrency", "timeout", "retries"),
     }
 )
@@ -86,6 +86,9 @@ class Settings(BaseModel):
     dominance
         Questions whose Modality Dominance and Attention Efficiency Index are measured, of each data
         set and condition; engine ``hf``.
+    note_kept
+        Whether the kept tokens of every answer are noted in its record, and not only of some that
+        the report draws; engine ``hf``.
     strict
         Whether the first question that cannot be answered ends the run.
     retry_errors
@@ -126,6 +129,7 @@ class Settings(BaseModel):
     cache: Path | None = None
     memory: int = Field(default=1, ge=0)
     dominance: int = Field(default=0, ge=0)
+    note_kept: bool = False
     strict: bool = False
     retry_errors: bool = False
     base_url: str | None = None

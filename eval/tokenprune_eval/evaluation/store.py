@@ -19,9 +19,9 @@ import filelock
 
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_eval.results.files import RECORDS, RUN, Run, read_run, write_items
+from tokenprune_eval.results.files import RECORDS, RUN, StoredRun, read_run, write_questions
 from tokenprune_eval.results.records import Condition, Record
-from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.results.summary import QuestionInfo
 from tokenprune_eval.shared.output import OutputError, prepare_folder, write_whole
 
 
@@ -37,7 +37,7 @@ class Store:
     folder
         Where it is.
     done
-        (condition's key, item's id) of every record in it.
+        (condition's key, question's id) of every record in it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,9 +74,9 @@ class Store:
         self,
         settings: Settings,
         about: dict[str, Any],
-        items: Sequence[ItemInfo],
+        questions: Sequence[QuestionInfo],
         conditions: Sequence[Condition],
-    ) -> Run:
+    ) -> StoredRun:
         """Begin a run, or go on with the one that is there; new questions and conditions are added.
 
         Parameters
@@ -85,12 +85,12 @@ class Store:
             Of this run.
         about
             Everything of ``run.json`` besides settings and conditions.
-        items, conditions
+        questions, conditions
             What is asked, and how.
 
         Returns
         -------
-        Run
+        StoredRun
             All questions, conditions and records of the folder.
 
         Raises
@@ -108,7 +108,7 @@ class Store:
             if before.records:
                 sets = (*before.about.get("data", ()), *about.get("data", ()))
                 about = {**about, "data": list({one["name"]: one for one in sets}.values())}
-                items = list({one.id: one for one in (*before.items, *items)}.values())
+                questions = list({one.id: one for one in (*before.questions, *questions)}.values())
                 conditions = list(
                     {one.key: one for one in (*before.conditions, *conditions)}.values()
                 )
@@ -124,7 +124,7 @@ class Store:
             "conditions": [condition.model_dump() for condition in conditions],
             **about,
         }
-        write_items(self.folder, items)
+        write_questions(self.folder, questions)
         try:
             # Unbuffered, so that what could not be written is not tried again at the end.
             self._stream = (self.folder / RECORDS).open("ab", buffering=0)
@@ -132,7 +132,7 @@ class Store:
             raise _unwritable(self.folder / RECORDS, error) from None
         # Last, so that whoever finds it finds the other files too.
         self.write_about(about)
-        return Run(self.folder, about, list(items), list(conditions), records)
+        return StoredRun(self.folder, about, list(questions), list(conditions), records)
 
     def write_about(self, about: dict[str, Any]) -> None:
         """Write ``run.json``."""
@@ -177,7 +177,7 @@ class Store:
             stream.truncate(0)
 
 
-def run_before(folder: Path, settings: Settings) -> Run | None:
+def run_before(folder: Path, settings: Settings) -> StoredRun | None:
     """Return the run that a folder holds, which one with these settings would go on with.
 
     Raises

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tokenprune_eval.data.item import LETTERS, Item
+from tokenprune_eval.data.question import LETTERS, Question
 
 # The part of a text that is the answer ----------------------------------------------------------
 
@@ -307,19 +307,19 @@ class _Label:
     dressed: bool
 
 
-def read_choice(text: str, item: Item, *, cut: bool = False) -> str:
+def read_choice(text: str, question: Question, *, cut: bool = False) -> str:
     """Return the letter of the choice that a text names, or ``""``; see the module.
 
     Parameters
     ----------
     text
         What the model said.
-    item
+    question
         A question with choices.
     cut
         Whether the text was cut off. It then counts only what is declared, or is one sentence.
     """
-    return _Reader(item.choices).read(final_part(text), cut)
+    return _Reader(question.choices).read(final_part(text), cut)
 
 
 class _Reader:

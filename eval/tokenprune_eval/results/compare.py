@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenprune_eval.results import words
-from tokenprune_eval.results.files import Run, read_run
+from tokenprune_eval.results.files import StoredRun, read_run
 from tokenprune_eval.results.records import Record
 from tokenprune_eval.results.statistics import (
     Accuracy,
@@ -19,10 +19,10 @@ from tokenprune_eval.results.statistics import (
     Paired,
     accuracy_of,
     answer_of,
-    failed_items,
+    failed_questions,
     paired,
 )
-from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.results.summary import QuestionInfo
 from tokenprune_eval.results.table import Columns, escape, markdown_table, rich_table
 
 _ABOUT = ("settings", "versions", "machine")
@@ -135,14 +135,20 @@ def compare(a: Path, b: Path) -> Comparison:
     """
     first, second = read_run(a), read_run(b)
     ours, theirs = _Lookup(first), _Lookup(second)
-    names = list(dict.fromkeys(item.data_set for item in (*first.items, *second.items)))
+    names = list(
+        dict.fromkeys(question.data_set for question in (*first.questions, *second.questions))
+    )
     data = []
     pairs = []
     shared = [one for one in first.conditions if one.key in theirs.given]
     for name in names:
-        left, right = ours.items_of(name), theirs.items_of(name)
+        left, right = ours.questions_of(name), theirs.questions_of(name)
         known = left.keys() & right.keys()
-        same = [item for item in left if item in known and _alike(left[item], right[item])]
+        same = [
+            question
+            for question in left
+            if question in known and _alike(left[question], right[question])
+        ]
         keys = [one.key for one in shared]
         failed = ours.failed(keys, same) | theirs.failed(keys, same)
         data.append(
@@ -160,10 +166,12 @@ def compare(a: Path, b: Path) -> Comparison:
         for condition in shared:
             in_a, in_b = (one.answers(condition.key, same) for one in (ours, theirs))
             answers_a, answers_b = (
-                {item: answer for item, answer in one.items() if item not in failed}
+                {question: answer for question, answer in one.items() if question not in failed}
                 for one in (in_a, in_b)
             )
-            both = [item for item in same if item in answers_a and item in answers_b]
+            both = [
+                question for question in same if question in answers_a and question in answers_b
+            ]
             pairs.append(
                 Pair(
                     data_set=name,
@@ -171,8 +179,8 @@ def compare(a: Path, b: Path) -> Comparison:
                     method=condition.method,
                     positions=condition.positions,
                     keep=words.keep_text(condition.method, condition.keep),
-                    a=accuracy_of([answers_a[item].correct for item in both]),
-                    b=accuracy_of([answers_b[item].correct for item in both]),
+                    a=accuracy_of([answers_a[question].correct for question in both]),
+                    b=accuracy_of([answers_b[question].correct for question in both]),
                     b_against_a=paired(answers_b, answers_a),
                     cut_a=ours.cut(condition.key, same),
                     cut_b=theirs.cut(condition.key, same),
@@ -247,55 +255,62 @@ _NOTHING_SHARED = "No condition and question is in both runs, so there is nothin
 
 
 class _Lookup:
-    """A run's items by data set, and its records by condition and question."""
+    """A run's questions by data set, and its records by condition and question."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: StoredRun) -> None:
         self._choose_by = (run.about.get("settings") or {}).get("choose_by")
-        self._items: dict[str, dict[str, ItemInfo]] = {}
-        for item in run.items:
-            self._items.setdefault(item.data_set, {})[item.id] = item
+        self._questions: dict[str, dict[str, QuestionInfo]] = {}
+        for question in run.questions:
+            self._questions.setdefault(question.data_set, {})[question.id] = question
         self.given: dict[str, dict[str, Record]] = {one.key: {} for one in run.conditions}
         for record in run.records:
             # The last record of a question counts.
             self.given.setdefault(record.condition, {})[record.item] = record
 
-    def items_of(self, name: str) -> dict[str, ItemInfo]:
+    def questions_of(self, name: str) -> dict[str, QuestionInfo]:
         """Return the questions of a data set by id."""
-        return self._items.get(name, {})
+        return self._questions.get(name, {})
 
-    def answers(self, key: str, items: Sequence[str]) -> dict[str, Answer]:
+    def answers(self, key: str, questions: Sequence[str]) -> dict[str, Answer]:
         """Return the answers to these questions under a condition."""
         return {
             record.item: answer
-            for record in self._records(key, items)
+            for record in self._records(key, questions)
             if (answer := answer_of(record, self._choose_by)) is not None
         }
 
-    def errors(self, key: str, items: Sequence[str]) -> set[str]:
+    def errors(self, key: str, questions: Sequence[str]) -> set[str]:
         """Return which of these questions failed under a condition."""
-        return {record.item for record in self._records(key, items) if record.error is not None}
+        return {record.item for record in self._records(key, questions) if record.error is not None}
 
-    def cut(self, key: str, items: Sequence[str]) -> int:
+    def cut(self, key: str, questions: Sequence[str]) -> int:
         """Return how many answers to these questions were cut off before they named anything."""
-        asked = len(self._records(key, items))
-        return asked - len(self.answers(key, items)) - len(self.errors(key, items))
+        asked = len(self._records(key, questions))
+        return asked - len(self.answers(key, questions)) - len(self.errors(key, questions))
 
-    def failed(self, keys: Sequence[str], items: Sequence[str]) -> set[str]:
+    def failed(self, keys: Sequence[str], questions: Sequence[str]) -> set[str]:
         """Return which of these questions no paired figure counts."""
-        return failed_items(
-            {key: self.errors(key, items) for key in keys},
-            {key: len(self.answers(key, items)) for key in keys},
+        return failed_questions(
+            {key: self.errors(key, questions) for key in keys},
+            {key: len(self.answers(key, questions)) for key in keys},
         )
 
-    def _records(self, key: str, items: Sequence[str]) -> list[Record]:
-        return [self.given[key][item] for item in items if item in self.given[key]]
+    def _records(self, key: str, questions: Sequence[str]) -> list[Record]:
+        return [self.given[key][question] for question in questions if question in self.given[key]]
 
 
-def _alike(one: ItemInfo, other: ItemInfo) -> bool:
-    """Return whether two items with the same id ask the same; where the file lies may differ."""
+def _alike(one: QuestionInfo, other: QuestionInfo) -> bool:
+    """Return whether two questions of one id ask the same; where the file lies may differ."""
     left, right = (
-        (item.question, item.answer, item.choices, item.kind, item.path.name, item.times)
-        for item in (one, other)
+        (
+            question.question,
+            question.answer,
+            question.choices,
+            question.kind,
+            question.path.name,
+            question.times,
+        )
+        for question in (one, other)
     )
     return left == right
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune_eval.results.records import Condition, Record
-from tokenprune_eval.results.summary import ItemInfo
+from tokenprune_eval.results.summary import QuestionInfo
 from tokenprune_eval.shared.output import write_whole
 
 RUN, ITEMS, RECORDS = "run.json", "items.jsonl", "records.jsonl"
@@ -21,7 +21,7 @@ _Line = TypeVar("_Line", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """What a run left.
 
     Attributes
@@ -30,18 +30,18 @@ class Run:
         Where it is.
     about
         ``run.json``.
-    items, conditions, records
+    questions, conditions, records
         See `summarise`, which takes all but the folder.
     """
 
     folder: Path
     about: dict[str, Any]
-    items: list[ItemInfo]
+    questions: list[QuestionInfo]
     conditions: list[Condition]
     records: list[Record]
 
 
-def write_items(folder: Path, items: Sequence[ItemInfo]) -> None:
+def write_questions(folder: Path, questions: Sequence[QuestionInfo]) -> None:
     """Write ``items.jsonl`` as a whole.
 
     Raises
@@ -49,10 +49,12 @@ def write_items(folder: Path, items: Sequence[ItemInfo]) -> None:
     OutputError
         If it cannot be written.
     """
-    write_whole(folder / ITEMS, "".join(item.model_dump_json() + "\n" for item in items))
+    write_whole(
+        folder / ITEMS, "".join(question.model_dump_json() + "\n" for question in questions)
+    )
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> StoredRun:
     """Read a run's folder, finished or not.
 
     A last line of ``records.jsonl`` that an interruption cut off is left out.
@@ -84,10 +86,10 @@ def read_run(folder: Path) -> Run:
         conditions = [Condition.model_validate(one) for one in listed]
     except ValidationError as error:
         raise _damaged(f"{file}, conditions", error) from None
-    return Run(
+    return StoredRun(
         folder=folder,
         about=about,
-        items=list(_lines(folder / ITEMS, ItemInfo)),
+        questions=list(_lines(folder / ITEMS, QuestionInfo)),
         conditions=conditions,
         records=list(_lines(folder / RECORDS, Record, may_be_cut=True)),
     )

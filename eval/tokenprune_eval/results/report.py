@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune.errors import TokenPruneError
-from tokenprune_eval.data.item import LETTERS
+from tokenprune_eval.data.question import LETTERS
 from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.results.plots import cost_plot, curves, styles
 from tokenprune_eval.results.records import UNPRUNED
-from tokenprune_eval.results.summary import DataInfo, ItemInfo, Loss, Results, Row, Said
+from tokenprune_eval.results.summary import DataInfo, GivenAnswer, Loss, QuestionInfo, Results, Row
 from tokenprune_hf.images import load_image
 from tokenprune_hf.video import read_video
 
@@ -324,7 +324,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
-    item = loss.item
+    question = loss.item
     by_key = {condition.key: condition for condition in results.conditions}
     shown = by_key[loss.shown]
     keeps = sorted(
@@ -342,12 +342,12 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
         for key, said in loss.said.items()
     }
     return {
-        "item": item,
-        "right": _right_answer(item),
+        "item": question,
+        "right": _right_answer(question),
         "wrong": loss.wrong,
         "answered": loss.answered,
-        "unpruned": _said_view(loss.unpruned, item),
-        "shown": _said_view(loss.said[loss.shown], item),
+        "unpruned": _said_view(loss.unpruned, question),
+        "shown": _said_view(loss.said[loss.shown], question),
         "shown_name": words.label(shown.method, shown.positions),
         "shown_keep": words.keep_text(shown.method, shown.keep),
         "tokens": loss.visual_tokens,
@@ -357,7 +357,9 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
             {
                 "name": words.label(*name),
                 "cells": [
-                    _said_view(answers[key], item) if (key := (*name, *keep)) in answers else None
+                    _said_view(answers[key], question)
+                    if (key := (*name, *keep)) in answers
+                    else None
                     for keep in keeps
                 ],
             }
@@ -367,17 +369,17 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
     }
 
 
-def _right_answer(item: ItemInfo) -> str:
-    place = LETTERS.find(item.answer) if len(item.answer) == 1 else -1
-    if 0 <= place < len(item.choices):
-        return f"{item.answer}: {item.choices[place]}"
-    return item.answer
+def _right_answer(question: QuestionInfo) -> str:
+    place = LETTERS.find(question.answer) if len(question.answer) == 1 else -1
+    if 0 <= place < len(question.choices):
+        return f"{question.answer}: {question.choices[place]}"
+    return question.answer
 
 
-def _said_view(said: Said, item: ItemInfo) -> dict[str, Any]:
+def _said_view(said: GivenAnswer, question: QuestionInfo) -> dict[str, Any]:
     text = " ".join((said.text or "").split())
     full = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-    short = (said.choice or full) if item.choices else full
+    short = (said.choice or full) if question.choices else full
     return {"text": full or "(nothing)", "short": short or "(nothing)", "right": said.correct}
 
 
@@ -421,17 +423,17 @@ def _load(loss: Loss, allow_truncated: bool) -> tuple[Image.Image, int, str]:
     TokenPruneError
         If the file cannot be read.
     """
-    item = loss.item
-    if item.kind == "image":
-        return load_image(item.path), 0, ""
+    question = loss.item
+    if question.kind == "image":
+        return load_image(question.path), 0, ""
     frames = loss.grid[0] if loss.grid else 1
     reading = partial(
-        read_video, item.path, max_side=2 * THUMBNAIL, allow_truncated=allow_truncated
+        read_video, question.path, max_side=2 * THUMBNAIL, allow_truncated=allow_truncated
     )
     frame = _fullest(loss.kept, loss.grid) if loss.kept and loss.grid else 0
-    if item.times:
-        # Models that read several frames as one have fewer rows of frames than the item has times.
-        wanted = item.times[(2 * frame + 1) * len(item.times) // (2 * frames)]
+    if question.times:
+        # Models that read several frames as one have fewer rows of frames than there are times.
+        wanted = question.times[(2 * frame + 1) * len(question.times) // (2 * frames)]
         video = reading(frames=_FRAMES_TO_SEARCH)
         place = int(np.abs(video.times - wanted).argmin())
     else:

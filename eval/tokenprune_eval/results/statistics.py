@@ -261,7 +261,7 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
     return Answer(record.correct, said)
 
 
-def failed_items(errors: Mapping[str, set[str]], answered: Mapping[str, int]) -> set[str]:
+def failed_questions(errors: Mapping[str, set[str]], answered: Mapping[str, int]) -> set[str]:
     """Return the questions that failed under any condition: no paired figure counts them.
 
     So every condition is compared over the same questions, and none looks better because it
@@ -274,7 +274,9 @@ def failed_items(errors: Mapping[str, set[str]], answered: Mapping[str, int]) ->
     answered
         Key of a condition -> how many questions it answered.
     """
-    return {item for key, items in errors.items() if answered.get(key) for item in items}
+    return {
+        question for key, questions in errors.items() if answered.get(key) for question in questions
+    }
 
 
 def paired(here: Mapping[str, Answer], reference: Mapping[str, Answer]) -> Paired | None:
@@ -290,7 +292,9 @@ def paired(here: Mapping[str, Answer], reference: Mapping[str, Answer]) -> Paire
     Paired or None
         None where no question was answered by both.
     """
-    pairs = [(answer, reference[item]) for item, answer in here.items() if item in reference]
+    pairs = [
+        (answer, reference[question]) for question, answer in here.items() if question in reference
+    ]
     if not pairs:
         return None
     gained = sum(one.correct and not other.correct for one, other in pairs)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
-from tokenprune_eval.data.item import Item
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.records import (
     UNPRUNED,
     Condition,
@@ -31,7 +31,7 @@ from tokenprune_eval.results.statistics import (
     Paired,
     accuracy_of,
     answer_of,
-    failed_items,
+    failed_questions,
     paired,
 )
 
@@ -41,7 +41,7 @@ MAX_LOSSES = 12
 MAX_ERRORS = 50
 
 
-class ItemInfo(BaseModel):
+class QuestionInfo(BaseModel):
     """What the report needs of a question; one line of a run's ``items.jsonl``.
 
     Attributes
@@ -50,8 +50,8 @@ class ItemInfo(BaseModel):
         Data set and id within it, for example ``"easy-vqa/easy-vqa-test-3"``.
     data_set
         Name of the data set.
-    kind, path, question, answer, choices, type, times
-        See `Item`.
+    kind, path, question, answer, choices, type, times, evidence
+        See `Question`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -65,20 +65,22 @@ class ItemInfo(BaseModel):
     choices: tuple[str, ...] = ()
     type: str = ""
     times: tuple[float, ...] = ()
+    evidence: tuple[tuple[int, int, int, int], ...] = ()
 
     @classmethod
-    def of(cls, data_set: str, item: Item) -> ItemInfo:
-        """Return what the report needs of an item of that data set."""
+    def of(cls, data_set: str, question: Question) -> QuestionInfo:
+        """Return what the report needs of a question of that data set."""
         return cls(
-            id=f"{data_set}/{item.id}",
+            id=f"{data_set}/{question.id}",
             data_set=data_set,
-            kind=item.kind,
-            path=item.path,
-            question=item.question,
-            answer=item.answer,
-            choices=item.choices,
-            type=item.type,
-            times=item.times,
+            kind=question.kind,
+            path=question.path,
+            question=question.question,
+            answer=question.answer,
+            choices=question.choices,
+            type=question.type,
+            times=question.times,
+            evidence=question.evidence,
         )
 
 
@@ -120,7 +122,7 @@ class Row(BaseModel):
         Over the answered questions.
     against_unpruned
         Against the unpruned condition, over the questions that both answered and that failed under
-        no condition (`failed_items`); None for itself and where it did not run.
+        no condition (`failed_questions`); None for itself and where it did not run.
     by_type
         Type of question -> accuracy over the answered ones of that type, None where there are
         none. Empty where the data set has no types.
@@ -175,7 +177,7 @@ class Row(BaseModel):
         return (self.accuracy.correct if self.accuracy else 0) / told if told else None
 
 
-class Said(BaseModel):
+class GivenAnswer(BaseModel):
     """What was answered to one question.
 
     Attributes
@@ -213,11 +215,11 @@ class Loss(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    item: ItemInfo
+    item: QuestionInfo
     wrong: int
     answered: int
-    unpruned: Said
-    said: dict[str, Said]
+    unpruned: GivenAnswer
+    said: dict[str, GivenAnswer]
     shown: str
     visual_tokens: int | None
     of_visual_tokens: int | None
@@ -324,7 +326,7 @@ _Answers = Mapping[str, Mapping[str, Answer]]
 
 def summarise(
     about: Mapping[str, Any],
-    items: Sequence[ItemInfo],
+    questions: Sequence[QuestionInfo],
     conditions: Sequence[Condition],
     records: Iterable[Record],
 ) -> Results:
@@ -334,7 +336,7 @@ def summarise(
     ----------
     about
         The content of ``run.json``.
-    items
+    questions
         All questions of the run, in order.
     conditions
         All conditions of the run, in order.
@@ -354,20 +356,20 @@ def summarise(
     ConfigError
         If a record holds neither an error nor whether it is right, and was not cut.
     """
-    given = _by_condition(items, conditions, records)
+    given = _by_condition(questions, conditions, records)
     settings = dict(about.get("settings") or {})
     choose_by = settings.get("choose_by")
     answers = {
         key: {
-            item: answer
-            for item, record in of_condition.items()
+            question: answer
+            for question, record in of_condition.items()
             if (answer := answer_of(record, choose_by)) is not None
         }
         for key, of_condition in given.items()
     }
-    sets: dict[str, list[ItemInfo]] = {}
-    for item in items:
-        sets.setdefault(item.data_set, []).append(item)
+    sets: dict[str, list[QuestionInfo]] = {}
+    for question in questions:
+        sets.setdefault(question.data_set, []).append(question)
     failed = {name: _failed(own, given, answers) for name, own in sets.items()}
     model = settings.get("model")
     return Results(
@@ -441,11 +443,11 @@ def read_results(folder: Path) -> Results:
 
 
 def _by_condition(
-    items: Sequence[ItemInfo], conditions: Sequence[Condition], records: Iterable[Record]
+    questions: Sequence[QuestionInfo], conditions: Sequence[Condition], records: Iterable[Record]
 ) -> dict[str, dict[str, Record]]:
-    ids = {item.id for item in items}
+    ids = {question.id for question in questions}
     given: dict[str, dict[str, Record]] = {condition.key: {} for condition in conditions}
-    if len(ids) < len(items) or len(given) < len(conditions):
+    if len(ids) < len(questions) or len(given) < len(conditions):
         raise InputFileError(
             "the run names a question or a condition twice. Give each an id of its own."
         )
@@ -473,7 +475,7 @@ def _drawn_from(about: Mapping[str, Any], name: str, questions: int) -> int | No
 
 def _row(
     name: str,
-    items: Sequence[ItemInfo],
+    questions: Sequence[QuestionInfo],
     condition: Condition,
     given: Mapping[str, Record],
     answers: _Answers,
@@ -483,7 +485,7 @@ def _row(
 
     Parameters
     ----------
-    name, items
+    name, questions
         The data set and its questions.
     condition, given
         The condition, and its records by question.
@@ -493,8 +495,12 @@ def _row(
         The questions that no paired figure counts.
     """
     of_condition = answers[condition.key]
-    answered = {item.id: of_condition[item.id] for item in items if item.id in of_condition}
-    asked = [given[item.id] for item in items if item.id in given]
+    answered = {
+        question.id: of_condition[question.id]
+        for question in questions
+        if question.id in of_condition
+    }
+    asked = [given[question.id] for question in questions if question.id in given]
     # An answer that was cut has taken its tokens and seconds like any other.
     records = [record for record in asked if record.error is None]
     return Row(
@@ -503,14 +509,14 @@ def _row(
         method=condition.method,
         keep=condition.keep,
         positions=condition.positions,
-        questions=len(items),
+        questions=len(questions),
         answered=len(answered),
         cut=len(records) - len(answered),
         errors=len(asked) - len(records),
-        missing=len(items) - len(asked),
+        missing=len(questions) - len(asked),
         accuracy=accuracy_of([answer.correct for answer in answered.values()]),
         against_unpruned=_against_unpruned(condition, answered, answers, failed),
-        by_type=_by_type(items, answered),
+        by_type=_by_type(questions, answered),
         **_costs(records),
     )
 
@@ -521,18 +527,18 @@ def _against_unpruned(
     """Compare a condition's answers with the unpruned ones, if both ran and it is another."""
     if condition.method == UNPRUNED or UNPRUNED not in answers:
         return None
-    compared = {item: answer for item, answer in answered.items() if item not in failed}
+    compared = {question: answer for question, answer in answered.items() if question not in failed}
     return paired(compared, answers[UNPRUNED])
 
 
 def _by_type(
-    items: Sequence[ItemInfo], answered: Mapping[str, Answer]
+    questions: Sequence[QuestionInfo], answered: Mapping[str, Answer]
 ) -> dict[str, Accuracy | None]:
     """Return the accuracy of each type of question; nothing where no question has a type."""
-    right: dict[str, list[bool]] = {item.type: [] for item in items}
-    for item in items:
-        if item.id in answered:
-            right[item.type].append(answered[item.id].correct)
+    right: dict[str, list[bool]] = {question.type: [] for question in questions}
+    for question in questions:
+        if question.id in answered:
+            right[question.type].append(answered[question.id].correct)
     return {kind: accuracy_of(of_kind) for kind, of_kind in right.items()} if any(right) else {}
 
 
@@ -559,15 +565,19 @@ def _costs(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _failed(items: Sequence[ItemInfo], given: _Given, answers: _Answers) -> set[str]:
+def _failed(questions: Sequence[QuestionInfo], given: _Given, answers: _Answers) -> set[str]:
     """Return the questions of a data set that no paired figure counts."""
-    ids = [item.id for item in items]
+    ids = [question.id for question in questions]
     errors = {
-        key: {item for item in ids if item in records and records[item].error is not None}
+        key: {
+            question
+            for question in ids
+            if question in records and records[question].error is not None
+        }
         for key, records in given.items()
     }
-    answered = {key: sum(item in of_key for item in ids) for key, of_key in answers.items()}
-    return failed_items(errors, answered)
+    answered = {key: sum(question in of_key for question in ids) for key, of_key in answers.items()}
+    return failed_questions(errors, answered)
 
 
 def _dominance(measured: Sequence[Mapping[Depth, ModalityIndices]]) -> Dominance | None:
@@ -600,7 +610,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def _losses(
-    sets: Sequence[Sequence[ItemInfo]],
+    sets: Sequence[Sequence[QuestionInfo]],
     conditions: Sequence[Condition],
     given: _Given,
     answers: _Answers,
@@ -609,35 +619,37 @@ def _losses(
     unpruned = answers.get(UNPRUNED, {})
     pruned = [condition.key for condition in conditions if condition.method != UNPRUNED]
     queues = []
-    for items in sets:
+    for questions in sets:
         found = []
-        for item in items:
-            if item.id not in unpruned or not unpruned[item.id].correct:
+        for question in questions:
+            if question.id not in unpruned or not unpruned[question.id].correct:
                 continue
-            answered = [key for key in pruned if item.id in answers[key]]
-            wrong = [key for key in answered if not answers[key][item.id].correct]
+            answered = [key for key in pruned if question.id in answers[key]]
+            wrong = [key for key in answered if not answers[key][question.id].correct]
             if wrong:
-                found.append(_loss(item, answered, wrong, given))
+                found.append(_loss(question, answered, wrong, given))
         # The sort is stable: what is equal keeps the data set's order.
         queues.append(sorted(found, key=lambda loss: (-loss.wrong, loss.kept is None)))
     turns = [queue[place] for place in range(MAX_LOSSES) for queue in queues if place < len(queue)]
     return turns[:MAX_LOSSES]
 
 
-def _loss(item: ItemInfo, answered: Sequence[str], wrong: Sequence[str], given: _Given) -> Loss:
+def _loss(
+    question: QuestionInfo, answered: Sequence[str], wrong: Sequence[str], given: _Given
+) -> Loss:
     def order(key: str) -> tuple[bool, int]:
-        record = given[key][item.id]
+        record = given[key][question.id]
         return record.kept is not None and record.grid is not None, record.visual_tokens or 0
 
     shown = max(wrong, key=order)
-    record = given[shown][item.id]
+    record = given[shown][question.id]
     drawn = order(shown)[0]
     return Loss(
-        item=item,
+        item=question,
         wrong=len(wrong),
         answered=len(answered),
-        unpruned=_said(given[UNPRUNED][item.id]),
-        said={key: _said(given[key][item.id]) for key in answered},
+        unpruned=_said(given[UNPRUNED][question.id]),
+        said={key: _said(given[key][question.id]) for key in answered},
         shown=shown,
         visual_tokens=record.visual_tokens,
         of_visual_tokens=record.of_visual_tokens,
@@ -646,8 +658,8 @@ def _loss(item: ItemInfo, answered: Sequence[str], wrong: Sequence[str], given: 
     )
 
 
-def _said(record: Record) -> Said:
-    return Said(text=record.text, choice=record.choice, correct=bool(record.correct))
+def _said(record: Record) -> GivenAnswer:
+    return GivenAnswer(text=record.text, choice=record.choice, correct=bool(record.correct))
 
 
 def _errors(given: _Given) -> list[ErrorGroup]:

@@ -1,24 +1,32 @@
-"""A progress bar with the time left, for commands that work in steps."""
+"""Progress bars with the time left: of work in steps, and of answers to questions."""
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     SpinnerColumn,
     Task,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no terminal."""
 
 _SPEED_PERIOD = 120.0
 """Seconds over which the speed is averaged: the work of a step is known roughly, of many well."""
@@ -116,3 +124,83 @@ def progress_console(console: Console) -> Console:
     errors = Console(stderr=True)
     here = console.file.isatty() or not errors.file.isatty()
     return console if here else errors
+
+
+class RunProgress:
+    """A bar with rate and time left; without a terminal, a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        # FORCE_COLOR makes rich take a pipe for a terminal, but a bar in a file is no use.
+        self.drawn = console.is_terminal and console.file.isatty()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TaskProgressColumn(show_speed=True),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            disable=not self.drawn,
+        )
+        self._task: TaskID | None = None
+        self._total = self._done = self._before = 0
+        self._started: float | None = None
+        self._said = 0.0
+
+    def __enter__(self) -> RunProgress:
+        """Start drawing."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop drawing; after an error, say what is not lost."""
+        self._bar.stop()
+        if kind is not None and self._done:
+            self._console.print(
+                f"{self._done:,} answers are on disk: run the same command to continue.",
+                highlight=False,
+            )
+
+    def plan(self, total: int, done: int) -> None:
+        """Say how many answers there will be, and how many there were before."""
+        self._total, self._done, self._before = total, done, done
+        self._task = self._bar.add_task("starting", total=total, completed=done)
+        self._console.print(
+            f"{total:,} answers" + (f", {done:,} of them known" if done else ""), highlight=False
+        )
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def at(self, text: str) -> None:
+        """Say what is at work."""
+        if self._task is not None:
+            width = max(20, shutil.get_terminal_size().columns - 80)
+            self._bar.update(self._task, description=text[:width])
+
+    def advance(self, answers: int) -> None:
+        """Count answers."""
+        self._done += answers
+        if self._task is not None:
+            self._bar.advance(self._task, answers)
+        now = time.monotonic()
+        if self._started is None:
+            # Loading the model tells nothing of how long an answer takes.
+            self._started, self._said, self._before = now, now, self._done
+        if not self.drawn and now - self._said >= EVERY:
+            self._said = now
+            rate = (self._done - self._before) / (now - self._started)
+            left = (self._total - self._done) / rate if rate else 0.0
+            self._console.print(
+                f"{self._done:,} of {self._total:,}, {rate:.1f} a second, {left:,.0f} s left",
+                highlight=False,
+            )

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune_eval.data.item import Item
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_hf.video import Video
 
 
 @dataclass(frozen=True)
-class Said:
+class EngineAnswer:
     """What an engine said to one question; the fields are those of `Record`.
 
     Attributes
@@ -51,12 +51,12 @@ class Said:
 
 
 @dataclass
-class Asked:
+class MediaQuestions:
     """One image or video and the questions about it.
 
     Attributes
     ----------
-    items
+    questions
         The questions.
     prompts
         Text put to the model for each, choices included.
@@ -71,7 +71,7 @@ class Asked:
         Whether that is because the file cannot be read.
     """
 
-    items: Sequence[Item]
+    questions: Sequence[Question]
     prompts: Sequence[str]
     content: Image.Image | Video | None = None
     prepared: Any = None
@@ -79,7 +79,7 @@ class Asked:
     unread: bool = False
 
 
-Done = Callable[[Item, Said], None]
+Done = Callable[[Question, EngineAnswer], None]
 """Called with each answer as soon as it is there."""
 
 
@@ -97,23 +97,30 @@ class Engine(Protocol):
     def about(self) -> dict[str, Any]:
         """Return what run.json says of it: architecture, parameters, dtype."""
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: MediaQuestions) -> None:
         """Fill in `asked.prepared`; called in a thread beside the model.
 
         Whatever it raises is taken for the reason why these questions cannot be put to this model,
         but for what `failure_of` names.
         """
 
-    def begin(self, media: Sequence[Asked]) -> None:
-        """Do once what all conditions share, such as encoding; set `Asked.error` where it fails."""
+    def begin(self, media: Sequence[MediaQuestions]) -> None:
+        """Do once what all conditions share, such as encoding.
+
+        Where that fails, `MediaQuestions.error` is set.
+        """
 
     def answer(
-        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+        self,
+        media: Sequence[MediaQuestions],
+        wanted: Sequence[Question],
+        condition: Condition,
+        done: Done,
     ) -> None:
         """Answer the wanted ones of the media's questions under one condition.
 
-        A question that cannot be answered is told as `Said.error`; it ends nothing. Where a batch
-        fails its questions are asked one by one.
+        A question that cannot be answered is told as `EngineAnswer.error`; it ends nothing. Where a
+        batch fails its questions are asked one by one.
 
         Raises
         ------
@@ -121,7 +128,9 @@ class Engine(Protocol):
             If no further question can be answered.
         """
 
-    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+    def peak_bytes(
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
+    ) -> int | None:
         """Return the most bytes held beyond the weights until the first answer token, if known."""
 
     def close(self) -> None:
@@ -133,7 +142,7 @@ class MeasuresDominance(Protocol):
     """An engine that can look at the attention of the answer's tokens; the others cannot tell."""
 
     def dominance(
-        self, media: Sequence[Asked], item: Item, condition: Condition
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
     ) -> dict[Depth, ModalityIndices] | None:
         """Return the indices of each part of the language model while it answers one question.
 

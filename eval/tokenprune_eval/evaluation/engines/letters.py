@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokenprune.errors import ConfigError
-from tokenprune_eval.data.item import Item
+from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.scoring import letters_of
 
 
@@ -25,7 +25,7 @@ class Letters:
         self._required = required
         self._known: dict[str, list[list[int]]] = {}
 
-    def of(self, item: Item) -> list[list[int]]:
+    def of(self, question: Question) -> list[list[int]]:
         """Return the tokens of each of a question's letters; nothing for an open question.
 
         Raises
@@ -33,7 +33,7 @@ class Letters:
         ConfigError
             If a letter is no token and likelihoods are required.
         """
-        letters = letters_of(item)
+        letters = letters_of(question)
         if letters not in self._known:
             self._known[letters] = self._find(letters)
         return self._known[letters]

@@ -36,8 +36,8 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.failures import EngineLostError
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -177,7 +177,7 @@ class OpenAIEngine:
             "pruned_by_request": self._server.open,
         }
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: MediaQuestions) -> None:
         """Encode the picture or the frames."""
         content = asked.content
         if isinstance(content, Video):
@@ -185,27 +185,33 @@ class OpenAIEngine:
                 _check_untold(content)
             asked.prepared = _Prepared(_video_part(content), _how_sampled(content))
         elif isinstance(content, Image.Image):
-            asked.prepared = _Prepared(_image_part(_image_url(asked.items[0].path, content)))
+            asked.prepared = _Prepared(_image_part(_image_url(asked.questions[0].path, content)))
         else:
             raise TypeError(f"neither image nor video: {content!r}")
 
-    def begin(self, media: Sequence[Asked]) -> None:
+    def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Do nothing: the server encodes as it answers."""
 
     def answer(
-        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+        self,
+        media: Sequence[MediaQuestions],
+        wanted: Sequence[Question],
+        condition: Condition,
+        done: Done,
     ) -> None:
         """Ask, `Settings.concurrency` questions at a time."""
-        ids = {item.id for item in wanted}
+        ids = {question.id for question in wanted}
         questions = [
-            (item, self._request(item, prompt, one.prepared, condition))
+            (question, self._request(question, prompt, one.prepared, condition))
             for one in media
-            for item, prompt in zip(one.items, one.prompts, strict=True)
-            if item.id in ids
+            for question, prompt in zip(one.questions, one.prompts, strict=True)
+            if question.id in ids
         ]
         self._wait_for(self._answer, questions, done)
 
-    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+    def peak_bytes(
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
+    ) -> int | None:
         """Return None: the memory is the server's."""
         return None
 
@@ -222,7 +228,7 @@ class OpenAIEngine:
             raise
 
     def _request(
-        self, item: Item, prompt: str, prepared: _Prepared, condition: Condition
+        self, question: Question, prompt: str, prepared: _Prepared, condition: Condition
     ) -> dict[str, Any]:
         more: dict[str, Any] = {}
         if self._server.open:
@@ -235,26 +241,28 @@ class OpenAIEngine:
             prompt,
             self.settings.max_new_tokens,
             more,
-            logprobs=bool(item.choices) and self._server.logprobs,
+            logprobs=bool(question.choices) and self._server.logprobs,
         )
 
-    async def _answer(self, questions: Sequence[tuple[Item, dict[str, Any]]], done: Done) -> None:
+    async def _answer(
+        self, questions: Sequence[tuple[Question, dict[str, Any]]], done: Done
+    ) -> None:
         free = asyncio.Semaphore(self.settings.concurrency)
 
-        async def ask(item: Item, request: dict[str, Any]) -> None:
+        async def ask(question: Question, request: dict[str, Any]) -> None:
             async with free:
                 try:
-                    said = await self._ask(request, letters_of(item))
+                    said = await self._ask(request, letters_of(question))
                 except _FailedError as error:
                     if not error.refused:
                         await self._check_alive()
-                    said = Said(error=str(error))
-            done(item, said)
+                    said = EngineAnswer(error=str(error))
+            done(question, said)
 
         try:
             async with asyncio.TaskGroup() as group:
-                for item, request in questions:
-                    group.create_task(ask(item, request))
+                for question, request in questions:
+                    group.create_task(ask(question, request))
         except ExceptionGroup as errors:
             # Whatever `done` raised; the other questions are cancelled by then.
             raise errors.exceptions[0] from None
@@ -275,7 +283,7 @@ class OpenAIEngine:
         except openai.APIError as error:
             raise _unreachable(error, self.settings) from None
 
-    async def _ask(self, request: dict[str, Any], letters: str) -> Said:
+    async def _ask(self, request: dict[str, Any], letters: str) -> EngineAnswer:
         """Return the answer to one request.
 
         The library tries again until an answer begins; streams that break off it leaves to us.
@@ -614,7 +622,7 @@ def _test_picture() -> Image.Image:
 # Answers ----------------------------------------------------------------------------------------
 
 
-async def _read(stream: Any, letters: str, started: float | None) -> Said:
+async def _read(stream: Any, letters: str, started: float | None) -> EngineAnswer:
     """Return what a stream of chunks comes to.
 
     Parameters
@@ -653,7 +661,7 @@ async def _read(stream: Any, letters: str, started: float | None) -> Said:
     if started is not None and first is not None:
         end = time.perf_counter()
         seconds = Seconds(decode=end - first, first_token=first - started, total=end - started)
-    return Said(
+    return EngineAnswer(
         text="".join(texts).strip(),
         cut=finish == "length",
         likelihoods=likelihoods,

@@ -14,19 +14,21 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import tokenprune_hf
-from tokenprune.config import PruningConfig
+from tokenprune.budget import Keep
+from tokenprune.config import Positions
 from tokenprune.errors import (
     ConfigError,
     PromptError,
@@ -35,10 +37,10 @@ from tokenprune.errors import (
     reason_of,
 )
 from tokenprune.selection import Selection
-from tokenprune.selectors.base import Selector
-from tokenprune.tokens import FROM_PROMPT
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune.selectors.base import Picks, Selector
+from tokenprune.tokens import FROM_PROMPT, TokenBatch, VisualTokens
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
 from tokenprune_eval.evaluation.failures import failure_of
@@ -77,12 +79,39 @@ _GREEDY: dict[str, Any] = {
 }
 
 
+ChooseTokens = Callable[[Question, VisualTokens], Selection]
+"""Chooses the tokens of a question's only image or video by what no method may know."""
+
 _Budgets = dict[str, tuple[list[Selection], float]]
 """Of one method, by budget: the selections, and how many seconds they took."""
 
 
+@dataclass(frozen=True)
+class _Pruning:
+    """How a condition prunes, see `tokenprune_hf.prune`."""
+
+    selector: Selector
+    keep: Keep
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class _Given(Selector):
+    """Stands where `ChooseTokens` has chosen beforehand, and chooses nothing itself."""
+
+    name: ClassVar[str] = "given"
+    summary: ClassVar[str] = "what was chosen beforehand (no method)"
+    needs: ClassVar[tuple[str, ...]] = ()
+    # Questions about one image may have been given different tokens of it.
+    of_place: ClassVar[bool] = True
+
+    def select(self, tokens: TokenBatch, keep: int) -> Picks:
+        """Raise: nothing is left to choose."""
+        raise RuntimeError("tokens are chosen before the question is asked")
+
+
 @dataclass
-class _Prepared:
+class _EncodedMedium:
     """One image or video, encoded, and the prompts about it.
 
     Attributes
@@ -113,12 +142,21 @@ class _Prepared:
 
 
 @dataclass(frozen=True)
-class _Question:
-    """A question of a batch."""
+class _AskedQuestion:
+    """A question of a batch.
 
-    item: Item
+    Attributes
+    ----------
+    question, prompt, prepared
+        The question, what the processor made of it, and what it is about.
+    choose
+        What chooses its tokens in place of a method, if anything.
+    """
+
+    question: Question
     prompt: dict[str, Any]
-    prepared: _Prepared
+    prepared: _EncodedMedium
+    choose: ChooseTokens | None = None
 
     @property
     def length(self) -> int:
@@ -130,6 +168,15 @@ class _Question:
         """Images, videos or crops that are pruned."""
         return sum(len(one.items) for one in self.prepared.known().modalities.values())
 
+    @cached_property
+    def given(self) -> Selection | None:
+        """The tokens that `choose` chose; None without it."""
+        if self.choose is None:
+            return None
+        (modality,) = self.prepared.known().modalities.values()
+        (item,) = modality.items
+        return self.choose(self.question, item.tokens)
+
 
 class TransformersEngine:
     """A model of transformers; see `tokenprune_eval.evaluation.engines.base.Engine`.
@@ -138,6 +185,11 @@ class TransformersEngine:
     ----------
     settings
         Of the run.
+    conditions
+        What it may be asked under; by default those of the settings.
+    choose
+        Key of a condition -> what chooses its tokens. Such a condition's method and budget are
+        names for people alone.
 
     Raises
     ------
@@ -149,19 +201,30 @@ class TransformersEngine:
         If nothing can be written into the cache's folder.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        conditions: Sequence[Condition] | None = None,
+        choose: Mapping[str, ChooseTokens] | None = None,
+    ) -> None:
         self.settings = settings
+        self._choose = dict(choose or {})
         self.media_at_once = {
             "image": max(16, settings.batch),
             "video": max(1, settings.batch // 4),
         }
         self.model, self.processor = load(settings.model)
-        self.prunings = {one.key: settings.pruning(one) for one in settings.conditions()}
+        self._prunings = {
+            one.key: _Pruning(_Given(), one.keep, one.positions)
+            if one.key in self._choose
+            else _Pruning(settings.pruning(one).selector(), one.keep, one.positions)
+            for one in conditions or settings.conditions()
+        }
         self.needs = sorted(
-            {need for one in self.prunings.values() for need in one.selector().needs}
+            {need for one in self._prunings.values() for need in one.selector.needs}
         )
-        for pruning in self.prunings.values():
-            check_method(pruning.selector(), self.model)
+        for pruning in self._prunings.values():
+            check_method(pruning.selector, self.model)
         if settings.dominance:
             check_dominance(self.model, settings.max_new_tokens)
         if settings.cache is not None:
@@ -190,7 +253,7 @@ class TransformersEngine:
             "attention": self.model.config._attn_implementation,
         }
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: MediaQuestions) -> None:
         """Have the processor lay out every question."""
         content = asked.content
         kind = "video" if isinstance(content, Video) else "image"
@@ -201,15 +264,15 @@ class TransformersEngine:
             if prompts:
                 prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
             prompts.append(prompt)
-        asked.prepared = _Prepared(prompts)
+        asked.prepared = _EncodedMedium(prompts)
         if self.settings.cache is not None:
             name = f"{encoded_key(self.model, self.needs, prompts[0])}.safetensors"
             asked.prepared.file = self.settings.cache / name
 
-    def begin(self, media: Sequence[Asked]) -> None:
+    def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Encode every image and video, or read what an earlier run made of it.
 
-        What cannot be encoded has `Asked.error` set.
+        What cannot be encoded has `MediaQuestions.error` set.
 
         Raises
         ------
@@ -221,11 +284,11 @@ class TransformersEngine:
             If none can be written.
         """
         for one in media:
-            for item in one.items:
-                self._letters.of(item)
+            for question in one.questions:
+                self._letters.of(question)
 
-        def encode(one: Asked, model: Any) -> None:
-            prepared: _Prepared = one.prepared
+        def encode(one: MediaQuestions, model: Any) -> None:
+            prepared: _EncodedMedium = one.prepared
             if prepared.file is not None and prepared.file.is_file():
                 prepared.encoded = load_encoded(prepared.file, model)
                 prepared.encode_seconds = encoding_seconds(prepared.file)
@@ -246,23 +309,28 @@ class TransformersEngine:
         self._share_out([partial(encode, one) for one in media])
 
     def answer(
-        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+        self,
+        media: Sequence[MediaQuestions],
+        wanted: Sequence[Question],
+        condition: Condition,
+        done: Done,
     ) -> None:
         """Answer in batches of prompts of about one length, at least one for each worker."""
-        ids = {item.id for item in wanted}
+        ids = {question.id for question in wanted}
         for one in media:
             if one.error is not None:
-                for item in one.items:
-                    if item.id in ids:
-                        done(item, Said(error=one.error))
+                for question in one.questions:
+                    if question.id in ids:
+                        done(question, EngineAnswer(error=one.error))
+        choose = self._choose.get(condition.key)
         questions = [
-            _Question(item, prompt, one.prepared)
+            _AskedQuestion(question, prompt, one.prepared, choose)
             for one in media
             if one.error is None
-            for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
-            if item.id in ids
+            for question, prompt in zip(one.questions, one.prepared.prompts, strict=True)
+            if question.id in ids
         ]
-        pruning = self.prunings[condition.key]
+        pruning = self._prunings[condition.key]
         self._share_out(
             [
                 partial(self._answer_batch, batch, pruning, done)
@@ -270,33 +338,35 @@ class TransformersEngine:
             ]
         )
 
-    def _batches(self, questions: Sequence[_Question]) -> list[list[_Question]]:
+    def _batches(self, questions: Sequence[_AskedQuestion]) -> list[list[_AskedQuestion]]:
         """Cut questions into batches, at least one for each worker.
 
         Short prompts of about one length go together, padded. Long ones only with others of the
         same length: with padding the engine computes the attention of all pairs, and without it
-        only that to earlier tokens.
+        only that to earlier tokens. All of a batch keep as many tokens.
         """
         size = min(self.settings.batch, -(-len(questions) // self.settings.workers))
-        groups: dict[int, list[_Question]] = {}
+        groups: dict[tuple[int, int], list[_AskedQuestion]] = {}
         for one in sorted(questions, key=lambda one: one.length):
-            groups.setdefault(one.length if one.length >= _LONG else 0, []).append(one)
+            kept = 0 if one.given is None else len(one.given)
+            groups.setdefault((one.length if one.length >= _LONG else 0, kept), []).append(one)
         return [
             group[start : start + size]
             for group in groups.values()
             for start in range(0, len(group), size)
         ]
 
-    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+    def peak_bytes(
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
+    ) -> int | None:
         """Return the most bytes held beyond the weights and the encoded image or video."""
-        prompt, encoded = self._alone(media, item)
-        pruning = self.prunings[condition.key]
+        prompt, encoded = self._alone(media, question)
 
         def call() -> None:
             with torch.inference_mode():
                 self.model(**prompt, encoded=encoded, logits_to_keep=1)
 
-        with tokenprune_hf.prune(self.model, pruning.selector(), pruning.keep, pruning.positions):
+        with _pruned(self.model, self._prunings[condition.key]):
             if self.model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -305,7 +375,7 @@ class TransformersEngine:
             return peak_bytes(call)
 
     def dominance(
-        self, media: Sequence[Asked], item: Item, condition: Condition
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
     ) -> dict[Depth, ModalityIndices] | None:
         """Measure modality dominance while the model answers the question alone once more.
 
@@ -314,14 +384,11 @@ class TransformersEngine:
         UnsupportedModelError
             If the model's cache does not keep all keys.
         """
-        prompt, encoded = self._alone(media, item)
-        pruning = self.prunings[condition.key]
+        prompt, encoded = self._alone(media, question)
         try:
             with (
                 torch.inference_mode(),
-                tokenprune_hf.prune(
-                    self.model, pruning.selector(), pruning.keep, pruning.positions
-                ),
+                _pruned(self.model, self._prunings[condition.key]),
                 measure_dominance(self.model) as measured,
             ):
                 self.model.generate(
@@ -368,7 +435,7 @@ class TransformersEngine:
                 future.cancel()
             raise
 
-    def _encode(self, prepared: _Prepared, model: Any) -> None:
+    def _encode(self, prepared: _EncodedMedium, model: Any) -> None:
         """Run the encoder, and keep what it made where there is a cache."""
         started = time.perf_counter()
         first = {name: self._on_device(value) for name, value in prepared.prompts[0].items()}
@@ -387,20 +454,22 @@ class TransformersEngine:
                 "another folder with --cache, or leave it out."
             ) from None
 
-    def _alone(self, media: Sequence[Asked], item: Item) -> tuple[dict[str, Any], Encoded]:
+    def _alone(
+        self, media: Sequence[MediaQuestions], question: Question
+    ) -> tuple[dict[str, Any], Encoded]:
         """Return one question's prompt and its encoded image or video."""
-        one = next(one for one in media if item in one.items)
-        prepared: _Prepared = one.prepared
-        prompt = prepared.prompts[one.items.index(item)]
+        one = next(one for one in media if question in one.questions)
+        prepared: _EncodedMedium = one.prepared
+        prompt = prepared.prompts[one.questions.index(question)]
         return {name: self._on_device(value) for name, value in prompt.items()}, prepared.known()
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.model.device) if isinstance(value, Tensor) else value
 
     def _answer_batch(
-        self, questions: Sequence[_Question], pruning: PruningConfig, done: Done, model: Any
+        self, questions: Sequence[_AskedQuestion], pruning: _Pruning, done: Done, model: Any
     ) -> None:
-        said: list[Said] = []
+        said: list[EngineAnswer] = []
         reason = ""
         try:
             said = self.ask(questions, pruning, model)
@@ -408,100 +477,64 @@ class TransformersEngine:
             reason = failure_of(error)
         if said:
             for question, one in zip(questions, said, strict=True):
-                done(question.item, one)
+                done(question.question, one)
             return
         free_memory()
         if len(questions) == 1:
-            done(questions[0].item, Said(error=reason))
+            done(questions[0].question, EngineAnswer(error=reason))
             return
         # One of them is the reason, or all together need too much memory.
         for question in questions:
             self._answer_batch([question], pruning, done, model)
 
-    def ask(self, questions: Sequence[_Question], pruning: PruningConfig, model: Any) -> list[Said]:
+    def ask(
+        self, questions: Sequence[_AskedQuestion], pruning: _Pruning, model: Any
+    ) -> list[EngineAnswer]:
         """Return what a model says to a batch of questions."""
-        inputs = {
-            name: self._on_device(value)
-            for name, value in _batch([one.prompt for one in questions], self._padding()).items()
-        }
-        encoded = tokenprune_hf.join([one.prepared.known() for one in questions])
-        letters = [self._letters.of(one.item) for one in questions]
-        first = _FirstToken(letters)
+        prompts = _batch([one.prompt for one in questions], self._padding())
+        inputs = {name: self._on_device(value) for name, value in prompts.items()}
+        first = _FirstToken([self._letters.of(one.question) for one in questions])
+        if questions[0].given is not None:
+            pruning = replace(pruning, keep=len(questions[0].given))
+        memory = _SelectionMemory(questions, pruning)
         started = time.perf_counter()
-        selector, keep = pruning.selector(), repr(pruning.keep)
-        reads = bool(FROM_PROMPT & set(selector.needs))
-        chosen = [
-            one.prepared.chosen.setdefault((selector, one.item.id if reads else ""), {})
-            for one in questions
-        ]
-        # Another budget's scores save reading the question again, and nothing worth it elsewhere.
-        earlier = [
-            own.get(keep) or (next(iter(own.values()), None) if reads else None) for own in chosen
-        ]
-        choosing = len({id(own) for own in chosen if keep not in own})
-        with (
-            torch.inference_mode(),
-            tokenprune_hf.prune(model, selector, pruning.keep, pruning.positions) as running,
-        ):
+        with torch.inference_mode(), _pruned(model, pruning) as running:
             output = model.generate(
                 **inputs,
-                encoded=encoded,
-                known=[
-                    selection
-                    for question, one in zip(questions, earlier, strict=True)
-                    for selection in (one[0] if one else [None] * question.items)
-                ],
+                encoded=tokenprune_hf.join([one.prepared.known() for one in questions]),
+                known=memory.known(),
                 max_new_tokens=self.settings.max_new_tokens,
                 logits_processor=[first],
                 return_dict_in_generate=True,
                 **_GREEDY,
             )
-            selecting = running.selecting_seconds
-            selections = list(running.selections)
-        total = time.perf_counter() - started
-        count = len(questions)
-        prefill = (first.at - started - selecting) / count
-        decode = (total - (first.at - started)) / count
+            selecting, selections = running.selecting_seconds, iter(running.selections)
+        ended = time.perf_counter()
+        prefill = (first.at - started - selecting) / len(questions)
+        decode = (ended - first.at) / len(questions)
         new = output.sequences[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        result = []
-        for row, question in enumerate(questions):
-            own = selections[: question.items]
-            selections = selections[len(own) :]
-            before, after = sum(one.total for one in own), sum(len(one.kept) for one in own)
-            prompt_tokens = int(inputs["attention_mask"][row].sum()) - before + after
-            encode = question.prepared.encode_seconds
-            if keep not in chosen[row]:
-                scoring = earlier[row]
-                spent = 0.0 if scoring is None else scoring[1]
-                chosen[row][keep] = own, spent + selecting / choosing
-            select = chosen[row][keep][1]
-            answer_tokens, ended = self._answer_tokens(new[row])
-            result.append(
-                Said(
+        answers = []
+        for row, one in enumerate(questions):
+            of_question = list(islice(selections, one.items))
+            answer_tokens, has_ended = self._answer_tokens(new[row])
+            answers.append(
+                EngineAnswer(
                     text=str(texts[row]).strip(),
-                    cut=not ended and answer_tokens >= self.settings.max_new_tokens,
-                    likelihoods=first.likelihoods(row, letters_of(question.item)),
-                    visual_tokens=after,
-                    of_visual_tokens=before,
-                    prompt_tokens=prompt_tokens,
+                    cut=not has_ended and answer_tokens >= self.settings.max_new_tokens,
+                    likelihoods=first.likelihoods(row, letters_of(one.question)),
                     answer_tokens=answer_tokens,
-                    mass_kept=_mass_kept(own),
-                    kv_bytes=_cache_bytes(cache_of(output), prompt_tokens),
-                    batch=count,
-                    seconds=Seconds(
-                        encode=encode,
-                        select=select,
+                    batch=len(questions),
+                    seconds=_seconds(
+                        encode=one.prepared.encode_seconds,
+                        select=memory.note(row, of_question, selecting),
                         prefill=prefill,
                         decode=decode,
-                        first_token=encode + select + prefill,
-                        total=encode + select + prefill + decode,
                     ),
-                    kept=own[0].kept.cpu().numpy() if len(own) == 1 else None,
-                    grid=own[0].grid if len(own) == 1 and own[0].is_picture else None,
+                    **_tokens(of_question, int(inputs["attention_mask"][row].sum()), output),
                 )
             )
-        return result
+        return answers
 
     def _padding(self) -> int:
         tokenizer = self.processor.tokenizer
@@ -602,6 +635,111 @@ def _batch(prompts: Sequence[dict[str, Any]], padding: int) -> dict[str, Any]:
         else:
             result[name] = [entry for one in own for entry in one]
     return result
+
+
+class _SelectionMemory:
+    """What was chosen before for the questions of a batch, so that it is not chosen again.
+
+    Questions about one image or video share what a method chose that does not read them. A method
+    that reads them chooses for each, and then scores of another budget save reading it again.
+
+    Parameters
+    ----------
+    questions
+        Of the batch. Their `_EncodedMedium.chosen` is read, and filled in by `note`.
+    pruning
+        Of the batch.
+    """
+
+    def __init__(self, questions: Sequence[_AskedQuestion], pruning: _Pruning) -> None:
+        selector = pruning.selector
+        reads = bool(FROM_PROMPT & set(selector.needs))
+        self._questions = questions
+        self._budget = repr(pruning.keep)
+        self._by_budget = [
+            one.prepared.chosen.setdefault((selector, one.question.id if reads else ""), {})
+            if one.given is None
+            else {self._budget: ([one.given], 0.0)}
+            for one in questions
+        ]
+        # Of any budget only where the scores are dear: elsewhere choosing takes next to nothing.
+        self._earlier = [
+            of.get(self._budget) or (next(iter(of.values()), None) if reads else None)
+            for of in self._by_budget
+        ]
+        # Questions that share a dictionary share the time, too.
+        self._choosing = len({id(of) for of in self._by_budget if self._budget not in of})
+
+    def known(self) -> list[Selection | None]:
+        """Return the earlier selection of every image or video of the batch, or None."""
+        return [
+            selection
+            for one, earlier in zip(self._questions, self._earlier, strict=True)
+            for selection in (earlier[0] if earlier else [None] * one.items)
+        ]
+
+    def note(self, row: int, selections: list[Selection], seconds: float) -> float:
+        """Remember a question's selections, and return the seconds that choosing them took.
+
+        Parameters
+        ----------
+        row
+            Of the question in its batch.
+        selections
+            Of its images or videos.
+        seconds
+            That the whole batch spent on choosing.
+        """
+        of = self._by_budget[row]
+        if self._budget not in of:
+            earlier = self._earlier[row]
+            spent = 0.0 if earlier is None else earlier[1]
+            of[self._budget] = selections, spent + seconds / self._choosing
+        return of[self._budget][1]
+
+
+def _pruned(model: Any, pruning: _Pruning) -> tokenprune_hf.Pruning:
+    return tokenprune_hf.prune(model, pruning.selector, pruning.keep, pruning.positions)
+
+
+def _seconds(*, encode: float, select: float, prefill: float, decode: float) -> Seconds:
+    """Return a question's seconds with their sums."""
+    first_token = encode + select + prefill
+    return Seconds(
+        encode=encode,
+        select=select,
+        prefill=prefill,
+        decode=decode,
+        first_token=first_token,
+        total=first_token + decode,
+    )
+
+
+def _tokens(selections: Sequence[Selection], prompt_tokens: int, output: Any) -> dict[str, Any]:
+    """Return the fields of an `EngineAnswer` that count tokens.
+
+    Parameters
+    ----------
+    selections
+        Of the question's images or videos.
+    prompt_tokens
+        Of its prompt before anything was dropped.
+    output
+        What ``generate`` returned.
+    """
+    before = sum(one.total for one in selections)
+    after = sum(len(one) for one in selections)
+    read = prompt_tokens - before + after
+    only = selections[0] if len(selections) == 1 else None
+    return {
+        "visual_tokens": after,
+        "of_visual_tokens": before,
+        "prompt_tokens": read,
+        "mass_kept": _mass_kept(selections),
+        "kv_bytes": _cache_bytes(cache_of(output), read),
+        "kept": None if only is None else only.kept.cpu().numpy(),
+        "grid": None if only is None or not only.is_picture else only.grid,
+    }
 
 
 def _mass_kept(selections: Sequence[Selection]) -> float | None:

@@ -17,8 +17,8 @@ from PIL import Image
 import tokenprune_vllm
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
 from tokenprune.providers import model_path
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked, Done, Said
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.failures import EngineLostError, failure_of
 from tokenprune_eval.evaluation.scoring import letters_of
@@ -116,7 +116,7 @@ class VllmEngine:
             "engine_args": self.settings.engine_args,
         }
 
-    def prepare(self, asked: Asked) -> None:
+    def prepare(self, asked: MediaQuestions) -> None:
         """Lay the prompts out."""
         content = asked.content
         if isinstance(content, Video):
@@ -131,7 +131,7 @@ class VllmEngine:
         prompts = [prompt_text(self._processor, text, kind) for text in asked.prompts]
         asked.prepared = _Prepared(prompts, media)
 
-    def begin(self, media: Sequence[Asked]) -> None:
+    def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Check the letters; vLLM encodes as it answers.
 
         Raises
@@ -140,24 +140,30 @@ class VllmEngine:
             If likelihoods are counted and the model's letters are no tokens.
         """
         for one in media:
-            for item in one.items:
-                self._letters.of(item)
+            for question in one.questions:
+                self._letters.of(question)
 
     def answer(
-        self, media: Sequence[Asked], wanted: Sequence[Item], condition: Condition, done: Done
+        self,
+        media: Sequence[MediaQuestions],
+        wanted: Sequence[Question],
+        condition: Condition,
+        done: Done,
     ) -> None:
         """Hand over `Settings.batch` questions at a time."""
-        ids = {item.id for item in wanted}
+        ids = {question.id for question in wanted}
         questions = [
-            (item, prompt, one.prepared.media)
+            (question, prompt, one.prepared.media)
             for one in media
-            for item, prompt in zip(one.items, one.prepared.prompts, strict=True)
-            if item.id in ids
+            for question, prompt in zip(one.questions, one.prepared.prompts, strict=True)
+            if question.id in ids
         ]
         for start in range(0, len(questions), self.settings.batch):
             self._answer_batch(questions[start : start + self.settings.batch], condition, done)
 
-    def peak_bytes(self, media: Sequence[Asked], item: Item, condition: Condition) -> int | None:
+    def peak_bytes(
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
+    ) -> int | None:
         """Return None: vLLM takes its memory beforehand."""
         return None
 
@@ -169,14 +175,14 @@ class VllmEngine:
 
     def _answer_batch(
         self,
-        questions: Sequence[tuple[Item, str, dict[str, Any]]],
+        questions: Sequence[tuple[Question, str, dict[str, Any]]],
         condition: Condition,
         done: Done,
     ) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         requests = [self._request(prompt, media, condition) for _, prompt, media in questions]
-        tokens = [self._letters.of(item) for item, _, _ in questions]
+        tokens = [self._letters.of(question) for question, _, _ in questions]
         try:
             outputs = self._llm.generate(
                 requests, [self._sampling(own) for own in tokens], use_tqdm=False
@@ -184,19 +190,19 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineLostError(
                 f"vLLM has stopped ({error}). Its log above has the reason. The answers so far are "
-                "on disk; the same command goes on behind them."
+                "on disk: run the same command to continue."
             ) from error
         except Exception as error:  # too long a prompt, a processor that refuses, …
             reason = failure_of(error)
             if len(questions) == 1:
-                done(questions[0][0], Said(error=reason))
+                done(questions[0][0], EngineAnswer(error=reason))
                 return
             # One of them is the reason; the others have an answer.
             for question in questions:
                 self._answer_batch([question], condition, done)
             return
-        for (item, _, _), own, output in zip(questions, tokens, outputs, strict=True):
-            done(item, _said(item, own, output, len(questions), self._placeholders))
+        for (question, _, _), own, output in zip(questions, tokens, outputs, strict=True):
+            done(question, _said(question, own, output, len(questions), self._placeholders))
 
     def _request(self, prompt: str, media: dict[str, Any], condition: Condition) -> dict[str, Any]:
         request = {"prompt": prompt, "multi_modal_data": media}
@@ -218,12 +224,12 @@ class VllmEngine:
 
 
 def _said(
-    item: Item,
+    question: Question,
     letters: Sequence[Sequence[int]],
     output: Any,
     batch: int,
     placeholders: set[int],
-) -> Said:
+) -> EngineAnswer:
     (answer,) = output.outputs
     stats = output.metrics
     likelihoods = None
@@ -231,7 +237,7 @@ def _said(
         first = answer.logprobs[0]
         likelihoods = {
             letter: _logsumexp([first[token].logprob for token in tokens])
-            for letter, tokens in zip(letters_of(item), letters, strict=True)
+            for letter, tokens in zip(letters_of(question), letters, strict=True)
         }
     seconds = Seconds()
     if stats is not None:
@@ -241,7 +247,7 @@ def _said(
             first_token=stats.first_token_latency,
             total=stats.first_token_latency + decode,
         )
-    return Said(
+    return EngineAnswer(
         text=answer.text.strip(),
         cut=answer.finish_reason == "length",
         likelihoods=likelihoods,

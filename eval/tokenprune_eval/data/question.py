@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tokenprune_eval.bundled.questions import Box
+
 LETTERS = string.ascii_uppercase
 """Names of the choices, in their order."""
 
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """A question about one image or one video.
 
     Attributes
@@ -34,6 +36,9 @@ class Item:
         What is asked about, for the tables by type; may be empty.
     times
         Seconds of the frames to look at, where the data set says so; rising. Empty: sampled.
+    evidence
+        Boxes in the image, in its pixels, of what the answer depends on; empty where the data set
+        does not say.
     """
 
     id: str
@@ -44,6 +49,7 @@ class Item:
     choices: tuple[str, ...] = ()
     type: str = ""
     times: tuple[float, ...] = ()
+    evidence: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ class DataSet:
     ----------
     name
         As it stands in tables.
-    items
+    questions
         In the data set's own order; ids are unique.
     drawn_from
         Of how many questions these were drawn; None where they are all.
     """
 
     name: str
-    items: Sequence[Item]
+    questions: Sequence[Question]
     drawn_from: int | None = None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
-from tokenprune_eval.data.item import Item
-from tokenprune_eval.evaluation.engines.base import Asked
+from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.engines.base import MediaQuestions
 from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_hf.images import load_image
@@ -17,20 +17,20 @@ from tokenprune_hf.video import read_video
 _READERS = 2
 
 
-def by_media(items: Sequence[Item]) -> list[list[Item]]:
-    """Return items in groups that look at the same frames of the same file, in first order."""
-    groups: dict[object, list[Item]] = {}
-    for item in items:
-        groups.setdefault((item.kind, item.path, item.times), []).append(item)
+def by_media(questions: Sequence[Question]) -> list[list[Question]]:
+    """Return questions in groups that look at the same frames of the same file, in first order."""
+    groups: dict[object, list[Question]] = {}
+    for question in questions:
+        groups.setdefault((question.kind, question.path, question.times), []).append(question)
     return list(groups.values())
 
 
 def read_ahead(
-    groups: Sequence[Sequence[Item]],
+    groups: Sequence[Sequence[Question]],
     settings: Settings,
-    prompt_of: Callable[[Item], str],
-    prepare: Callable[[Asked], None],
-) -> Iterator[Asked]:
+    prompt_of: Callable[[Question], str],
+    prepare: Callable[[MediaQuestions], None],
+) -> Iterator[MediaQuestions]:
     """Yield every group, read and prepared; `Settings.ahead` of them are worked on beforehand.
 
     Parameters
@@ -46,7 +46,7 @@ def read_ahead(
 
     Yields
     ------
-    Asked
+    MediaQuestions
         In order. What cannot be read or prepared has `error` set; where only some questions of a
         group cannot be prepared, each of these comes on its own.
 
@@ -56,8 +56,8 @@ def read_ahead(
         For what is not about one image, video or question; see `failure_of`.
     """
 
-    def read(group: Sequence[Item]) -> list[Asked]:
-        asked = Asked(group, [prompt_of(item) for item in group])
+    def read(group: Sequence[Question]) -> list[MediaQuestions]:
+        asked = MediaQuestions(group, [prompt_of(question) for question in group])
         first = group[0]
         try:
             if first.kind == "image":
@@ -79,7 +79,7 @@ def read_ahead(
             part.content = None
         return parts
 
-    waiting: deque[Future[list[Asked]]] = deque()
+    waiting: deque[Future[list[MediaQuestions]]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         try:
             for group in groups:
@@ -93,15 +93,17 @@ def read_ahead(
                 future.cancel()
 
 
-def _prepared(asked: Asked, prepare: Callable[[Asked], None]) -> list[Asked]:
+def _prepared(
+    asked: MediaQuestions, prepare: Callable[[MediaQuestions], None]
+) -> list[MediaQuestions]:
     """Prepare the questions about one image or video; those that cannot be come on their own."""
     _try_to_prepare(asked, prepare)
-    if asked.error is None or len(asked.items) == 1:
+    if asked.error is None or len(asked.questions) == 1:
         return [asked]
     # The image or video may be the reason, or one question: each is tried alone.
     alone = [
-        replace(asked, items=[item], prompts=[prompt], prepared=None, error=None)
-        for item, prompt in zip(asked.items, asked.prompts, strict=True)
+        replace(asked, questions=[question], prompts=[prompt], prepared=None, error=None)
+        for question, prompt in zip(asked.questions, asked.prompts, strict=True)
     ]
     for one in alone:
         _try_to_prepare(one, prepare)
@@ -111,7 +113,7 @@ def _prepared(asked: Asked, prepare: Callable[[Asked], None]) -> list[Asked]:
     # The others share one encoding again.
     together = replace(
         asked,
-        items=[one.items[0] for one in good],
+        questions=[one.questions[0] for one in good],
         prompts=[one.prompts[0] for one in good],
         prepared=None,
         error=None,
@@ -121,7 +123,7 @@ def _prepared(asked: Asked, prepare: Callable[[Asked], None]) -> list[Asked]:
     return [*parts, *(one for one in alone if one.error is not None)]
 
 
-def _try_to_prepare(asked: Asked, prepare: Callable[[Asked], None]) -> None:
+def _try_to_prepare(asked: MediaQuestions, prepare: Callable[[MediaQuestions], None]) -> None:
     try:
         prepare(asked)
     except Exception as error:  # a processor may raise anything on what it cannot take
