@@ -35,7 +35,7 @@ from tokenprune_eval.data.choose import choose_media
 from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.demo.costs import Cost
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
-from tokenprune_eval.demo.preset import FULL, QUICK
+from tokenprune_eval.demo.preset import FULL, QUICK, choosers
 from tokenprune_eval.demo.report import render
 from tokenprune_eval.demo.results import Results, Row, make_row
 from tokenprune_eval.demo.runner import Example, Panel
@@ -151,7 +151,7 @@ def test_oracle_keeps_the_evidence_and_nothing_else() -> None:
 def test_random_draws_anew_for_every_image() -> None:
     preset = dataclasses.replace(QUICK, methods=("random",), keeps=(0.25,), questions=20)
     scenes, easy = preset.sets()
-    draw = preset.choosers([scenes, easy])["random@0.25"]
+    draw = choosers(preset.plan([scenes, easy]))["random@0.25"]
     tokens = VisualTokens(grid=(1, 8, 8))
     batch = TokenBatch(grid=(1, 8, 8), labels=("a",), device=torch.device("cpu"))
     drawn = {}

@@ -9,7 +9,7 @@ from tokenprune.errors import did_you_mean
 from tokenprune_eval.bundled.easyvqa import Split as EasyVqaSplit
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.model import default_cache_dir
-from tokenprune_eval.bundled.needles import needle_set
+from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
 from tokenprune_eval.bundled.questions import Question as ImageQuestion
 from tokenprune_eval.bundled.scenes import Split as NeedleSplit
 from tokenprune_eval.bundled.scenes import load_scenes
@@ -67,11 +67,12 @@ def needles(split: str, work: Path | None = None, videos: int = 100) -> DataSet:
     _check_split("needles", split, get_args(NeedleSplit))
     folder = work if work is not None else default_cache_dir() / "needles"
     asked = needle_set(folder, videos=videos, split=cast(NeedleSplit, split))
-    questions = [
-        Question(one.id, "video", one.video.absolute(), one.question, one.answer, type=one.type)
-        for one in asked
-    ]
-    return DataSet(_named("needles", split), questions)
+    return DataSet(_named("needles", split), [about_video(one) for one in asked])
+
+
+def about_video(one: VideoQuestion) -> Question:
+    """Return a question about a needle video as one of a data set."""
+    return Question(one.id, "video", one.video.absolute(), one.question, one.answer, type=one.type)
 
 
 def _of_images(name: str, split: str, asked: list[ImageQuestion]) -> DataSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from tokenprune.config import Positions
@@ -16,7 +16,9 @@ from tokenprune_eval.data.choose import choose_media
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
+from tokenprune_eval.evaluation.choosing import random_draws
 from tokenprune_eval.evaluation.engines.transformers import ChooseTokens
+from tokenprune_eval.evaluation.runner import Planned
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import UNPRUNED, Condition
 from tokenprune_eval.shared.machine import cores
@@ -179,20 +181,9 @@ class Preset:
             *oracle,
         ]
 
-    def choosers(self, sets: Sequence[DemoSet]) -> dict[str, ChooseTokens]:
-        """Return what chooses tokens where no method by itself can, by the key of the condition.
-
-        ``random`` draws anew for every image: with one seed every image loses the same places, and
-        a set's accuracy hangs on that one draw. The oracle knows where the answer is to be seen.
-        """
-        seeds = {image: place for one in sets for place, image in enumerate(one.images)}
-        found: dict[str, ChooseTokens] = {}
-        for condition in (each for one in sets for each in self.conditions(one)):
-            if condition.method == ORACLE:
-                found[condition.key] = keep_evidence
-            elif condition.method == "random":
-                found[condition.key] = partial(draw, seeds=seeds, keep=condition.keep)
-        return found
+    def plan(self, sets: Sequence[DemoSet]) -> list[Planned]:
+        """Return what is asked, in order."""
+        return [Planned(one.data, self.conditions(one)) for one in sets]
 
 
 QUICK = Preset(
@@ -225,11 +216,15 @@ def oracle_condition(positions: Positions) -> Condition:
     return Condition(method=ORACLE, keep=0.0, positions=positions)
 
 
-def draw(
-    question: Question, tokens: VisualTokens, *, seeds: dict[Path, int], keep: int | float
-) -> Selection:
-    """Return what ``random`` keeps with the seed of the question's image."""
-    return select(tokens, "random", keep, seed=seeds[question.path])
+def choosers(plan: Sequence[Planned]) -> dict[str, ChooseTokens]:
+    """Return what chooses tokens where no method by itself can, by the key of the condition."""
+    oracle = {
+        condition.key: keep_evidence
+        for one in plan
+        for condition in one.conditions
+        if condition.method == ORACLE
+    }
+    return {**random_draws(plan), **oracle}
 
 
 def keep_evidence(question: Question, tokens: VisualTokens) -> Selection:

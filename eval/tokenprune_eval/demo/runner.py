@@ -21,7 +21,14 @@ from tokenprune.selectors.base import Selector
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
-from tokenprune_eval.demo.preset import ORACLE, DemoSet, Preset, image_size, oracle_condition
+from tokenprune_eval.demo.preset import (
+    ORACLE,
+    DemoSet,
+    Preset,
+    choosers,
+    image_size,
+    oracle_condition,
+)
 from tokenprune_eval.demo.results import Results, Row, kept, make_row, said
 from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import Engine
@@ -139,6 +146,8 @@ def run(
     check_before_model(settings, [one.data for one in sets.values()])
     for one in sets.values():
         progress.say(_asked(preset, one))
+    plan = preset.plan(list(sets.values()))
+    conditions = list({each.key: each for one in plan for each in one.conditions}.values())
     results = Results(out / RESULTS, {})
     examples: list[Example] = []
 
@@ -162,17 +171,9 @@ def run(
         known = answer_all(
             store,
             settings,
-            [Planned(one.data, preset.conditions(one)) for one in sets.values()],
+            plan,
             progress,
-            lambda: TransformersEngine(
-                settings,
-                list(
-                    {
-                        each.key: each for one in sets.values() for each in preset.conditions(one)
-                    }.values()
-                ),
-                preset.choosers(list(sets.values())),
-            ),
+            lambda: TransformersEngine(settings, conditions, choosers(plan)),
             answered,
             about={_PRESET: asdict(preset)},
         )
