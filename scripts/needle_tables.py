@@ -39,7 +39,7 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.results.statistics import accuracy_of
 from tokenprune_eval.shared.progress import RunProgress
-from tokenprune_hf.video import read_video
+from tokenprune.media.video import read_video
 
 METHODS = ("flexselect", "flexselect-lite", "cls-attention", "uniform", "random")
 FRACTIONS = (1 / 16, 1 / 32)

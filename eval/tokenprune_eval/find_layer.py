@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import Parser, add_keep, add_model, parse_keep
 from tokenprune.errors import ConfigError
+from tokenprune.media.packages import VIDEO
 from tokenprune.packages import Package
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, TABLES, needs_of_model
-from tokenprune_hf.packages import TRANSFORMERS, VIDEO
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tokenprune.media.video import Video
     from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.find_layer import LayerRecall, Needle
-    from tokenprune_hf.video import Video
 
 HELP = "measure which decoder layer of a model finds needles in videos: flexselect's layer"
 EXTRA = "train"
@@ -116,12 +117,12 @@ def run(arguments: argparse.Namespace) -> int:
     import rich.console
 
     from tokenprune.config import PruningConfig
+    from tokenprune.media.video import read_video
     from tokenprune_eval.shared.output import prepare_folder, write_whole
     from tokenprune_eval.shared.progress import TerminalProgress
     from tokenprune_hf.failures import LeftOut
     from tokenprune_hf.find_layer import drawn_needles, find_layer, read_needles
     from tokenprune_hf.loading import load
-    from tokenprune_hf.video import read_video
 
     prepare_folder(arguments.out)
     needles = drawn_needles() if arguments.needles is None else read_needles(arguments.needles)

@@ -136,8 +136,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     _check_out(arguments.out)
 
+    from tokenprune.media.images import load_image
     from tokenprune_hf.failures import LeftOut
-    from tokenprune_hf.images import load_image
 
     image = load_image(arguments.image)
     # Methods are the items here: one that this model cannot serve leaves the others.

@@ -15,6 +15,8 @@ import tokenprune_vlm.checked  # noqa: F401  # raises where `tokenprune` is anot
 from tokenprune.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from tokenprune.media.video import Video as Video
+    from tokenprune.media.video import read_video as read_video
     from tokenprune_hf.dominance import measure_dominance as measure_dominance
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
@@ -28,14 +30,12 @@ if TYPE_CHECKING:
     from tokenprune_hf.pruning import remove as remove
     from tokenprune_hf.sparse_attention import Sparse as Sparse
     from tokenprune_hf.sparse_attention import sparse as sparse
-    from tokenprune_hf.video import Video as Video
-    from tokenprune_hf.video import read_video as read_video
 
 _HOMES = {
     "Encoded": "encoding",
     "Pruning": "pruning",
     "Sparse": "sparse_attention",
-    "Video": "video",
+    "Video": "tokenprune.media.video",
     "apply": "pruning",
     "ask": "loading",
     "encode": "encoding",
@@ -44,7 +44,7 @@ _HOMES = {
     "measure_dominance": "dominance",
     "supported_models": "families.registry",
     "prune": "pruning",
-    "read_video": "video",
+    "read_video": "tokenprune.media.video",
     "remove": "pruning",
     "sparse": "sparse_attention",
 }

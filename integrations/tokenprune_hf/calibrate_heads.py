@@ -41,8 +41,8 @@ from tokenprune.masks.heads import HeadCategories, ModelIdentity, Thresholds, la
 from tokenprune.masks.layout import PromptLayout
 from tokenprune.masks.mask import BLOCK
 from tokenprune.masks.sinks import Sinks, SinkSearch, massive_activations
+from tokenprune.media.images import load_image
 from tokenprune_hf.failures import LeftOut, around
-from tokenprune_hf.images import load_image
 from tokenprune_hf.interface import Interception, Plain
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
 from tokenprune_hf.prefix import sliding_window

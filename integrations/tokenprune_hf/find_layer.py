@@ -33,6 +33,8 @@ from tokenprune.errors import (
     did_you_mean,
     reason_of,
 )
+from tokenprune.media.images import load_image
+from tokenprune.media.video import Video
 from tokenprune.reading import Reduction, question_scores
 from tokenprune.selectors.base import top_k
 from tokenprune.selectors.frame_sets import frame_sets
@@ -40,11 +42,9 @@ from tokenprune_hf.encoding import encode_media
 from tokenprune_hf.failures import LeftOut, around
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
-from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import ask
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.reading import PromptReader, prompt_items
-from tokenprune_hf.video import Video
 
 FRAMES_PER_SET = 64
 """The most frames that are ranked together: FlexSelect's own default."""

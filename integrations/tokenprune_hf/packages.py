@@ -10,6 +10,3 @@ TRANSFORMERS = (
     Package("PIL"),
 )
 """What a model of transformers and its processor need."""
-
-VIDEO = (Package("av"),)
-"""What reading videos needs; decord is used where it is there."""

@@ -25,9 +25,9 @@ from tests.hf.test_sparse import heads_of
 from tests.vllm import checkpoints
 from tokenprune import PruningConfig
 from tokenprune.masks.patterns import Category
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import SELECTOR, bundled_model_path
 from tokenprune_eval.bundled.scenes import load_scenes
-from tokenprune_hf.images import load_image
 from tokenprune_hf.layout import decoder_of
 
 LLAVA, QWEN = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct"

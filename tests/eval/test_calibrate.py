@@ -29,13 +29,13 @@ from tokenprune.arguments import parse_share
 from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
+from tokenprune.media.images import load_image
 from tokenprune_eval.calibrate.command import serve_command
 from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.evaluation.engines.base import EngineAnswer
-from tokenprune_hf.images import load_image
 from tokenprune_hf.loading import load
 
 # The test of a mean -----------------------------------------------------------------------------

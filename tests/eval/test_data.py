@@ -21,12 +21,12 @@ import pyarrow.parquet as parquet  # type: ignore[import-untyped]
 import pytest
 from PIL import Image
 
+from tokenprune.media.video import read_video
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.data.choose import choose, missing_media
 from tokenprune_eval.data.errors import DataSetError
 from tokenprune_eval.data.load import data_sets, load_data
 from tokenprune_eval.data.question import DataSet, Question
-from tokenprune_hf.video import read_video
 
 
 def _video(file: Path, level: int = 0) -> Path:

@@ -25,11 +25,11 @@ pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 
 import tokenprune_hf
 from tokenprune.cli import main
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import read_results
-from tokenprune_hf.images import load_image
 
 COMMAND = (sys.executable, "-m", "tokenprune.cli", "eval")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

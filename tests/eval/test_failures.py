@@ -19,6 +19,7 @@ import tokenprune_hf
 from tests.eval.test_openai import Faulty, Quiet, questions, records_of, serving
 from tests.eval.test_openai import settings as server_settings
 from tokenprune.errors import ConfigError, MissingPackageError, TokenPruneError
+from tokenprune.media.video import Video
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation import runner
@@ -34,7 +35,6 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.results.summary import read_results
 from tokenprune_eval.shared.output import OutputError
-from tokenprune_hf.video import Video
 
 Rule = Callable[[Question, Condition], str | None]
 """What goes wrong with a question under a condition; None where it is answered."""

@@ -18,6 +18,7 @@ pytest.importorskip("pydantic", reason="evaluating needs the extra `eval`")
 
 import tokenprune_hf
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import Question
@@ -31,7 +32,6 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import Condition, ModalityIndices, Record
 from tokenprune_eval.results.summary import QuestionInfo, Results, summarise
 from tokenprune_eval.shared.output import OutputError
-from tokenprune_hf.images import load_image
 
 
 class Silent:

@@ -15,10 +15,10 @@ import pytest
 
 import tokenprune_hf
 from tokenprune.errors import MissingPackageError
+from tokenprune.media.video import read_video
 from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.model import WEIGHTS, bundled_model_path
-from tokenprune_hf.video import read_video
 
 FASHION = scenes.FASHION_FOLDER if scenes.FASHION_FOLDER.is_dir() else None
 BUNDLED: dict[str, Any] = {"path": "bundled"}

@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 
 from tokenprune.errors import ConfigError, TokenPruneError
+from tokenprune.media.images import load_image
+from tokenprune.media.video import Video
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine, ServerError, check_server
@@ -29,8 +31,6 @@ from tokenprune_eval.evaluation.runner import EvaluationError, run
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
-from tokenprune_hf.images import load_image
-from tokenprune_hf.video import Video
 
 COLORS = {
     "red": (255, 0, 0),

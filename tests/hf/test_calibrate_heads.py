@@ -25,6 +25,7 @@ from tokenprune.masks import HeadCategories, ImageSpan, PromptLayout
 from tokenprune.masks.coverage import coverage, thresholds
 from tokenprune.masks.patterns import CATEGORIES
 from tokenprune.masks.sinks import Sinks
+from tokenprune.media.images import load_image
 from tokenprune_hf import calibrate_heads as module
 from tokenprune_hf.calibrate_heads import (
     Prompt,
@@ -34,7 +35,6 @@ from tokenprune_hf.calibrate_heads import (
     measure_heads,
     read_prompts,
 )
-from tokenprune_hf.images import load_image
 from tokenprune_hf.layout import decoder_of, identity_of, own_mask
 from tokenprune_hf.loading import load
 

@@ -203,9 +203,9 @@ def test_lines_that_are_no_data(tmp_path: Path) -> None:
 def test_the_command_from_images_to_a_pruned_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from tokenprune.media.images import load_image
     from tokenprune_eval.bundled.model import bundled_model_path
     from tokenprune_eval.bundled.scenes import load_scenes
-    from tokenprune_hf.images import load_image
     from tokenprune_hf.loading import ask, load
 
     questions = load_scenes()[:30:5]

@@ -16,10 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 import tokenprune_hf
-from tests.hf.test_video import BACKENDS, _encode, _numbers
+from tests.core.test_video import BACKENDS, _encode, _numbers
 from tests.vllm import checkpoints
+from tokenprune.media.video import Backend, Video, read_video
 from tokenprune_hf.loading import frames_and_metadata
-from tokenprune_hf.video import Backend, Video, read_video
 
 _COUNT = 24
 

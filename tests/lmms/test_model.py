@@ -13,9 +13,9 @@ from PIL import Image
 
 import tokenprune_hf
 from tokenprune.errors import BudgetError, ConfigError, OptionError, PromptError
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_hf.images import load_image
 from tokenprune_lmms_eval.arguments import read_arguments
 from tokenprune_lmms_eval.generation import MAX_NEW_TOKENS, read_generation
 from tokenprune_lmms_eval.prompt import lay_out

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import tokenprune_hf
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.bundled.questions import Question
-from tokenprune_hf.images import load_image
 
 from .there import run_there
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.vllm.servers import COMMON, TOKENPRUNE, Server, serve
+from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import EngineAnswer, MediaQuestions
@@ -21,7 +22,6 @@ from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import Record
-from tokenprune_hf.images import load_image
 
 PRUNED = "cls-attention@0.25"
 

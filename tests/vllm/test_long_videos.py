@@ -19,9 +19,9 @@ from tests.vllm import checkpoints
 from tests.vllm.checkpoints import WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tests.vllm.test_families import reference
+from tokenprune.media.video import Video
 from tokenprune_eval.evaluation.engines.openai import _how_sampled, _video_part
 from tokenprune_hf.loading import frames_and_metadata, prompt_text
-from tokenprune_hf.video import Video
 
 QUESTION = "w7 w8 w9"
 KEEP, TOKENS = 16, 6

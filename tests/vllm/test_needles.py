@@ -10,9 +10,9 @@ import pytest
 import tokenprune_hf
 from tests.vllm.checkpoints import metadata
 from tests.vllm.engines import answer, engine, greedy, kept
+from tokenprune.media.video import Video, read_video
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
-from tokenprune_hf.video import Video, read_video
 
 KEEP = 1 / 16
 FRAMES = 32

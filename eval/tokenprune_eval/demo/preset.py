@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from tokenprune.config import Positions
+from tokenprune.media.images import load_image
 from tokenprune.providers import BUNDLED
 from tokenprune.selecting import select
 from tokenprune.selection import Selection
@@ -22,7 +23,6 @@ from tokenprune_eval.evaluation.runner import Planned
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import UNPRUNED, Condition
 from tokenprune_eval.shared.machine import cores
-from tokenprune_hf.images import load_image
 
 SCENES, EASY_VQA = "scenes", "easy-vqa"
 ORACLE = "oracle"

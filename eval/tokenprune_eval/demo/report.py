@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import ImageStat
 from torch import Tensor
 
+from tokenprune.media.images import load_image
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.preset import EASY_VQA, ORACLE, SCENES
 from tokenprune_eval.demo.results import Results, Row
@@ -22,7 +23,6 @@ from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL, st
 from tokenprune_eval.results.plots import cost_plot
 from tokenprune_eval.results.records import UNPRUNED, Seconds
 from tokenprune_eval.results.statistics import Accuracy
-from tokenprune_hf.images import load_image
 
 HEADLINE_KEEP = 0.25
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import tokenprune_hf
 from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.media.images import load_image
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.demo.costs import Cost, measure
@@ -40,7 +41,6 @@ from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.shared.asking import answer
 from tokenprune_eval.shared.machine import cores, processor
 from tokenprune_eval.shared.progress import RunProgress
-from tokenprune_hf.images import load_image
 
 RESULTS, REPORT = "results.json", "report.html"
 EXAMPLE_KEEP = 0.125

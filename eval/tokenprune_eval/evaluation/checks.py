@@ -21,6 +21,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
     reason_of,
 )
+from tokenprune.media.packages import VIDEO
 from tokenprune.packages import check_packages
 from tokenprune_eval.data.choose import missing_media
 from tokenprune_eval.data.question import DataSet
@@ -28,7 +29,6 @@ from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import run_before
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.shared.output import OutputError
-from tokenprune_hf.packages import VIDEO
 
 _BYTES_OF_ANSWER = 1024
 """Of records.jsonl, rounded up: 400 to 700 for answers of a few words."""

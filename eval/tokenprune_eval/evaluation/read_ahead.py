@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
+from tokenprune.media.images import load_image
+from tokenprune.media.video import read_video
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import MediaQuestions
 from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_hf.images import load_image
-from tokenprune_hf.video import read_video
 
 _READERS = 2
 

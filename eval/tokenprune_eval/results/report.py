@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tokenprune.errors import TokenPruneError
+from tokenprune.media.images import load_image
+from tokenprune.media.video import read_video
 from tokenprune_eval.data.question import LETTERS
 from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.results.plots import cost_plot, curves, styles
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.summary import DataInfo, GivenAnswer, Loss, QuestionInfo, Results, Row
-from tokenprune_hf.images import load_image
-from tokenprune_hf.video import read_video
 
 THUMBNAIL = 160
 """Longer side of a thumbnail, in pixels."""

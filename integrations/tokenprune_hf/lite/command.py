@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import Parser, add_model
 from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.media.packages import VIDEO
 from tokenprune.packages import Package, check_packages
 from tokenprune.providers import model_path
-from tokenprune_hf.packages import TRANSFORMERS, VIDEO
+from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
     from tokenprune_hf.lite.model import LiteModel

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tokenprune.media.video import Video
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
-from tokenprune_hf.video import Video
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
+from tokenprune.media.video import Video
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.failures import EngineLostError
@@ -43,7 +44,6 @@ from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import UNPRUNED, Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata
-from tokenprune_hf.video import Video
 
 FRAMES = 32
 """Frames that vLLM takes of a sequence unless it is told otherwise; it drops the rest silently."""

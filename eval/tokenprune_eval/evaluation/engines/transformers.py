@@ -36,6 +36,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
     reason_of,
 )
+from tokenprune.media.video import Video
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.tokens import FROM_PROMPT, TokenBatch, VisualTokens
@@ -62,7 +63,6 @@ from tokenprune_hf.failures import free_memory
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load
-from tokenprune_hf.video import Video
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""

@@ -16,6 +16,7 @@ from PIL import Image
 
 import tokenprune_vllm
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
+from tokenprune.media.video import Video
 from tokenprune.providers import model_path
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
@@ -25,7 +26,6 @@ from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import UNPRUNED, Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata, prompt_text
-from tokenprune_hf.video import Video
 from tokenprune_vllm.engine import read_config
 from tokenprune_vllm.settings import KEY
 

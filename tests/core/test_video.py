@@ -17,8 +17,8 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from tokenprune.errors import ConfigError, InputFileError, MissingPackageError
-from tokenprune_hf import video as module
-from tokenprune_hf.video import Video, read_video
+from tokenprune.media import video as module
+from tokenprune.media.video import Video, read_video
 
 COUNT = 48
 WIDTH, HEIGHT = 96, 64
@@ -408,7 +408,7 @@ def test_only_the_sampled_frames_fill_memory(tmp_path: Path) -> None:
     code = (
         "import resource, sys\n"
         "import av\n"
-        "from tokenprune_hf.video import read_video\n"
+        "from tokenprune.media.video import read_video\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "few = read_video(sys.argv[1], 8, backend=sys.argv[2])\n"
         "small = read_video(sys.argv[1], 150, max_side=96, backend=sys.argv[2])\n"

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tokenprune.errors import ConfigError, InputFileError
-from tokenprune_hf.images import load_image
+from tokenprune.media.images import load_image
 
 
 def _gradient(width: int = 40, height: int = 30) -> Image.Image:
@@ -159,7 +159,7 @@ def test_100_megapixels_are_read_in_bounded_memory(tmp_path: Path, suffix: str) 
     code = (
         "import resource, sys, warnings\n"
         "warnings.simplefilter('error')\n"
-        "from tokenprune_hf.images import load_image\n"
+        "from tokenprune.media.images import load_image\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "image = load_image(sys.argv[1])\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

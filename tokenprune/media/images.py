@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from tokenprune.errors import ConfigError, InputFileError, reason_of
-from tokenprune_hf.files import check_file
+from tokenprune.media.files import check_file
 
 LARGEST = 178_000_000
 """Pixels above which a file is refused: decoding them would take a gigabyte."""

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenprune.errors import ConfigError, InputFileError, MissingPackageError, did_you_mean
-from tokenprune_hf.files import check_file
+from tokenprune.media.files import check_file
 
 if TYPE_CHECKING:
     from av import VideoFrame
