@@ -17,6 +17,7 @@ from av.stream import Disposition
 from numpy.typing import NDArray
 
 from tokenprune.errors import ConfigError, InputFileError, MissingPackageError
+from tokenprune.media import decode, frame_list
 from tokenprune.media import video as module
 from tokenprune.media.video import Video, read_video
 
@@ -212,12 +213,12 @@ def test_seeking_and_decoding_in_order_agree(folder: Path) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix == ".avi" or file.name == "vp8.webm":
             continue
-        listing = module._list_frames(file, "")
+        listing = frame_list.list_frames(file, "")
         for frames in (3, 10):
             video = _read(file, frames, backend="pyav")
             assert np.allclose(listing.times[video.indices], video.times)
             again = module._sized(file, listing, frames, None, None, None)
-            module._decode_in_order(again, listing, "")
+            decode.fill_in_order(file, listing, again.indices, again.frames, "")
             assert np.array_equal(again.frames, video.frames), file
 
 
@@ -296,12 +297,12 @@ def test_mirrored_videos_are_made_upright(tmp_path: Path, rotation: int) -> None
 
 def test_display_matrix_by_hand() -> None:
     picture = np.arange(6, dtype=np.uint8).reshape(2, 3, 1).repeat(3, axis=2)
-    turned = module._Orientation(True, flip_rows=True).upright(picture)
+    turned = frame_list.Orientation(True, flip_rows=True).upright(picture)
     assert np.array_equal(turned, np.rot90(picture))
-    assert not module._Orientation(True, flip_rows=True).mirrored
-    assert not module._Orientation(False, flip_rows=True, flip_columns=True).mirrored
-    assert module._Orientation(False, flip_columns=True).mirrored
-    assert module._Orientation(True).mirrored
+    assert not frame_list.Orientation(True, flip_rows=True).mirrored
+    assert not frame_list.Orientation(False, flip_rows=True, flip_columns=True).mirrored
+    assert frame_list.Orientation(False, flip_columns=True).mirrored
+    assert frame_list.Orientation(True).mirrored
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -678,3 +679,16 @@ def test_a_title_that_is_no_utf_8_does_not_matter(tmp_path: Path, backend: Any) 
         file.read_bytes().replace(b"a title of bytes", b"a title of \xff\xfe\xe4\xf6!")
     )
     assert len(read_video(file, 4, backend=backend).frames) == 4
+
+
+def test_importing_the_room_imports_no_decoder() -> None:
+    code = (
+        "import sys\n"
+        "import tokenprune.media\n"
+        "assert tokenprune.media.__all__ == ['Video', 'load_image', 'read_video']\n"
+        "assert not {'av', 'decord', 'PIL', 'numpy'} & set(sys.modules)\n"
+        "tokenprune.media.read_video\n"
+        "tokenprune.media.load_image\n"
+        "assert not {'av', 'decord', 'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
