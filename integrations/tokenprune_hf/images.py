@@ -1,0 +1,7 @@
+"""Is `tokenprune.media.images` now; what is imported from here warns."""
+
+from __future__ import annotations
+
+from tokenprune.moved import moved_names
+
+__getattr__ = moved_names(__name__)
