@@ -189,11 +189,26 @@ class TokenBatch:
         """
         tensor: Any = getattr(self, name)
         if not isinstance(tensor, Tensor):
-            raise TokensError(
-                f"{self.labels[0]}: {name} is missing. Pass VisualTokens({name}=...), and name "
-                f"{name!r} in the selector's `needs` so that adapters gather it."
-            )
+            raise self._missing(name)
         return tensor
+
+    def require_query_attention(self) -> Tensor | QueryReader:
+        """Return the question's attention: a tensor, or the reader of the batch's only item.
+
+        Raises
+        ------
+        TokensError
+            If the batch has neither.
+        """
+        if self.query_attention is None:
+            raise self._missing("query_attention")
+        return self.query_attention
+
+    def _missing(self, name: str) -> TokensError:
+        return TokensError(
+            f"{self.labels[0]}: {name} is missing. Pass VisualTokens({name}=...), and name "
+            f"{name!r} in the selector's `needs` so that adapters gather it."
+        )
 
     def require_projector(self) -> Projector:
         """Return the projector.

@@ -74,12 +74,9 @@ class FlexSelect(LayerReading):
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's `question_scores`; see the class."""
-        given = tokens.query_attention
+        given = tokens.require_query_attention()
         if isinstance(given, Tensor):
             return [self._reduce(given.float()[..., own.to(given.device)]) for own in sets]
-        if given is None:
-            tokens.require("query_attention")
-            return []
         seen = given.read(sets, self.layer, values=self.weigh_values, hidden=self.drop_sinks)
         return [self._score(one)[None] for one in seen]
 

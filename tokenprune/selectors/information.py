@@ -127,10 +127,7 @@ class RelevantInformation(LayerReading):
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's weights, ``1 + r / mean r``; see the class."""
-        given = tokens.query_attention
-        if given is None:
-            tokens.require("query_attention")
-            return []
+        given = tokens.require_query_attention()
         embeddings = tokens.require("embeddings")
         chosen = [self._candidates(tokens, own.to(embeddings.device)) for own in sets]
         if isinstance(given, Tensor):
