@@ -47,13 +47,13 @@ from tokenprune.masks import HeadCategories, PromptLayout, heads_mask
 from tokenprune.masks.coverage import thresholds
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import IMAGE_TOKENS, bundled_model_path
+from tokenprune_eval.calibrate_heads import Prompt, find_sinks, measure_heads
 from tokenprune_eval.results.statistics import (
     Accuracy,
     accuracy_of,
     difference_interval,
     mcnemar_p,
 )
-from tokenprune_hf.calibrate_heads import Prompt, find_sinks, measure_heads
 
 TYPES = ("kind", "color", "place", "exists")
 IMAGES = (2, 3, 4, 6, 8)

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenprune.budget import tokens_kept
+from tokenprune.media.video import read_video
 from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
 from tokenprune_eval.data.bundled import about_video
 from tokenprune_eval.data.question import DataSet
@@ -39,7 +40,6 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.results.statistics import accuracy_of
 from tokenprune_eval.shared.progress import RunProgress
-from tokenprune.media.video import read_video
 
 METHODS = ("flexselect", "flexselect-lite", "cls-attention", "uniform", "random")
 FRACTIONS = (1 / 16, 1 / 32)

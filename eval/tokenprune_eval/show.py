@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from tokenprune.budget import Keep
     from tokenprune.selection import Selection
     from tokenprune.selectors.base import Selector
+    from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_hf.encoding import Encoded
-    from tokenprune_hf.failures import LeftOut
 
     Pixels = npt.NDArray[np.float64]
     """[H, W, 3], 0 to 1."""
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     _check_out(arguments.out)
 
     from tokenprune.media.images import load_image
-    from tokenprune_hf.failures import LeftOut
+    from tokenprune_eval.shared.left_out import LeftOut
 
     image = load_image(arguments.image)
     # Methods are the items here: one that this model cannot serve leaves the others.

@@ -17,7 +17,6 @@ from tokenprune.lazy import lazy_names
 if TYPE_CHECKING:
     from tokenprune.media.video import Video as Video
     from tokenprune.media.video import read_video as read_video
-    from tokenprune_hf.dominance import measure_dominance as measure_dominance
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
     from tokenprune_hf.encoding import join as join
@@ -41,7 +40,6 @@ _HOMES = {
     "encode": "encoding",
     "join": "encoding",
     "load": "loading",
-    "measure_dominance": "dominance",
     "supported_models": "families.registry",
     "prune": "pruning",
     "read_video": "tokenprune.media.video",
@@ -49,4 +47,4 @@ _HOMES = {
     "sparse": "sparse_attention",
 }
 
-__all__, __getattr__, __dir__ = lazy_names("tokenprune_hf", _HOMES)
+__all__, __getattr__, __dir__ = lazy_names("tokenprune_hf", _HOMES, has_moved=["measure_dominance"])

@@ -1,4 +1,4 @@
-"""Is `tokenprune.media.video` now; what is imported from here warns."""
+"""Is `tokenprune.media.video` now; what is imported from here warns, see `tokenprune.moved`."""
 
 from __future__ import annotations
 

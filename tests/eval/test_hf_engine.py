@@ -22,6 +22,7 @@ from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import Question
+from tokenprune_eval.dominance import measure_dominance
 from tokenprune_eval.evaluation.engines.base import EngineAnswer
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
 from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
@@ -272,7 +273,7 @@ def test_dominance_is_that_of_the_question_alone(tmp_path: Path) -> None:
             inputs = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
             with (
                 tokenprune_hf.prune(model, "cls-attention", keep),
-                tokenprune_hf.measure_dominance(model) as dominance,
+                measure_dominance(model) as dominance,
             ):
                 model.generate(**inputs, max_new_tokens=16, do_sample=False)
             found.append(dominance.result)

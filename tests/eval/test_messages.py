@@ -26,15 +26,15 @@ from tokenprune.errors import BudgetError, InputFileError, TokenPruneError, reas
 from tokenprune.masks.heads import HeadCategories
 from tokenprune.media.images import load_image
 from tokenprune.media.video import read_video
+from tokenprune_eval.calibrate_heads import read_prompts
 from tokenprune_eval.data.answers import read_answers
 from tokenprune_eval.data.load import FORMATS, load_data
 from tokenprune_eval.evaluation.settings import read_settings
+from tokenprune_eval.find_layer import read_needles
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.summary import read_results
-from tokenprune_hf.calibrate_heads import read_prompts
+from tokenprune_eval.train.data import read_data
 from tokenprune_hf.encoded_file import load_encoded
-from tokenprune_hf.find_layer import read_needles
-from tokenprune_hf.lite.data import read_data
 from tokenprune_hf.lite.model import LiteModel
 from tokenprune_hf.loading import load
 

@@ -25,6 +25,7 @@ from tests.hf.models import IMAGE, START, TINY, pixels, prompt
 from tests.hf.test_lifecycle import state
 from tokenprune.errors import PromptError, TokenPruneError, UnsupportedModelError
 from tokenprune.masks import PooledBlocks
+from tokenprune_eval.dominance import measure_dominance
 from tokenprune_hf.trimmed import TrimmedAttention
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -133,10 +134,10 @@ def test_threads_encode_and_measure_apart() -> None:
     for one, right in zip(in_threads(features, asked * 3), alone * 3, strict=True):
         assert torch.equal(one, right)
 
-    with tokenprune_hf.measure_dominance(model) as measured:
+    with measure_dominance(model) as measured:
         for inputs in asked:
             model.generate(**inputs, **GREEDY)
-    with tokenprune_hf.measure_dominance(model) as together:
+    with measure_dominance(model) as together:
         in_threads(lambda inputs: model.generate(**inputs, **GREEDY), asked)
     of_prompt = [
         sorted(one.layers[0].text_share for one in result.result.prompts)

@@ -14,8 +14,8 @@ import tokenprune_hf
 from tests.hf.by_hand import full_attention_maps, greedy
 from tests.hf.models import BOS, EOS, IMAGE, PAD
 from tokenprune.errors import TokensError
+from tokenprune_eval.shared.left_out import LeftOut
 from tokenprune_hf.encoded_file import load_encoded, save_encoded
-from tokenprune_hf.failures import LeftOut
 from tokenprune_hf.layout import image_spans_of
 
 tf: Any = transformers

@@ -11,8 +11,8 @@ import logging
 import re
 
 from tokenprune.errors import MissingPackageError, TokenPruneError
+from tokenprune_eval.shared.left_out import LOST_DEVICE
 from tokenprune_eval.shared.output import OutputError
-from tokenprune_hf.failures import LOST_DEVICE
 
 _LONGEST = 1000
 """Characters of a reason that are kept."""

@@ -82,7 +82,7 @@ Depth = Literal["early", "middle", "late"]
 
 
 class ModalityIndices(BaseModel):
-    """How text and visual tokens share attention; see `tokenprune_hf.dominance.Indices`.
+    """How text and visual tokens share attention; see `tokenprune_eval.dominance.Indices`.
 
     Attributes
     ----------

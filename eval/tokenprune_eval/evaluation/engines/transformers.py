@@ -41,6 +41,7 @@ from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.tokens import FROM_PROMPT, TokenBatch, VisualTokens
 from tokenprune_eval.data.question import Question
+from tokenprune_eval.dominance import depth_layers, measure_dominance
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
@@ -48,8 +49,8 @@ from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
+from tokenprune_eval.shared.left_out import free_memory
 from tokenprune_eval.shared.output import OutputError
-from tokenprune_hf.dominance import depth_layers, measure_dominance
 from tokenprune_hf.encoded_file import (
     encoded_key,
     encoder_fingerprint,
@@ -59,7 +60,6 @@ from tokenprune_hf.encoded_file import (
 )
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.failures import free_memory
 from tokenprune_hf.families.base import ENCODED, Media
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load

@@ -13,7 +13,7 @@ import tokenprune_hf
 from tests.hf.models import EOS, IMAGE, PAD, TINY, VIDEO, prompt
 from tests.hf.test_lifecycle import state
 from tokenprune.errors import ConfigError, PromptError, TokenPruneError, UnsupportedModelError
-from tokenprune_hf.dominance import Dominance, TextTokens, depth_layers, measure_dominance
+from tokenprune_eval.dominance import Dominance, TextTokens, depth_layers, measure_dominance
 from tokenprune_hf.engine import cache_argument, cache_of
 
 Sums = list[list[tuple[float, float, int, int, int]]]

@@ -103,9 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tokenprune.selectors.flexselect import FlexSelect
-    from tokenprune_hf.failures import LeftOut
-    from tokenprune_hf.lite.data import rank, read_data
-    from tokenprune_hf.lite.training import Recipe, split, train
+    from tokenprune_eval.shared.left_out import LeftOut
+    from tokenprune_eval.train.data import rank, read_data
+    from tokenprune_eval.train.training import Recipe, split, train
     from tokenprune_hf.loading import load
 
     recipe = Recipe(

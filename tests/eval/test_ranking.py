@@ -7,9 +7,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from tokenprune import ranking
-from tokenprune.ranking import hard_rank, l1_loss, soft_rank, spearman_loss
 from tokenprune.testing import Largest
+from tokenprune_eval.train import ranking
+from tokenprune_eval.train.ranking import hard_rank, l1_loss, soft_rank, spearman_loss
 
 
 def full(values: Tensor, temperature: float) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import ConfigError
-from tokenprune.ranking import l1_loss, spearman_loss
-from tokenprune_hf.lite.data import Example
+from tokenprune_eval.train.data import Example
+from tokenprune_eval.train.ranking import l1_loss, spearman_loss
 from tokenprune_hf.lite.model import LiteModel
 
 Loss = Literal["spearman", "l1"]

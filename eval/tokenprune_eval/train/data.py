@@ -23,8 +23,8 @@ from tokenprune.media.video import read_video
 from tokenprune.reading import question_scores
 from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune.selectors.frame_sets import frame_sets
+from tokenprune_eval.shared.left_out import LeftOut, around
 from tokenprune_hf.encoding import encode_media
-from tokenprune_hf.failures import LeftOut, around
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.loading import ask
 from tokenprune_hf.reading import prompt_items

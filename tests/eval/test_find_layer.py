@@ -26,8 +26,7 @@ from tests.vllm.checkpoints import save
 from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
-from tokenprune_hf import find_layer as module
-from tokenprune_hf.find_layer import (
+from tokenprune_eval.find_layer import (
     LayerRecall,
     Needle,
     Run,
@@ -35,6 +34,7 @@ from tokenprune_hf.find_layer import (
     find_layer,
     read_needles,
 )
+from tokenprune_eval.find_layer import measure as module
 from tokenprune_hf.loading import ask, load
 
 Frames = NDArray[np.uint8]
@@ -493,7 +493,7 @@ def test_what_cannot_be_used_is_left_out_and_said(
 def test_nothing_left_is_an_error(
     monkeypatch: pytest.MonkeyPatch, checkpoints: dict[str, Path]
 ) -> None:
-    from tokenprune_hf.failures import LeftOut, NothingLeftError
+    from tokenprune_eval.shared.left_out import LeftOut, NothingLeftError
 
     model, processor = load(str(checkpoints["qwen2_vl"]))
 

@@ -26,8 +26,7 @@ from tokenprune.masks.coverage import coverage, thresholds
 from tokenprune.masks.patterns import CATEGORIES
 from tokenprune.masks.sinks import Sinks
 from tokenprune.media.images import load_image
-from tokenprune_hf import calibrate_heads as module
-from tokenprune_hf.calibrate_heads import (
+from tokenprune_eval.calibrate_heads import (
     Prompt,
     ask_about,
     calibrate_heads,
@@ -35,6 +34,7 @@ from tokenprune_hf.calibrate_heads import (
     measure_heads,
     read_prompts,
 )
+from tokenprune_eval.calibrate_heads import measure as module
 from tokenprune_hf.layout import decoder_of, identity_of, own_mask
 from tokenprune_hf.loading import load
 
@@ -146,11 +146,15 @@ def test_gemma_sees_forward_in_images_and_through_windows() -> None:
     modules = [layer.self_attn for layer in decoder.layers]
     held: list[Tensor] = []
 
-    def look(number: int, query: Tensor, key: Tensor, scale: float) -> None:
-        own = own_mask(model, modules[number], layout)
-        held.append(coverage(query, key, layout, scale=scale, model=own))
+    class Observer:
+        def see_states(self, number: int, states: Tensor) -> None:
+            assert states.shape[0] == layout.length
 
-    module._run(model, decoder, inputs, look)
+        def see_attention(self, number: int, query: Tensor, key: Tensor, scale: float) -> None:
+            own = own_mask(model, modules[number], layout)
+            held.append(coverage(query, key, layout, scale=scale, model=own))
+
+    module._run(model, inputs, Observer())
     maps = eager_maps(model, inputs)
     assert float(maps[0, :, layout.images[1].start, layout.images[1].stop - 1].min()) > 0
     for number, one in enumerate(modules):
