@@ -1,0 +1,7 @@
+"""Has moved to the evaluation; what is imported from here warns, see `tokenprune.moved`."""
+
+from __future__ import annotations
+
+from tokenprune.moved import moved_names
+
+__getattr__ = moved_names(__name__)
