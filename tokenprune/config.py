@@ -12,8 +12,12 @@ from typing import Any, Literal, get_args
 
 from tokenprune.budget import Keep, PublishedBudget, check_keep
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
+from tokenprune.formats import KEY, check_format
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
+
+FORMAT = 1
+"""Rises when the meaning of a written configuration changes."""
 
 Positions = Literal["original", "compact"]
 """Where the language model believes a kept token to be: where it was, or renumbered."""
@@ -84,22 +88,25 @@ class PruningConfig:
         }
 
     def to_json(self) -> str:
-        """Return `to_dict` as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        """Return `to_dict` and the format as JSON text."""
+        return json.dumps({KEY: FORMAT, **self.to_dict()}, indent=2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PruningConfig:
-        """Build the config from what `to_dict` returned.
+        """Build the config from what `to_dict` returned, or what stood in `to_json`.
 
         Raises
         ------
         ConfigError
-            For a missing or an unknown key; everything else as on construction.
+            For a missing or an unknown key, or a newer format; everything else as on construction.
         """
         if not isinstance(values, dict):
             raise ConfigError(
                 f"a pruning configuration is an object with method and keep, not {values!r}."
             )
+        advice = "Write the configuration again with this version."
+        what = "a pruning configuration"
+        values = check_format(values, FORMAT, what, advice, kind=ConfigError)
         known = ("method", "keep", "positions", "options")
         for key in values:
             if key not in known:

@@ -15,8 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +24,8 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import InputFileError, PromptError, TokensError, reason_of
+from tokenprune.files import replacing
+from tokenprune.formats import check_format
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
@@ -176,15 +176,11 @@ def save_encoded(file: Path, encoded: Encoded, model: Any, *, seconds: float = 0
         "needs": encoded.needs,
         "modalities": modalities,
     }
-    part = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        save_file(_apart(tensors), part, {_METADATA: json.dumps(head)})
-        part.chmod(0o644)  # safetensors makes files private
-        part.replace(file)
+        with replacing(file) as part:
+            save_file(_apart(tensors), part, {_METADATA: json.dumps(head)})
     except SafetensorError as error:
         raise OSError(str(error)) from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_encoded(file: Path, model: Any) -> Encoded:
@@ -270,12 +266,7 @@ def _opened(file: Path, device: str, read: Callable[[Any], _Read]) -> _Read:
 def _head(file: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     """Return the JSON of a file of this layout."""
     head: dict[str, Any] = json.loads((metadata or {})[_METADATA])
-    if head["layout"] != LAYOUT:
-        raise InputFileError(
-            f"{file} has layout {head['layout']!r}, and this version of tokenprune reads {LAYOUT} "
-            "alone. Delete it and encode again."
-        )
-    return head
+    return check_format(head, LAYOUT, file, "Or delete it and encode again.", key="layout")
 
 
 def _modality(

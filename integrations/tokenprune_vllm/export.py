@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import InputFileError, reason_of
+from tokenprune.files import making_folder
 from tokenprune.providers import model_path
 from tokenprune_vllm.engine import pruning_overrides, read_config
 
@@ -70,8 +70,7 @@ def export(
             "with safetensors first."
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with making_folder(out) as made:
         for file in sorted(source.rglob("*")):
             inside = file.relative_to(source)
             if file.is_dir() or file.suffix in _PICKLES or inside == Path("config.json"):
@@ -81,13 +80,8 @@ def export(
             (made / inside).parent.mkdir(parents=True, exist_ok=True)
             _place(file.resolve(), made / inside, copy)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        made.chmod(0o755)
         if out.exists():
             out.rmdir()
-        made.rename(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return out
 
 

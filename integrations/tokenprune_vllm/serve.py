@@ -104,11 +104,10 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     config = read_config(model, _value(more, "--revision"))
     given = (arguments.pruning, arguments.method, arguments.keep)
     if given == (None, None, None) and KEY in config:
-        written = config[KEY]  # an exported checkpoint says itself how to prune
-        pruning = PruningConfig.from_dict(
-            {name: written[name] for name in ("method", "keep", "positions", "options")}
-        )
-        methods = dict(written.get("request_methods", {}))
+        values = dict(config[KEY])  # an exported checkpoint says itself how to prune
+        methods = dict(values.pop("request_methods", {}))
+        values.pop("only_tokenprune", None)
+        pruning = PruningConfig.from_dict(values)
         for name, options in _request_methods(arguments, pruning).items():
             methods[name] = options or methods.get(name, {})
     else:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+from tokenprune import formats
 from tokenprune.budget import keeps_all
-from tokenprune.config import PruningConfig
+from tokenprune.config import FORMAT, PruningConfig
 from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
 from tokenprune_vllm.architectures import reads_prompt
 
@@ -90,6 +91,7 @@ class ServerSettings:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as they stand in a config.json."""
         return {
+            formats.KEY: FORMAT,
             **self.default.to_dict(),
             "request_methods": {
                 name: options
@@ -106,7 +108,7 @@ class ServerSettings:
         Raises
         ------
         ConfigError
-            If there are none, or they hold a key that this version does not know.
+            If there are none, or they hold a key or a format that this version does not know.
         """
         values = getattr(hf_config, KEY, None)
         if not isinstance(values, dict):

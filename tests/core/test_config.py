@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -57,6 +58,15 @@ def test_options_reach_the_selector() -> None:
 def test_refusals(values: dict[str, Any], says: str) -> None:
     with pytest.raises(TokenPruneError, match=says):
         PruningConfig.from_dict(values)
+
+
+def test_json_has_a_format_and_need_not_have_one() -> None:
+    config = PruningConfig("random", 1, options={"seed": 3})
+    values = json.loads(config.to_json())
+    assert values == {"format": 1, **config.to_dict()}
+    assert PruningConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ConfigError, match=r"format 2 .*newer version.*Write the configuration"):
+        PruningConfig.from_dict({**values, "format": 2})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3"])

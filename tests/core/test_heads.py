@@ -74,10 +74,16 @@ def test_what_is_no_heads_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "heads.json"
     HEADS.save(file)
     values = json.loads(file.read_text())
-    for other in ({**values, "format": 2}, {"method": "uniform"}, [values], 3):
+    for other in ({"method": "uniform"}, [values], 3):
         file.write_text(json.dumps(other))
-        with pytest.raises(InputFileError, match="no heads file of format 1"):
+        with pytest.raises(InputFileError, match="no heads file"):
             HeadCategories.load(file)
+    file.write_text(json.dumps({**values, "format": 2}))
+    with pytest.raises(InputFileError, match=r"format 2 .*newer version.*calibrate-heads MODEL"):
+        HeadCategories.load(file)
+    del values["format"]
+    file.write_text(json.dumps(values))
+    assert HeadCategories.load(file) == HEADS
     HEADS.save(file)
     for raw in (b"", file.read_bytes()[:-20], b"\xff\xfe"):
         file.write_bytes(raw)

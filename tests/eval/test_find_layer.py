@@ -306,10 +306,10 @@ def test_needles_are_read_from_a_file(tmp_path: Path) -> None:
     assert (needle.image.size, needle.question, needle.name) == ((8, 6), "what color?", "red.png")
     for text, said in (
         ("", "there is no needle in it"),
-        ("{", "line 1 is no needle"),
-        ('{"image": "red.png", "question": "x"}\n["red.png", "x"]', "line 2 is no needle"),
-        ('{"image": "red.png", "question": 3}', "line 1 is no needle"),
-        ('{"image": "red.png"}', "line 1 is no needle"),
+        ("{", "line 1: not JSON"),
+        ('{"image": "red.png", "question": "x"}\n["red.png", "x"]', "line 2: this is no needle"),
+        ('{"image": "red.png", "question": 3}', "line 1: this is no needle"),
+        ('{"image": "red.png"}', "line 1: this is no needle"),
         ('{"image": "blue.png", "question": "x"}', "blue.png: there is no such file"),
     ):
         file.write_text(text)

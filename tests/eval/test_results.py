@@ -308,7 +308,10 @@ def test_results_come_back_and_damage_is_told(by_hand: Results, tmp_path: Path) 
     file = tmp_path / "results.json"
     content = json.loads(file.read_text())
     for change, said in (
-        ({"schema_version": 99}, "schema_version 99.*reads 1 alone"),
+        (
+            {"schema_version": 99},
+            "schema_version 99.*newer version.*schema_version 1 and older",
+        ),
         ({"rows": [{"data_set": 3}]}, r"damaged at rows\.0\.data_set"),
     ):
         file.write_text(json.dumps(content | change))
@@ -618,6 +621,13 @@ def test_a_damaged_run_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     _write_run(folder, [_item("a")], [FULL], [_record("set/a", FULL, "red")])
     assert len(read_run(folder).records) == 1
+    about = json.loads((folder / "run.json").read_text())
+    for number in (2, "1", 0):
+        (folder / "run.json").write_text(json.dumps({**about, "format": number}))
+        with pytest.raises(InputFileError, match=rf"run\.json has format {number!r}.* anew"):
+            read_run(folder)
+    (folder / "run.json").write_text(json.dumps({**about, "format": 1}))
+    assert read_run(folder).about == about
     records = folder / "records.jsonl"
     records.write_text("{}\n" + records.read_text())
     with pytest.raises(InputFileError, match=r"records\.jsonl, line 1 is damaged at item"):

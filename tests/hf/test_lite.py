@@ -116,6 +116,11 @@ def test_folders_that_are_no_selectors(tmp_path: Path) -> None:
     values = json.loads((good / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**values, "colour": "red"}))
     refuse(other, ConfigError, "another version of tokenprune")
+    (other / "config.json").write_text(json.dumps({**values, "format": 2}))
+    refuse(other, ConfigError, "format 2 .*newer version.*train-selector")
+    assert values.pop("format") == 1
+    (other / "config.json").write_text(json.dumps(values))
+    assert LiteModel.load(other).config == LiteModel.load(good).config
     cut = Path(shutil.copytree(good, tmp_path / "cut"))
     (cut / "model.safetensors").write_bytes((good / "model.safetensors").read_bytes()[:-50])
     refuse(cut, InputFileError, "weights of the selector .* cannot be read")

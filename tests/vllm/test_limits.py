@@ -143,6 +143,11 @@ def test_settings_survive_the_way_through_a_config() -> None:
     config = Config()
     config.tokenprune = json.loads(json.dumps(settings.to_dict()))
     assert ServerSettings.from_config(config) == settings
+    assert config.tokenprune.pop("format") == 1
+    assert ServerSettings.from_config(config) == settings  # a checkpoint from before
+    config.tokenprune["format"] = 2
+    with pytest.raises(ConfigError, match=r"format 2 .*newer version"):
+        ServerSettings.from_config(config)
     with pytest.raises(ConfigError, match="nothing to say how to prune"):
         ServerSettings.from_config(Config())
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import InputFileError, LayoutError, reason_of
+from tokenprune.files import write_whole
+from tokenprune.formats import KEY, check_format
 from tokenprune.masks.layout import ImageSpan, PromptLayout
 from tokenprune.masks.patterns import CATEGORIES, Category
 
@@ -149,12 +151,16 @@ class HeadCategories:
         return {category: found[category] for category in CATEGORIES}
 
     def save(self, path: str | Path) -> None:
-        """Write the file, all of it or nothing."""
+        """Write the file, all of it or nothing.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written; what was there before is untouched.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(path.name + ".new")
-        new.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", "utf-8")
-        new.replace(path)
+        write_whole(path, json.dumps({KEY: FORMAT, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> HeadCategories:
@@ -172,8 +178,9 @@ class HeadCategories:
             raise InputFileError(
                 f"{path} cannot be read as JSON: {reason_of(error)}. {again}"
             ) from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-            raise InputFileError(f"{path} is no heads file of format {FORMAT}. {again}")
+        if not isinstance(values, dict) or not {KEY, "categories"} & set(values):
+            raise InputFileError(f"{path} is no heads file. {again}")
+        values = check_format(values, FORMAT, path, again)
         try:
             model = values.pop("model")
             thresholds = values.pop("thresholds")

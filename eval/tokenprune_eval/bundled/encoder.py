@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.errors import MissingPackageError
+from tokenprune.files import replacing
 from tokenprune.packages import install_command, missing_packages
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.packages import BUNDLED_MODEL, ENCODER
@@ -231,10 +230,6 @@ def encoder_weights(cache_dir: Path, image_size: int) -> dict[str, torch.Tensor]
     if not target.is_file():
         cache_dir.mkdir(parents=True, exist_ok=True)
         state = read_encoder(source, image_size)
-        # Written beside the target and renamed, so that no reader ever sees half a file.
-        handle, name = tempfile.mkstemp(dir=cache_dir, suffix=".part")
-        os.close(handle)
-        save_file(state, name, metadata={"format": "pt"})
-        os.chmod(name, 0o644)  # a temporary file starts readable by its owner only
-        os.replace(name, target)
+        with replacing(target) as part:
+            save_file(state, part, metadata={"format": "pt"})
     return dict(load_file(target))

@@ -13,9 +13,9 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
+from tokenprune.files import making_folder
 from tokenprune_eval.bundled.encoder import encoder_weights
 from tokenprune_eval.bundled.errors import BundledModelError
 
@@ -91,22 +91,11 @@ def bundled_model_path(cache_dir: Path | None = None, *, weights: Path = WEIGHTS
     state.update({f"vision_tower.{name}": tensor for name, tensor in encoder.items()})
 
     root.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=root, prefix=".building-"))
-    try:
+    with making_folder(target, known_by="model.safetensors") as made:
         for file in copied:
-            shutil.copyfile(file, building / file.name)
-        save_file(state, building / "model.safetensors", metadata={"format": "pt"})
-        # Temporary files and folders start readable by their owner only.
-        (building / "model.safetensors").chmod(0o644)
-        building.chmod(0o755)
-        try:
-            building.rename(target)
-        except OSError:
-            # Another process was faster; its folder has the same content.
-            if not (target / "model.safetensors").is_file():
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+            shutil.copyfile(file, made / file.name)
+        save_file(state, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "model.safetensors").chmod(0o644)  # safetensors makes files private
     return target
 
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -32,6 +30,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tokenprune.errors import MissingPackageError
+from tokenprune.files import making_folder, numbered_lines, parse_json
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.scenes import Split
@@ -618,18 +617,8 @@ def needle_set(
     target = folder / name
     if not (target / "questions.jsonl").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=folder, prefix=".building-"))
-        try:
-            _render_set(building, videos, frames, show, split, types, fashion)
-            building.chmod(0o755)
-            try:
-                building.rename(target)
-            except OSError:
-                # Another process was faster; its folder has the same content.
-                if not (target / "questions.jsonl").is_file():
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        with making_folder(target, known_by="questions.jsonl") as made:
+            _render_set(made, videos, frames, show, split, types, fashion)
     return _read_set(target)
 
 
@@ -663,9 +652,9 @@ def _render_set(
 def _read_set(folder: Path) -> list[VideoQuestion]:
     file = folder / "questions.jsonl"
     found: list[VideoQuestion] = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in numbered_lines(file.read_text("utf-8")):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             cards = tuple(Card(**{**card, "box": tuple(card["box"])}) for card in row.pop("cards"))
             found.append(VideoQuestion(**{**row, "video": folder / row["video"], "cards": cards}))
         except (ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from tokenprune.errors import MissingPackageError
+from tokenprune.files import numbered_lines, parse_json
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.questions import Box, Question
 
@@ -663,9 +663,9 @@ def load_scenes(folder: Path = TEST_SET) -> list[Question]:
             "checkout and of the wheel; scripts/render_scenes.py renders it anew."
         )
     questions: list[Question] = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), start=1):
+    for number, line in numbered_lines(file.read_text("utf-8")):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             evidence = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in row["evidence"])
             questions.append(
                 Question(

@@ -23,6 +23,7 @@ from tokenprune.arguments import (
     parse_share,
 )
 from tokenprune.errors import ConfigError
+from tokenprune.formats import KEY
 from tokenprune.packages import Package
 from tokenprune_eval.evaluation.command import add_how
 from tokenprune_eval.packages import needs_of_run
@@ -54,6 +55,9 @@ GRID = (
 )
 # fmt: on
 """From 1/sqrt(2) to 1/64 in steps of sqrt(2)."""
+
+FORMAT = 1
+"""Of the log; rises when its meaning changes."""
 
 LOG, ANSWERS = "calibration.json", "answers"
 
@@ -352,7 +356,8 @@ def _is_unfinished(log: Path, search: dict[str, Any]) -> bool:
     """Say whether a log is that of this very search, and not at its end."""
     try:
         values = json.loads(log.read_text("utf-8"))
-        return values["complete"] is False and values.items() >= search.items()
+        known = values.get(KEY, 1) == FORMAT
+        return known and values["complete"] is False and values.items() >= search.items()
     except (OSError, ValueError, AttributeError, KeyError):
         return False
 
@@ -470,6 +475,7 @@ class _Report:
 
         bounds, media = self.bounds, self.search.media
         values = {
+            KEY: FORMAT,
             "complete": complete,
             **_search(self.settings, bounds, media),
             "steps": steps(len(bounds.grid)),
@@ -528,7 +534,9 @@ class _Rounds:
 
 
 def _percent(share: float) -> str:
-    return "" if math.isnan(share) else f"{100 * share:.2f}"
+    from tokenprune_eval.shared.tables import percent
+
+    return "" if math.isnan(share) else percent(share, digits=2)
 
 
 def _said(one: Decision) -> str:
@@ -557,22 +565,13 @@ def serve_command(model: str, config: PruningConfig) -> str:
 
 
 def _print(console: Console, report: _Report) -> None:
-    from rich import box
-    from rich.table import Table
-
     from tokenprune.providers import BUNDLED
+    from tokenprune_eval.shared.tables import plain_table
 
     bounds, unpruned, calls = report.bounds, report.unpruned(), report.calls()
-    table = Table(
-        title=f"\nSmallest keep with a drop below {100 * bounds.max_drop:.4g} % at "
-        f"{100 * bounds.confidence:.4g} %",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
+    table = plain_table(
+        f"\nSmallest keep with a drop below {100 * bounds.max_drop:.4g} % at "
+        f"{100 * bounds.confidence:.4g} %"
     )
     table.add_column("method", no_wrap=True)
     for name in ("keep", "drop, %", "at least", "at most", "questions", "tests", "calls"):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenprune.arguments import Parser, add_model
-from tokenprune.errors import ConfigError, reason_of
+from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
 from tokenprune_eval.packages import TABLES, needs_of_model
 from tokenprune_hf.packages import TRANSFORMERS
@@ -160,8 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
 
                 def keep_prompt(measured: HeadCoverage) -> None:
                     nonlocal done
-                    with _writing(arguments.out):
-                        measured.choose(limits).save(arguments.out)
+                    measured.choose(limits).save(arguments.out)
                     done = len(measured.prompts)
                     advance(1)
 
@@ -184,15 +181,3 @@ def run(arguments: argparse.Namespace) -> int:
     heads = measured.choose(limits)
     print_report(console, measured, heads, given.get("alpha"), arguments.out)
     return 0
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    from tokenprune_eval.shared.output import OutputError
-
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be written: {reason_of(error)}. Make room, or give another place."
-        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.files import read_json_lines
 from tokenprune.media.images import load_image
 from tokenprune_eval.shared.left_out import LeftOut, around
 
@@ -115,36 +115,22 @@ def _pictures(folder: Path, images: int) -> list[Path]:
 
 
 def _read_lines(file: Path) -> list[Prompt]:
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
-        raise InputFileError(
-            f"{file}: the data cannot be read ({reason}). Give a JSON Lines file of prompts, or a "
-            "folder of pictures."
-        ) from None
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
-        fields = values if isinstance(values, dict) else {}
-        images, question = fields.get("images"), fields.get("question")
+    advice = "Give a JSON Lines file of prompts, or a folder of pictures."
+    for line in read_json_lines(file, "data", advice):
+        images, question = line.fields.get("images"), line.fields.get("question")
         if not (
             isinstance(images, list)
             and len(images) >= 2
-            and all(isinstance(one, str) and one for one in images)
+            and all(isinstance(image, str) and image for image in images)
             and isinstance(question, str)
             and question.strip()
         ):
             raise InputFileError(
-                f'{file}, line {number}: a line is {{"images": [PATH, PATH, ...], "question": '
-                f"TEXT}} with two or more images, not {line[:120]}."
+                f'{line.place}: a line is {{"images": [PATH, PATH, ...], "question": TEXT}} with '
+                f"two or more images, not {line.text[:120]}."
             )
-        found.append(Prompt(tuple(file.parent / one for one in images), question))
+        found.append(Prompt(tuple(file.parent / image for image in images), question))
     if not found:
         raise InputFileError(f"{file}: there is no prompt in it. Write one a line.")
     return found

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenprune_eval.shared.tables import percent, plain_table
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -51,7 +53,7 @@ def print_report(
         say(line)
     say(f"attention held, the median over heads: {_held(measured)}")
     say(
-        f"density: {_percent(heads.density)} % of the causal blocks of {heads.block} are computed, "
+        f"density: {percent(heads.density)} % of the causal blocks of {heads.block} are computed, "
         f"the mean over {heads.prompts} prompts"
     )
     if all(bool((one.density >= one.density[:, -1:]).all()) for one in measured.prompts):
@@ -72,27 +74,11 @@ def _held(measured: HeadCoverage) -> str:
     heads = torch.stack([one.held for one in measured.prompts]).mean(dim=0).flatten(0, 1)
     middle = heads.quantile(0.5, dim=0).tolist()[:-1]
     named = zip(CATEGORIES[:-1], middle, strict=True)
-    return ", ".join(f"{name} {_percent(share)} %" for name, share in named)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return ", ".join(f"{name} {percent(share)} %" for name, share in named)
 
 
 def _table(title: str, *columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(title)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -133,7 +119,7 @@ def _sweep(measured: HeadCoverage, heads: HeadCategories, alpha: Sequence[float]
     ]
     rows.append((sum(heads.thresholds.alpha) / layers, own, heads))
     for _, name, one in sorted(rows, key=lambda row: row[0]):
-        cells = (name, _percent(one.density), *map(str, one.counts().values()))
+        cells = (name, percent(one.density), *map(str, one.counts().values()))
         if one is heads:
             table.add_row(*cells, "chosen", style="bold green")
         else:
@@ -160,7 +146,7 @@ def _about_sinks(heads: HeadCategories, sinks: Sinks) -> Iterator[str]:
     elif not sinks.tokens:
         yield f"massive activations: dimensions {_list(sinks.dimensions)}; none inside images"
     else:
-        share = _percent(sinks.covered / sinks.tokens)
+        share = percent(sinks.covered / sinks.tokens)
         yield (
             f"massive activations: dimensions {_list(sinks.dimensions)}; {sinks.tokens} tokens of "
             f"{sinks.images} images, {share} % of them at these places"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenprune.errors import MissingPackageError, reason_of
+from tokenprune.files import numbered_lines, parse_json
 from tokenprune_eval.data.errors import DataSetError, Problems
 from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
@@ -54,13 +55,10 @@ def read_jsonl(file: Path, problems: Problems) -> list[Record]:
         See `read_text`.
     """
     records: list[Record] = []
-    # Only "\n" ends a line of JSON: splitlines() would also cut at U+2028 inside a text.
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(read_text(file)):
         place = f"line {number}"
         try:
-            record = json.loads(line, object_pairs_hook=_unique_keys)
+            record = parse_json(line)
         except json.JSONDecodeError as error:
             problems.add(place, f"no JSON ({error.msg} at character {error.colno})")
             continue
@@ -109,7 +107,7 @@ def load_json(file: Path) -> Any:
     """
     text = read_text(file)
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise DataSetError(
             f"{file} is no JSON: {error.msg} at line {error.lineno}, character {error.colno}."
@@ -147,15 +145,6 @@ def read_parquet(file: Path) -> list[Record]:
             f"{file} is no parquet file that can be read: {reason_of(error)}."
         ) from None
     return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"the key {', '.join(map(repr, twice))} stands twice in one object")
-    return record
 
 
 def columns_of(records: Iterable[Record]) -> set[str]:

@@ -18,8 +18,9 @@ from typing import Any
 import filelock
 
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
+from tokenprune.formats import KEY
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_eval.results.files import RECORDS, RUN, StoredRun, read_run, write_questions
+from tokenprune_eval.results.files import FORMAT, RECORDS, RUN, StoredRun, read_run, write_questions
 from tokenprune_eval.results.records import Condition, Record
 from tokenprune_eval.results.summary import QuestionInfo
 from tokenprune_eval.shared.output import OutputError, prepare_folder, write_whole
@@ -136,7 +137,7 @@ class Store:
 
     def write_about(self, about: dict[str, Any]) -> None:
         """Write ``run.json``."""
-        write_whole(self.folder / RUN, json.dumps(about, indent=1) + "\n")
+        write_whole(self.folder / RUN, json.dumps({KEY: FORMAT, **about}, indent=1) + "\n")
 
     def append(self, records: Iterable[Record]) -> None:
         """Put answers on disk.

@@ -115,12 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
         draw,
         layer_table,
         name_of,
-        percent,
         tokens_of,
     )
     from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_eval.shared.output import prepare_folder, write_whole
     from tokenprune_eval.shared.progress import TerminalProgress
+    from tokenprune_eval.shared.tables import percent
     from tokenprune_hf.loading import load
 
     prepare_folder(arguments.out)

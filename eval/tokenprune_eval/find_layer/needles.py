@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from tokenprune.errors import InputFileError, reason_of
+from tokenprune.errors import InputFileError
+from tokenprune.files import read_json_lines
 from tokenprune.media.images import load_image
 
 _SIDE = 448
@@ -93,29 +93,17 @@ def read_needles(path: Path) -> list[Needle]:
     InputFileError
         If the file, a line of it or an image cannot be read; the message names it.
     """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = reason_of(error) if isinstance(error, OSError) else "not UTF-8"
-        raise InputFileError(
-            f"{path}: the needles cannot be read ({reason}). Give a JSONL file with an image and a "
-            "question in each line."
-        ) from None
     needles = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            values = None
-        fields = values if isinstance(values, dict) else {}
-        image, question = fields.get("image"), fields.get("question")
+    lines = read_json_lines(
+        path, "needles", "Give a JSONL file with an image and a question in each line."
+    )
+    for line in lines:
+        image, question = line.fields.get("image"), line.fields.get("question")
         if not (
             isinstance(image, str) and isinstance(question, str) and image and question.strip()
         ):
             raise InputFileError(
-                f"{path}: line {number} is no needle. A line is an object such as "
+                f"{line.place}: this is no needle. A line is an object such as "
                 '{"image": "card.png", "question": "what is on the card?"}.'
             )
         needles.append(Needle(load_image(path.parent / image), question, image))

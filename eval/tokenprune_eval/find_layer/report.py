@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.providers import BUNDLED
+from tokenprune_eval.shared.tables import percent, plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,23 +106,9 @@ def as_json(measured_on: dict[str, Any], recall: LayerRecall, left_out: LeftOut)
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
-def percent(share: float) -> str:
-    """Return a share in per cent with one digit."""
-    return f"{100 * share:.1f}"
-
-
 def layer_table(recall: LayerRecall) -> Table:
     """Return the recall of each layer, the best one marked."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table()
     table.add_column("layer", justify="right", no_wrap=True)
     table.add_column("recall, %", justify="right", no_wrap=True)
     table.add_column("interval", justify="right", no_wrap=True)

@@ -11,9 +11,13 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from tokenprune.errors import InputFileError, reason_of
+from tokenprune.formats import check_format
 from tokenprune_eval.results.records import Condition, Record
 from tokenprune_eval.results.summary import QuestionInfo
 from tokenprune_eval.shared.output import write_whole
+
+FORMAT = 1
+"""Of a run's folder; rises when the meaning of its files changes. It stands in ``run.json``."""
 
 RUN, ITEMS, RECORDS = "run.json", "items.jsonl", "records.jsonl"
 
@@ -77,6 +81,8 @@ def read_run(folder: Path) -> StoredRun:
         raise InputFileError(
             f"{file} is no JSON ({reason_of(error)}). Give the folder of a run."
         ) from None
+    if isinstance(about, dict):
+        about = check_format(about, FORMAT, file, "Or run the evaluation anew in another folder.")
     listed = about.get("conditions") if isinstance(about, dict) else None
     if not isinstance(listed, list):
         raise InputFileError(

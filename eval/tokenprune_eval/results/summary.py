@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
+from tokenprune.formats import check_format
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.records import (
     UNPRUNED,
@@ -412,7 +413,7 @@ def read_results(folder: Path) -> Results:
     Raises
     ------
     InputFileError
-        If the file is missing, no JSON, of another `schema_version` or not as `Results` says.
+        If the file is missing, no JSON, of a newer `schema_version` or not as `Results` says.
     """
     file = folder / RESULTS
     try:
@@ -425,20 +426,17 @@ def read_results(folder: Path) -> Results:
         raise InputFileError(
             f"{file} is no JSON ({reason_of(error)}). Have it written again from the run's records."
         ) from None
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise InputFileError(
-            f"{file} has schema_version {version!r}, and this version of tokenprune reads "
-            f"{SCHEMA_VERSION} alone. Have it written again from the run's records."
-        )
+    again = "Or have it written again from the run's records."
+    if isinstance(content, dict):
+        content = check_format(content, SCHEMA_VERSION, file, again, key="schema_version")
     try:
         return Results.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputFileError(
-            f"{file} is damaged at {place}: {first['msg']}. Have it written again from the run's "
-            "records."
+            f"{file} is damaged{f' at {place}' if place else ''}: {first['msg']}. Have it written "
+            "again from the run's records."
         ) from None
 
 

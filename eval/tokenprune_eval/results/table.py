@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
 from tokenprune_eval.results import words
 from tokenprune_eval.results.summary import DataInfo, Results, Row
+from tokenprune_eval.shared.tables import plain_table
 
 NOTES = (
     "right: share of right answers over the answered questions, 95 % Wilson interval. "
@@ -160,13 +159,7 @@ def markdown_table(columns: Columns) -> list[str]:
 
 def rich_table(title: str, columns: Columns) -> Group:
     """Return the same table for a terminal, under its title."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table()
     for place, (name, _) in enumerate(columns):
         table.add_column(
             name, justify="left" if place < _TEXTS else "right", no_wrap=True, overflow="ellipsis"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import Accuracy, Paired
+from tokenprune_eval.shared import tables
 
 NOTHING = "\N{EN DASH}"
 """Stands where nothing was measured."""
@@ -35,7 +36,7 @@ def plain(text: str) -> str:
 
 def percent(share: float | None) -> str:
     """Return a share in per cent with one digit: ``"95.2"``."""
-    return NOTHING if share is None else f"{100 * share:.1f}"
+    return NOTHING if share is None else tables.percent(share)
 
 
 def points(share: float | None) -> str:

@@ -1,13 +1,13 @@
-"""The folder a run writes to: checked before the work starts, and written whole or not at all."""
+"""The folder that a run writes to, checked before the work starts."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 from tokenprune.errors import OutputError as OutputError
 from tokenprune.errors import reason_of
+from tokenprune.files import write_whole as write_whole
 
 
 def prepare_folder(folder: Path) -> None:
@@ -30,32 +30,4 @@ def prepare_folder(folder: Path) -> None:
         raise OutputError(
             f"nothing can be written to {folder}: {reason_of(error)}. Give another folder "
             "with --out."
-        ) from None
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that a reader, or an interruption, never meets half of it.
-
-    Raises
-    ------
-    OutputError
-        If it cannot be written; what was there before is untouched.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            # mkstemp makes files private; a result is as readable as any new file.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{file} cannot be written: {reason_of(error)}. Make room, or give another place."
         ) from None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -30,6 +31,13 @@ EVERY = 30.0
 
 _SPEED_PERIOD = 120.0
 """Seconds over which the speed is averaged: the work of a step is known roughly, of many well."""
+
+
+class Advance(Protocol):
+    """Counts parts of a step that are done."""
+
+    def __call__(self, parts: int, text: str | None = None) -> None:
+        """Count them, and call the step otherwise from now on if `text` is given."""
 
 
 class TerminalProgress:
@@ -72,14 +80,16 @@ class TerminalProgress:
         self._whole = self._bar.add_task("the whole run", total=work, percent=True)
 
     @contextmanager
-    def step(self, text: str, total: int, work: float = 1.0) -> Iterator[Callable[[int], None]]:
+    def step(self, text: str, total: int, work: float = 1.0) -> Iterator[Advance]:
         """Show one step of `total` parts while the block runs, which is given what counts them."""
         if not self.drawn:
             self.console.print(text + self._standing(), highlight=False, soft_wrap=True)
         before = 0.0 if self._whole is None else self._task(self._whole).completed
         step = self._bar.add_task(text, total=total, percent=False)
 
-        def advance(parts: int) -> None:
+        def advance(parts: int, text: str | None = None) -> None:
+            if text is not None:
+                self._bar.update(step, description=text)
             self._bar.advance(step, parts)
             if self._whole is not None and total:
                 self._bar.advance(self._whole, work * parts / total)

@@ -15,6 +15,7 @@ from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.media.packages import VIDEO
 from tokenprune.packages import Package, check_packages
 from tokenprune.providers import model_path
+from tokenprune_eval.packages import TABLES
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ EXTRA = "train"
 
 def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     """Return what it imports."""
-    return (*TRANSFORMERS, Package("rich"), Package("scipy"))
+    return (*TRANSFORMERS, *TABLES, Package("scipy"))
 
 
 _DECODER = {
@@ -100,10 +101,10 @@ def configure(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Rank, train, save."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from tokenprune.selectors.flexselect import FlexSelect
     from tokenprune_eval.shared.left_out import LeftOut
+    from tokenprune_eval.shared.progress import TerminalProgress
     from tokenprune_eval.train.data import rank, read_data
     from tokenprune_eval.train.training import Recipe, split, train
     from tokenprune_hf.loading import load
@@ -130,16 +131,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.exists() and not arguments.out.is_dir():
         raise InputFileError(f"--out {arguments.out} is a file; give a folder.")
     console = Console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     model, processor = load(arguments.model)
     cache = arguments.cache or arguments.out / "teacher"
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("teacher's rankings", total=len(asked))
+    with (
+        TerminalProgress(console) as progress,
+        progress.step("teacher's rankings", len(asked)) as advance,
+    ):
         files = rank(
             model,
             processor,
@@ -147,8 +144,8 @@ def run(arguments: argparse.Namespace) -> int:
             cache,
             teacher,
             arguments.frames,
-            lambda: progress.advance(task),
-            LeftOut(lambda text: console.print(text, soft_wrap=True, markup=False)),
+            lambda: advance(1),
+            LeftOut(progress.say),
         )
     learnt, held_out = split(files, arguments.held_out, recipe.seed)
     features, _, _ = learnt[0].tensors()
@@ -162,20 +159,20 @@ def run(arguments: argparse.Namespace) -> int:
     )
     arguments.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
+    steps = recipe.steps(len(learnt))
     with (
         (arguments.out / "training.jsonl").open("w", encoding="utf-8") as log,
-        Progress(*columns, console=console) as progress,
+        TerminalProgress(console) as progress,
+        progress.step("training", steps) as advance,
     ):
-        task = progress.add_task("training", total=None)
 
         def say(news: dict[str, Any]) -> None:
             seconds = round(time.monotonic() - started, 1)
             if "agreement" in news:
-                console.print(f"epoch {news['epoch']}, {seconds:.0f} s: {news['agreement']}")
+                progress.say(f"epoch {news['epoch']}, {seconds:.0f} s: {news['agreement']}")
                 news = {**news, "agreement": asdict(news["agreement"])}
             else:
-                progress.update(task, completed=news["step"], total=news["steps"])
-                progress.update(task, description=f"training, loss {news['loss']:.4f}")
+                advance(1, f"training, loss {news['loss']:.4f}")
             log.write(json.dumps({**news, "seconds": seconds}) + "\n")
 
         best = train(student, learnt, held_out, recipe, arguments.out, say)

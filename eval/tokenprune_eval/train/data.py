@@ -7,8 +7,6 @@ video and one for each question, so that an interrupted run goes on where it was
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import ConfigError, InputFileError, OutputError, reason_of
+from tokenprune.errors import ConfigError, InputFileError
+from tokenprune.files import read_json_lines, replacing, unwritable
 from tokenprune.media.images import load_image
 from tokenprune.media.video import read_video
 from tokenprune.reading import question_scores
@@ -92,28 +91,19 @@ def read_data(file: Path) -> list[Asked]:
     InputFileError
         If it cannot be read, a line is not as above, or a file is missing; the line is named.
     """
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputFileError(f"the data file {file} cannot be read: {reason_of(error)}.") from None
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InputFileError(f"{file}, line {number}: not JSON ({reason_of(error)}).") from None
-        kinds = [kind for kind in ("image", "video") if isinstance(values, dict) and kind in values]
-        question = values.get("question") if kinds else None
+    advice = "Give a JSON Lines file of questions about images or videos."
+    for line in read_json_lines(file, "data", advice):
+        kinds = [kind for kind in ("image", "video") if kind in line.fields]
+        question = line.fields.get("question")
         if len(kinds) != 1 or not isinstance(question, str) or not question.strip():
             raise InputFileError(
-                f'{file}, line {number}: a line is {{"video": PATH, "question": TEXT}} or '
-                f'{{"image": PATH, "question": TEXT}}, not {line[:120]}.'
+                f'{line.place}: a line is {{"video": PATH, "question": TEXT}} or '
+                f'{{"image": PATH, "question": TEXT}}, not {line.text[:120]}.'
             )
-        path = file.parent / str(values[kinds[0]])
+        path = file.parent / str(line.fields[kinds[0]])
         if not path.is_file():
-            raise InputFileError(f"{file}, line {number}: there is no file {path}.")
+            raise InputFileError(f"{line.place}: there is no file {path}. Correct the path.")
         found.append(Asked(kinds[0], path, question))
     if not found:
         raise InputFileError(f"the data file {file} holds no questions.")
@@ -268,12 +258,10 @@ def _save(file: Path, tensors: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    part = file.with_suffix(f".{os.getpid()}.part")
+    plain = {name: value.contiguous().cpu() for name, value in tensors.items()}
     try:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, part)
-        part.replace(file)
+        with replacing(file) as part:
+            save_file(plain, part)
     except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{file} cannot be written: {reason_of(error)}. Make room and run the same command "
-            "again: it goes on where it was."
-        ) from None
+        advice = "Make room and run the same command again: it goes on where it was."
+        raise unwritable(file, error, advice) from None

@@ -58,6 +58,10 @@ class Recipe:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0.")
 
+    def steps(self, examples: int) -> int:
+        """Return how many steps so many examples make."""
+        return self.epochs * -(-examples // self.batch)
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -171,7 +175,7 @@ def train(
     """
     device = next(model.parameters()).device
     torch.manual_seed(recipe.seed)
-    steps = recipe.epochs * -(-len(examples) // recipe.batch)
+    steps = recipe.steps(len(examples))
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay
     )

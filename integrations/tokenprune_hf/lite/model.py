@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
+from tokenprune.files import replacing, write_whole
+from tokenprune.formats import KEY, check_format
 from tokenprune.reading import Reduction, question_scores
 from tokenprune_hf.prefix import read_layers
 
 KIND = "tokenprune-flexselect-lite"
 """What a folder's config.json says it is."""
+
+FORMAT = 1
+"""Rises when the meaning of the folder's files changes."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -141,14 +146,10 @@ class LiteModel(nn.Module):
 
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        part = folder / f".{WEIGHTS}.part"
-        save_file(state, part, metadata={"format": "pt"})
-        part.chmod(0o644)
-        part.replace(folder / WEIGHTS)
-        text = json.dumps({"kind": KIND, **asdict(self.config)}, indent=2)
-        part = folder / f".{CONFIG}.part"
-        part.write_text(text + "\n", "utf-8")
-        part.replace(folder / CONFIG)
+        with replacing(folder / WEIGHTS) as part:
+            save_file(state, part, metadata={"format": "pt"})
+        text = json.dumps({"kind": KIND, KEY: FORMAT, **asdict(self.config)}, indent=2)
+        write_whole(folder / CONFIG, text + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> LiteModel:
@@ -196,6 +197,7 @@ def read_config(folder: Path) -> LiteConfig:
         raise InputFileError(f"{file} is damaged: {reason_of(error)}. {advice}") from None
     if not isinstance(values, dict) or values.pop("kind", None) != KIND:
         raise InputFileError(f"{file} does not belong to a selector of tokenprune. {advice}")
+    values = check_format(values, FORMAT, file, advice, kind=ConfigError)
     try:
         return LiteConfig(**values)
     except TypeError as error:
