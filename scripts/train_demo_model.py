@@ -104,6 +104,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.got_ocr2.image_processing_got_ocr2 import GotOcr2ImageProcessor
 
+from tokenprune.files import numbered_lines, parse_json, replacing
 from tokenprune_eval.bundled import needles, scenes
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.encoder import IMAGE_MEAN, IMAGE_STD, PATCH_SIZE, encoder_weights
@@ -293,22 +294,23 @@ def encode(
         ``[count, patches, 384]`` float16: the encoder's last hidden state without the CLS token.
     """
     if not target.is_file():
-        part = target.with_suffix(".part")
         patches = 4 * int(processor.image_seq_length)
         shape = (count, patches, 384)
-        out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
-        started = time.monotonic()
-        done = 0
-        for batch in batched(images, 32):
-            pixels = processor.image_processor(images=batch, return_tensors="pt")["pixel_values"]
-            with torch.inference_mode(), torch.autocast(tower.device.type, torch.bfloat16):
-                features = tower(pixel_values=pixels.to(tower.device)).last_hidden_state[:, 1:]
-            out[done : done + len(batch)] = features.to("cpu", torch.float16).numpy()
-            done += len(batch)
-            if done % 1600 == 0 or done == count:
-                print(f"{target.name}: {done}/{count}, {time.monotonic() - started:.0f} s")
-        out.flush()
-        part.rename(target)
+        with replacing(target) as part:
+            out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+            started = time.monotonic()
+            done = 0
+            for batch in batched(images, 32):
+                pixels = processor.image_processor(images=batch, return_tensors="pt")[
+                    "pixel_values"
+                ]
+                with torch.inference_mode(), torch.autocast(tower.device.type, torch.bfloat16):
+                    features = tower(pixel_values=pixels.to(tower.device)).last_hidden_state[:, 1:]
+                out[done : done + len(batch)] = features.to("cpu", torch.float16).numpy()
+                done += len(batch)
+                if done % 1600 == 0 or done == count:
+                    print(f"{target.name}: {done}/{count}, {time.monotonic() - started:.0f} s")
+            out.flush()
     loaded: npt.NDArray[np.float16] = np.load(target)
     return loaded
 
@@ -337,16 +339,14 @@ def scene_records(
 ) -> list[scenes.Scene]:
     """Say what is in each scene, without its pixels; kept as JSON lines beside the features."""
     if not target.is_file():
-        part = target.with_suffix(".part")
-        with part.open("w", encoding="utf-8") as out:
+        with replacing(target) as part, part.open("w", encoding="utf-8") as out:
             for scene in rendered(split, count, style, workers):
                 row = {"items": [asdict(i) for i in scene.items], "photograph": scene.photograph}
                 out.write(json.dumps({**row, "crop": scene.crop}) + "\n")
-        part.rename(target)
     empty = np.zeros((0, 0, 3), np.uint8)
     records: list[scenes.Scene] = []
-    for line in target.read_text("utf-8").splitlines():
-        row = json.loads(line)
+    for _, line in numbered_lines(target.read_text("utf-8")):
+        row = parse_json(line)
         items = tuple(scenes.Item(**{**i, "box": tuple(i["box"])}) for i in row["items"])
         records.append(scenes.Scene(empty, items, row["photograph"], tuple(row["crop"])))
     return records

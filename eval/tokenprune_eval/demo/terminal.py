@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -13,6 +12,7 @@ from rich.text import Text
 from tokenprune_eval.demo.preset import ORACLE, DemoSet
 from tokenprune_eval.demo.results import Row
 from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.shared.tables import percent, plain_table
 
 
 def label(method: str) -> str:
@@ -48,19 +48,6 @@ def print_details(console: Console, rows: Sequence[Row], positions: Sequence[Row
         console.print(_positions(rows, positions))
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=f"\n{title}",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1),
-        collapse_padding=True,
-        pad_edge=False,
-        show_edge=False,
-    )
-
-
 def _budgets(rows: Sequence[Row]) -> list[float]:
     return sorted({row.keep for row in rows if row.method not in (UNPRUNED, ORACLE)}, reverse=True)
 
@@ -73,15 +60,11 @@ def _methods(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(row.method for row in rows if row.method not in (UNPRUNED, ORACLE)))
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
 def _accuracy(run: str, asked: DemoSet, rows: Sequence[Row]) -> Table:
     count, whole = len(asked.data.questions), asked.of_questions
     amount = f"all {whole:,} questions" if count == whole else f"{count:,} of {whole:,} questions"
-    table = _table(
-        f"{asked.name}, {run} run: {amount}; right answers in % and 95 % intervals, by visual "
+    table = plain_table(
+        f"\n{asked.name}, {run} run: {amount}; right answers in % and 95 % intervals, by visual "
         f"tokens of {rows[0].of_visual_tokens}"
     )
     table.add_column("method", no_wrap=True)
@@ -104,25 +87,25 @@ def _accuracy(run: str, asked: DemoSet, rows: Sequence[Row]) -> Table:
             table.caption_justify = "left"
             table.caption = (
                 f"oracle, the evidence alone ({row.visual_tokens:.1f} tokens on average): "
-                f"{_percent(row.accuracy)}, {_interval(row)}"
+                f"{percent(row.accuracy)}, {_interval(row)}"
             )
     return table
 
 
 def _with_interval(row: Row, style: str) -> Text:
     return Text.assemble(
-        (_percent(row.accuracy), style),
+        (percent(row.accuracy), style),
         (f"\n{_interval(row)}", "dim"),
     )
 
 
 def _interval(row: Row) -> str:
-    low, high = _percent(row.ci_low), _percent(row.ci_high)
+    low, high = percent(row.ci_low), percent(row.ci_high)
     return f"{low}-{'100' if high == '100.0' else high}"
 
 
 def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
-    table = _table(f"{dataset}: tokens of the evidence that were kept, %")
+    table = plain_table(f"\n{dataset}: tokens of the evidence that were kept, %")
     table.add_column("method", no_wrap=True)
     budgets = _budgets(rows)
     for keep in budgets:
@@ -132,12 +115,12 @@ def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
             next(row.evidence_kept for row in rows if row.method == method and row.keep == keep)
             for keep in budgets
         ]
-        table.add_row(method, *(_percent(share or 0.0) for share in shares))
+        table.add_row(method, *(percent(share or 0.0) for share in shares))
     return table
 
 
 def _costs(dataset: str, rows: Sequence[Row]) -> Table:
-    table = _table(f"{dataset}: what one question costs, by visual tokens")
+    table = plain_table(f"\n{dataset}: what one question costs, by visual tokens")
     table.add_column("", no_wrap=True)
     budgets = _budgets(rows)
     at = {
@@ -162,7 +145,7 @@ def _costs(dataset: str, rows: Sequence[Row]) -> Table:
 
 def _positions(rows: Sequence[Row], others: Sequence[Row]) -> Table:
     main, other = rows[0].positions, others[0].positions
-    table = _table(f"{others[0].dataset}: positions, right answers, %")
+    table = plain_table(f"\n{others[0].dataset}: positions, right answers, %")
     for title in ("method", "visual tokens", main, other):
         table.add_column(title, justify="left" if title == "method" else "right")
     for row in others:
@@ -174,7 +157,7 @@ def _positions(rows: Sequence[Row], others: Sequence[Row]) -> Table:
         table.add_row(
             label(row.method),
             f"{row.visual_tokens:.3g}",
-            _percent(same.accuracy),
-            _percent(row.accuracy),
+            percent(same.accuracy),
+            percent(row.accuracy),
         )
     return table
