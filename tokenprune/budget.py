@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import dataclass
 
 from tokenprune.errors import BudgetError, did_you_mean
 
@@ -43,7 +44,88 @@ class PublishedBudget(int):
         return PublishedBudget, (self.name,)
 
 
-def check_keep(keep: Keep) -> int | float:
+@dataclass(frozen=True)
+class Budget:
+    """A `keep` that was checked.
+
+    `Budget.of` makes one where `keep` comes in from a caller. Functions hand it to each other in
+    place of the number, so that nothing is checked twice.
+
+    Attributes
+    ----------
+    keep
+        A number of tokens, at least 1, perhaps a `PublishedBudget`; or a share of them, above 0
+        and at most 1.
+    is_share
+        Which of the two: 1 is one token and 1.0 all of them, though they are equal for Python.
+    """
+
+    keep: int | float
+    is_share: bool
+
+    @classmethod
+    def of(cls, keep: Keep | Budget) -> Budget:
+        """Return the budget that `keep` says.
+
+        Parameters
+        ----------
+        keep
+            As for `check_keep`; a budget comes back as it is.
+
+        Raises
+        ------
+        BudgetError
+            As `check_keep`.
+        """
+        if isinstance(keep, Budget):
+            return keep
+        if isinstance(keep, str):
+            if keep not in PUBLISHED:
+                raise BudgetError(
+                    f"keep={keep!r} is no published budget. {did_you_mean(keep, PUBLISHED)} Or "
+                    "give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
+                )
+            return cls(PublishedBudget(keep), is_share=False)
+        if isinstance(keep, PublishedBudget):
+            return cls(keep, is_share=False)
+        # bool is an int for Python, and keep=True is a mistake.
+        if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+            raise BudgetError(
+                f"keep={keep!r} ({type(keep).__name__}) is not a budget. Give a whole number of "
+                "tokens (keep=64) or a fraction of them (keep=0.1)."
+            )
+        # numbers.*, and not int and float: NumPy's scalars are budgets too.
+        if isinstance(keep, numbers.Integral):
+            if keep < 1:
+                raise BudgetError(
+                    f"keep={keep} keeps nothing. Give at least 1 token, or a fraction above 0."
+                )
+            return cls(int(keep), is_share=False)
+        if not 0.0 < keep <= 1.0:  # also refuses NaN
+            hint = (
+                f" For {int(keep)} tokens write keep={int(keep)}, without the decimal point."
+                if keep > 1.0 and math.isfinite(keep)
+                else ""
+            )
+            raise BudgetError(f"keep={keep} is not a fraction: it must lie in (0, 1].{hint}")
+        return cls(float(keep), is_share=True)
+
+    @property
+    def published(self) -> PublishedBudget | None:
+        """The published budget, where it was given by its name."""
+        return self.keep if isinstance(self.keep, PublishedBudget) else None
+
+    def count(self, total: int) -> int:
+        """Return how many of `total` tokens stay; see `tokens_kept`."""
+        if total < 1:
+            raise BudgetError(f"an item of {total} visual tokens has none to keep.")
+        if not self.is_share:
+            return min(int(self.keep), total)
+        # floor(x + 0.5), and not `round`, which rounds half to even: 0.5 of 5 is 3 everywhere.
+        return max(1, math.floor(self.keep * total + 0.5))
+
+
+def check_keep(keep: Keep | Budget) -> int | float:
     """Return `keep` as a plain int or float if it is a budget, and raise if it is not.
 
     Parameters
@@ -63,34 +145,7 @@ def check_keep(keep: Keep) -> int | float:
         For zero, a negative number, NaN, a fraction above 1, an unknown name, a bool or anything
         else.
     """
-    if isinstance(keep, str):
-        if keep not in PUBLISHED:
-            raise BudgetError(
-                f"keep={keep!r} is no published budget. {did_you_mean(keep, PUBLISHED)} Or give a "
-                "number of tokens (keep=64) or a fraction of them (keep=0.1)."
-            )
-        return PublishedBudget(keep)
-    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
-        raise BudgetError(
-            f"keep={keep!r} ({type(keep).__name__}) is not a budget. Give a whole number of tokens "
-            "(keep=64) or a fraction of them (keep=0.1)."
-        )
-    if isinstance(keep, PublishedBudget):
-        return keep
-    if isinstance(keep, numbers.Integral):
-        if keep < 1:
-            raise BudgetError(
-                f"keep={keep} keeps nothing. Give at least 1 token, or a fraction above 0."
-            )
-        return int(keep)
-    if not 0.0 < keep <= 1.0:  # also refuses NaN
-        hint = (
-            f" For {int(keep)} tokens write keep={int(keep)}, without the decimal point."
-            if keep > 1.0 and math.isfinite(keep)
-            else ""
-        )
-        raise BudgetError(f"keep={keep} is not a fraction: it must lie in (0, 1].{hint}")
-    return float(keep)
+    return Budget.of(keep).keep
 
 
 def keeps_all(keep: Keep) -> bool:
@@ -98,7 +153,7 @@ def keeps_all(keep: Keep) -> bool:
     return isinstance(keep, float) and keep == 1.0
 
 
-def tokens_kept(keep: Keep, total: int) -> int:
+def tokens_kept(keep: Keep | Budget, total: int) -> int:
     """Return how many of `total` tokens stay.
 
     A fraction keeps ``max(1, floor(keep * total + 0.5))``, an int keeps ``min(keep, total)``.
@@ -120,9 +175,4 @@ def tokens_kept(keep: Keep, total: int) -> int:
     BudgetError
         If `keep` is no budget or `total` is below 1.
     """
-    keep = check_keep(keep)
-    if total < 1:
-        raise BudgetError(f"an item of {total} visual tokens has none to keep.")
-    if isinstance(keep, int):
-        return min(keep, total)
-    return max(1, math.floor(keep * total + 0.5))
+    return Budget.of(keep).count(total)

@@ -6,11 +6,12 @@ caller passes: unknown keys are refused.
 
 from __future__ import annotations
 
+import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from tokenprune.budget import Keep, PublishedBudget, check_keep
+from tokenprune.budget import Budget, Keep
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune.formats import KEY, check_format
 from tokenprune.registry import build
@@ -53,7 +54,7 @@ class PruningConfig:
         ``"original"``: each kept token keeps the position it has in the full image, and the text
         after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
     options
-        The method's own options; what is left out takes the paper's default.
+        The method's own options; what is left out takes the paper's default. They are copied.
 
     Raises
     ------
@@ -67,13 +68,33 @@ class PruningConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        # `cached_property` writes to the instance's __dict__, past the frozen class's refusal.
+        object.__setattr__(self, "keep", self.budget.keep)
         check_positions(self.positions)
+        # A caller that changes its dict later must not change what the selector was built from.
+        object.__setattr__(self, "options", dict(self.options))
         self.selector()
 
-    def selector(self) -> Selector:
-        """Return the method with its options."""
+    @functools.cached_property
+    def budget(self) -> Budget:
+        """`keep`, checked: what is handed on to `tokenprune.select_many`."""
+        return Budget.of(self.keep)
+
+    @functools.cached_property
+    def _selector(self) -> Selector:
         return build(self.method, self.options)
+
+    def selector(self) -> Selector:
+        """Return the method with its options, the same object each time."""
+        return self._selector
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was built: a copy or a pickle has the fields, and builds its own.
+
+        A selector may hold on to what cannot be copied, and a plugin's class may be missing where
+        the pickle is read.
+        """
+        return {known.name: getattr(self, known.name) for known in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types: ``{"method", "keep", "positions", "options"}``.
@@ -82,7 +103,7 @@ class PruningConfig:
         """
         return {
             "method": self.method,
-            "keep": self.keep.name if isinstance(self.keep, PublishedBudget) else self.keep,
+            "keep": self.keep if self.budget.published is None else self.budget.published.name,
             "positions": self.positions,
             "options": dict(self.options),
         }

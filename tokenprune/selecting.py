@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tokenprune.budget import Keep, PublishedBudget, check_keep, tokens_kept
+from tokenprune.budget import Budget, Keep
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.registry import build
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector, check_picks
-from tokenprune.tokens import VisualTokens, batch_key, stack
+from tokenprune.tokens import TokenBatch, VisualTokens, batch_key, stack
 
 
 def select(tokens: VisualTokens, method: str | Selector, keep: Keep, **options: Any) -> Selection:
@@ -56,7 +57,7 @@ def select(tokens: VisualTokens, method: str | Selector, keep: Keep, **options: 
 def select_many(
     items: Sequence[VisualTokens],
     selector: Selector,
-    keep: Keep,
+    keep: Keep | Budget,
     *,
     known: Sequence[Selection | None] | None = None,
 ) -> list[Selection]:
@@ -71,7 +72,7 @@ def select_many(
     selector
         A method with its options, see `tokenprune.registry.build`.
     keep
-        The budget of each item.
+        The budget of each item, as a caller gives it or checked before (`Budget.of`).
     known
         What the same method returned for the same items at any budget, or None. A selection of this
         budget is taken as it is; of another one, the scores are not computed again.
@@ -86,50 +87,77 @@ def select_many(
     BudgetError, TokensError, SelectorError
         As for `select`; an error about tokens names the item.
     """
-    keep = check_keep(keep)
+    budget = Budget.of(keep)
     if selector.needs_picture:
         _check_pictures(items, selector)
     earlier = [None] * len(items) if known is None else list(known)
     check_known(earlier, [item.total for item in items])
-    groups: dict[tuple[object, ...], list[int]] = {}
+    first = _first_places(items, selector)
     selections: dict[int, Selection] = {}
-    # Images that many questions are about come many times, as one object.
-    seen: dict[int, int] = {}
-    first = [
-        index if selector.of_place else seen.setdefault(id(item), index)
-        for index, item in enumerate(items)
-    ]
+    scores: dict[int, Tensor | None] = {}
+    groups: dict[tuple[object, ...], list[int]] = {}
     for index in dict.fromkeys(first):
         before = earlier[index]
-        if before is not None and len(before) == tokens_kept(keep, before.total):
+        if before is not None and len(before) == budget.count(before.total):
             selections[index] = before
             continue
-        # A `select` of its own may use its scores in another way than `pick` does.
-        picks_by_score = type(selector).select is Selector.select
-        scored = picks_by_score and before is not None and before.scores is not None
-        key = (scored, *batch_key(items[index], selector.needs))
+        scores[index] = _reusable_scores(selector, before)
+        # Items without scores need them computed, so the two never share a batch.
+        key = (scores[index] is None, *batch_key(items[index], selector.needs))
         groups.setdefault(key, []).append(index)
     with torch.no_grad():
-        for key, indices in groups.items():
+        for indices in groups.values():
             batch = stack([items[index] for index in indices], selector.needs)
-            count = tokens_kept(keep, batch.total)
-            given = [one.scores for index in indices if (one := earlier[index]) is not None]
-            if key[0]:
-                scores = torch.stack([one for one in given if one is not None]).to(batch.device)
-                picks = Picks(selector.pick(batch, scores, count), scores)
-            else:
-                picks = selector.select(batch, count)
-            check_picks(selector, batch, picks, count)
+            picks = _pick(selector, batch, budget, [scores[index] for index in indices])
             for row, index in enumerate(indices):
                 selections[index] = Selection(
+                    # A copy, so that one item's selection does not keep the whole batch alive.
                     kept=picks.kept[row].clone(),
                     total=batch.total,
                     grid=batch.grid,
                     scores=None if picks.scores is None else picks.scores[row].clone(),
                     is_picture=batch.is_picture,
                 )
-    _say_if_nothing_was_pruned(keep, selections.values())
+    _say_if_nothing_was_pruned(budget, selections.values())
     return [selections[index] for index in first]
+
+
+def _first_places(items: Sequence[VisualTokens], selector: Selector) -> list[int]:
+    """Return for each item where the same object stands first.
+
+    An image that many questions are about comes many times, as one object, and is looked at once.
+    """
+    if selector.of_place:
+        return list(range(len(items)))
+    # `VisualTokens` has no equality of its own, so a dict tells its objects apart by identity.
+    first: dict[VisualTokens, int] = {}
+    return [first.setdefault(item, index) for index, item in enumerate(items)]
+
+
+def _reusable_scores(selector: Selector, before: Selection | None) -> Tensor | None:
+    """Return an item's scores from an earlier selection if this budget's may be picked from them.
+
+    `Selector.select` is `score`, then `pick`, and scores do not depend on the budget. A `select` of
+    the selector's own may do something else with its scores, so it always runs.
+    """
+    if before is None or type(selector).select is not Selector.select:
+        return None
+    return before.scores
+
+
+def _pick(
+    selector: Selector, batch: TokenBatch, budget: Budget, scores: Sequence[Tensor | None]
+) -> Picks:
+    """Return what stays of a batch, from each item's scores float32 [N] where they are known."""
+    count = budget.count(batch.total)
+    known = [score for score in scores if score is not None]
+    if known:
+        stacked = torch.stack(known).to(batch.device)
+        picks = Picks(selector.pick(batch, stacked, count), stacked)
+    else:
+        picks = selector.select(batch, count)
+    check_picks(selector, batch, picks, count)
+    return picks
 
 
 def _check_pictures(items: Sequence[VisualTokens], selector: Selector) -> None:
@@ -143,13 +171,16 @@ def _check_pictures(items: Sequence[VisualTokens], selector: Selector) -> None:
             )
 
 
-def _say_if_nothing_was_pruned(keep: int | float, selections: Iterable[Selection]) -> None:
+def _say_if_nothing_was_pruned(budget: Budget, selections: Iterable[Selection]) -> None:
     """Warn where a budget that was given by a published name keeps all there is."""
-    if isinstance(keep, PublishedBudget) and any(len(one) == one.total for one in selections):
+    published = budget.published
+    if published is None:
+        return
+    if any(len(selection) == selection.total for selection in selections):
         # The same words for all items, so that Python shows them once.
         warnings.warn(
-            f"keep={keep.name!r} is {int(keep)} tokens, and there are items with no more than "
-            "that: nothing of them was pruned. Give a smaller number, or a fraction such as "
+            f"keep={published.name!r} is {int(published)} tokens, and there are items with no more "
+            "than that: nothing of them was pruned. Give a smaller number, or a fraction such as "
             "keep=0.1.",
             UserWarning,
             stacklevel=3,
@@ -164,8 +195,8 @@ def check_known(known: Sequence[Selection | None], totals: Sequence[int]) -> Non
     TokensError
         Naming what was given and what is needed.
     """
-    given = [None if one is None else one.total for one in known]
-    fits = [one in (None, total) for one, total in zip(given, totals, strict=False)]
+    given = [None if selection is None else selection.total for selection in known]
+    fits = [known_total in (None, total) for known_total, total in zip(given, totals, strict=False)]
     if len(given) != len(totals) or not all(fits):
         raise TokensError(
             f"known holds selections of {given} tokens, and the items have {list(totals)}. Pass "

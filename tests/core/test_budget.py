@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenprune.arguments import parse_keep
-from tokenprune.budget import tokens_kept
+from tokenprune.budget import PUBLISHED, Budget, PublishedBudget, check_keep, tokens_kept
 from tokenprune.errors import BudgetError
 
 
@@ -55,6 +55,25 @@ def test_rounding(keep: Any, total: int, kept: int) -> None:
 def test_refusals(keep: Any, says: str) -> None:
     with pytest.raises(BudgetError, match=says):
         tokens_kept(keep, 576)
+
+
+@pytest.mark.parametrize("keep", [1, 64, 1.0, 0.1, np.int64(3), np.float32(0.5), "internvl2.5-8b"])
+def test_a_checked_budget_is_what_was_given(keep: Any) -> None:
+    budget = Budget.of(keep)
+    assert Budget.of(budget) is budget
+    assert budget.keep == check_keep(keep) == check_keep(budget)
+    assert type(budget.keep) in (int, float, PublishedBudget)
+    for total in (1, 7, 576, 9000):
+        assert budget.count(total) == tokens_kept(keep, total) == tokens_kept(budget, total)
+
+
+def test_one_token_is_not_all_of_them() -> None:
+    assert Budget.of(1) != Budget.of(1.0)
+    assert Budget.of(1) == Budget.of(np.int32(1))
+    published = Budget.of("llava-video-7b").published
+    assert published is not None
+    assert (published.name, int(published)) == ("llava-video-7b", PUBLISHED["llava-video-7b"])
+    assert Budget.of(64).published is None
 
 
 def test_an_empty_item_is_refused() -> None:

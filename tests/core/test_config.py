@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
+import pickle
 from typing import Any
 
 import pytest
 
-from tokenprune import PruningConfig
+from tokenprune import PruningConfig, VisualTokens, select_many
+from tokenprune.budget import Budget
 from tokenprune.errors import ConfigError, TokenPruneError
 from tokenprune.selectors.zeroth_order import ZerothOrder
 
@@ -31,6 +35,58 @@ def test_json_and_back(config: PruningConfig) -> None:
 def test_options_reach_the_selector() -> None:
     config = PruningConfig("zeroth-order", 4, options={"directions": 8, "step": 1})
     assert config.selector() == ZerothOrder(directions=8, step=1)
+
+
+def pickled(config: PruningConfig) -> PruningConfig:
+    again: PruningConfig = pickle.loads(pickle.dumps(config))  # noqa: S301
+    return again
+
+
+def test_the_selector_is_built_once_and_by_each_copy_anew() -> None:
+    config = PruningConfig("random", 4, options={"seed": 3})
+    assert config.selector() is config.selector()
+    for again in (copy.copy(config), copy.deepcopy(config), pickled(config)):
+        assert again == config
+        assert vars(again).keys() == {"method", "keep", "positions", "options"}
+        assert again.selector() == config.selector()
+        assert again.selector() is not config.selector()
+    changed = dataclasses.replace(config, keep=8, options={"seed": 5})
+    assert changed.selector() != config.selector()
+    assert (changed.budget.keep, config.budget.keep) == (8, 4)
+
+
+def test_options_that_a_caller_changes_later() -> None:
+    options = {"seed": 3}
+    config = PruningConfig("random", 4, options=options)
+    options["seed"] = 5
+    assert config.to_dict()["options"] == {"seed": 3}
+    assert copy.deepcopy(config).selector() == config.selector()
+
+
+@pytest.mark.parametrize("keep", [4, 1, 1.0, 0.25, "qwen2.5-vl-7b"])
+def test_a_published_name_and_a_number_survive_copies(keep: int | float | str) -> None:
+    config = PruningConfig("uniform", keep)
+    for again in (copy.deepcopy(config), pickled(config)):
+        assert again.to_dict() == config.to_dict()
+        assert again.to_dict()["keep"] == keep
+        assert again.budget == config.budget == Budget.of(keep)
+
+
+def test_a_budget_is_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Any] = []
+    of = Budget.of
+
+    def counting(keep: Any) -> Budget:
+        if not isinstance(keep, Budget):
+            checked.append(keep)
+        return of(keep)
+
+    monkeypatch.setattr(Budget, "of", counting)
+    config = PruningConfig("uniform", 0.5)
+    items = [VisualTokens((1, 2, 3)), VisualTokens((1, 3, 4))]
+    kept = [len(one) for one in select_many(items, config.selector(), config.budget)]
+    assert kept == [3, 6]
+    assert checked == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,15 @@ come back, ascending, and ties go to the lowest index.
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
 import typing
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, SelectorError, did_you_mean
+from tokenprune.selectors.options import check_option
 from tokenprune.tokens import INPUTS, Projector, TokenBatch
 
 
@@ -81,7 +80,7 @@ class Selector:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
-            _check_type(self.name, field.name, getattr(self, field.name), hints[field.name])
+            check_option(self.name, field.name, getattr(self, field.name), hints[field.name])
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Selector:
@@ -275,42 +274,3 @@ def _check_needs(name: str, needs: Any) -> None:
                 f"selector {name}: needs names {need!r}, which no adapter gathers. "
                 f"{did_you_mean(str(need), INPUTS)}"
             )
-
-
-def _check_type(method: str, option: str, value: Any, hint: Any) -> None:
-    """Raise OptionError unless `value` is of the annotated type: Literal, int, float, bool, str."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        alternatives = typing.get_args(hint)
-        for alternative in alternatives:
-            try:
-                return _check_type(method, option, value, alternative)
-            except OptionError:
-                continue
-        raise OptionError(f"option {option}={value!r} of method {method!r} must be a {hint}.")
-    if origin is Literal:
-        allowed = typing.get_args(hint)
-        if value not in allowed:
-            names = [str(choice) for choice in allowed]
-            raise OptionError(
-                f"option {option}={value!r} of method {method!r} is not one of its values. "
-                f"{did_you_mean(str(value), names)}"
-            )
-        return None
-    fits = {
-        bool: isinstance(value, bool),
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value),
-    }.get(hint, hint in (None, Any) or not isinstance(hint, type) or isinstance(value, hint))
-    if hint in (None, type(None)):
-        fits = value is None
-    if not fits:
-        wanted = {float: "a finite number", int: "a whole number", bool: "True or False"}.get(
-            hint, getattr(hint, "__name__", str(hint))
-        )
-        # A float that does not fit is nan or infinite, as it is written already.
-        kind = "" if hint is type(value) is float else f", not {type(value).__name__}"
-        raise OptionError(f"option {option}={value!r} of method {method!r} must be {wanted}{kind}.")
-    return None
