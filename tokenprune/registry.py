@@ -1,14 +1,22 @@
 """Which methods there are: tokenprune's own, and those that installed packages bring.
 
-A package adds one with an entry point, ``my-method = "my_package.selectors:MyMethod"``, in the
-group ``tokenprune.selectors``. Nothing is imported before a method is asked for.
+Methods differ in where they leave tokens out (`KINDS`). Those that do it before the language model
+are `Selector` classes: any of them can be given to `tokenprune.select`, `tokenprune_hf.prune` and
+the vLLM adapter. The others have functions of their own, and are listed with the selectors.
+
+A package adds a selector with an entry point, ``my-method = "my_package.selectors:MyMethod"``, in
+the group ``tokenprune.selectors``, and a method of another kind with ``my-method =
+"my_package.method:METHOD"``, a `Method`, in the group ``tokenprune.methods``. Nothing is imported
+before a method is asked for.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokenprune.entries import unique_entries
 from tokenprune.errors import RegistryError, SelectorError, UnknownMethodError, did_you_mean
@@ -17,6 +25,7 @@ if TYPE_CHECKING:
     from tokenprune.selectors.base import Selector
 
 GROUP = "tokenprune.selectors"
+METHODS_GROUP = "tokenprune.methods"
 
 _OWN = {
     "cls-attention": "tokenprune.selectors.cls_attention:ClsAttention",
@@ -30,11 +39,48 @@ _OWN = {
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",
 }
 
-NO_SELECTORS = {
-    "trimmed-attention": "trims the cross-attention of Llama-3.2-Vision and selects no tokens of a "
-    "prompt: only tokenprune_hf.prune and apply take it, with such a model",
+Kind = Literal["before", "inside", "cross-attention"]
+"""Where a method leaves tokens out."""
+
+KINDS: dict[Kind, str] = {
+    "before": "before the language model: tokens leave the prompt before its first layer",
+    "inside": "inside the language model: tokens leave between its layers",
+    "cross-attention": "in cross-attention: tokens that stand in no prompt, and that text attends "
+    "to in some layers",
 }
-"""Methods that are no selectors: name -> what they do, and who takes them."""
+"""Kind -> what it means. All selectors are of the first one, also those that read the prompt with
+some layers of the language model in order to choose."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method without running it: a line of `tokenprune methods`.
+
+    Attributes
+    ----------
+    name
+        What users write.
+    kind
+        Out of `KINDS`.
+    summary
+        What it looks at, in one line.
+    paper
+        Title and arXiv number, or where else it comes from; "" for a baseline.
+    call
+        The call that applies it to a model.
+    needs
+        For a selector, names out of `tokenprune.tokens.INPUTS`.
+    options
+        Option -> its default.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    paper: str
+    call: str
+    needs: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def registered() -> dict[str, EntryPoint]:
@@ -46,14 +92,7 @@ def _load(entry: EntryPoint) -> type[Selector]:
     # Here, because it imports torch.
     from tokenprune.selectors.base import Selector
 
-    module_name, _, class_name = entry.value.partition(":")
-    try:
-        loaded = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, SelectorError) as error:
-        raise RegistryError(
-            f"the selector {entry.name!r} cannot be loaded from {entry.value}: {error}. "
-            "Repair or uninstall the package that registers it."
-        ) from error
+    loaded = _load_value(entry, "selector")
     if not (isinstance(loaded, type) and issubclass(loaded, Selector)):
         raise RegistryError(
             f"the selector {entry.name!r} points to {entry.value}, which is no subclass of "
@@ -67,8 +106,21 @@ def _load(entry: EntryPoint) -> type[Selector]:
     return loaded
 
 
+def _load_value(entry: EntryPoint, what: str) -> Any:
+    """Return what an entry point names; `what` is what it is called in an error."""
+    try:
+        return entry.load()
+    except (ImportError, AttributeError, SelectorError) as error:
+        raise RegistryError(
+            f"the {what} {entry.name!r} cannot be loaded from {entry.value}: {error}. "
+            "Repair or uninstall the package that registers it."
+        ) from error
+
+
 def methods() -> dict[str, type[Selector]]:
-    """Return every method: name -> its class, whose `needs`, `paper` and fields describe it.
+    """Return every selector: name -> its class, whose `needs`, `paper` and fields describe it.
+
+    Methods of other kinds are in `listed`.
 
     Raises
     ------
@@ -76,6 +128,53 @@ def methods() -> dict[str, type[Selector]]:
         If two packages register one name, or one cannot be loaded.
     """
     return {name: _load(entry) for name, entry in sorted(registered().items())}
+
+
+def listed() -> dict[str, Method]:
+    """Return every method of every kind: name -> what is known of it, sorted by name.
+
+    Raises
+    ------
+    RegistryError
+        If two packages register one name, or one cannot be loaded.
+    """
+    selectors = {
+        name: Method(
+            name=name,
+            kind="before",
+            summary=selector.summary,
+            paper=selector.paper,
+            call=f"tokenprune_hf.prune(model, {name!r}, keep)",
+            needs=selector.needs,
+            options={option.name: option.default for option in dataclasses.fields(selector)},
+        )
+        for name, selector in methods().items()
+    }
+    others = {name: _load_method(entry) for name, entry in _other_entries().items()}
+    return dict(sorted({**selectors, **others}.items()))
+
+
+def _other_entries() -> dict[str, EntryPoint]:
+    """Return name -> where the `Method` is, for those that are no selectors."""
+    entries, selectors = unique_entries(METHODS_GROUP, "methods"), registered()
+    for name, entry in entries.items():
+        if name in selectors:
+            raise RegistryError(
+                f"two methods are called {name!r}: {selectors[name].value} and {entry.value}. "
+                "Rename one in its package's entry points, or uninstall that package."
+            )
+    return entries
+
+
+def _load_method(entry: EntryPoint) -> Method:
+    method = _load_value(entry, "method")
+    if not isinstance(method, Method) or method.name != entry.name or method.kind not in KINDS:
+        raise RegistryError(
+            f"the method {entry.name!r} points to {entry.value}, which must be a "
+            f"tokenprune.registry.Method of that name, of a kind out of {', '.join(KINDS)}, and is "
+            f"{method!r}."
+        )
+    return method
 
 
 def find(method: str) -> type[Selector]:
@@ -89,13 +188,15 @@ def find(method: str) -> type[Selector]:
         If it is registered twice or cannot be loaded.
     """
     entries = registered()
-    if method in NO_SELECTORS:
-        raise UnknownMethodError(f"method {method!r} {NO_SELECTORS[method]}.")
-    if method not in entries:
+    if method in entries:
+        return _load(entries[method])
+    if (other := _other_entries().get(method)) is not None:
+        known = _load_method(other)
         raise UnknownMethodError(
-            f"there is no method {method!r}. {did_you_mean(str(method), entries)}"
+            f"method {method!r} selects no tokens of a prompt and cannot be used here: it prunes "
+            f"{KINDS[known.kind]}. Call {known.call}."
         )
-    return _load(entries[method])
+    raise UnknownMethodError(f"there is no method {method!r}. {did_you_mean(str(method), entries)}")
 
 
 def build(method: str, options: dict[str, Any]) -> Selector:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tokenprune_hf.families.registry import supported_models as supported_models
     from tokenprune_hf.loading import ask as ask
     from tokenprune_hf.loading import load as load
+    from tokenprune_hf.mllama.trimmed import TrimmedAttention as TrimmedAttention
+    from tokenprune_hf.mllama.trimmed import trim_cross_attention as trim_cross_attention
     from tokenprune_hf.pruning import Pruning as Pruning
     from tokenprune_hf.pruning import apply as apply
     from tokenprune_hf.pruning import prune as prune
@@ -34,6 +36,7 @@ _HOMES = {
     "Encoded": "encoding",
     "Pruning": "pruning",
     "Sparse": "sparse_attention",
+    "TrimmedAttention": "mllama.trimmed",
     "Video": "tokenprune.media.video",
     "apply": "pruning",
     "ask": "loading",
@@ -45,6 +48,7 @@ _HOMES = {
     "read_video": "tokenprune.media.video",
     "remove": "pruning",
     "sparse": "sparse_attention",
+    "trim_cross_attention": "mllama.trimmed",
 }
 
 __all__, __getattr__, __dir__ = lazy_names("tokenprune_hf", _HOMES, has_moved=["measure_dominance"])

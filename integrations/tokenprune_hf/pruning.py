@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, overload
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from tokenprune.budget import Keep, check_keep
+from tokenprune.budget import Budget, Keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import (
     BudgetError,
@@ -47,10 +47,11 @@ from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.families.base import ENCODED, Family
 from tokenprune_hf.families.registry import check_method, family_of
+from tokenprune_hf.mllama.method import METHOD as TRIMMED
+from tokenprune_hf.mllama.model import check_prompt_has_images
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
-from tokenprune_hf.trimmed import NAME, TrimmedAttention, check_other, trim
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -116,14 +117,14 @@ class Pruning(Attachment):
         self,
         model: Any,
         selector: Selector,
-        keep: Keep,
+        keep: Keep | Budget,
         positions: Positions,
         application: Application,
         proportional_attention: bool = False,
     ) -> None:
         super().__init__(model)
         self.selector = selector
-        self.keep = check_keep(keep)
+        self._budget = Budget.of(keep)
         self.positions = check_positions(positions)
         self.application = _check_application(application)
         if not isinstance(proportional_attention, bool):
@@ -136,6 +137,11 @@ class Pruning(Attachment):
         self._last = _Chosen([], 0.0)
         self._proportional: ProportionalAttention | None = None
         self.begin()
+
+    @property
+    def keep(self) -> int | float:
+        """The budget of each item."""
+        return self._budget.keep
 
     @functools.cached_property
     def _family(self) -> Family:
@@ -518,7 +524,7 @@ class Pruning(Attachment):
             modality: select_many(
                 own,
                 self.selector,
-                self.keep,
+                self._budget,
                 known=[of_item[modality, index] for index in range(len(own))],
             )
             for modality, own in items.items()
@@ -643,13 +649,6 @@ class _FullPromptStreamer:
         self._streamer.end()
 
 
-@overload
-def apply(
-    model: Any, method: Literal["trimmed-attention"], keep: Keep | None = None, **options: Any
-) -> TrimmedAttention: ...
-
-
-@overload
 def apply(
     model: Any,
     method: str | Selector | PruningConfig,
@@ -659,77 +658,12 @@ def apply(
     apply: Application = "drop",
     proportional_attention: bool = False,
     **options: Any,
-) -> Pruning: ...
-
-
-def apply(
-    model: Any,
-    method: str | Selector | PruningConfig,
-    keep: Keep | None = None,
-    positions: Positions = "original",
-    *,
-    apply: Application = "drop",
-    proportional_attention: bool = False,
-    **options: Any,
-) -> Pruning | TrimmedAttention:
+) -> Pruning:
     """Make a model's `generate` and calls run pruned until `remove`.
 
     Parameters, result and errors are those of `prune`.
     """
-    check_other(model, method)
-    if isinstance(method, PruningConfig):
-        if keep is not None or options or positions != "original":
-            raise TokenPruneError(
-                "keep, positions or options came with a PruningConfig, which has them already. "
-                "Change them there, with dataclasses.replace."
-            )
-        return Pruning(
-            model,
-            method.selector(),
-            method.keep,
-            method.positions,
-            apply,
-            proportional_attention,
-        )
-    if keep is None:
-        raise BudgetError(
-            "keep is missing. Give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
-        )
-    if method == NAME:
-        return trim(model, keep, positions, apply, proportional_attention, options)
-    if isinstance(method, Selector):
-        if options:
-            raise TokenPruneError(
-                f"options {sorted(options)} came with a {type(method).__name__} object, which has "
-                "its options already. Set them there."
-            )
-        return Pruning(model, method, keep, positions, apply, proportional_attention)
-    config = PruningConfig(method, keep, positions, options)
-    return Pruning(
-        model, config.selector(), config.keep, config.positions, apply, proportional_attention
-    )
-
-
-_begin = apply  # where `apply` is a parameter's name
-
-
-@overload
-def prune(
-    model: Any, method: Literal["trimmed-attention"], keep: Keep | None = None, **options: Any
-) -> TrimmedAttention: ...
-
-
-@overload
-def prune(
-    model: Any,
-    method: str | Selector | PruningConfig,
-    keep: Keep | None = None,
-    positions: Positions = "original",
-    *,
-    apply: Application = "drop",
-    proportional_attention: bool = False,
-    **options: Any,
-) -> Pruning: ...
+    return _start(model, method, keep, positions, apply, proportional_attention, options)
 
 
 def prune(
@@ -741,7 +675,7 @@ def prune(
     apply: Application = "drop",
     proportional_attention: bool = False,
     **options: Any,
-) -> Pruning | TrimmedAttention:
+) -> Pruning:
     """Prune a model inside a ``with`` block.
 
     ::
@@ -756,14 +690,11 @@ def prune(
     ----------
     model
         A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
-        or a Llama-3.2-Vision for `method="trimmed-attention"`; or a PEFT model, what
-        `torch.compile` returned, or a DistributedDataParallel around one.
+        or a PEFT model, what `torch.compile` returned, or a DistributedDataParallel around one.
     method
         A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
-        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is for
-        Llama-3.2-Vision alone, whose text attends to vision tokens beside the prompt; `keep` is
-        what each head keeps then, `positions` and `apply` do not apply, and the options are
-        `queries` and `first_layer` (`tokenprune_hf.trimmed.TrimmedAttention`).
+        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is
+        deprecated: it does, and returns, what `tokenprune_hf.trim_cross_attention` does.
     keep
         Budget of each image, video or crop: an int of tokens or a fraction.
     positions
@@ -787,7 +718,7 @@ def prune(
 
     Returns
     -------
-    Pruning or TrimmedAttention
+    Pruning
         With `selections` of the last call and `remove`.
 
     Raises
@@ -799,15 +730,52 @@ def prune(
     TokenPruneError
         If the model is pruned already.
     """
-    return _begin(
-        model,
-        method,
-        keep,
-        positions,
-        apply=apply,
-        proportional_attention=proportional_attention,
-        **options,
-    )
+    return _start(model, method, keep, positions, apply, proportional_attention, options)
+
+
+def _start(
+    model: Any,
+    method: str | Selector | PruningConfig,
+    keep: Keep | None,
+    positions: Positions,
+    application: Application,
+    proportional_attention: bool,
+    options: dict[str, Any],
+) -> Any:
+    """Do what `prune` and `apply` say; the deprecated method returns no `Pruning`."""
+    if method != TRIMMED.name:
+        check_prompt_has_images(model, method)
+    if isinstance(method, PruningConfig):
+        if keep is not None or options or positions != "original":
+            raise TokenPruneError(
+                "keep, positions or options came with a PruningConfig, which has them already. "
+                "Change them there, with dataclasses.replace."
+            )
+        asked = method.selector(), method.budget, method.positions
+        return Pruning(model, *asked, application, proportional_attention)
+    if keep is None:
+        raise BudgetError(
+            "keep is missing. Give a number of tokens (keep=64) or a fraction of them (keep=0.1)."
+        )
+    if method == TRIMMED.name:
+        from tokenprune_hf.mllama.by_name import trim_by_name
+
+        about_prompts = {
+            "positions": (positions, "original"),
+            "apply": (application, "drop"),
+            "proportional_attention": (proportional_attention, False),
+        }
+        return trim_by_name(model, keep, options, about_prompts)
+    if isinstance(method, Selector):
+        if options:
+            raise TokenPruneError(
+                f"options {sorted(options)} came with a {type(method).__name__} object, which has "
+                "its options already. Set them there."
+            )
+        return Pruning(model, method, keep, positions, application, proportional_attention)
+    config = PruningConfig(method, keep, positions, options)
+    asked = config.selector(), config.budget, config.positions
+    return Pruning(model, *asked, application, proportional_attention)
 
 
 def remove(model: Any) -> None:

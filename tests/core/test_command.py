@@ -40,6 +40,10 @@ def test_methods_prints_every_method_with_its_options() -> None:
     for name, selector in tokenprune.methods().items():
         assert f"\n{name} " in f"\n{done.stdout}"
         assert selector.summary in done.stdout
+    before, beside = done.stdout.split("\nIn cross-attention: ")
+    assert before.startswith("Before the language model: ")
+    assert "\ntrimmed-attention " in beside
+    assert "call:   tokenprune_hf.trim_cross_attention(model, keep)\n" in beside
     assert "estimator='auto'" in done.stdout
 
 
@@ -53,6 +57,8 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert about["needs"] == list(selector.needs)
         if name != "flexselect-lite":  # which cannot be made without a path
             assert selector.from_options(about["options"]) == selector()
+        assert about["kind"] == "before"
+    assert printed["other_methods"]["trimmed-attention"]["kind"] == "cross-attention"
     assert "trimmed-attention" in printed["no_selectors"]
 
 

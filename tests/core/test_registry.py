@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 import tokenprune
 from tokenprune.errors import RegistryError, UnknownMethodError
-from tokenprune.registry import find
+from tokenprune.registry import KINDS, Method, find, listed
 from tokenprune.tokens import INPUTS
 
 PLUGIN = """
@@ -28,16 +29,25 @@ class Last(Selector):
 
 class NotASelector:
     name = "odd"
+
+from tokenprune.registry import Method
+INSIDE = Method("late", "inside", "tokens of late layers", "", "plugin_of_a_test.late(model)")
+NOWHERE = Method("late", "nowhere", "tokens of late layers", "", "plugin_of_a_test.late(model)")
 """
 
 
-def install(folder: Path, entries: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(
+    folder: Path,
+    entries: str,
+    monkeypatch: pytest.MonkeyPatch,
+    group: str = "tokenprune.selectors",
+) -> None:
     """Lay out what installing a package with these entry points would."""
     (folder / "plugin_of_a_test.py").write_text(PLUGIN)
     info = folder / "plugin_of_a_test-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin-of-a-test\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[tokenprune.selectors]\n{entries}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entries}\n")
     monkeypatch.syspath_prepend(str(folder))
 
 
@@ -61,9 +71,68 @@ def test_unknown_method() -> None:
         tokenprune.select(tokenprune.VisualTokens(grid=(1, 2, 2)), "div-prune", 1)
 
 
-def test_a_method_that_is_no_selector_says_who_takes_it() -> None:
-    with pytest.raises(UnknownMethodError, match=r"only tokenprune_hf\.prune and apply take it"):
+def test_a_method_that_is_no_selector_says_how_it_is_called() -> None:
+    with pytest.raises(
+        UnknownMethodError,
+        match=r"prunes in cross-attention.*Call tokenprune_hf\.trim_cross_attention\(model, keep\)",
+    ):
         find("trimmed-attention")
+
+
+def test_methods_of_all_kinds_are_listed() -> None:
+    every = listed()
+    assert list(every) == sorted(every)
+    assert {name for name, method in every.items() if method.kind == "before"} == {
+        *tokenprune.methods()
+    }
+    assert set(every) - set(tokenprune.methods()) == {"trimmed-attention"}
+    for name, method in every.items():
+        assert method.name == name
+        assert method.kind in KINDS
+        assert method.summary
+        assert method.call
+
+
+def test_the_options_listed_are_those_of_the_function() -> None:
+    import tokenprune_hf
+
+    listed_options = dict(listed()["trimmed-attention"].options)
+    parameters = inspect.signature(tokenprune_hf.trim_cross_attention).parameters.values()
+    assert listed_options == {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
+def test_a_package_brings_a_method_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "late = plugin_of_a_test:INSIDE", monkeypatch, "tokenprune.methods")
+    assert listed()["late"] == Method(
+        "late", "inside", "tokens of late layers", "", "plugin_of_a_test.late(model)"
+    )
+    assert "late" not in tokenprune.methods()
+    with pytest.raises(UnknownMethodError, match=r"inside the .* Call plugin_of_a_test\.late\("):
+        find("late")
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ("late = plugin_of_a_test:NOWHERE", "of a kind out of before, inside, cross-attention"),
+        ("last = plugin_of_a_test:INSIDE", "which must be a tokenprune.registry.Method of that"),
+        ("odd = plugin_of_a_test:NotASelector", "which must be a tokenprune.registry.Method"),
+        ("gone = plugin_of_a_test:Gone", "the method 'gone' cannot be loaded"),
+        ("random = plugin_of_a_test:INSIDE", "two methods are called 'random'"),
+    ],
+)
+def test_a_method_of_another_kind_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str, says: str
+) -> None:
+    install(tmp_path, entries, monkeypatch, "tokenprune.methods")
+    with pytest.raises(RegistryError, match=says):
+        listed()
 
 
 def test_a_package_brings_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

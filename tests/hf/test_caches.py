@@ -21,7 +21,7 @@ from tests.hf.models import IMAGE, PAD, TINY, prompt
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune_hf.engine import cache_argument, cache_of
-from tokenprune_hf.trimmed import TrimmedAttention
+from tokenprune_hf.mllama.trimmed import TrimmedAttention
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 # transformers 5.19 calls its own mllama so.

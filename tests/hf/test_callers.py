@@ -26,7 +26,7 @@ from tests.hf.test_lifecycle import state
 from tokenprune.errors import PromptError, TokenPruneError, UnsupportedModelError
 from tokenprune.masks import PooledBlocks
 from tokenprune_eval.dominance import measure_dominance
-from tokenprune_hf.trimmed import TrimmedAttention
+from tokenprune_hf.mllama.trimmed import TrimmedAttention
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
 # transformers 5.19 calls its own mllama so.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -138,19 +139,27 @@ def test_prompts_may_keep_unequal_numbers_of_rows(name: str) -> None:
     assert both[:, length:].tolist() == answers
 
 
-@pytest.mark.parametrize("method", ["feature-norm", "trimmed-attention"])
+def trimmed(model: Any) -> Any:
+    return tokenprune_hf.trim_cross_attention(model, 0.5)
+
+
+def pruned(model: Any) -> Any:
+    return tokenprune_hf.prune(model, "feature-norm", 0.5)
+
+
+@pytest.mark.parametrize("begin", [pruned, trimmed])
 def test_an_untested_release_is_warned_of_at_prune(
-    method: str, monkeypatch: pytest.MonkeyPatch
+    begin: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny() if method == "trimmed-attention" else TINY["llava"].model()
+    model = tiny() if begin is trimmed else TINY["llava"].model()
     monkeypatch.setattr(releases, "_WARNED", set())
     # As it is now: transformers puts another module in its own place while it loads models.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "99.1.0")
     with (
         pytest.warns(UntestedReleaseWarning, match=r"transformers 99\.1\.0 .* 5\.19 to 5\.24"),
-        tokenprune_hf.prune(model, method, 0.5),
+        begin(model),
     ):
         pass
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tokenprune_hf.prune(model, method, 0.5).remove()
+        begin(model).remove()

@@ -26,7 +26,7 @@ from tokenprune.errors import (
 )
 from tokenprune_hf.attached import attached
 from tokenprune_hf.engine import cache_argument, cache_of
-from tokenprune_hf.trimmed import TrimmedAttention
+from tokenprune_hf.mllama.trimmed import TrimmedAttention
 
 # transformers itself calls the layers of its vision encoder by a name that it has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -450,41 +450,73 @@ def test_twice_is_refused() -> None:
 # Through `tokenprune_hf` --------------------------------------------------------------------------
 
 METHOD: Final = "trimmed-attention"
+"""The name under which `prune` and `apply` took it before it had a function."""
+
+BY_NAME = pytest.warns(DeprecationWarning, match=r"Call tokenprune_hf\.trim_cross_attention")
 
 
-def test_prune_trims() -> None:
+def test_trim_cross_attention() -> None:
     model, inputs = tiny(), prompt(["t2t", "t1t"])
     before = state(model)
     with TrimmedAttention(model, 0.2, "max", "trimmed"):
         whole = logits(model, inputs)
-    with tokenprune_hf.prune(
-        model, method=METHOD, keep=0.2, queries="max", first_layer="trimmed"
+    with tokenprune_hf.trim_cross_attention(
+        model, keep=0.2, queries="max", first_layer="trimmed"
     ) as trimming:
-        assert type(trimming) is TrimmedAttention
+        assert type(trimming) is tokenprune_hf.TrimmedAttention
         assert torch.equal(logits(model, inputs), whole)
         assert len(trimming.selections) == 2
     assert state(model) == before
 
 
-def test_apply_trims_until_remove() -> None:
+def test_it_lasts_until_remove() -> None:
     model, inputs = tiny(), prompt(["t2t"])
     before, plain = state(model), logits(model, inputs)
-    trimming = tokenprune_hf.apply(model, METHOD, 0.1)
+    trimming = tokenprune_hf.trim_cross_attention(model, 0.1)
     assert (trimming.queries, trimming.first_layer) == ("sum", "full")
     assert not torch.equal(logits(model, inputs), plain)
     with pytest.raises(
         TokenPruneError, match=r"under TrimmedAttention already.*tokenprune_hf\.remove\(model\)"
     ):
-        tokenprune_hf.apply(model, METHOD, 0.2)
+        tokenprune_hf.trim_cross_attention(model, 0.2)
     tokenprune_hf.remove(model)
     assert state(model) == before
     assert torch.equal(logits(model, inputs), plain)
     tokenprune_hf.remove(model)
-    with tokenprune_hf.prune(model, METHOD, 0.2):
+    with tokenprune_hf.trim_cross_attention(model, 0.2):
         pass
 
 
-def test_prune_refuses_what_has_no_meaning_here() -> None:
+def test_what_trim_cross_attention_refuses() -> None:
+    model: Any = tiny()
+    before = state(model)
+    with pytest.raises(BudgetError, match="for videos of other models"):
+        tokenprune_hf.trim_cross_attention(model, "llava-video-7b")
+    with pytest.raises(BudgetError, match="not a fraction"):
+        tokenprune_hf.trim_cross_attention(model, 1.5)
+    queries: Any = "maximum"
+    with pytest.raises(OptionError, match=r"option queries='maximum'.*Did you mean 'max'"):
+        tokenprune_hf.trim_cross_attention(model, 0.1, queries=queries)
+    first_layer: Any = "some"
+    with pytest.raises(OptionError, match=r"option first_layer='some'.*Allowed: full, trimmed"):
+        tokenprune_hf.trim_cross_attention(model, 0.1, first_layer=first_layer)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("by_name", [tokenprune_hf.prune, tokenprune_hf.apply])
+def test_by_name_it_warns_and_does_the_same(by_name: Any) -> None:
+    model, inputs = tiny(), prompt(["t2t", "t1t"])
+    with tokenprune_hf.trim_cross_attention(model, 0.2, queries="max", first_layer="trimmed"):
+        whole = logits(model, inputs)
+    with BY_NAME as warned:
+        trimming = by_name(model, METHOD, 0.2, queries="max", first_layer="trimmed")
+    assert [warning.filename for warning in warned] == [__file__]
+    assert type(trimming) is TrimmedAttention
+    assert torch.equal(logits(model, inputs), whole)
+    trimming.remove()
+
+
+def test_by_name_it_refuses_what_has_no_meaning_here() -> None:
     model: Any = tiny()
     before = state(model)
     with pytest.raises(ConfigError, match="positions='compact' has no meaning"):
@@ -493,11 +525,20 @@ def test_prune_refuses_what_has_no_meaning_here() -> None:
         tokenprune_hf.prune(model, METHOD, 0.1, apply="mask")
     with pytest.raises(BudgetError, match="keep is missing"):
         tokenprune_hf.prune(model, METHOD)
-    with pytest.raises(BudgetError, match="for videos of other models"):
+    with BY_NAME, pytest.raises(BudgetError, match="for videos of other models"):
         tokenprune_hf.prune(model, METHOD, "llava-video-7b")
     with pytest.raises(OptionError, match="Did you mean 'queries'"):
         tokenprune_hf.prune(model, METHOD, 0.1, query="max")
     assert state(model) == before
+
+
+def test_the_former_module_warns() -> None:
+    from tokenprune_hf import trimmed
+
+    with pytest.warns(DeprecationWarning, match=r"Use tokenprune_hf\.trim_cross_attention"):
+        assert trimmed.TrimmedAttention is TrimmedAttention
+    with pytest.raises(AttributeError, match="no attribute 'Trimmed'"):
+        _ = trimmed.Trimmed
 
 
 def test_a_method_and_a_model_that_do_not_fit() -> None:
@@ -505,13 +546,15 @@ def test_a_method_and_a_model_that_do_not_fit() -> None:
     before = state(model)
     config = PruningConfig("uniform", 0.1)
     for method in ("cls-attention", "trimed-attention", config, config.selector()):
-        with pytest.raises(UnsupportedModelError, match="method='trimmed-attention'"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"Call tokenprune_hf\.trim_cross_attention\(model, keep\)"
+        ):
             tokenprune_hf.prune(model, method, None if method is config else 0.1)
     assert state(model) == before
     llava = TINY["llava"].model()
     before = state(llava)
     with pytest.raises(UnsupportedModelError, match="model_type 'mllama'"):
-        tokenprune_hf.prune(llava, METHOD, 0.1)
+        tokenprune_hf.trim_cross_attention(llava, 0.1)
     assert state(llava) == before
 
 
@@ -528,8 +571,6 @@ def test_wrong_settings_are_refused_before_the_model_is_touched() -> None:
         TrimmedAttention(model, 0.1, queries="summ")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="Did you mean 'trimmed'"):
         TrimmedAttention(model, 0.1, first_layer="trimed")  # type: ignore[arg-type]
-    with pytest.raises(OptionError, match="Did you mean 'queries'"):
-        TrimmedAttention(model, 0.1, query="sum")
     assert state(model) == before
 
 

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenprune.registry import Method
 
 HELP = "list the methods: what each looks at, its paper, its options and their defaults"
 EXTRA = ""
@@ -16,41 +22,57 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table."""
-    from tokenprune.registry import NO_SELECTORS
+    from tokenprune.registry import KINDS, listed
 
-    described = describe_methods()
+    every = listed()
     if arguments.json:
-        import json
-
-        print(json.dumps({"methods": described, "no_selectors": NO_SELECTORS}, indent=2))
+        print(json.dumps(as_json(every), indent=2))
         return 0
-    width = max(len(name) for name in described)
-    for name, about in described.items():
-        print(f"{name:<{width}}  {about['summary']}")
-        lines = [
-            ("paper", about["paper"] or "none: a baseline"),
-            ("needs", ", ".join(about["needs"]) or "nothing but the number of tokens"),
-            *(("option", f"{option}={value!r}") for option, value in about["options"].items()),
-        ]
-        for label, text in lines:
-            print(f"{'':<{width}}  {label + ':':<7} {text}")
-    for name, text in NO_SELECTORS.items():
-        print(f"\n{name} {text}")
+    width = max(map(len, every))
+    for kind, meaning in KINDS.items():
+        of_kind = [method for method in every.values() if method.kind == kind]
+        if of_kind:
+            print(f"{meaning[0].upper()}{meaning[1:]}.\n")
+        for method in of_kind:
+            print(f"{method.name:<{width}}  {method.summary}")
+            for label, text in _lines(method):
+                print(f"{'':<{width}}  {label + ':':<7} {text}")
+        if of_kind:
+            print()
     return 0
 
 
-def describe_methods() -> dict[str, dict[str, Any]]:
-    """Return name -> ``{"summary", "paper", "needs", "options"}``, options with their defaults."""
-    import dataclasses
+def _lines(method: Method) -> Iterator[tuple[str, str]]:
+    """Yield what is printed below a method: a label, and what it labels."""
+    yield "paper", method.paper or "none: a baseline"
+    if method.kind == "before":
+        yield "needs", ", ".join(method.needs) or "nothing but the number of tokens"
+    else:
+        yield "call", method.call
+    for option, default in method.options.items():
+        yield "option", f"{option}={default!r}"
 
-    from tokenprune.registry import methods
 
-    return {
-        name: {
-            "summary": selector.summary,
-            "paper": selector.paper,
-            "needs": list(selector.needs),
-            "options": {field.name: field.default for field in dataclasses.fields(selector)},
-        }
-        for name, selector in methods().items()
-    }
+def as_json(every: dict[str, Method]) -> dict[str, Any]:
+    """Return what ``tokenprune methods --json`` prints.
+
+    Parameters
+    ----------
+    every
+        What `tokenprune.registry.listed` returned.
+
+    Returns
+    -------
+    dict
+        ``"methods"`` are the selectors, which every command and function takes by name;
+        ``"other_methods"`` those with a function of their own. Each is name -> fields of
+        `tokenprune.registry.Method`. ``"no_selectors"``: name -> a sentence about each of the
+        latter, for readers of what earlier releases printed.
+    """
+    selectors, others = {}, {}
+    for name, method in every.items():
+        fields = dataclasses.asdict(method)
+        del fields["name"]
+        (selectors if method.kind == "before" else others)[name] = fields
+    sentences = {name: f"{every[name].summary}: call {every[name].call}" for name in others}
+    return {"methods": selectors, "other_methods": others, "no_selectors": sentences}
