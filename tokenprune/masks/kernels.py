@@ -179,6 +179,41 @@ class _Part:
     run: tuple[int, int] | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """What the heads see of one block of queries.
+
+    A *pattern* is what a head has in all blocks of keys, and the heads that have it. A *piece* is
+    a block of keys of which some pairs are allowed, as one or more patterns have it.
+
+    Attributes
+    ----------
+    queries
+        LongTensor [Q], their places.
+    patterns
+        LongTensor [P, blocks], codes; see `_Plan.__init__`.
+    heads
+        P LongTensors, the heads of each pattern.
+    pattern_of, piece_of
+        LongTensors [m], for each piece that a pattern has: the pattern and the piece.
+    weight
+        LongTensor [n], how many heads have each piece.
+    keys
+        LongTensor [n, K], places of each piece's keys.
+    allowed
+        BoolTensor [n, K, Q], which pairs are.
+    """
+
+    queries: Tensor
+    patterns: Tensor
+    heads: list[Tensor]
+    pattern_of: Tensor
+    piece_of: Tensor
+    weight: Tensor
+    keys: Tensor
+    allowed: Tensor
+
+
 class _Plan:
     """What is computed for a mask, found once: `_Part`s, and heads that are plainly causal.
 
@@ -192,7 +227,8 @@ class _Plan:
         self._length, self._heads = mask.length, mask.heads
         self._block, self._device = block, device
         cover, heads, length = mask.cover(block), mask.heads, mask.length
-        # What a head has in a block: -1 nothing, 0 all pairs, and above, some kind of some pairs.
+        # The code of a head in a block of pairs: -1 none is allowed, 0 all are, and above 0 some
+        # are. Heads of the same code above 0 in a block allow the same pairs in it.
         codes = torch.where(cover.every, 0, 1 + _kinds(mask)).where(cover.some, -1)
         codes = codes.expand(heads, -1, -1)
         self._causal = self._causal_heads(mask, codes)
@@ -232,56 +268,84 @@ class _Plan:
 
     def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[list[_Part]]:
         """Yield the parts of each call of the kernel, block of queries by block of queries."""
+        for number in range(codes.shape[1]):
+            row = self._row(mask, codes[:, number], torch.tensor(heads), number)
+            for chosen in _split(row.allowed, row.weight, _CALL * len(row.heads)):
+                yield from _calls(self._parts(row, chosen), self._device)
+
+    def _row(self, mask: Mask, codes: Tensor, heads: Tensor, number: int) -> _Row:
+        """Return what heads see of one block of queries.
+
+        Parameters
+        ----------
+        mask
+            Of all heads.
+        codes
+            LongTensor [H, blocks]; see `__init__`.
+        heads
+            LongTensor, those that are looked at.
+        number
+            Of the block of queries.
+        """
         block, length = self._block, self._length
-        mine = torch.tensor(heads)
-        keys_in = torch.arange(blocks_in(length, block) * block).view(-1, block)
-        inside = keys_in < length
+        queries = torch.arange(number * block, min(number * block + block, length))
+        # Heads that have the same in all blocks of keys go through the kernel together.
+        patterns, pattern_of_head = torch.unique(codes[heads], dim=0, return_inverse=True)
+        members = [heads[pattern_of_head == pattern] for pattern in range(len(patterns))]
+        pattern_of, column = (patterns > 0).nonzero().unbind(1)
+        # Column and code as one number, which is ordered as the pair is: codes are below the base.
         base = int(codes.max()) + 1
-        for row in range(codes.shape[1]):
-            first = row * block
-            queries = torch.arange(first, min(first + block, length))
-            # Heads that have the same in a row go through the kernel together.
-            patterns, pattern_of = torch.unique(codes[mine, row], dim=0, return_inverse=True)
-            members = [mine[pattern_of == number] for number in range(len(patterns))]
-            owner, column = (patterns > 0).nonzero().unbind(1)
-            piece, index = torch.unique(
-                column * base + patterns[owner, column], return_inverse=True
+        piece, piece_of = torch.unique(
+            column * base + patterns[pattern_of, column], return_inverse=True
+        )
+        columns = piece // base
+        # Heads of one code allow the same pairs: the first that has it answers for all of them.
+        example = torch.empty_like(piece)
+        example[piece_of] = torch.stack([alike[0] for alike in members])[pattern_of]
+        sizes = torch.tensor([len(alike) for alike in members])
+        weight = torch.zeros_like(piece).index_add_(0, piece_of, sizes[pattern_of])
+        places = columns[:, None] * block + torch.arange(block)
+        # The last block may reach behind the prompt: the mask is asked for a token that is there,
+        # and its answer does not count.
+        keys = places.clamp(max=length - 1)
+        allowed = _pairs(mask, example, queries, keys).expand(len(piece), block, len(queries))
+        if len(piece) and int(places.max()) >= length:
+            allowed = allowed & (places < length)[:, :, None]
+        return _Row(queries, patterns, members, pattern_of, piece_of, weight, keys, allowed)
+
+    def _parts(self, row: _Row, chosen: Tensor) -> list[_Part]:
+        """Return a part for each pattern of a row.
+
+        Parameters
+        ----------
+        row
+            A block of queries.
+        chosen
+            LongTensor, which of its queries the parts are of.
+        """
+        some, every = _seen(row.allowed, chosen)
+        mixed = some & ~every
+        has_mixed = mixed.any(dim=1)
+        # Patterns may differ only in blocks that all queries see. Their biases are the same then.
+        biases: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
+        parts = []
+        for number, heads in enumerate(row.heads):
+            pieces = row.piece_of[row.pattern_of == number]
+            biased = pieces[has_mixed[pieces]]
+            name = tuple(biased.tolist())
+            if name not in biases:
+                biases[name] = self._bias(
+                    row.allowed[biased][..., chosen], mixed[biased], row.keys[biased]
+                )
+            part = self._part(
+                heads.tolist(),
+                row.queries[chosen],
+                (row.patterns[number] == 0).nonzero()[:, 0],
+                row.keys[pieces][every[pieces]],
+                *biases[name],
             )
-            columns = piece // base
-            example = torch.empty_like(piece)
-            example[index] = torch.stack([one[0] for one in members])[owner]
-            sizes = torch.tensor([len(one) for one in members])
-            weight = torch.zeros_like(piece).index_add_(0, index, sizes[owner])
-            keys = keys_in[columns].clamp(max=length - 1)
-            allowed = _pairs(mask, example, queries, keys)
-            allowed = allowed.expand(len(piece), block, len(queries))
-            if len(piece) and int(columns.max()) == length // block:
-                allowed = allowed & inside[columns][:, :, None]
-            packed = _Packed(allowed)
-            for chosen in _split(packed, weight, _CALL * len(members)):
-                seen, whole = packed.seen(chosen)
-                mixed = seen & ~whole
-                of_mixed = mixed.any(dim=1)
-                biases: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = {}
-                places = queries[chosen]
-                parts = []
-                for number, pattern in enumerate(patterns):
-                    own = index[owner == number]
-                    some = own[of_mixed[own]]
-                    name = tuple(some.tolist())
-                    if name not in biases:
-                        biases[name] = self._bias(
-                            allowed[some][..., chosen], mixed[some], keys[some]
-                        )
-                    part = self._part(
-                        members[number].tolist(),
-                        places,
-                        (pattern == 0).nonzero()[:, 0],
-                        keys[own][whole[own]],
-                        *biases[name],
-                    )
-                    parts.append(part)
-                yield from _calls(parts, self._device)
+            parts.append(part)
+        return parts
 
     def _bias(self, pairs: Tensor, mixed: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the keys of some blocks that not all queries see, and what hides them."""
@@ -563,36 +627,25 @@ _CALL = 2**15
 """How many pairs take about as long as one more call of the kernel."""
 
 
-class _Packed:
-    """BoolTensor [n, K, Q], of which eight queries are one int64: a byte for each.
+def _seen(allowed: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Return BoolTensors [n, K], whether any of some queries may see a key, and whether all.
 
-    Bytes are added without a carry where less than 256 are.
+    Parameters
+    ----------
+    allowed
+        BoolTensor [n, K, Q].
+    queries
+        LongTensor, some of the Q, each once.
     """
-
-    def __init__(self, allowed: Tensor) -> None:
-        self.queries = allowed.shape[2]
-        padded = F.pad(allowed, (0, -self.queries % 8)).contiguous()
-        self._words = padded.view(torch.int64)  # [n, K, Q / 8]
-
-    def seen(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return BoolTensors [n, K], whether any of some queries may see a key, and whether all."""
-        chosen = torch.zeros(self._words.shape[2] * 8, dtype=torch.bool)
-        chosen[queries] = True
-        words = chosen.view(torch.int64)
-        mine = self._words if len(queries) == self.queries else self._words & words
-        parts = [one.sum(dim=-1) for one in mine.split(128, dim=-1)]
-        wanted = [one.sum() for one in words.split(128)]
-        some = torch.stack([one != 0 for one in parts]).any(dim=0)
-        every = torch.stack([one == all_of for one, all_of in zip(parts, wanted, strict=True)])
-        return some, every.all(dim=0)
-
-    def counts(self) -> Tensor:
-        """Return LongTensor [n, Q], how many keys each query may see."""
-        parts = [one.sum(dim=1).view(torch.uint8) for one in self._words.split(128, dim=1)]
-        return sum((one.long() for one in parts), torch.tensor(0))[:, : self.queries]
+    if len(queries) < allowed.shape[2]:
+        allowed = allowed[..., queries]
+    # The largest and the smallest byte are `any` and `all`: torch has vector instructions for
+    # bytes and none for bools, which takes 17 times as long.
+    flags = allowed.contiguous().view(torch.uint8)
+    return flags.amax(dim=-1).bool(), flags.amin(dim=-1).bool()
 
 
-def _split(packed: _Packed, weight: Tensor, least: int) -> list[Tensor]:
+def _split(allowed: Tensor, weight: Tensor, least: int) -> list[Tensor]:
     """Cut queries into sets that see about as many keys each.
 
     A set is computed with all keys that any of its queries sees. It is cut where the numbers of
@@ -600,35 +653,36 @@ def _split(packed: _Packed, weight: Tensor, least: int) -> list[Tensor]:
 
     Parameters
     ----------
-    packed
-        For n sets of keys, which of the queries may see them.
+    allowed
+        BoolTensor [n, K, Q], which of the queries may see the keys of n pieces.
     weight
-        LongTensor [n], how often each set of keys counts.
+        LongTensor [n], how often each piece counts.
     least
         See above.
     """
-    everyone = torch.arange(packed.queries)
+    everyone = torch.arange(allowed.shape[2])
 
     def cost(queries: Tensor) -> int:
-        return len(queries) * int(packed.seen(queries)[0].sum(dim=1) @ weight)
+        return len(queries) * int(_seen(allowed, queries)[0].sum(dim=1) @ weight)
 
     def cut(queries: Tensor, whole: int) -> list[Tensor]:
         if whole < least:  # as in most rows: nothing has to be counted
             return [queries]
-        mine = seen()[queries]
-        if whole - int(mine.sum()) < least:
+        counts = keys_seen()[queries]
+        if whole - int(counts.sum()) < least:  # not even one set for each query would save it
             return [queries]
-        order = mine.argsort(stable=True)
-        after = int(mine[order].diff().argmax()) + 1
-        low, high = (queries[one.sort().values] for one in order.tensor_split([after]))
+        order = counts.argsort(stable=True)
+        after = int(counts[order].diff().argmax()) + 1
+        low, high = (queries[half.sort().values] for half in order.tensor_split([after]))
         costs = cost(low), cost(high)
         if whole - sum(costs) < least:
             return [queries]
         return cut(low, costs[0]) + cut(high, costs[1])
 
-    @cache
-    def seen() -> Tensor:
-        return weight @ packed.counts()
+    @cache  # asked for by few rows, and then by each cut
+    def keys_seen() -> Tensor:
+        """LongTensor [Q], how many keys each query sees, of all heads together."""
+        return weight @ allowed.sum(dim=1, dtype=torch.int32).long()
 
     if len(everyone) == 1 or not len(weight):
         return [everyone]
