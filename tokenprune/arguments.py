@@ -1,7 +1,7 @@
 """Command-line arguments that several subcommands share, and how their text is read.
 
-One thing is written one way everywhere: ``--method`` or ``--methods``, MODEL in its place or
-``--model MODEL``, ``--option NAME=VALUE`` or ``--option METHOD.NAME=VALUE``.
+All subcommands write the same argument in the same way: ``--method`` or ``--methods``, MODEL as the
+first word or ``--model MODEL``, ``--option NAME=VALUE`` or ``--option METHOD.NAME=VALUE``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ _IN_PLACE = "_model_in_place"
 """Notes while parsing whether the model came in its place."""
 
 _NEAR = 0.6
-"""How alike a mistyped word and its correction are, by `difflib`."""
+"""Similarity of a mistyped word and its correction, as `difflib` counts it."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that names an argument it does not know, and the nearest it does.
+    """A parser that names an unknown option, and the known one that is nearest to it.
 
-    `argparse` names a missing or a misplaced argument first, which a mistyped name makes of others.
+    `argparse` would report a missing or misplaced argument first, which is only a consequence of
+    the mistyped option.
 
     Attributes
     ----------
@@ -63,7 +64,7 @@ class Parser(argparse.ArgumentParser):
         return arguments, more
 
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """End with an error for words that are nobody's."""
+        """End with an error for words that no argument takes."""
         self.error(f"there is no place for {' '.join(unknown)}; see {self.prog} --help")
 
     def _check_options(self, given: Sequence[str]) -> None:
@@ -97,9 +98,9 @@ class Parser(argparse.ArgumentParser):
 
     def _one_model(self, given: list[str]) -> list[str]:
         """End with an error if there are now more positional arguments than places in front."""
-        places = sum(not action.option_strings for action in self._actions)
+        positional = sum(not action.option_strings for action in self._actions)
         leading = next((n for n, word in enumerate(given) if word.startswith("-")), len(given))
-        if leading > places:
+        if leading > positional:
             self.error(f"the model is named twice: {given[1]} and --model {given[0]}")
         return given
 
@@ -295,10 +296,10 @@ def parse_options(given: Iterable[str], argument: str = "--option") -> dict[str,
         If there is no ``=``.
     """
     values: dict[str, Any] = {}
-    for one in given:
-        name, equals, text = one.partition("=")
+    for assignment in given:
+        name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise OptionError(f"{argument} {one} is not NAME=VALUE, for example seed=1.")
+            raise OptionError(f"{argument} {assignment} is not NAME=VALUE, for example seed=1.")
         try:
             values[name] = json.loads(text)
         except json.JSONDecodeError:
@@ -332,15 +333,15 @@ def options_by_method(given: Iterable[str], methods: Iterable[str]) -> dict[str,
     named: dict[str, dict[str, Any]] = {}
     plain: dict[str, dict[str, Any]] = {}
     methods = list(dict.fromkeys(methods))
-    for one in given:
-        name, equals, text = one.partition("=")
+    for assignment in given:
+        name, equals, text = assignment.partition("=")
         # A method's name may have a dot in it, an option's cannot.
         method, dot, option = name.rpartition(".")
         ((option, value),) = parse_options([f"{option}{equals}{text}"]).items()
         if dot:
             if method not in methods:
                 raise OptionError(
-                    f"--option {one} is for {method!r}, which is not among the methods. "
+                    f"--option {assignment} is for {method!r}, which is not among the methods. "
                     f"{did_you_mean(method, methods)}"
                 )
             _check_option(option, [method])

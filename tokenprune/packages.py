@@ -1,9 +1,9 @@
 """Packages beside torch and numpy that a part of tokenprune imports, and what installs them.
 
-A subcommand says in its ``needs`` all that it will import, up to its last stage, and
-`check_packages` looks for them before the first: a package that only the report needs must not be
-missed when the answers are there. What depends on settings or on the data is checked by the same
-function as soon as these are known.
+A subcommand lists in its ``needs`` all packages that it will import, up to its last stage.
+`check_packages` looks for them before the first stage, so that a run does not fail at its report
+for a missing package. What depends on settings or on the data is checked by the same function as
+soon as these are known.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Package:
     module
         What is imported.
     install
-        What ``pip install`` is told where the subcommand's own extra does not bring it.
+        The argument of ``pip install``, if the subcommand's own extra does not install it.
     hint
         A sentence to put behind the advice.
     """
@@ -65,7 +65,7 @@ def check_packages(packages: Iterable[Package], extra: str, who: str) -> None:
     MissingPackageError
         Naming all that are missing and the command that installs them.
     """
-    missing = [one for one in dict.fromkeys(packages) if not one.is_there()]
+    missing = [package for package in dict.fromkeys(packages) if not package.is_there()]
     if missing:
         raise missing_packages(missing, extra, who)
 
@@ -73,10 +73,10 @@ def check_packages(packages: Iterable[Package], extra: str, who: str) -> None:
 def missing_packages(missing: Iterable[Package], extra: str, who: str) -> MissingPackageError:
     """Return the error for packages that are known to be missing; see `check_packages`."""
     missing = list(missing)
-    names = ", ".join(one.module for one in missing)
+    names = ", ".join(package.module for package in missing)
     noun = "package" if len(missing) == 1 else "packages"
     verb = "is" if len(missing) == 1 else "are"
-    hints = "".join(f" {one.hint}" for one in missing if one.hint)
+    hints = "".join(f" {package.hint}" for package in missing if package.hint)
     return MissingPackageError(
         f"{who} needs the {noun} {names}, which {verb} not installed. Install what is missing "
         f"with: {install_command(missing, extra)}{hints}"
@@ -84,9 +84,11 @@ def missing_packages(missing: Iterable[Package], extra: str, who: str) -> Missin
 
 
 def install_command(packages: Iterable[Package], extra: str) -> str:
-    """Return the line for a shell that installs packages."""
+    """Return the shell command that installs packages."""
     packages = list(packages)
-    own = f"'{DISTRIBUTION}[{extra}]'"
-    told = sorted({one.install or own for one in packages}, key=lambda text: text != own)
-    # One after the other: an option such as --no-deps holds for the whole of a command.
-    return " && ".join(f"pip install {text}" for text in told)
+    of_extra = f"'{DISTRIBUTION}[{extra}]'"
+    arguments = sorted(
+        {package.install or of_extra for package in packages}, key=lambda text: text != of_extra
+    )
+    # A command each: an option such as --no-deps applies to all packages of its command.
+    return " && ".join(f"pip install {text}" for text in arguments)

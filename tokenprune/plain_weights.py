@@ -23,7 +23,7 @@ _WATCHES = "only_watches"
 
 
 def only_watches(hook: _Hook) -> _Hook:
-    """Mark a hook as one that looks at calls and changes nothing, and return it.
+    """Mark a hook as one that reads calls and changes nothing, and return it.
 
     The hooks of another thread that watches the same projector must not change how it is measured.
     """
@@ -37,7 +37,7 @@ def why_altered(module: nn.Module) -> str | None:
     Parameters
     ----------
     module
-        Any module; its children are not looked at.
+        Any module; its children are not checked.
     """
     if "forward" in vars(module) and not _only_moved(module):
         if hasattr(module, "_hf_hook"):
@@ -110,8 +110,10 @@ def _only_moved(module: nn.Module) -> bool:
     It puts such hooks on every layer where a model is spread over several devices.
     """
     hook = vars(module).get("_hf_hook")
-    parts: Any = getattr(hook, "hooks", (hook,))
-    moved = all(type(part).__name__ == "AlignDevicesHook" and not part.offload for part in parts)
+    hooks: Any = getattr(hook, "hooks", (hook,))
+    moved = all(
+        type(single).__name__ == "AlignDevicesHook" and not single.offload for single in hooks
+    )
     before = getattr(vars(module).get("_old_forward"), "__func__", None)
     return moved and before is type(module).forward
 

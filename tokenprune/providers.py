@@ -1,9 +1,9 @@
 """Checkpoints and trained selectors that installed packages bring, under a name.
 
-A package brings one with an entry point, ``NAME = "module:function"``, in the group
-``tokenprune.models`` or ``tokenprune.trained_selectors``. The function takes nothing and returns a
-folder; it may put the folder together when it is first called. Wherever a command or a function
-takes a model, it takes such a name, and `model_path` says what is meant.
+A package registers one with an entry point, ``NAME = "module:function"``, in the group
+``tokenprune.models`` or ``tokenprune.trained_selectors``. The function has no parameters and
+returns a folder, which it may create when it is first called. Every command and function that takes
+a model also takes such a name; `model_path` returns the folder for it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ TRAINED_SELECTORS = "tokenprune.trained_selectors"
 
 BUNDLED = "bundled"
 """The name of the model, and of its trained selector, that the evaluation of this distribution
-brings. It is nobody's on a model hub, so it never goes there."""
+brings. No model on a hub has this name, so no hub is asked for it."""
 
 _EXTRA = "tokenprune-vlm[demo]"
 """What `BUNDLED` needs."""
 
 
 def model_path(name: str | os.PathLike[str]) -> str:
-    """Return what an engine can load for what a user calls a model.
+    """Return the folder or hub name that an engine can load for a model's name.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def model_path(name: str | os.PathLike[str]) -> str:
     Raises
     ------
     MissingPackageError
-        If nothing brings the bundled model, or what it is put together from is not installed.
+        If no package brings the bundled model, or a package that it is made from is not installed.
     RegistryError
         If two packages bring one name, or one's function cannot be used.
     """

@@ -1,4 +1,4 @@
-"""Which methods there are: tokenprune's own, and those that installed packages bring.
+"""The methods: tokenprune's own, and those that installed packages register.
 
 Methods differ in where they leave tokens out (`KINDS`). Those that do it before the language model
 are `Selector` classes: any of them can be given to `tokenprune.select`, `tokenprune_hf.prune` and
@@ -63,7 +63,7 @@ class Method:
     kind
         Out of `KINDS`.
     summary
-        What it looks at, in one line.
+        What it selects by, in one line.
     paper
         Title and arXiv number, or where else it comes from; "" for a baseline.
     call

@@ -1,7 +1,8 @@
 """The releases of the engines that were tested, and one warning where another one is found.
 
-The bounds in pyproject.toml are the same numbers. What is installed past them (with ``--no-deps``,
-from source) may well work: engines rename things, and what is known to move is looked for.
+The bounds in pyproject.toml are the same numbers. Another release (installed with ``--no-deps`` or
+from source) may work: engines rename things, and the names that are known to have changed are
+looked up.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Releases:
 
     def covers(self, version: str) -> bool:
         """Say whether a version's (major, minor) was tested; one that cannot be read was not."""
-        found = re.match(r"(\d+)\.(\d+)", version)
-        return found is not None and (
-            self.oldest <= (int(found.group(1)), int(found.group(2))) <= self.newest
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        return numbers is not None and (
+            self.oldest <= (int(numbers.group(1)), int(numbers.group(2))) <= self.newest
         )
 
 

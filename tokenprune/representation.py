@@ -37,15 +37,17 @@ def tokens_represented(embeddings: Tensor, kept: Tensor) -> Tensor:
     """
     counts = torch.zeros_like(kept)
     step = max(1, _BLOCK_ENTRIES // max(1, kept.shape[1]))
-    for item, (one, own) in enumerate(zip(embeddings, kept, strict=True)):
-        rows = IntegerRows.from_embeddings(one[None])
-        unit, inverse = rows.rows[0], rows.inverse_norms[0]
-        nearest = torch.cat(
-            [
-                (unit[part] @ unit[own].T * (inverse[part, None] * inverse[own])).float().argmax(-1)
-                for part in torch.arange(len(one), device=one.device).split(step)
-            ]
-        )
-        nearest[own] = torch.arange(len(own), device=own.device)
-        counts[item] = torch.bincount(nearest, minlength=len(own))
+    # One item, and of it one block of tokens at a time: that is what bounds memory.
+    for item, (tokens, stay) in enumerate(zip(embeddings, kept, strict=True)):
+        rows = IntegerRows.from_embeddings(tokens[None])
+        whole, inverse = rows.rows[0], rows.inverse_norms[0]
+        nearest = []
+        for block in torch.arange(len(tokens), device=tokens.device).split(step):
+            cosines = whole[block] @ whole[stay].T * (inverse[block, None] * inverse[stay])
+            # float32, as selectors compare cosines; argmax gives the first of equal ones.
+            nearest.append(cosines.float().argmax(-1))
+        stands_for = torch.cat(nearest)
+        # A kept token may have an exact copy among those before it, and still stands for itself.
+        stands_for[stay] = torch.arange(len(stay), device=stay.device)
+        counts[item] = torch.bincount(stands_for, minlength=len(stay))
     return counts

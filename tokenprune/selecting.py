@@ -23,7 +23,7 @@ def select(tokens: VisualTokens, method: str | Selector, keep: Keep, **options: 
     Parameters
     ----------
     tokens
-        What the method may look at.
+        The inputs of the method.
     method
         A name out of `tokenprune.methods()`, or a `tokenprune.Selector` of your own.
     keep
@@ -63,7 +63,7 @@ def select_many(
 ) -> list[Selection]:
     """Choose which tokens of each item stay; items of one shape are done in one batch.
 
-    The same object several times among the items is looked at once.
+    An object that comes several times among the items is processed once.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def select_many(
 def _first_places(items: Sequence[VisualTokens], selector: Selector) -> list[int]:
     """Return for each item where the same object stands first.
 
-    An image that many questions are about comes many times, as one object, and is looked at once.
+    An image with many questions comes many times, as one object, and is processed once.
     """
     if selector.of_place:
         return list(range(len(items)))
@@ -165,7 +165,7 @@ def _check_pictures(items: Sequence[VisualTokens], selector: Selector) -> None:
     for item in items:
         if not item.is_picture:
             raise TokensError(
-                f"{item.label}: method {selector.name!r} looks at neighbours in a picture, and "
+                f"{item.label}: method {selector.name!r} uses neighbours in a picture, and "
                 f"how the {item.total} tokens lie in it is not known. Give VisualTokens their "
                 "grid, or choose another method (see `tokenprune methods`)."
             )

@@ -21,8 +21,8 @@ class Selection:
     grid
         (frames, rows, columns) of the tokens; their product is N.
     is_picture
-        Whether neighbours in the grid are neighbours in a picture or video. Where not, as a rule
-        the grid is (1, 1, N), and it cannot be drawn.
+        Whether neighbours in the grid are neighbours in a picture or video. If not, the grid is
+        usually (1, 1, N), and it cannot be drawn.
     scores
         float32 [N], higher means more worth keeping, or None where the method has no score per
         token. A method that also weighs tokens against each other (diversity) does not keep
@@ -61,5 +61,5 @@ class Selection:
         return None if self.scores is None else self.scores.view(self.grid)
 
     def __repr__(self) -> str:
-        place = "" if self.is_picture else ", no picture"
-        return f"Selection(kept {len(self)} of {self.total}, grid={self.grid}{place})"
+        note = "" if self.is_picture else ", no picture"
+        return f"Selection(kept {len(self)} of {self.total}, grid={self.grid}{note})"

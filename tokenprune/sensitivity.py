@@ -1,7 +1,7 @@
-"""How strongly a projector reacts, found by calling it and nothing else.
+"""The sensitivity of a projector, measured by calling it.
 
-For projectors whose weights cannot be used in closed form: with adapters, quantised, offloaded, or
-any function at all.
+It is for projectors whose weights cannot be used in closed form: with adapters, quantised or
+offloaded weights, and any other function.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ Derivative = Callable[[Projector, Tensor, Tensor], Tensor]
 """(function, points [n, C], directions [n, C]) -> the derivative along each, [n, D]."""
 
 _RELATIVE_STEP = 0.05
+# A difference with such a step is some percent off; a dropped term takes a whole share away.
 _APART = 0.25  # of their length: how far two derivatives at the probe may lie apart
 
 
 def callable_form(projector: Projector, features: Tensor, working: torch.dtype) -> Projector:
-    """Return the projector as a function of features in `working`, as precise as can be had.
+    """Return the projector as a function of features in `working`, in its most precise form.
 
     A module is called with its plain weights in `working`. Where it does not work so (quantised or
     offloaded weights that insist on a dtype), it is called as the model calls it.
@@ -78,6 +79,7 @@ def difference(step: float | None = None) -> Derivative:
     """
 
     def derivative(function: Projector, points: Tensor, along: Tensor) -> Tensor:
+        # Central, and not one-sided: the error is of the order of h², not of h.
         size: Tensor | float = step or _twentieth(points)
         moved = size * along
         return (function(points + moved) - function(points - moved)) / (2.0 * size)
@@ -87,7 +89,7 @@ def difference(step: float | None = None) -> Derivative:
 
 def _twentieth(points: Tensor) -> Tensor:
     lengths: Tensor = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-    return (lengths * _RELATIVE_STEP).clamp_min(1e-6)
+    return (lengths * _RELATIVE_STEP).clamp_min(1e-6)  # a point at the origin is moved too
 
 
 def why_not_differentiable(function: Projector, width: int, like: Tensor) -> str | None:
@@ -109,6 +111,7 @@ def why_not_differentiable(function: Projector, width: int, like: Tensor) -> str
     along = torch.nn.functional.normalize(along, dim=-1)
     try:
         exact = directional_derivative(function, points, along)
+    # Operations without a derivative raise errors of many types.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     near = difference()(function, points, along)
@@ -165,12 +168,14 @@ def _summed(
     """Return the sum over directions of ||derivative||_2 ** power, [N]."""
     count = len(directions)
     totals = []
+    # All directions of a few rows at a time; where even one row's are too many, some of them.
     for rows in blocks_of(features, max(1, at_once // count)):
         total = rows.new_zeros(len(rows))
-        for part in blocks_of(directions, at_once):
-            shape = (len(part), *rows.shape)
+        for some in blocks_of(directions, at_once):
+            shape = (len(some), *rows.shape)
+            # Projectors take [n, C]: each row beside each direction, direction by direction.
             points = rows.expand(shape).reshape(-1, rows.shape[-1])
-            along = part.unsqueeze(1).expand(shape).reshape(-1, rows.shape[-1])
+            along = some.unsqueeze(1).expand(shape).reshape(-1, rows.shape[-1])
             slopes = derivative(function, points, along)
             lengths = torch.linalg.vector_norm(slopes, dim=-1).view(shape[:2])
             total += lengths.pow(power).sum(0)
@@ -185,6 +190,7 @@ def _forms(
     precise = in_dtype(projector, working)
     yield working, projector if precise is None else precise
     native = entry_dtype(projector, features)
+    # Without a precise form it was the projector itself that came first: not in one dtype twice.
     if precise is not None or native != working:
         yield native, projector
 

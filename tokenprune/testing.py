@@ -1,7 +1,7 @@
-"""`check_selector`: what every selector keeps to, for the tests of whoever writes one.
+"""`check_selector`: tests of the contract that every selector keeps, for authors of selectors.
 
-Each check draws items of random numbers, selects, and raises `SelectorError` where a promise is
-broken. Needs torch alone; call it from any test runner:
+Each check makes items of random numbers, selects, and raises `SelectorError` where the contract is
+broken. It needs torch alone; call it from any test runner:
 
     from tokenprune.testing import check_selector
 
@@ -127,15 +127,15 @@ def check_selector(
     selector
         With the options to check.
     make
-        Makes its items, where those of `make_item` do not do.
+        Makes its items, where those of `make_item` do not fit.
     skip
-        Names out of `CHECKS` that the method has a reason not to keep to: one to which a token's
-        place says something cannot promise that the first of equal tokens wins.
+        Names out of `CHECKS` that do not apply to the method. For example, a method that uses a
+        token's position cannot promise that the first of equal tokens wins.
 
     Raises
     ------
     SelectorError
-        For the first promise that is broken; the message has the check's name.
+        For the first check that fails; the message has its name.
     """
     for name in skip:
         if name not in CHECKS:
@@ -179,8 +179,8 @@ def same_whatever_is_known(selector: Selector, make: ItemMaker) -> None:
     for keep in (1, 0.2, 0.5, 1.0):
         again = select_many(items, selector, keep, known=known)
         fresh = select_many(items, selector, keep)
-        for one, other in zip(again, fresh, strict=True):
-            _same(f"same_whatever_is_known: keep {keep}", "with scores known", one, other)
+        for selection, expected in zip(again, fresh, strict=True):
+            _same(f"same_whatever_is_known: keep {keep}", "with scores known", selection, expected)
 
 
 def first_of_equal_tokens(selector: Selector, make: ItemMaker) -> None:
@@ -260,8 +260,8 @@ def leaves_all_alone(selector: Selector, make: ItemMaker) -> None:
             "torch.Generator of the method's own, with a fixed seed."
         )
     for name in selector.needs:
-        one, other = getattr(tokens, name), getattr(before, name)
-        if isinstance(one, Tensor) and not torch.equal(one, other):
+        tensor, original = getattr(tokens, name), getattr(before, name)
+        if isinstance(tensor, Tensor) and not torch.equal(tensor, original):
             raise SelectorError(f"leaves_all_alone: {name} was changed. Work on a copy.")
 
 
@@ -299,16 +299,17 @@ def _select(selector: Selector, tokens: VisualTokens, keep: int | float) -> Sele
     return select_many([tokens], selector, keep)[0]
 
 
-def _same(case: str, what: str, one: Selection, other: Selection) -> None:
+def _same(case: str, what: str, selection: Selection, expected: Selection) -> None:
     """Raise SelectorError unless two selections are the same, bit for bit."""
-    if one.kept.tolist() != other.kept.tolist():
+    if selection.kept.tolist() != expected.kept.tolist():
         raise SelectorError(
-            f"{case}: {what}, other tokens stay: {one.kept.tolist()} and {other.kept.tolist()}."
+            f"{case}: {what}, other tokens stay: {selection.kept.tolist()} and "
+            f"{expected.kept.tolist()}."
         )
-    if (one.scores is None) != (other.scores is None):
+    if (selection.scores is None) != (expected.scores is None):
         raise SelectorError(f"{case}: {what}, there are scores in one case only.")
-    if one.scores is not None and other.scores is not None:
-        apart = (one.scores != other.scores).nonzero()[:, 0]
+    if selection.scores is not None and expected.scores is not None:
+        apart = (selection.scores != expected.scores).nonzero()[:, 0]
         if len(apart):
             raise SelectorError(
                 f"{case}: {what}, the scores of {len(apart)} tokens differ, first that of token "
@@ -332,9 +333,9 @@ def _check_copies(
             mask = _select(selector, tokens, keep).mask
             for token in source.unique():
                 if bool((mask[source == token].int().diff() > 0).any()):
-                    places = (source == token).nonzero()[:, 0].tolist()
+                    copies = (source == token).nonzero()[:, 0].tolist()
                     raise SelectorError(
-                        f"{name}: grid {grid}, keep {keep}: tokens {places} are equal, and a later "
+                        f"{name}: grid {grid}, keep {keep}: tokens {copies} are equal, and a later "
                         "one stays without an earlier one. The lowest index must win a tie."
                     )
 

@@ -1,4 +1,4 @@
-"""VisualTokens: what a selector may look at, for one image or video, and batches of them."""
+"""VisualTokens: the inputs of a selector for one image or video, and batches of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TENSORS = ("features", "embeddings", "cls_attention", "query_attention", "quest
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """What a selector may look at, for one image or video.
+    """The inputs of a selector for one image or video.
 
     Give what the method needs (`tokenprune.methods()[name].needs`); the rest may be None.
 
@@ -56,8 +56,9 @@ class VisualTokens:
     label
         What to call this item in an error, for example ``"image 2"``.
     is_picture
-        Whether neighbours in the grid are neighbours in a picture or video. False where tokens have
-        no places (queries of a resampler) or their places are not known.
+        Whether neighbours in the grid are neighbours in a picture or video. False for tokens
+        without a position in the picture (queries of a resampler), or if their positions are not
+        known.
 
     Raises
     ------
@@ -88,8 +89,9 @@ class VisualTokens:
         object.__setattr__(self, "grid", grid)
         if not self.is_picture and grid[:2] != (1, 1):
             raise TokensError(
-                f"{self.label}: grid={grid} came with is_picture=False. Tokens without places in a "
-                f"picture have the grid (1, 1, {self.total}); pass that, or leave is_picture out."
+                f"{self.label}: grid={grid} came with is_picture=False. Tokens without "
+                f"positions in a picture have the grid (1, 1, {self.total}); pass it, or leave "
+                "is_picture out."
             )
         for name, dims in (
             ("features", (2,)),
@@ -129,8 +131,8 @@ class VisualTokens:
 class TokenBatch:
     """B items of one shape, stacked: what `Selector.score` and `Selector.select` are given.
 
-    The fields are those of `VisualTokens` with a leading axis B. Only what the method named in
-    `needs` is sure to be there; `require` fetches a tensor and says so clearly if it is not.
+    The fields are those of `VisualTokens` with a leading axis B. Only the inputs in the method's
+    `needs` are guaranteed; `require` returns a tensor, or raises if it is missing.
 
     Attributes
     ----------
@@ -234,6 +236,7 @@ def batch_key(item: VisualTokens, needs: Sequence[str]) -> tuple[object, ...]:
         if isinstance(value, Tensor):
             key.append((name, tuple(value.shape), value.dtype, value.device))
         else:
+            # Projectors and readers have no equality: the same object, or another batch.
             key.append((name, id(value)))
     return tuple(key)
 

@@ -6,7 +6,7 @@ and tokens is ever built.
 
 No code of the authors was found. From the paper: scores are kept apart by head, each head takes its
 k best tokens, and the union over heads stays. Reconstructed here: how the queries of a head are
-put together (`head_scores`), and what k is a fraction of (`union_of_heads`).
+combined (`head_scores`), and what k is a fraction of (`union_of_heads`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokenprune.errors import TokensError
 from tokenprune.numerics import full_precision
 
 QueryReduction = Literal["sum", "max"]
-"""How a head's queries become one number per token."""
+"""How a head's queries are reduced to one number per token."""
 
 _LOGITS_AT_ONCE = 2**24  # float32 numbers of q kᵀ that exist at one time (64 MiB)
 

@@ -1,13 +1,13 @@
-"""How much of a head's attention each of BlindSight's masks holds, and the category that follows.
+"""The share of a head's attention inside each of BlindSight's masks, and the head's category.
 
-Every head is measured on a few prompts with q and k of the plain model. A mask that holds enough
-of the attention is enough for the head; the sparsest such mask is its category on that prompt, and
-the prompts together decide on one category for good (`Thresholds`). Source: BlindSight (arXiv
-2507.09071) names these two steps; formulas and numbers are a reconstruction.
+Every head is measured on a few prompts with q and k of the plain model. On one prompt, a head's
+category is the sparsest mask that holds a given share of its attention; all prompts together decide
+on its final category (`Thresholds`). Source: BlindSight (arXiv 2507.09071) names these two steps;
+formulas and numbers are a reconstruction.
 
-What is measured are the *contested* queries: image tokens of the second and later images. Text
-attends to everything in every mask, and within the first image ``intra`` and ``dense`` are the same
-thing, so that neither says anything about a head; they would only push all coverages up.
+Only *contested* queries are measured: image tokens of the second and later images. Text attends to
+everything in every mask, and within the first image ``intra`` and ``dense`` are the same, so such
+queries do not tell heads apart; they would only raise all coverages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tokenprune.masks.patterns import CATEGORIES, Category, category_mask
 from tokenprune.numerics import full_precision
 
 ALPHA = 0.9
-"""Share of the attention that a mask has to hold (reconstruction): what is lost stays a tenth."""
+"""Share of the attention that a mask must hold (reconstruction): at most a tenth is lost."""
 
 DENSE, SINK, INTRA = 0.25, 0.75, 0.75
-"""Shares of the prompts (reconstruction). A mask is for good and a dense head costs time only, so a
-category is given to a head that it served on three prompts of four."""
+"""Shares of the prompts (reconstruction). A wrong mask costs accuracy and a dense head only time.
+Therefore a head gets a sparse category only if it fits on three prompts of four."""
 
 _NUMBERS_AT_ONCE = 2**24  # float32 attention that exists at one time (64 MiB)
 
@@ -72,17 +72,18 @@ def coverage(
     TokensError
         If the attention is not finite.
     """
-    own = Causal(layout.length) if model is None else model
+    model_mask = Causal(layout.length) if model is None else model
     contested = _contested(layout)
     device = query.device
     sparse = CATEGORIES[:-1]
-    masks = [category_mask(layout, category, own).to(device) for category in sparse]
-    places = torch.arange(layout.length, device=device)
+    masks = [category_mask(layout, category, model_mask).to(device) for category in sparse]
+    keys = torch.arange(layout.length, device=device)
     head = torch.zeros(1, dtype=torch.int64, device=device)
+    # Masks of categories are the same for all heads, so one head is enough to ask them.
     held = torch.zeros(len(query), len(CATEGORIES), dtype=torch.float32, device=device)
-    for queries, attention in _attention(query, key, own, contested, scale):
+    for queries, attention in _attention(query, key, model_mask, contested, scale):
         for number, mask in enumerate(masks):
-            allowed = mask.allowed(head, queries[:, None], places[None])
+            allowed = mask.allowed(head, queries[:, None], keys[None])
             held[:, number] += attention.flatten(1) @ allowed.flatten().float()
     held /= len(contested)
     held[:, -1] = 1.0
@@ -117,10 +118,10 @@ def received(
     LayoutError, TokensError
         As for `coverage`.
     """
-    own = Causal(layout.length) if model is None else model
+    model_mask = Causal(layout.length) if model is None else model
     image = layout.image_of.to(query.device)
     result = torch.zeros(layout.length, dtype=torch.float32, device=query.device)
-    for queries, attention in _attention(query, key, own, _contested(layout), scale):
+    for queries, attention in _attention(query, key, model_mask, _contested(layout), scale):
         earlier = (image >= 0) & (image[queries][:, None] > image)
         result += (attention.sum(dim=0) * earlier).sum(dim=0)
     return _finite(result).cpu()
@@ -137,29 +138,29 @@ def _contested(layout: PromptLayout) -> Tensor:
 
 
 def _attention(
-    query: Tensor, key: Tensor, own: Mask, wanted: Tensor, scale: float | None
+    query: Tensor, key: Tensor, model_mask: Mask, wanted: Tensor, scale: float | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield places [n] of some queries at a time, and their attention float32 [H, n, L]."""
+    """Yield positions [n] of some queries at a time, and their attention float32 [H, n, L]."""
     heads, length, size = query.shape
     groups = len(key)
-    if {length, key.shape[1]} != {own.length} or heads % groups:
+    if {length, key.shape[1]} != {model_mask.length} or heads % groups:
         raise LayoutError(
             f"queries of {heads} heads and {length} tokens and keys of {groups} heads and "
-            f"{key.shape[1]} tokens do not fit a prompt of {own.length} tokens. Give q and k of "
-            "the whole prompt, with a multiple of the key heads."
+            f"{key.shape[1]} tokens do not fit a prompt of {model_mask.length} tokens. Give q and "
+            "k of the whole prompt, with a multiple of the key heads."
         )
     scale = size**-0.5 if scale is None else scale
     device = query.device
-    places = torch.arange(length, device=device)
-    head = torch.arange(own.heads, device=device)[:, None, None]
-    own = own.to(device)
+    keys = torch.arange(length, device=device)
+    head = torch.arange(model_mask.heads, device=device)[:, None, None]
+    model_mask = model_mask.to(device)
     with full_precision(device):
-        wide = key.float()
+        all_keys = key.float()
         for queries in wanted.to(device).split(max(1, _NUMBERS_AT_ONCE // (heads * length))):
             # Heads side by side for each key head, so that keys need not be repeated.
-            part = query[:, queries].float().unflatten(0, (groups, -1))
-            logits = (torch.einsum("ghqd,gld->ghql", part, wide) * scale).flatten(0, 1)
-            allowed = own.allowed(head, queries[:, None], places[None])
+            some = query[:, queries].float().unflatten(0, (groups, -1))
+            logits = (torch.einsum("ghqd,gld->ghql", some, all_keys) * scale).flatten(0, 1)
+            allowed = model_mask.allowed(head, queries[:, None], keys[None])
             yield queries, logits.masked_fill_(~allowed, float("-inf")).softmax(dim=-1)
 
 
@@ -189,8 +190,8 @@ def densities(layout: PromptLayout, model: Mask | None = None, block: int = BLOC
     Tensor
         float64 [4], in the order of `CATEGORIES`.
     """
-    found = [category_mask(layout, category, model).density(block) for category in CATEGORIES]
-    return torch.tensor(found, dtype=torch.float64)
+    shares = [category_mask(layout, category, model).density(block) for category in CATEGORIES]
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,9 +226,10 @@ class PromptCoverage:
         Tensor
             LongTensor [layers, H] into `CATEGORIES`.
         """
+        # In float64: alpha as a float32 could lie above a share that equals it.
         least = torch.tensor(list(alpha), dtype=torch.float64)[:, None, None]
         enough = self.held.double() >= least
-        enough[..., -1] = True
+        enough[..., -1] = True  # dense
         order = self.density.argsort(dim=-1, stable=True)[:, None].expand_as(enough)
         first = enough.gather(-1, order).int().argmax(dim=-1, keepdim=True)
         return order.gather(-1, first)[..., 0]
@@ -264,7 +266,7 @@ def thresholds(
             f"alpha={ends} has {len(ends)} numbers. Give one for all layers, or two: of the first "
             "and of the last layer."
         )
-    for name, share in (*(("alpha", one) for one in ends), ("sink", sink), ("intra", intra)):
+    for name, share in (*(("alpha", share) for share in ends), ("sink", sink), ("intra", intra)):
         if not 0 < share <= 1:
             raise ConfigError(f"{name}={share} is no share. Give more than 0 and at most 1.")
     if not 0 <= dense <= 1:
@@ -298,17 +300,17 @@ def categories_of(
             f"{len(prompts)} prompts of {layers} layers were measured, and there are "
             f"{len(limits.alpha)} alphas. Give at least one prompt, and an alpha for every layer."
         )
-    labels = torch.stack([one.labels(limits.alpha) for one in prompts])  # [P, layers, H]
+    labels = torch.stack([prompt.labels(limits.alpha) for prompt in prompts])  # [P, layers, H]
     shares = {
         category: (labels == number).sum(dim=0).double() / len(prompts)
         for number, category in enumerate(CATEGORIES)
     }
     # From the last rule to the first, so that the first one that holds has the last word.
-    found = torch.full_like(labels[0], CATEGORIES.index("intra+sink"))
-    found[shares["intra"] >= limits.intra] = CATEGORIES.index("intra")
-    found[shares["sink"] >= limits.sink] = CATEGORIES.index("sink")
-    found[shares["dense"] > limits.dense] = CATEGORIES.index("dense")
-    return tuple(tuple(CATEGORIES[number] for number in layer) for layer in found.tolist())
+    numbers = torch.full_like(labels[0], CATEGORIES.index("intra+sink"))
+    numbers[shares["intra"] >= limits.intra] = CATEGORIES.index("intra")
+    numbers[shares["sink"] >= limits.sink] = CATEGORIES.index("sink")
+    numbers[shares["dense"] > limits.dense] = CATEGORIES.index("dense")
+    return tuple(tuple(CATEGORIES[number] for number in layer) for layer in numbers.tolist())
 
 
 def expected_density(
@@ -325,6 +327,8 @@ def expected_density(
     categories
         For each layer, each head's.
     """
-    chosen = torch.tensor([[CATEGORIES.index(one) for one in layer] for layer in categories])
-    means = torch.stack([one.density for one in prompts]).mean(dim=0)  # [layers, 4]
+    chosen = torch.tensor(
+        [[CATEGORIES.index(category) for category in layer] for layer in categories]
+    )
+    means = torch.stack([prompt.density for prompt in prompts]).mean(dim=0)  # [layers, 4]
     return float(means.gather(1, chosen).mean())

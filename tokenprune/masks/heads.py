@@ -1,7 +1,7 @@
-"""HeadCategories: which of BlindSight's masks every head of a model has, and the file they are in.
+"""HeadCategories: which of BlindSight's masks each head of a model has, and the file with them.
 
-`tokenprune calibrate-heads` writes the file, `tokenprune_hf.sparse` reads it. It is JSON, and
-names the model that it was made for: heads of another model mean something else.
+`tokenprune calibrate-heads` writes the file, and `tokenprune_hf.sparse` reads it. It is JSON, and
+names the model that it was made for, as categories do not apply to another model's heads.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ class ModelIdentity:
 
         Weights that were rounded to bfloat16, or fine-tuned a little, are the same model's.
         """
-        found = [
+        differing = [
             f"{field.name} is {getattr(self, field.name)!r}, not {getattr(other, field.name)!r}"
             for field in fields(self)
             if field.name != "sample" and getattr(self, field.name) != getattr(other, field.name)
         ]
-        # Written so that a sample that is not finite is nobody's.
-        if not found and not _cosine(self.sample, other.sample) >= 0.98:
-            found.append("its weights are others")
-        return found
+        # Not `cosine < 0.98`, which NaN is not: a sample that is not finite belongs to no model.
+        if not differing and not _cosine(self.sample, other.sample) >= 0.98:
+            differing.append("its weights are others")
+        return differing
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From how much attention a head must find inside a mask to the category it gets.
+    """Thresholds that map a head's attention share inside each mask to its category.
 
     BlindSight names such values and publishes none: all of these are reconstructions.
 
@@ -107,7 +107,7 @@ class HeadCategories:
     block
         Queries, and keys, of a block, for that density.
     prompts
-        How many prompts were looked at.
+        How many prompts were measured.
 
     Raises
     ------
@@ -135,7 +135,7 @@ class HeadCategories:
                 f"there are {len(self.thresholds.alpha)} alphas, and the model has "
                 f"{self.model.layers} layers. Give one for every layer."
             )
-        unknown = {one for layer in self.categories for one in layer} - set(CATEGORIES)
+        unknown = {category for layer in self.categories for category in layer} - set(CATEGORIES)
         if unknown:
             raise LayoutError(
                 f"{sorted(unknown)} are no categories. Allowed: {', '.join(CATEGORIES)}."
@@ -147,8 +147,8 @@ class HeadCategories:
 
     def counts(self) -> dict[Category, int]:
         """Return how many heads have each category."""
-        found = Counter(one for layer in self.categories for one in layer)
-        return {category: found[category] for category in CATEGORIES}
+        heads_of = Counter(category for layer in self.categories for category in layer)
+        return {category: heads_of[category] for category in CATEGORIES}
 
     def save(self, path: str | Path) -> None:
         """Write the file, all of it or nothing.
@@ -219,17 +219,17 @@ def layout_with_sinks(
     sinks
         Places in an image: 0 is its first token, -1 its last. Images that are shorter have none.
     """
-    places = {
+    positions = {
         span.start + place if place >= 0 else span.stop + place
         for span in images
         for place in sinks
         if -len(span) <= place < len(span)
     }
-    return PromptLayout(length, tuple(images), tuple(sorted(places)))
+    return PromptLayout(length, tuple(images), tuple(sorted(positions)))
 
 
 def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(float(one) for one in values)
+    return tuple(float(value) for value in values)
 
 
 _SHAPE = ("layers", "heads", "key_heads", "hidden_size")
@@ -241,10 +241,14 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _cosine(one: Sequence[float], other: Sequence[float]) -> float:
-    if len(one) != len(other):
+def _cosine(sample: Sequence[float], other_sample: Sequence[float]) -> float:
+    if len(sample) != len(other_sample):
         return 0.0
-    if not any(one) and not any(other):
+    if not any(sample) and not any(other_sample):
         return 1.0
-    norms = math.hypot(*one) * math.hypot(*other)
-    return math.fsum(a * b for a, b in zip(one, other, strict=True)) / norms if norms else 0.0
+    norms = math.hypot(*sample) * math.hypot(*other_sample)
+    return (
+        math.fsum(a * b for a, b in zip(sample, other_sample, strict=True)) / norms
+        if norms
+        else 0.0
+    )

@@ -1,8 +1,9 @@
-"""Attention under a mask, in kernels that skip what it hides.
+"""Attention under a mask, in kernels that skip the pairs it hides.
 
-``"flex"`` is torch's FlexAttention, compiled, and skips blocks; ``"gathered"`` collects the keys
-that a block of queries sees, single ones where a block holds few, and gives them to torch's fused
-attention; ``"dense"`` is that same fused attention over everything, with the mask as a matrix.
+``"flex"`` is torch's FlexAttention, compiled, and skips blocks. ``"gathered"`` collects the keys
+that a block of queries sees, as single keys where a block has few of them, and passes them to
+torch's fused attention. ``"dense"`` is the same fused attention over all keys, with the mask as a
+matrix.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ class Prepared:
         self._blocks: Any = block_mask(mask, device, block) if self.kernel == "flex" else None
         self._plans: list[tuple[_Plan, list[int] | None]] = []
         if self.kernel == "gathered":
-            for one, heads in _shared(mask):
-                self._plans.append((_plan_of(one, block, device), heads))
+            for shared, heads in _shared(mask):
+                self._plans.append((_plan_of(shared, block, device), heads))
 
     @property
     def computed(self) -> float:
@@ -138,8 +139,8 @@ class Prepared:
         if self._plans:
             output = torch.empty_like(query)
             work = _Work(query, key, value, scale, output)
-            for plan, mine in self._plans:
-                plan(work, list(range(heads)) if mine is None else mine)
+            for plan, of_heads in self._plans:
+                plan(work, list(range(heads)) if of_heads is None else of_heads)
             return output
         pairs = self.mask.matrix()[None].to(query.device)
         return _fused(query, key, value, pairs, scale)
@@ -154,13 +155,13 @@ class _Part:
     heads
         Which heads; they see the same.
     queries
-        Their places, a slice where they follow each other.
+        Their positions, a slice where they follow each other.
     count
         How many queries.
     columns, single
-        LongTensors: key blocks that are seen by all queries, and places of single keys that are.
+        LongTensors: key blocks that all queries see, and positions of single keys that all see.
     mixed, bias
-        Places of the keys that some of the queries see, ascending, and float32 [count, mixed], 0
+        Positions of the keys that some of the queries see, ascending, and float32 [count, mixed], 0
         or -inf.
     size
         How many keys.
@@ -189,7 +190,7 @@ class _Row:
     Attributes
     ----------
     queries
-        LongTensor [Q], their places.
+        LongTensor [Q], their positions.
     patterns
         LongTensor [P, blocks], codes; see `_Plan.__init__`.
     heads
@@ -199,7 +200,7 @@ class _Row:
     weight
         LongTensor [n], how many heads have each piece.
     keys
-        LongTensor [n, K], places of each piece's keys.
+        LongTensor [n, K], positions of each piece's keys.
     allowed
         BoolTensor [n, K, Q], which pairs are.
     """
@@ -217,10 +218,10 @@ class _Row:
 class _Plan:
     """What is computed for a mask, found once: `_Part`s, and heads that are plainly causal.
 
-    Pairs of a block are looked at only where `Mask.cover` leaves something open, and once for all
-    heads that are alike there. Keys of such blocks are taken one by one: a text token between two
-    images is one key and not a block. Queries of a block that see far more than the others, such as
-    that text token's, make a part of their own.
+    Pairs of a block are computed only where `Mask.cover` leaves them open, and once for all heads
+    that are alike there. Keys of such blocks are taken one by one: a text token between two images
+    is one key and not a block. Queries of a block that see far more than the others, such as that
+    text token's, make a part of their own.
     """
 
     def __init__(self, mask: Mask, block: int, device: torch.device) -> None:
@@ -239,35 +240,41 @@ class _Plan:
         )
         self.pairs += len(self._causal) * (length * (length + 1) // 2)
         self._inside = torch.arange(block, device=device)
+        # Layers and parts ask for the same folds again; to build their indices takes longer than
+        # to use them.
         self._known: dict[tuple[int, ...], list[_Fold]] = {}
 
     def _causal_heads(self, mask: Mask, codes: Tensor) -> list[int]:
         """Return the heads in which just the causal pairs are allowed."""
         count = codes.shape[-1]
         below = torch.ones(count, count, dtype=torch.bool).tril(-1)
+        # All pairs in blocks below the diagonal, and none above it.
         candidates = ((codes == 0) | ~below).all(dim=-1).all(dim=-1)
         candidates &= ((codes == -1) | below | torch.eye(count, dtype=torch.bool)).all(-1).all(-1)
-        found = candidates.nonzero()[:, 0]
-        if not len(found):
+        # What codes cannot tell are the blocks on the diagonal, where causal is "some pairs". There
+        # the pairs themselves are compared.
+        causal_elsewhere = candidates.nonzero()[:, 0]
+        if not len(causal_elsewhere):
             return []
         length = self._length
         query = torch.arange(count * self._block).view(1, count, self._block, 1)
         key = query.transpose(2, 3)
         inside = (query < length) & (key < length)
         last = length - 1
-        head = found[:, None, None, None]
+        head = causal_elsewhere[:, None, None, None]
         # One head of those that are alike everywhere is enough.
-        _, kind_of = torch.unique(codes[found].flatten(1), dim=0, return_inverse=True)
+        _, kind_of = torch.unique(codes[causal_elsewhere].flatten(1), dim=0, return_inverse=True)
         result: list[int] = []
         for kind in range(int(kind_of.max()) + 1):
             members = (kind_of == kind).nonzero()[:, 0]
             pairs = mask.allowed(head[members[:1]], query.clamp(max=last), key.clamp(max=last))
             if bool((pairs.eq(key <= query) | ~inside).all()):
-                result += found[members].tolist()
+                result += causal_elsewhere[members].tolist()
         return sorted(result)
 
     def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[list[_Part]]:
         """Yield the parts of each call of the kernel, block of queries by block of queries."""
+        # Memory is that of the pairs of one row of blocks: all of them would be H * L * L bytes.
         for number in range(codes.shape[1]):
             row = self._row(mask, codes[:, number], torch.tensor(heads), number)
             for chosen in _split(row.allowed, row.weight, _CALL * len(row.heads)):
@@ -283,7 +290,7 @@ class _Plan:
         codes
             LongTensor [H, blocks]; see `__init__`.
         heads
-            LongTensor, those that are looked at.
+            LongTensor, the heads that are not plainly causal.
         number
             Of the block of queries.
         """
@@ -304,13 +311,13 @@ class _Plan:
         example[piece_of] = torch.stack([alike[0] for alike in members])[pattern_of]
         sizes = torch.tensor([len(alike) for alike in members])
         weight = torch.zeros_like(piece).index_add_(0, piece_of, sizes[pattern_of])
-        places = columns[:, None] * block + torch.arange(block)
+        positions = columns[:, None] * block + torch.arange(block)
         # The last block may reach behind the prompt: the mask is asked for a token that is there,
         # and its answer does not count.
-        keys = places.clamp(max=length - 1)
+        keys = positions.clamp(max=length - 1)
         allowed = _pairs(mask, example, queries, keys).expand(len(piece), block, len(queries))
-        if len(piece) and int(places.max()) >= length:
-            allowed = allowed & (places < length)[:, :, None]
+        if len(piece) and int(positions.max()) >= length:
+            allowed = allowed & (positions < length)[:, :, None]
         return _Row(queries, patterns, members, pattern_of, piece_of, weight, keys, allowed)
 
     def _parts(self, row: _Row, chosen: Tensor) -> list[_Part]:
@@ -324,6 +331,7 @@ class _Plan:
             LongTensor, which of its queries the parts are of.
         """
         some, every = _seen(row.allowed, chosen)
+        # Keys that no query of the part sees are left out; those that all see need no bias.
         mixed = some & ~every
         has_mixed = mixed.any(dim=1)
         # Patterns may differ only in blocks that all queries see. Their biases are the same then.
@@ -364,22 +372,27 @@ class _Plan:
         mixed: Tensor,
         bias: Tensor | None,
     ) -> _Part:
+        """Return a part; see its attributes, and `_parts`."""
         block, length = self._block, self._length
+        # The first and last key of each whole block, and the single keys: no key lies outside.
         ends = torch.cat([columns * block, (columns * block + block).clamp(max=length) - 1, single])
         size = len(columns) * block + len(single) + len(mixed)
         if len(columns) and int(columns[-1]) == length // block:
-            size -= block - length % block
+            size -= block - length % block  # the last block is not full
         if not size:
             raise LayoutError(
                 f"query {int(queries[0])} of head {heads[0]} may attend to no key. Allow every "
                 "query at least one, itself for example."
             )
+        # Keys that follow each other are a slice, of which no copy is made. The mixed ones have to
+        # be the last of them, as the bias is that of the last keys.
         both = torch.cat([ends, mixed])
         low, high = int(both.min()), int(both.max()) + 1
         last = not len(ends) or not len(mixed) or int(mixed.min()) > int(ends.max())
+        # No key is there twice, so they follow each other if they are as many as their range.
         run = (low, high) if last and high - low == size else None
         start, count = int(queries[0]), len(queries)
-        follows = int(queries[-1]) - start + 1 == count
+        follows = int(queries[-1]) - start + 1 == count  # they ascend
         device = self._device
         return _Part(
             heads,
@@ -401,7 +414,7 @@ class _Plan:
         work
             Of all heads.
         heads
-            Those that a mask of one head stands for; not looked at with a mask of more.
+            Those that a mask of one head stands for; ignored for a mask of more.
         """
         query, key, value, scale = work.query, work.key, work.value, work.scale
         shared = self._heads == 1
@@ -427,18 +440,19 @@ class _Plan:
                 shape = (fold.count, fold.times * part.count, query.shape[-1])
                 if part.run is not None:
                     run = slice(*part.run)
-                    wide = key[fold.keys, run], value[fold.keys, run]
+                    keys_values = key[fold.keys, run], value[fold.keys, run]
                 else:
-                    wide = work.gather(fold.first_rows + keys)
+                    keys_values = work.gather(fold.first_rows + keys)
                 with work.hide(part, fold.times) as bias:
-                    found = _fused(query[at].reshape(shape), wide[0], wide[1], bias, scale)
-                work.output[at] = found.reshape(-1, part.count, value.shape[-1])
+                    attended = _fused(query[at].reshape(shape), *keys_values, bias, scale)
+                work.output[at] = attended.reshape(-1, part.count, value.shape[-1])
 
     def _side_by_side(self, work: _Work, parts: list[_Part]) -> None:
         """Compute heads that see about as many keys, but others, in one call of the kernel."""
         query, groups = work.query, len(work.key)
         heads = [(head, part) for part in parts for head in part.heads]
         longest = max(part.size for part in parts)
+        # Keys stand at the end of a row, those of the bias last, as `hide_each` has them.
         index = torch.empty(len(heads), longest, dtype=torch.int64, device=self._device)
         known = {part: self._keys(part) for part in parts}
         for row, (head, part) in zip(index, heads, strict=True):
@@ -463,12 +477,13 @@ class _Plan:
             for head in heads:
                 of_key.setdefault(head * groups // all_heads, []).append(head)
             self._known[name] = []
-            for times in sorted({len(one) for one in of_key.values()}):
-                keys = [one for one in of_key if len(of_key[one]) == times]
-                mine = [head for one in keys for head in of_key[one]]
+            # A fold is a rectangle: key heads, and as many heads for each of them.
+            for times in sorted({len(sharing) for sharing in of_key.values()}):
+                keys = [key for key, sharing in of_key.items() if len(sharing) == times]
+                folded = [head for key in keys for head in of_key[key]]
                 starts = torch.tensor(keys, device=self._device) * self._length
                 self._known[name].append(
-                    _Fold(self._index(mine), self._index(keys), len(keys), times, starts[:, None])
+                    _Fold(self._index(folded), self._index(keys), len(keys), times, starts[:, None])
                 )
         return self._known[name]
 
@@ -501,7 +516,8 @@ class _Work:
     ) -> None:
         self.query, self.key, self.value = query, key, value
         self.scale, self.output = scale, output
-        self.rows = [one.contiguous().flatten(0, 1) for one in (key, value)]  # [G * L, d]
+        # [G * L, d], so that one index picks rows of any head.
+        self.rows = [states.contiguous().flatten(0, 1) for states in (key, value)]
         # Zeros are as many as the keys, and the same for every part: they are made once.
         self._zeros = query.new_zeros(0, query.shape[1])
         self._rooms: dict[str, Tensor] = {}
@@ -511,18 +527,18 @@ class _Work:
     def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values [n, K, d] of LongTensor [n, K], rows among those of all heads.
 
-        They are good until the next call.
+        They are valid until the next call.
         """
-        index, found = rows.flatten(), []
+        index, gathered = rows.flatten(), []
         for source, name in zip(self.rows, ("key", "value"), strict=True):
             if self._reuse:
                 # Fresh memory of this size costs more than what is written to it.
                 shape = (len(index), source.shape[1])
-                one = torch.index_select(source, 0, index, out=self._room(name, shape))
+                picked = torch.index_select(source, 0, index, out=self._room(name, shape))
             else:
-                one = source.index_select(0, index)
-            found.append(one.unflatten(0, rows.shape))
-        return found[0], found[1]
+                picked = source.index_select(0, index)
+            gathered.append(picked.unflatten(0, rows.shape))
+        return gathered[0], gathered[1]
 
     def _room(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Return memory that was used before, zeros at first."""
@@ -537,15 +553,16 @@ class _Work:
         shape = (len(parts), parts[0].count, longest)
         bias = self._room("bias", shape) if self._reuse else self.query.new_zeros(shape)
         edges = [(longest - part.size, longest - len(part.mixed)) for part in parts]
-        for mine, part, (first, end) in zip(bias, parts, edges, strict=True):
-            mine[:, :first] = -math.inf
+        for of_head, part, (first, end) in zip(bias, parts, edges, strict=True):
+            of_head[:, :first] = -math.inf
             if part.bias is not None:
-                mine[:, end:] = part.bias
+                of_head[:, end:] = part.bias
         yield bias[None]
         if self._reuse:
-            for mine, (first, end) in zip(bias, edges, strict=True):
-                mine[:, :first].zero_()
-                mine[:, end:].zero_()
+            # Invariant: between calls, memory for a bias is zeros. Only what was written is wiped.
+            for of_head, (first, end) in zip(bias, edges, strict=True):
+                of_head[:, :first].zero_()
+                of_head[:, end:].zero_()
 
     @contextmanager
     def hide(self, part: _Part, times: int) -> Iterator[Tensor | None]:
@@ -562,12 +579,13 @@ class _Work:
         else:
             if rows > len(self._zeros):
                 self._zeros = self.query.new_zeros(rows, length)
+            # The last columns, so that parts of all sizes share one matrix of zeros.
             bias = self._zeros[:rows, length - part.size :]
         end = bias[:, part.size - len(part.mixed) :]
         end.unflatten(0, (times, part.count)).copy_(part.bias)
         yield bias
         if self._reuse:
-            end.zero_()
+            end.zero_()  # the invariant of `hide_each`
 
 
 _ALIKE = 1.1
@@ -583,16 +601,17 @@ def _calls(parts: list[_Part], device: torch.device) -> Iterator[list[_Part]]:
     Not more of them: keys of a head or two stay in the processor's cache.
     """
     tasks = 4 * torch.get_num_threads() if device.type == "cpu" else 1024
-    found: list[_Part] = []
+    call: list[_Part] = []
     heads = 0
-    for part in sorted(parts, key=lambda one: one.size):
+    # By size, as keys are filled up to the longest of a call.
+    for part in sorted(parts, key=lambda part: part.size):
         enough = heads * blocks_in(part.count, _TASK) >= tasks
-        if found and (enough or part.size > _ALIKE * found[0].size):
-            yield found
-            found, heads = [], 0
-        found.append(part)
+        if call and (enough or part.size > _ALIKE * call[0].size):
+            yield call
+            call, heads = [], 0
+        call.append(part)
         heads += len(part.heads)
-    yield found
+    yield call
 
 
 def _at(heads: slice | Tensor, queries: slice | Tensor) -> Any:
@@ -602,6 +621,7 @@ def _at(heads: slice | Tensor, queries: slice | Tensor) -> Any:
     return heads, queries
 
 
+# Weak, so that a plan lives as long as its mask: a prompt's masks are gone with the prompt.
 _plans: WeakKeyDictionary[Mask, dict[tuple[int, torch.device], _Plan]] = WeakKeyDictionary()
 
 
@@ -620,7 +640,9 @@ def _shared(mask: Mask) -> list[tuple[Mask, list[int] | None]]:
     heads = [
         (mask.of_head == number).nonzero()[:, 0].tolist() for number in range(len(mask.choices))
     ]
-    return [(one, mine) for one, mine in zip(mask.choices, heads, strict=True) if mine]
+    return [
+        (choice, of_heads) for choice, of_heads in zip(mask.choices, heads, strict=True) if of_heads
+    ]
 
 
 _CALL = 2**15
@@ -714,6 +736,7 @@ def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
             return one & other if isinstance(mask, _Both) else one | other
         case Causal() | Window():
             # Their edge is a straight line: where opposite corners are alike the block is.
+            # The corners: first query with last key, and last query with first key.
             corner = mask.allowed(head, queries[0], keys[:, -1])
             cut = corner != mask.allowed(head, queries[-1], keys[:, 0])
             if not bool(cut.any()):
@@ -722,13 +745,14 @@ def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
             result[cut] = mask.allowed(head[cut, None, None], queries, keys[cut, :, None])
             return result
         case Blocks():
+            # A block is allowed as a whole, so its first pair is enough.
             return mask.allowed(head[:, None, None], queries[:1], keys[:, :1, None])
         case PerHead():
             choice = mask.of_head[head]
             result = torch.empty(*keys.shape, len(queries), dtype=torch.bool)
             for number in choice.unique().tolist():
-                mine = choice == number
-                result[mine] = _pairs(mask.choices[number], head[mine], queries, keys[mine])
+                having = choice == number
+                result[having] = _pairs(mask.choices[number], head[having], queries, keys[having])
             return result
         case Classes(heads=1):
             seen_by = mask.table[0, mask.labels[queries]].T.contiguous()  # [C, Q]
@@ -743,6 +767,7 @@ def _kinds(mask: Mask) -> Tensor:
     """
     if isinstance(mask, _Both | _Either):
         one, other = _kinds(mask.one), _kinds(mask.other)
+        # Both numbers as one. Heads that differ in it may still allow the same: time, no error.
         combined: Tensor = one * (other.max() + 1) + other
         return combined
     if isinstance(mask, Blocks):
@@ -790,7 +815,7 @@ def block_mask(mask: Mask, device: torch.device | None = None, block: int = BLOC
         counts = blocks.sum(dim=-1, dtype=torch.int32)
         return counts[None].to(device), order[None].to(device, torch.int32)
 
-    # A tensor, as every number here that is not would be compiled into the kernel.
+    # A tensor: a Python number would be compiled into the kernel, one kernel for each length.
     last = torch.tensor(length - 1, device=device)
 
     def allowed(_batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -811,7 +836,7 @@ def block_mask(mask: Mask, device: torch.device | None = None, block: int = BLOC
 _compiled: dict[str, Any] = {}
 
 _KINDS_OF_MASKS = 64
-"""How many kernels are compiled, one for each way a mask is put together, before torch gives up."""
+"""How many kernels are compiled, one for each composition of masks, before torch gives up."""
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, blocks: Any, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""PromptLayout: where the images of a prompt stand, which every attention mask is made from.
+"""PromptLayout: the positions of a prompt's images, from which every attention mask is made.
 
 A prompt of L tokens is text, with spans of image tokens in it. Everything that is in no span is
 text: words, and the delimiters that many models put around an image.
@@ -24,7 +24,7 @@ class ImageSpan:
     Attributes
     ----------
     start, stop
-        Places in the prompt, from 0.
+        Positions in the prompt, from 0.
     grid
         (frames, rows, columns) of the tokens, or None where it is not known.
     """
@@ -49,7 +49,7 @@ class PromptLayout:
     images
         Spans of image tokens, in order.
     sinks
-        Places of tokens that draw attention whatever they hold, such as a prompt's first token.
+        Positions of tokens that get much attention whatever they hold, such as the first token.
 
     Raises
     ------
@@ -79,18 +79,18 @@ class PromptLayout:
                         f"image {number} has {len(span)} tokens and the grid {span.grid}, whose "
                         f"product is {frames * rows * columns}. Correct one of them."
                     )
-        for number, (one, other) in enumerate(itertools.pairwise(self.images), start=1):
-            if other.start < one.stop:
+        for number, (span, following) in enumerate(itertools.pairwise(self.images), start=1):
+            if following.start < span.stop:
                 raise LayoutError(
                     f"images {number} and {number + 1} overlap or are out of order: the first has "
-                    f"the tokens {one.start} to {one.stop}, the second {other.start} to "
-                    f"{other.stop}. Give spans in order, none beginning before the last has ended."
+                    f"the tokens {span.start} to {span.stop}, the second {following.start} to "
+                    f"{following.stop}. Give spans in order, each beginning behind the last one."
                 )
-        for place in self.sinks:
-            if not 0 <= place < self.length:
+        for sink in self.sinks:
+            if not 0 <= sink < self.length:
                 raise LayoutError(
-                    f"sink {place} is no token of a prompt of {self.length}. Give places from 0 to "
-                    f"{self.length - 1}."
+                    f"sink {sink} is no token of a prompt of {self.length}. Give positions from 0 "
+                    f"to {self.length - 1}."
                 )
 
     @property
@@ -123,7 +123,8 @@ class PromptLayout:
         LayoutError
             If there are not as many selections as images, or one is of another number of tokens.
         """
-        given, sizes = [one.total for one in selections], [len(span) for span in self.images]
+        given = [selection.total for selection in selections]
+        sizes = [len(span) for span in self.images]
         if given != sizes:
             raise LayoutError(
                 f"there are selections of {given} tokens, and images of {sizes}. Give one "
@@ -139,13 +140,14 @@ class PromptLayout:
 def image_spans(is_image: Sequence[bool] | Tensor) -> list[ImageSpan]:
     """Return the runs of image tokens in a prompt, as spans.
 
-    Images that touch are one run: who knows their sizes splits it.
+    Images that touch are one run; a caller that knows their sizes splits it.
 
     Parameters
     ----------
     is_image
         Bool [L], True where a token is an image's.
     """
+    # A run begins where the flags rise and ends where they fall; a 0 at either end closes the last.
     flags = torch.as_tensor(is_image, dtype=torch.int8).cpu()
     edges = torch.diff(flags, prepend=flags.new_zeros(1), append=flags.new_zeros(1)).nonzero()[:, 0]
     return [ImageSpan(start, stop) for start, stop in edges.view(-1, 2).tolist()]

@@ -1,9 +1,9 @@
-"""Masks: which keys each query of a prompt may attend to, per head, without the matrix of it.
+"""Masks: which keys each query of a prompt may attend to, per head, without a matrix of all pairs.
 
-A mask answers two questions: for single pairs (`allowed`), and for blocks of pairs (`cover`): might
-a pair be allowed in this block, and are all of them? From the second come the blocks that a kernel
-computes and the density; from the first what it hides inside a block. Masks compose with ``&``
-and ``|``. All of them are within ``[H, L, L]`` of one prompt of L tokens.
+A mask answers two questions: is a single pair allowed (`allowed`), and for a block of pairs, may
+any of them be allowed and are all of them (`cover`)? The second gives the blocks that a kernel
+computes, and the density; the first gives what it hides inside a block. Masks compose with ``&``
+and ``|``. All of them describe ``[H, L, L]`` of one prompt of L tokens.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Mask(ABC):
 
     def matrix(self) -> Tensor:
         """Return BoolTensor [H or 1, L, L]; for tests and pictures, not for long prompts."""
-        place = torch.arange(self.length)
+        position = torch.arange(self.length)
         head = torch.arange(self.heads)
-        allowed = self.allowed(head[:, None, None], place[:, None], place[None, :])
+        allowed = self.allowed(head[:, None, None], position[:, None], position[None, :])
         return allowed.expand(self.heads, self.length, self.length)
 
     def density(self, block: int = BLOCK) -> float:
@@ -122,6 +122,7 @@ class Causal(Mask):
     def cover(self, block: int = BLOCK) -> Cover:
         """See `Mask.cover`."""
         first, last = _edges(self.length, block)
+        # Rows are blocks of queries. The last query sees most, and the first one least.
         return Cover((first <= last[:, None])[None], (last <= first[:, None])[None])
 
 
@@ -191,6 +192,8 @@ class Classes(Mask):
     def cover(self, block: int = BLOCK) -> Cover:
         """See `Mask.cover`."""
         count = blocks_in(self.length, block)
+        # Which classes a block has. Products count pairs of classes that both blocks have, and that
+        # the table allows, or forbids: some pair is where one is allowed, every where none is not.
         present = torch.zeros(count, self.table.shape[-1])
         present[torch.arange(self.length) // block, self.labels] = 1.0
         some = present @ self.table.float() @ present.T > 0
@@ -271,11 +274,11 @@ class PerHead(Mask):
     of_head: Tensor
 
     def __post_init__(self) -> None:
-        lengths = {one.length for one in self.choices}
-        if len(lengths) != 1 or any(one.heads != 1 for one in self.choices):
+        lengths = {mask.length for mask in self.choices}
+        if len(lengths) != 1 or any(mask.heads != 1 for mask in self.choices):
             raise LayoutError(
                 f"the masks to choose from are for prompts of {sorted(lengths)} tokens and "
-                f"{[one.heads for one in self.choices]} heads. Give masks of one length that are "
+                f"{[mask.heads for mask in self.choices]} heads. Give masks of one length that are "
                 "the same for all heads."
             )
         if int(self.of_head.min()) < 0 or int(self.of_head.max()) >= len(self.choices):
@@ -296,21 +299,21 @@ class PerHead(Mask):
 
     def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """See `Mask.allowed`."""
-        mine = self.of_head[head]
-        allowed = self.choices[0].allowed(head, query, key) & (mine == 0)
-        for number, one in enumerate(self.choices[1:], start=1):
-            allowed = allowed | (one.allowed(head, query, key) & (mine == number))
+        choice = self.of_head[head]
+        allowed = self.choices[0].allowed(head, query, key) & (choice == 0)
+        for number, mask in enumerate(self.choices[1:], start=1):
+            allowed = allowed | (mask.allowed(head, query, key) & (choice == number))
         return allowed
 
     def to(self, device: torch.device) -> PerHead:
         """See `Mask.to`."""
-        return PerHead([one.to(device) for one in self.choices], self.of_head.to(device))
+        return PerHead([mask.to(device) for mask in self.choices], self.of_head.to(device))
 
     def cover(self, block: int = BLOCK) -> Cover:
         """See `Mask.cover`."""
-        covers = [one.cover(block) for one in self.choices]
-        some = torch.cat([one.some for one in covers])
-        every = torch.cat([one.every for one in covers])
+        covers = [mask.cover(block) for mask in self.choices]
+        some = torch.cat([cover.some for cover in covers])
+        every = torch.cat([cover.every for cover in covers])
         return Cover(some[self.of_head], every[self.of_head])
 
 
@@ -337,6 +340,7 @@ class _Both(_Pair):
 
     def cover(self, block: int = BLOCK) -> Cover:
         one, other = self.one.cover(block), self.other.cover(block)
+        # `some` may say more than there is: each mask may allow other pairs of a block.
         return Cover(one.some & other.some, one.every & other.every)
 
 
@@ -346,6 +350,7 @@ class _Either(_Pair):
 
     def cover(self, block: int = BLOCK) -> Cover:
         one, other = self.one.cover(block), self.other.cover(block)
+        # `every` may say less than there is: together they may allow every pair of a block.
         return Cover(one.some | other.some, one.every | other.every)
 
 

@@ -46,14 +46,14 @@ def category_mask(layout: PromptLayout, category: Category, model: Mask | None =
     model
         What the model's own mask lets through; None for `Causal`.
     """
-    own = Causal(layout.length) if model is None else model
+    model_mask = Causal(layout.length) if model is None else model
     if category == "dense" or not layout.images:
-        return own
+        return model_mask
     labels, table = _classes(layout, category)
     classes: Mask = Classes(labels, table[None])
     if category == "sink":
         classes = classes | Window(layout.length, LOCAL)
-    return own & classes
+    return model_mask & classes
 
 
 def heads_mask(
@@ -70,7 +70,10 @@ def heads_mask(
     model
         What the model's own mask lets through; None for `Causal`.
     """
-    return per_head(categories, {one: category_mask(layout, one, model) for one in set(categories)})
+    return per_head(
+        categories,
+        {category: category_mask(layout, category, model) for category in set(categories)},
+    )
 
 
 def per_head(categories: Sequence[Category], masks: Mapping[Category, Mask]) -> Mask:
@@ -83,11 +86,11 @@ def per_head(categories: Sequence[Category], masks: Mapping[Category, Mask]) -> 
     masks
         Of each of these categories, the same for all heads.
     """
-    used = [one for one in CATEGORIES if one in categories]
+    used = [category for category in CATEGORIES if category in categories]
     if len(used) == 1:
         return masks[used[0]]
-    of_head = torch.tensor([used.index(one) for one in categories])
-    return PerHead([masks[one] for one in used], of_head)
+    of_head = torch.tensor([used.index(category) for category in categories])
+    return PerHead([masks[category] for category in used], of_head)
 
 
 def _classes(layout: PromptLayout, category: Category) -> tuple[Tensor, Tensor]:

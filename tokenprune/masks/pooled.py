@@ -114,22 +114,25 @@ class PooledBlocks:
         TokensError
             If q or k are not finite.
         """
-        own = Causal(layout.length) if model is None else model
-        _check(query, key, layout, own)
+        model_mask = Causal(layout.length) if model is None else model
+        _check(query, key, layout, model_mask)
         if not layout.images:
-            return own
-        possible = own.cover(self.block).some.expand(len(query), -1, -1)
+            return model_mask
+        possible = model_mask.cover(self.block).some.expand(len(query), -1, -1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         shares = _probabilities(query, key, scale, possible, self.block)
         if self.together:
             groups = shares.unflatten(0, (len(key), -1))
             shares = groups.mean(dim=1, keepdim=True).expand_as(groups).flatten(0, 1)
         chosen = self._choose(shares, possible)
+        # A query always sees itself, so no row of the softmax is empty.
         chosen |= torch.eye(chosen.shape[-1], dtype=torch.bool)
         labels = torch.where(layout.image_of < 0, 1, 2 * layout.is_sink.long())
         # Tokens of images, text, sinks in images: text sees all, text and sinks are seen by all.
         table = torch.tensor([[False, True, True], [True, True, True], [False, True, True]])
-        return own & (Blocks(chosen, layout.length, self.block) | Classes(labels, table[None]))
+        return model_mask & (
+            Blocks(chosen, layout.length, self.block) | Classes(labels, table[None])
+        )
 
     def _choose(self, shares: Tensor, possible: Tensor) -> Tensor:
         """Return BoolTensor [H, n, n], the kept blocks; of equal ones the first wins."""
@@ -167,10 +170,10 @@ def pool(states: Tensor, block: int = BLOCK) -> Tensor:
         float32 [H, blocks, d].
     """
     whole = states.shape[1] // block * block
-    parts = [states[:, :whole].unflatten(1, (-1, block)).mean(dim=2, dtype=torch.float32)]
+    averages = [states[:, :whole].unflatten(1, (-1, block)).mean(dim=2, dtype=torch.float32)]
     if whole < states.shape[1]:
-        parts.append(states[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float32))
-    return torch.cat(parts, dim=1)
+        averages.append(states[:, whole:].mean(dim=1, keepdim=True, dtype=torch.float32))
+    return torch.cat(averages, dim=1)
 
 
 def _probabilities(
@@ -181,6 +184,7 @@ def _probabilities(
         # Heads side by side for each key head, so that keys need not be repeated.
         queries = pool(query, block).unflatten(0, (len(key), -1))
         logits = torch.einsum("ghqd,gkd->ghqk", queries, pool(key, block)).flatten(0, 1)
+    # One row sums up to `mass` in float64: in float32 a long prompt's rounding would show.
     logits = logits.double().cpu() * scale
     if not bool(logits.isfinite().all()):
         raise TokensError(
@@ -190,7 +194,7 @@ def _probabilities(
     return logits.masked_fill_(~possible, -math.inf).softmax(dim=-1)
 
 
-def _check(query: Tensor, key: Tensor, layout: PromptLayout, own: Mask) -> None:
+def _check(query: Tensor, key: Tensor, layout: PromptLayout, model_mask: Mask) -> None:
     heads, length, size = query.shape
     if key.shape[1:] != (length, size) or heads % len(key) or layout.length != length:
         raise LayoutError(
@@ -198,9 +202,9 @@ def _check(query: Tensor, key: Tensor, layout: PromptLayout, own: Mask) -> None:
             f"{layout.length} tokens. Give q and k of the whole prompt, with heads that are a "
             "multiple of the key heads."
         )
-    if own.length != length or own.heads not in (1, heads):
+    if model_mask.length != length or model_mask.heads not in (1, heads):
         raise LayoutError(
-            f"the model's mask of {own.heads} heads and {own.length} tokens was given with "
-            f"queries of {heads} heads and {length} tokens. Make it for this prompt, for all "
-            "heads or for 1."
+            f"the model's mask of {model_mask.heads} heads and {model_mask.length} tokens was "
+            f"given with queries of {heads} heads and {length} tokens. Make it for this prompt, "
+            "for all heads or for 1."
         )

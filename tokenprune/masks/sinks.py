@@ -1,15 +1,15 @@
-"""Which tokens of an image are attention sinks whatever the image shows: found, not assumed.
+"""Which tokens of an image are attention sinks whatever the image shows, measured on prompts.
 
-A sink is looked for in two ways. One looks at what happens: tokens that get far more attention from
-later images than the other tokens of their own. The other at what is known to cause it: massive
-activations, a few hidden dimensions in which sinks are huge. Source of the latter: "See What You
-Are Told: Visual Attention Sink" (ICLR 2025), with its formula and its tau; that dimensions are
-found by looking at the first token and at the delimiters of images, how much attention is much, and
-how many images are enough, are reconstructions.
+A sink is detected in two ways. The first is its effect: the token gets far more attention from
+later images than the other tokens of its image. The second is its known cause: massive activations,
+very large values in a few hidden dimensions. Source of the latter: "See What You Are Told: Visual
+Attention Sink" (ICLR 2025), with its formula and its tau. Reconstructions: that the dimensions are
+those of the first token and of the delimiters of images, how much attention makes a sink, and in
+how many images it must be one.
 
-A mask that is fixed beforehand knows places, not tokens. So what is kept are places, counted from
-either end of an image, that are sinks in at least half of the images. Tokens outside of images are
-always visible in BlindSight's masks, and need not be found.
+A static mask knows positions, not tokens. So the result is places: positions counted from either
+end of an image that are sinks in at least half of the images. Tokens outside of images are always
+visible in BlindSight's masks, so they are not searched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from tokenprune.masks.layout import PromptLayout
 
 PLACES = 8
-"""Places at either end of an image that are looked at (reconstruction)."""
+"""Places at either end of an image that are examined (reconstruction)."""
 
 FACTOR = 10.0
 """A sink gets more than this times the mean attention of its image's tokens (reconstruction)."""
@@ -135,18 +135,20 @@ class SinkSearch:
             What `massive_activations` gave for each layer.
         """
         for span in layout.images[:-1]:
-            mine = attention[span.start : span.stop]
-            if len(span) <= FACTOR or not bool(mine.any()):
-                continue  # no token can be above so many means, or nobody looks at the image
+            in_image = attention[span.start : span.stop]
+            if len(span) <= FACTOR or not bool(in_image.any()):
+                # No token can exceed so many times the mean, or no later image attends to this one.
+                continue
             self._attended_in += 1
-            found = (mine > FACTOR * mine.mean()).nonzero()[:, 0].tolist()
-            self._attended.update(_places(found, len(span)))
+            sinks = (in_image > FACTOR * in_image.mean()).nonzero()[:, 0].tolist()
+            self._attended.update(_places(sinks, len(span)))
         empty = torch.empty(0, 2, dtype=torch.int64)
         entries = torch.cat([empty, *massive]).unique(dim=0)
         of_image = layout.image_of
-        edges = [place for span in layout.images for place in (span.start - 1, span.stop)]
-        text = [place for place in (0, *edges) if 0 <= place < layout.length]
-        marks = torch.tensor(sorted({place for place in text if of_image[place] < 0}))
+        # Where an image has a delimiter, it is the token just before or just behind it.
+        edges = [position for span in layout.images for position in (span.start - 1, span.stop)]
+        in_prompt = [position for position in (0, *edges) if 0 <= position < layout.length]
+        marks = torch.tensor(sorted({position for position in in_prompt if of_image[position] < 0}))
         self._dimensions.update(entries[torch.isin(entries[:, 0], marks)][:, 1].tolist())
         self._prompts.append((layout, entries[of_image[entries[:, 0]] >= 0]))
 
@@ -156,11 +158,17 @@ class SinkSearch:
         votes: Counter[int] = Counter()
         tokens: list[tuple[int, int]] = []  # place from the start, size of the image
         for layout, entries in self._prompts:
-            chosen = entries[torch.isin(entries[:, 1], dimensions)][:, 0].unique().tolist()
+            # Only now: dimensions of a later prompt count for the earlier ones too.
+            in_dimensions = torch.isin(entries[:, 1], dimensions)
+            massive_tokens = entries[in_dimensions][:, 0].unique().tolist()
             for span in layout.images:
-                mine = [token - span.start for token in chosen if span.start <= token < span.stop]
-                votes.update(_places(mine, len(span)))
-                tokens += [(place, len(span)) for place in mine]
+                in_image = [
+                    token - span.start
+                    for token in massive_tokens
+                    if span.start <= token < span.stop
+                ]
+                votes.update(_places(in_image, len(span)))
+                tokens += [(place, len(span)) for place in in_image]
         images = sum(len(layout.images) for layout, _ in self._prompts)
         attended = _stable(self._attended, self._attended_in)
         massive = _stable(votes, images)

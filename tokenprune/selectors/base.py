@@ -38,24 +38,24 @@ class Picks:
 
 @dataclass(frozen=True)
 class Selector:
-    """Base of every method: subclass it as a frozen dataclass, with the options as fields.
+    """Base class of every selector: subclass it as a frozen dataclass with the options as fields.
 
     Class attributes
     ----------------
     name
         What users write: ``method="cls-attention"``.
     summary
-        What it looks at, in one line.
+        What it selects by, in one line.
     paper
         Title and arXiv number, or where else the method comes from; "" for a baseline.
     needs
         Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
     of_place
-        Whether the choice hangs on an item's place in its batch too, as where rows were prepared
-        for known items. No method should need it; an item that comes several times is then chosen
-        from each time.
+        Whether the choice also depends on an item's index in its batch, for example because scores
+        were prepared for known items. No method should need it. An item that comes several times
+        is then selected from each time.
     needs_picture
-        Whether the method looks at neighbours in the grid; items that are no picture are refused.
+        Whether the method uses neighbours in the grid; items that are no picture are refused.
 
     Raises
     ------
@@ -100,7 +100,7 @@ class Selector:
         return cls(**options)
 
     def check_model(self, config: Any) -> None:
-        """Raise unless the method can serve a model; most can serve any.
+        """Raise if the method does not work with a model; most work with any.
 
         Parameters
         ----------
@@ -115,9 +115,9 @@ class Selector:
         return None
 
     def check_projector(self, projector: Projector) -> None:
-        """Raise unless the method can work with a model's projector, whose weights may be missing.
+        """Raise if the method does not work with a model's projector; its weights may be missing.
 
-        Asked before anything runs, of methods that name the projector in `needs`.
+        Called before anything runs, for methods that name the projector in `needs`.
 
         Parameters
         ----------
@@ -165,6 +165,7 @@ class Selector:
         keep
             K, between 1 and N.
         """
+        # Checked before `pick`, which may use them as an index or a weight.
         scores = self.score(tokens)
         _check_scores(self, tokens, scores)
         return Picks(self.pick(tokens, scores, keep), scores)
@@ -225,7 +226,7 @@ def check_picks(selector: Selector, tokens: TokenBatch, picks: Picks, keep: int)
     if picks.scores is not None:
         _check_scores(selector, tokens, picks.scores)
         flags.append(~picks.scores.isnan().any())
-    # One look for both: on a GPU each waits for the device.
+    # One transfer for both flags: on a GPU each one waits for the device.
     whole, *numbers = torch.stack([flag.to(kept.device) for flag in flags]).tolist()
     if not all(numbers):
         bad = int(cast(Tensor, picks.scores).isnan().any(dim=1).nonzero()[0])

@@ -49,7 +49,7 @@ class IntegerRows:
         # The largest entry and not the norm: a maximum is exact in any order.
         largest = torch.linalg.vector_norm(embeddings, ord=math.inf, dim=-1, keepdim=True).double()
         rows = embeddings.to(torch.float64, copy=True)
-        largest.masked_fill_(largest == 0, 1.0)
+        largest.masked_fill_(largest == 0, 1.0)  # a row of zeros stays one
         rows.div_(largest).mul_(2.0**bits).round_()
         squares: Tensor = torch.linalg.vecdot(rows, rows)
         norms = squares.sqrt()
@@ -81,6 +81,7 @@ class IntegerRows:
         distance is 0.
         """
         total, width = self.rows.shape[1:]
+        # No more rows than D, so that a block of cosines is no larger than the rows themselves.
         step = max(1, min(width, _BLOCK_ENTRIES // total))
         distances = []
         for rows, norms in zip(self.rows, self.inverse_norms, strict=True):
@@ -128,10 +129,10 @@ def pick_diverse(
     step = max(1, _ROW_ENTRIES // (total * width))
     kept = []
     for start in range(0, size, step):
-        part = slice(start, start + step)
-        rows = IntegerRows.from_embeddings(embeddings[part])
-        begin = rows.nearest_distances().argmax(dim=-1) if first is None else first[part]
-        kept.append(_greedy(rows, keep, None if weights is None else weights[part], begin))
+        items = slice(start, start + step)
+        rows = IntegerRows.from_embeddings(embeddings[items])
+        begin = rows.nearest_distances().argmax(dim=-1) if first is None else first[items]
+        kept.append(_greedy(rows, keep, None if weights is None else weights[items], begin))
     return torch.cat(kept).sort(dim=-1).values
 
 
@@ -150,5 +151,6 @@ def _greedy(rows: IntegerRows, keep: int, weights: Tensor | None, first: Tensor)
         kept[:, step] = pick
         taken.scatter_(1, pick[:, None], True)
         if step + 1 < keep:
+            # The largest cosine to any taken one is that to the earlier ones or to the last.
             torch.maximum(closest, rows.cosines_to(pick), out=closest)
     return kept

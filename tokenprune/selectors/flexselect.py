@@ -65,8 +65,8 @@ class FlexSelect(LayerReading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = self.sink_dimensions.split(",")
-        if self.sink_dimensions != _ALL and not all(part.strip().isdecimal() for part in parts):
+        numbers = self.sink_dimensions.split(",")
+        if self.sink_dimensions != _ALL and not all(text.strip().isdecimal() for text in numbers):
             raise OptionError(
                 f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} must be "
                 "'all' or numbers with commas between them, such as '1415,2533'."
@@ -76,9 +76,12 @@ class FlexSelect(LayerReading):
         """Return each set's `question_scores`; see the class."""
         given = tokens.require_query_attention()
         if isinstance(given, Tensor):
-            return [self._reduce(given.float()[..., own.to(given.device)]) for own in sets]
-        seen = given.read(sets, self.layer, values=self.weigh_values, hidden=self.drop_sinks)
-        return [self._score(one)[None] for one in seen]
+            attention = given.float()
+            return [self._reduce(attention[..., members.to(given.device)]) for members in sets]
+        keys_of_sets = given.read(
+            sets, self.layer, values=self.weigh_values, hidden=self.drop_sinks
+        )
+        return [self._score(keys)[None] for keys in keys_of_sets]
 
     def _reduce(self, attention: Tensor) -> Tensor:
         """[B, H, Q, n] -> [B, n]."""
@@ -91,14 +94,15 @@ class FlexSelect(LayerReading):
         rows = attention.flatten(1, 2)
         if self.reduction == "max":
             return rows.amax(dim=1)
+        # Folded: `Tensor.mean` would round equal tokens differently at different places.
         return folded_sum(rows, dim=1) / rows.shape[1]
 
-    def _score(self, seen: QueryKeys) -> Tensor:
+    def _score(self, keys: QueryKeys) -> Tensor:
         """Return float32 [n]."""
-        scores = question_scores(seen, self.reduction, self.weigh_values)
-        if self.drop_sinks and seen.hidden is not None:
+        scores = question_scores(keys, self.reduction, self.weigh_values)
+        if self.drop_sinks and keys.hidden is not None:
             # Below every other token's score, which is never negative, and in their own order.
-            scores = torch.where(self._is_sink(seen.hidden), scores - scores.max() - 1, scores)
+            scores = torch.where(self._is_sink(keys.hidden), scores - scores.max() - 1, scores)
         return scores
 
     def _is_sink(self, hidden: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ class FlexSelect(LayerReading):
         states = hidden.float()
         states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + 1e-6)
         if self.sink_dimensions != _ALL:
-            wanted = [int(part) for part in self.sink_dimensions.split(",")]
+            wanted = [int(number) for number in self.sink_dimensions.split(",")]
             if max(wanted) >= states.shape[-1]:
                 raise OptionError(
                     f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} "

@@ -1,7 +1,8 @@
 """Long videos in sets of frames: what FlexSelect and its trained selector share.
 
-A set is every G-th frame, so that each set spans the whole video; each is scored by itself and
-gets an equal share of the budget. Memory is that of the sets scored at one time.
+A set is every G-th frame, so that each set spans the whole video. Each is scored by itself. The
+budget is split evenly over the sets, and the remainder goes to the first ones. Memory is that of
+the sets scored at one time.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class FrameSets(Selector):
         sets = frame_sets(tokens.grid, self.frames_per_set)
         scores = torch.empty(tokens.size, tokens.total, dtype=torch.float32, device=tokens.device)
         for start in range(0, len(sets), self.sets_per_pass):
-            part = sets[start : start + self.sets_per_pass]
-            for own, found in zip(part, self.score_sets(tokens, part), strict=True):
-                scores[:, own.to(scores.device)] = found.to(scores.device)
+            in_pass = sets[start : start + self.sets_per_pass]
+            of_sets = self.score_sets(tokens, in_pass)
+            for members, of_set in zip(in_pass, of_sets, strict=True):
+                scores[:, members.to(scores.device)] = of_set.to(scores.device)
         finite = scores.isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = int((~finite).nonzero()[0])
@@ -90,17 +92,19 @@ class FrameSets(Selector):
             self.frames_per_set,
             keep,
             scores.device,
-            lambda own, share: self.pick_of_set(tokens, own, scores[:, own], share),
+            lambda members, share: self.pick_of_set(tokens, members, scores[:, members], share),
         )
 
-    def pick_of_set(self, tokens: TokenBatch, own: Tensor, scores: Tensor, share: int) -> Tensor:
+    def pick_of_set(
+        self, tokens: TokenBatch, members: Tensor, scores: Tensor, share: int
+    ) -> Tensor:
         """Return which of a set's tokens stay, LongTensor [B, share]: the highest, by default.
 
         Parameters
         ----------
         tokens
             B items of one shape.
-        own
+        members
             LongTensor [n], the tokens of the set.
         scores
             float32 [B, n], what `score_sets` returned for it.
@@ -136,11 +140,10 @@ def pick_in_sets(
     Tensor
         LongTensor [B, K], ascending.
     """
-    sets = [own.to(device) for own in frame_sets(grid, frames_per_set)]
+    sets = [members.to(device) for members in frame_sets(grid, frames_per_set)]
+    of_sets = shares(keep, [len(members) for members in sets])
     picks = [
-        own[pick(own, share)]
-        for own, share in zip(sets, shares(keep, [len(own) for own in sets]), strict=True)
-        if share
+        members[pick(members, share)] for members, share in zip(sets, of_sets, strict=True) if share
     ]
     return torch.cat(picks, dim=1).sort(dim=1).values
 
@@ -169,7 +172,7 @@ def frame_sets(grid: tuple[int, int, int], frames_per_set: int) -> list[Tensor]:
 
 
 def shares(keep: int, sizes: Sequence[int]) -> list[int]:
-    """Split a budget equally over sets; the first sets get what does not divide.
+    """Split a budget evenly over sets; the remainder goes to the first ones.
 
     A set with fewer tokens than its share keeps them all, and the others share the rest.
 
@@ -186,15 +189,16 @@ def shares(keep: int, sizes: Sequence[int]) -> list[int]:
         One share for each set; they add up to `keep`.
     """
     result = [0] * len(sizes)
-    still, left = list(range(len(sizes))), keep
-    while full := [index for index in still if sizes[index] <= left // len(still)]:
+    larger, left = list(range(len(sizes))), keep
+    # A set that keeps all it has leaves more for each of the others, which may fill further ones.
+    while full := [index for index in larger if sizes[index] <= left // len(larger)]:
         for index in full:
             result[index] = sizes[index]
             left -= sizes[index]
-        still = [index for index in still if index not in full]
-        if not still:
+        larger = [index for index in larger if index not in full]
+        if not larger:
             return result
-    each, more = divmod(left, len(still))
-    for place, index in enumerate(still):
-        result[index] = each + (place < more)
+    even, remainder = divmod(left, len(larger))
+    for order, index in enumerate(larger):
+        result[index] = even + (order < remainder)
     return result

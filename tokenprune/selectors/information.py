@@ -1,8 +1,8 @@
-"""information, relevant-information: keep the tokens from which most of the others can be told.
+"""information, relevant-information: keep the tokens that predict the others best.
 
 tokenprune's own methods, one blind to the question and one that reads it. Both take the set S of
 tokens that maximises ``log det(I + K_S / σ²)``, K being how alike the tokens are that the language
-model would read: the information that S holds about a linear picture of the image.
+model would read: the information that S holds about a linear model of the image.
 docs/selectors.md has the idea, what else was tried, and where it loses.
 """
 
@@ -33,7 +33,7 @@ _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item 
 
 @dataclass(frozen=True)
 class Information(Selector):
-    """Keep the tokens that tell most: loud or unlike the rest, and unlike each other.
+    """Keep tokens with large or distinctive embeddings that the other kept ones do not predict.
 
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
     ``K_ij = cos(e_i, e_j) * sqrt(v_i v_j)`` and ``σ² = noise * mean_i v_i``: each step takes the
@@ -57,7 +57,7 @@ class Information(Selector):
     """
 
     name: ClassVar[str] = "information"
-    summary: ClassVar[str] = "what is loud or unlike the rest, and what tokens tell of each other"
+    summary: ClassVar[str] = "large or distinctive embeddings that other tokens do not predict"
     paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
@@ -77,22 +77,22 @@ class Information(Selector):
         """Return LongTensor [B, K], ascending; there are no scores."""
         embeddings = tokens.require("embeddings")
 
-        def pick(own: Tensor, share: int) -> Tensor:
-            frames = _frames(tokens, own)
-            return pick_informative(embeddings[:, own], share, self.noise, frames=frames)
+        def pick(members: Tensor, share: int) -> Tensor:
+            frames = _frames(tokens, members)
+            return pick_informative(embeddings[:, members], share, self.noise, frames=frames)
 
         return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, embeddings.device, pick))
 
 
 @dataclass(frozen=True)
 class RelevantInformation(LayerReading):
-    """Keep the tokens that hold most information about what the question looks at.
+    """Keep the tokens with most information about what the question attends to.
 
     As `Information`, and a token's variance is its length times ``1 + r_i / mean r``, in a video
     times that plus the change since the frame before. r_i is the attention that the prompt's last
     token, the one that the answer's first word is read from, pays to token i at the reference
-    layer, averaged over heads. So a token that is looked at as much as the average has twice its
-    length, and a token nobody looks at still counts.
+    layer, averaged over heads. So a token with average attention has twice its length, and
+    a token without any still counts.
     A method of tokenprune's own, see docs/selectors.md. What is read, and its cost, are those of
     `FlexSelect`.
 
@@ -109,7 +109,7 @@ class RelevantInformation(LayerReading):
     """
 
     name: ClassVar[str] = "relevant-information"
-    summary: ClassVar[str] = "information about what the end of the prompt looks at"
+    summary: ClassVar[str] = "information about what the end of the prompt attends to"
     paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
 
@@ -129,38 +129,44 @@ class RelevantInformation(LayerReading):
         """Return each set's weights, ``1 + r / mean r``; see the class."""
         given = tokens.require_query_attention()
         embeddings = tokens.require("embeddings")
-        chosen = [self._candidates(tokens, own.to(embeddings.device)) for own in sets]
+        candidates = [self._candidates(tokens, members.to(embeddings.device)) for members in sets]
         if isinstance(given, Tensor):
             last = given[:, :, -1].float()
-            rows = [last[..., own.to(given.device)] for own in sets]
+            by_head = [last[..., members.to(given.device)] for members in sets]
             attention = [
-                (folded_sum(row, dim=1) / row.shape[1]).gather(1, read)
-                for row, read in zip(rows, chosen, strict=True)
+                (folded_sum(heads, dim=1) / heads.shape[1]).gather(1, read)
+                for heads, read in zip(by_head, candidates, strict=True)
             ]
         else:
             # A reader is of one item.
             read_sets = [
-                own[read[0].to(own.device)] for own, read in zip(sets, chosen, strict=True)
+                members[read[0].to(members.device)]
+                for members, read in zip(sets, candidates, strict=True)
             ]
-            seen = given.read(read_sets, self.layer, values=False, hidden=False)
-            attention = [question_scores(_of_last_token(one), "mean")[None] for one in seen]
+            keys_of_sets = given.read(read_sets, self.layer, values=False, hidden=False)
+            attention = [
+                question_scores(_of_last_token(keys), "mean")[None] for keys in keys_of_sets
+            ]
         weights = []
-        for own, read, looked_at in zip(sets, chosen, attention, strict=True):
-            result = looked_at.new_ones(len(looked_at), len(own))
-            weights.append(result.scatter_(1, read.to(result.device), _weights(looked_at)))
+        for members, read, looked_at in zip(sets, candidates, attention, strict=True):
+            # 1, the weight of the average token, for those that were not read.
+            weight = looked_at.new_ones(len(looked_at), len(members))
+            weights.append(weight.scatter_(1, read.to(weight.device), _weights(looked_at)))
         return weights
 
-    def _candidates(self, tokens: TokenBatch, own: Tensor) -> Tensor:
+    def _candidates(self, tokens: TokenBatch, members: Tensor) -> Tensor:
         """Return LongTensor [B, c], ascending: which of a set's tokens are read."""
-        count = tokens_kept(self.candidates, len(own))
-        rows = tokens.require("embeddings")[:, own]
-        return pick_informative(rows, count, self.noise, frames=_frames(tokens, own))
+        count = tokens_kept(self.candidates, len(members))
+        rows = tokens.require("embeddings")[:, members]
+        return pick_informative(rows, count, self.noise, frames=_frames(tokens, members))
 
-    def pick_of_set(self, tokens: TokenBatch, own: Tensor, scores: Tensor, share: int) -> Tensor:
+    def pick_of_set(
+        self, tokens: TokenBatch, members: Tensor, scores: Tensor, share: int
+    ) -> Tensor:
         """Return LongTensor [B, share]."""
         embeddings = tokens.require("embeddings")
-        rows = embeddings[:, own.to(embeddings.device)]
-        return pick_informative(rows, share, self.noise, scores, _frames(tokens, own))
+        rows = embeddings[:, members.to(embeddings.device)]
+        return pick_informative(rows, share, self.noise, scores, _frames(tokens, members))
 
 
 def _check_noise(method: str, noise: float) -> None:
@@ -170,10 +176,10 @@ def _check_noise(method: str, noise: float) -> None:
         )
 
 
-def _frames(tokens: TokenBatch, own: Tensor) -> int:
+def _frames(tokens: TokenBatch, members: Tensor) -> int:
     """Return how many frames a set of tokens has."""
     _, rows, columns = tokens.grid
-    return len(own) // (rows * columns)
+    return len(members) // (rows * columns)
 
 
 def _of_last_token(seen: QueryKeys) -> QueryKeys:
@@ -182,7 +188,7 @@ def _of_last_token(seen: QueryKeys) -> QueryKeys:
 
 
 def _weights(attention: Tensor) -> Tensor:
-    """[B, n] -> 1 + r / mean r, float32 [B, n]; 1 everywhere where nothing is looked at."""
+    """[B, n] -> 1 + r / mean r, float32 [B, n]; all 1 if no token gets attention."""
     mean = folded_sum(attention, dim=1)[:, None] / attention.shape[1]
     return 1.0 + attention / mean.masked_fill(mean == 0, 1.0)
 
@@ -226,19 +232,20 @@ def pick_informative(
     step = max(1, _ENTRIES // (total * (2 * width + keep)))
     kept = []
     for start in range(0, size, step):
-        part = slice(start, start + step)
-        rows = IntegerRows.from_embeddings(embeddings[part])
+        items = slice(start, start + step)
+        rows = IntegerRows.from_embeddings(embeddings[items])
         # ||row|| ** -0.5 makes squared lengths lengths; 0 where the row is.
         factors = rows.squared_norms().sqrt().sqrt().reciprocal()
         factors.masked_fill_(factors.isinf(), 0.0)
-        counted = torch.ones_like(factors)
+        multiple = torch.ones_like(factors)
         if weights is not None:
-            counted = weights[part].to(factors.device, torch.float64)
+            multiple = weights[items].to(factors.device, torch.float64)
         if frames > 1:
-            counted = counted + changes(rows, frames)
+            multiple = multiple + changes(rows, frames)
         elif weights is None:
-            counted = counted + deviations(rows)
-        factors *= counted.sqrt()
+            multiple = multiple + deviations(rows)
+        # Variances are squares of what the rows are multiplied by.
+        factors *= multiple.sqrt()
         kept.append(_greedy(rows, factors, keep, noise))
     return torch.cat(kept).sort(dim=-1).values
 
@@ -263,6 +270,7 @@ def deviations(rows: IntegerRows) -> Tensor:
     products = torch.bmm(rows.rows, centre.rows.transpose(1, 2)).squeeze(-1)
     products *= rows.scales * centre.scales
     squared = rows.squared_norms()
+    # ||e||² - 2 e·m + ||m||², which is exact but for the last roundings; those may fall below 0.
     distances = (squared - 2.0 * products + centre.squared_norms()).clamp_(min=0.0).sqrt()
     inverse = squared.sqrt().reciprocal()
     return distances * inverse.masked_fill(inverse.isinf(), 0.0)
@@ -286,28 +294,38 @@ def changes(rows: IntegerRows, frames: int) -> Tensor:
     Tensor
         float64 [B, N]; 1 everywhere where nothing changes at all.
     """
-    each = rows.rows.shape[1] // frames
-    before, after = rows.rows[:, :-each], rows.rows[:, each:]
+    per_frame = rows.rows.shape[1] // frames
+    before, after = rows.rows[:, :-per_frame], rows.rows[:, per_frame:]
     inverse = rows.inverse_norms
-    cosine = torch.linalg.vecdot(before, after) * (inverse[:, :-each] * inverse[:, each:])
+    norms = inverse[:, :-per_frame] * inverse[:, per_frame:]
+    # Products of whole numbers: exact, so `vecdot` may add them in any order.
+    cosine = torch.linalg.vecdot(before, after) * norms
     change = (1.0 - cosine).clamp_(min=0.0)
     mean = folded_sum(change, dim=1)[:, None] / change.shape[1]
     change = torch.where(mean == 0, 1.0, change / mean.masked_fill(mean == 0, 1.0))
-    return torch.nn.functional.pad(change, (each, 0), value=1.0)
+    return torch.nn.functional.pad(change, (per_frame, 0), value=1.0)
 
 
 def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tensor:
-    """Return LongTensor [B, K] in the order taken; row i is multiplied by `factors` [B, N]."""
+    """Return LongTensor [B, K] in the order taken; row i is multiplied by `factors` [B, N].
+
+    The gain of a token is ``log(1 + variance left / σ²)``, which grows with the variance left, so
+    the token of largest variance is the greedy choice. The variances are those of the tokens given
+    the ones taken: a pivoted Cholesky factorisation of ``K + σ² I`` has them on its diagonal, and
+    adds a row of its factor for each token taken.
+    """
     variance = rows.squared_norms() * factors.square()
     size, total = variance.shape
     level = folded_sum(variance, dim=1) * (noise / total)
+    # All rows are zero: nothing is divided by 0, and ties go to the lowest index.
     level = level.masked_fill(level == 0, 1.0)
     taken = torch.zeros_like(variance, dtype=torch.bool)
     item = torch.arange(size, dtype=torch.int64, device=variance.device)
     kept = torch.empty(size, keep, dtype=torch.int64, device=variance.device)
     # The rows of the Cholesky factor that belong to the tokens taken, over all tokens.
     triangle = torch.empty(keep, size, total, dtype=torch.float64, device=variance.device)
-    # Reading the rows is what takes the time, so the tokens that may be next are looked up with it.
+    # Reading all rows for a product is what takes the time. So each reading also makes the products
+    # of the tokens that may be next, those of most variance now; it does not change the choice.
     known = kept[:, :0]
     products = triangle.new_empty(size, 0, total)
     for step in range(keep):
@@ -322,11 +340,13 @@ def _greedy(rows: IntegerRows, factors: Tensor, keep: int, noise: float) -> Tens
             likely = left.topk(min(_AHEAD, total), dim=-1).indices
             known = torch.cat([pick[:, None], likely], dim=1)
             products = rows.products_with(known)
+        # Where the pick is among the known ones; argmax of bools is not on every device.
         column = (known == pick[:, None]).byte().argmax(dim=1)
         covariance = products[item, column] * factors * factors[item, pick, None]
         if step:
-            before = triangle[:step]
-            covariance -= folded_sum(before * before[:, item, pick, None], dim=0)
+            earlier = triangle[:step]
+            # Folded, as a matrix product would add in an order that the batch decides.
+            covariance -= folded_sum(earlier * earlier[:, item, pick, None], dim=0)
         scale = (variance[item, pick] + level).sqrt()
         triangle[step] = covariance / scale[:, None]
         variance = (variance - triangle[step].square()).clamp_(min=0.0)

@@ -12,7 +12,7 @@ from tokenprune.selectors.frame_sets import FrameSets
 
 @dataclass(frozen=True)
 class LayerReading(FrameSets):
-    """Base of the methods that look at the attention of a reference layer.
+    """Base of the methods that use the attention of a reference layer.
 
     Parameters
     ----------

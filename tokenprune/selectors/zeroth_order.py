@@ -1,4 +1,4 @@
-"""zeroth-order: keep the tokens the projector reacts to most, and no two alike (ZOO-Prune)."""
+"""zeroth-order: keep tokens to which the projector is sensitive, and no two alike (ZOO-Prune)."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class ZerothOrder(Selector):
     Parameters
     ----------
     estimator
-        How S is found, in float32 or better wherever the projector can be had so.
+        How S is computed, in float32 or better wherever the projector allows it.
 
-        ``"auto"``: the closed form where the projector's weights are what it computes with, else
-        ``"jvp"``, which only calls it: with adapters, quantised or offloaded weights, hooks, or
-        any function. Which, and why, is said in one warning. Where an operation in it has no
-        derivative (some quantised kernels), it is differences along the same directions, of a
-        twentieth of each feature's length.
+        ``"auto"``: the closed form if the projector computes with the weights it has, else
+        ``"jvp"``, which only calls it: for adapters, quantised or offloaded weights, hooks, or
+        any function. One warning says which was taken, and why. If an operation in the projector
+        has no derivative (some quantised kernels), differences along the same directions are
+        taken, with steps of a twentieth of each feature's length.
 
         ``"frobenius"``: the root mean square over all directions instead of the mean over a few,
         ``||J_i||_F / sqrt(C)``, in closed form. No randomness, and by far the cheapest; closer to

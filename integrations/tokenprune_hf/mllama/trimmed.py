@@ -1,7 +1,7 @@
 """Trimmed cross-attention for Llama-3.2-Vision: later layers and their cache get fewer tokens.
 
 Source: Trimmed Llama (arXiv 2504.00557). In these models (`mllama`) vision tokens stand in no
-prompt: the text looks at them from some layers by cross-attention. At the first such layer every
+prompt: the text attends to them by cross-attention in some layers. At the first such layer every
 head takes the tokens that the text attends to most; the union over heads is all that the later
 cross-attention layers, and their part of the cache, are given.
 
@@ -63,7 +63,7 @@ class _Call:
     tiles
         BoolTensor [B, images, tiles], False for padding tiles, or None if that is not known.
     trimmed
-        The arguments of the layers that are given the kept tokens, once they are worked out.
+        The arguments of the layers that are given the kept tokens, once they are computed.
     """
 
     choice: Choice | None = None
@@ -143,7 +143,7 @@ class TrimmedAttention(Attachment):
     keep
         What each head keeps: an int of tokens, or a fraction. ``1.0`` changes nothing at all.
     queries
-        How a head's queries are put together: ``"sum"`` (the default; ranks as the mean does) or
+        How a head's queries are combined: ``"sum"`` (the default; ranks as the mean does) or
         ``"max"``.
     first_layer
         ``"full"`` (the default): the choosing layer attends to everything, as it has to be
@@ -245,6 +245,7 @@ class TrimmedAttention(Attachment):
         else:
             self._note(_NOTHING)
         text, thread = _text_of(named), self._thread
+        # `generate` may run inside another one, such as in a logits processor.
         before = thread.prompts, thread.generating
         thread.prompts, thread.generating = 1 if text is None else len(text), None
         try:
@@ -267,6 +268,7 @@ class TrimmedAttention(Attachment):
             finally:
                 thread.call = None
             if call is not None and call.choice is not None:
+                # Without a cache of the caller's, the model has made one and returns it.
                 if filling.cache is None and isinstance(output, Mapping):
                     filling.cache = cache_of(output)
                 before = filling.before
@@ -305,12 +307,14 @@ class TrimmedAttention(Attachment):
         call, thread = self._thread.call, self._thread
         if call is None:
             return None  # somebody runs an inner module: the plain model
-        first = number == next(iter(self._layers))
+        first = number == next(iter(self._layers))  # they are in the model's order
         named = named_arguments(layer, args, kwargs)
         if call.choice is None:
             with torch.no_grad():
                 call.choice = self._choose(layer, named, call)
             if thread.prompts is not None:
+                # Steps of a `generate` without a cache read the prompt again. They must not choose
+                # anew, as the generated tokens would be queries then.
                 thread.generating = thread.generating or call.choice
         choice = call.choice
         if not choice.drops:
@@ -320,6 +324,7 @@ class TrimmedAttention(Attachment):
         else:
             # One set for all later layers of the run: they get the same states and mask.
             call.trimmed = given = call.trimmed or choice.trimmed_arguments(named)
+        # As the decoder calls its layers: the hidden states by position, all else by name.
         hidden = named.pop("hidden_states")
         return (hidden,), {**named, **given}
 
@@ -470,6 +475,7 @@ class TrimmedAttention(Attachment):
         everything = torch.arange(len(key), device=key.device)
         if not bool(counted.any()):
             return everything, torch.zeros(len(key), device=key.device)
+        # Rows without anything to see have no softmax, so they are no queries.
         asks = seen.any(dim=1)
         scores = head_scores(
             query[asks].transpose(0, 1),
@@ -479,6 +485,7 @@ class TrimmedAttention(Attachment):
             self.queries,
         )
         kept, best = union_of_heads(scores, self.keep, counted)
+        # 1.0 keeps padding too: then nothing has to be gathered, and outputs are the plain model's.
         return (everything if keeps_all(self.keep) else kept), best
 
 
