@@ -535,10 +535,8 @@ def test_by_name_it_refuses_what_has_no_meaning_here() -> None:
 def test_the_former_module_warns() -> None:
     from tokenprune_hf import trimmed
 
-    with pytest.warns(DeprecationWarning, match=r"Use tokenprune_hf\.trim_cross_attention"):
+    with pytest.warns(DeprecationWarning, match=r"is tokenprune_hf\.mllama\.trimmed now"):
         assert trimmed.TrimmedAttention is TrimmedAttention
-    with pytest.raises(AttributeError, match="no attribute 'Trimmed'"):
-        _ = trimmed.Trimmed
 
 
 def test_a_method_and_a_model_that_do_not_fit() -> None:
