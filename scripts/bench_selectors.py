@@ -25,9 +25,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 import tokenprune
 from tokenprune import MLPProjector, VisualTokens
-from tokenprune.attention import cls_row
 from tokenprune.registry import build
 from tokenprune.tokens import stack
+from tokenprune.tower.attention import cls_row
 
 clock: Callable[[], float] = time.perf_counter
 KEEP = 64

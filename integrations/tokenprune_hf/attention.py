@@ -1,48 +1,149 @@
 """Watching q and k of a vision tower's scoring layer while its fused kernel runs.
 
 Hooks on the layer's projections see q and k as they pass; the rows that a method needs are
-computed from them by `tokenprune.attention`.
+computed from them by `tokenprune.tower.attention`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenprune.attention import cls_row, received
+from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.watching import watch_input, watch_output
+
+_CHOOSE_ANOTHER = (
+    "so methods that need attention cannot serve it. Use one that needs features or embeddings "
+    "only (see `tokenprune methods`)."
+)
+
+
+def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Module:
+    """Return the attention module of the layer whose output is the feature.
+
+    Parameters
+    ----------
+    tower
+        A vision encoder.
+    chosen
+        The config's ``vision_feature_layer``: an index into the hidden states, or several.
+    model
+        What to call the model in an error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the tower's layers, or their q and k, are not where they are known to be.
+    """
+    if hasattr(tower, "blocks"):  # Qwen's towers end in the layer that scores
+        attention: nn.Module = tower.blocks[-1].attn
+        return attention
+    layers = _layers(tower)
+    if not isinstance(chosen, int):
+        chosen = max(chosen, key=lambda index: index % (len(layers) + 1))
+    # hidden_states has one entry more than there are layers: entry 0 is the embedding.
+    layer = layers[chosen % (len(layers) + 1) - 1]
+    found = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+    if found is None or not hasattr(found, "q_proj"):
+        raise UnsupportedModelError(
+            f"the vision tower {type(tower).__name__} of {model} has no q_proj and k_proj to "
+            f"watch, {_CHOOSE_ANOTHER}"
+        )
+    module: nn.Module = found
+    return module
+
+
+def _layers(tower: Any) -> Sequence[Any]:
+    encoder = (
+        getattr(tower, "encoder", None)
+        or getattr(getattr(tower, "vision_model", None), "encoder", None)
+        or getattr(tower, "transformer", None)
+    )
+    for name in ("layers", "layer"):
+        layers = getattr(encoder, name, None)
+        if layers is not None:
+            return list(layers)
+    raise UnsupportedModelError(
+        f"the vision tower {type(tower).__name__} keeps its layers where tokenprune does not look, "
+        f"{_CHOOSE_ANOTHER}"
+    )
 
 
 @dataclass
-class AttentionProbe:
-    """What the hooks on one attention module saw during one run of the tower.
+class SeenAttention:
+    """q and k of one attention module during one run of the tower: `tokenprune.families.base.Seen`.
 
     Attributes
     ----------
-    query, key
-        [B, P, H * d] as the projections put them out, or, for a fused projection, both inside
-        `fused` [P, 3 * H * d].
+    module
+        The attention module that was watched.
+    projected
+        What its projections put out: ``query`` and ``key`` [B, P, H * d], or ``fused``
+        [P, 3 * H * d].
     arguments
-        What the attention module was called with, by parameter name.
+        What it was called with, by parameter name.
     """
 
-    query: Tensor | None = None
-    key: Tensor | None = None
-    fused: Tensor | None = None
+    module: Any
+    projected: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, P, d]."""
+        return self._query_and_key[0]
+
+    @property
+    def key(self) -> Tensor:
+        """[B, H, P, d]."""
+        return self._query_and_key[1]
+
+    @property
+    def scale(self) -> float:
+        """The factor on q kᵀ."""
+        known = getattr(self.module, "scale", getattr(self.module, "scaling", None))
+        return float(self.query.shape[-1] ** -0.5 if known is None else known)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that the module was called with."""
+        mask: Tensor | None = self.arguments.get("attention_mask")
+        return mask
+
+    @cached_property
+    def _query_and_key(self) -> tuple[Tensor, Tensor]:
+        if not self.projected:
+            raise RuntimeError("the scoring layer did not run while it was watched")
+        heads = int(self.module.num_heads)
+        # The family's own rotary function: its convention is not ours to repeat.
+        rotary = sys.modules[type(self.module).__module__]
+        if "fused" in self.projected:  # [P, 3 * H * d] of all pictures
+            query, key, _ = self.projected["fused"].unflatten(-1, (3, heads, -1)).unbind(-3)
+            cos, sin = self.arguments["position_embeddings"]
+            query, key = rotary.apply_rotary_pos_emb_vision(query, key, cos, sin)
+            return query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+        query, key = (
+            self.projected[name].unflatten(-1, (heads, -1)).transpose(1, 2).float()
+            for name in ("query", "key")
+        )
+        if self.arguments.get("position_embeddings") is not None:
+            cos, sin = self.arguments["position_embeddings"]
+            query, key = rotary.apply_rotary_pos_emb(
+                query, key, cos.float(), sin.float(), unsqueeze_dim=0
+            )
+        return query, key
 
 
 @contextmanager
-def probe(attention: Any) -> Iterator[AttentionProbe]:
+def watch_attention(attention: Any) -> Iterator[SeenAttention]:
     """Watch one attention module while the block runs; its hooks are gone afterwards.
 
     Parameters
@@ -51,7 +152,7 @@ def probe(attention: Any) -> Iterator[AttentionProbe]:
         An attention module of transformers with `q_proj` and `k_proj` (and perhaps `q_norm`,
         `k_norm` after them), or with a fused `qkv`.
     """
-    seen = AttentionProbe()
+    seen = SeenAttention(attention)
     signature = inspect.signature(attention.forward)
 
     def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -68,106 +169,6 @@ def probe(attention: Any) -> Iterator[AttentionProbe]:
                 "key": getattr(attention, "k_norm", attention.k_proj),
             }
         for name, module in watched.items():
-            hooks.enter_context(watch_output(module, functools.partial(setattr, seen, name)))
+            keep = functools.partial(seen.projected.__setitem__, name)
+            hooks.enter_context(watch_output(module, keep))
         yield seen
-
-
-def _heads(projected: Tensor, heads: int) -> Tensor:
-    """[B, P, H * d] -> float32 [B, H, P, d]."""
-    split: Tensor = projected.unflatten(-1, (heads, -1)).transpose(1, 2)
-    return split.float()
-
-
-def grid_attention(attention: Any, seen: AttentionProbe, has_cls: bool) -> Tensor:
-    """Return the scores of a tower that encodes whole images: CLS row, or attention received.
-
-    Parameters
-    ----------
-    attention
-        The module that was watched (CLIP, SigLIP, InternVL, Idefics3 and their likes).
-    seen
-        What `probe` saw.
-    has_cls
-        Whether token 0 is a CLS token.
-
-    Returns
-    -------
-    Tensor
-        float32 [B, H, P], P without the CLS token.
-    """
-    heads = int(attention.num_heads)
-    if seen.query is None or seen.key is None:
-        raise RuntimeError("the scoring layer did not run while it was watched")
-    query, key = _heads(seen.query, heads), _heads(seen.key, heads)
-    scale = float(getattr(attention, "scale", query.shape[-1] ** -0.5))
-    mask = seen.arguments.get("attention_mask")
-    if has_cls:
-        return cls_row(query, key, scale, mask)[..., 1:]
-    return received(query, key, scale, mask)
-
-
-def packed_rows_attention(attention: Any, seen: AttentionProbe, lengths: list[int]) -> Tensor:
-    """Return the attention received in a tower that packs images into one row (Pixtral).
-
-    Parameters
-    ----------
-    attention
-        The module that was watched, with `q_proj`, `k_proj` and 2-D rotary positions.
-    seen
-        What `probe` saw, of one row [1, P, ...].
-    lengths
-        Patches of each image; attention stays inside them. They add up to P.
-
-    Returns
-    -------
-    Tensor
-        float32 [H, P].
-    """
-    if seen.query is None or seen.key is None:
-        raise RuntimeError("the scoring layer did not run while it was watched")
-    heads = int(attention.num_heads)
-    query, key = _heads(seen.query, heads), _heads(seen.key, heads)
-    cos, sin = seen.arguments["position_embeddings"]
-    # The family's own rotary function: its convention is not ours to repeat.
-    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    query, key = rotary(query, key, cos.float(), sin.float(), unsqueeze_dim=0)
-    scale = float(attention.scaling)
-    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
-    return torch.cat([received(one, other, scale)[0] for one, other in parts], dim=-1)
-
-
-def packed_attention(attention: Any, seen: AttentionProbe) -> Tensor:
-    """Return the attention received in a tower that packs images into one sequence (Qwen-VL).
-
-    Attention runs inside the segments that `cu_seqlens` marks: one per frame or image.
-
-    Parameters
-    ----------
-    attention
-        The module that was watched, with a fused `qkv` and 2-D rotary positions.
-    seen
-        What `probe` saw.
-
-    Returns
-    -------
-    Tensor
-        float32 [H, P] over all packed patches P.
-    """
-    if seen.fused is None:
-        raise RuntimeError("the scoring layer did not run while it was watched")
-    heads = int(attention.num_heads)
-    query, key, _ = seen.fused.unflatten(-1, (3, heads, -1)).unbind(-3)
-    cos, sin = seen.arguments["position_embeddings"]
-    # The family's own rotary function: its convention is not ours to repeat.
-    rotary = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-    query, key = rotary(query, key, cos, sin)
-    query, key = query.transpose(0, 1)[None], key.transpose(0, 1)[None]
-    edges = seen.arguments["cu_seqlens"].tolist()
-    scale = float(attention.scaling)
-    return torch.cat(
-        [
-            received(query[:, :, start:end], key[:, :, start:end], scale)[0]
-            for start, end in itertools.pairwise(edges)
-        ],
-        dim=-1,
-    )

@@ -6,7 +6,6 @@ Placeholders are found by token id, as everywhere in this adapter.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,14 +16,11 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
 from tokenprune.masks.layout import image_spans
 from tokenprune_hf.families.base import Family
-from tokenprune_hf.families.llava import Llava, LlavaNext, VideoLlava
 from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.media import sizes_of
 from tokenprune_hf.prefix import sliding_window
 
 _SAMPLE = 64  # weights that tell one model from another
-
-_BIDIRECTIONAL = ("gemma3",)
-"""Models in which the tokens of an image see the whole of it, also what comes behind them."""
 
 
 def decoder_of(model: Any) -> Any:
@@ -35,10 +31,7 @@ def decoder_of(model: Any) -> Any:
     UnsupportedModelError
         If it is of no known family, or its layers have no such attention.
     """
-    inner = family_of(model).inner
-    # Not the family's `language_model`: that one is asked for to run a few layers alone, which
-    # Gemma 3 cannot.
-    decoder = getattr(inner, "language_model", getattr(inner, "text_model", None))
+    decoder = family_of(model).decoder()
     layers = getattr(decoder, "layers", [])
     if not len(layers) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(
@@ -81,7 +74,7 @@ def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: boo
         tokens of an image see all of it, as far as the layer's window goes.
     """
     own: Mask = Causal(layout.length)
-    if both_ways and layout.images and model.config.model_type in _BIDIRECTIONAL:
+    if both_ways and layout.images and family_of(model).family.images_see_all:
         table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
         table[0, 0] = False
         own = own | Classes(layout.image_of + 1, table[None])
@@ -139,38 +132,23 @@ def _sizes(
     PromptError
         If images may touch, and the arguments do not tell their sizes.
     """
-    may_touch = isinstance(family, Llava)
-    if modality == "video" and isinstance(family, VideoLlava):
-        return None  # its encoder does not say which frames are one video's
+    layout = family.family
+    if layout.delimited:
+        return None
+    if modality == "video" and layout.videos_by_frame:
+        return None  # the encoder does not say which frames are one video's
     # `generate` runs the encoder itself, and passes on what came out in place of the pixels.
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
-    if encoded is not None and (may_touch or family.mrope):
-        return [len(one) for one in encoded.pooler_output]
-    grids = arguments.get(f"{modality}_grid_thw")
-    if grids is not None and family.mrope:
-        merged = int(family.tower(modality).spatial_merge_size) ** 2
-        return [math.prod(grid) // merged for grid in grids.tolist()]
-    if not may_touch:
-        return None
-    found = [one for one in family.media(dict(arguments)) if one.modality == modality]
+    if encoded is not None:
+        return [len(rows) for rows in encoded.pooler_output]
+    found = [media for media in family.media(dict(arguments)) if media.modality == modality]
     if not found:
         raise PromptError(
             f"the prompts hold {total} {modality} placeholders and no {modality} was passed, so "
             "that it is not known where one ends. Pass the processor's pixel values along with its "
             "input_ids."
         )
-    media = found[0]
-    if isinstance(family, LlavaNext) and modality == "image":
-        # The engine's own packing, run on zeros: what it cuts off and adds is not repeated here.
-        vision = family.model.config.vision_config
-        crops = sum(family._crops_per_image(media))
-        patches = (int(vision.image_size) // int(vision.patch_size)) ** 2
-        packed = family._pack(media, torch.zeros(crops, patches, 1, dtype=torch.float64))
-        return [len(one) for one in packed]
-    if isinstance(family, Llava) and family.packs_images(modality):
-        return [math.prod(grid) for grid in family.image_grids(media)]
-    pixels = next(value for name, value in media.arguments.items() if name.startswith("pixel"))
-    return [total // len(pixels)] * len(pixels)  # all images are equally large
+    return sizes_of(layout, found[0], total)
 
 
 def _split(

@@ -28,9 +28,9 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 
-from tokenprune.attention import cls_row, received
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
 from tokenprune.plain_weights import why_altered
+from tokenprune.tower.attention import cls_row, received
 
 
 @dataclass

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tokenprune import attention
-from tokenprune.attention import cls_row, received
+from tokenprune.tower import attention
+from tokenprune.tower.attention import cls_row, received
 
 
 def test_cls_row_and_received_attention_equal_the_whole_map() -> None:

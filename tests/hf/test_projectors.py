@@ -33,12 +33,12 @@ def samples(name: str) -> list[str]:
 
 def linears(model: Any) -> dict[str, nn.Linear]:
     """Return the linear layers of a model's projector by name."""
-    module = family_of(model).projector_module("image")
+    module = family_of(model).projector("image").module
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
 def replace(model: Any, name: str, layer: nn.Module) -> None:
-    family_of(model).projector_module("image").set_submodule(name, layer)
+    family_of(model).projector("image").module.set_submodule(name, layer)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -65,7 +65,7 @@ def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) 
     width = mlp.first.weight.shape[1]
     rows = torch.randn(7, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     calls: list[Tensor] = []
-    handle = family.projector_module("image").register_forward_hook(
+    handle = family.projector("image").module.register_forward_hook(
         lambda _module, _args, output: calls.append(output)
     )
     with torch.no_grad():

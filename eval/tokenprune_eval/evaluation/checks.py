@@ -240,8 +240,8 @@ def _check_for_transformers(settings: Settings) -> None:
 
     from tokenprune.providers import model_path
     from tokenprune_eval.evaluation.engines.transformers import check_dominance
-    from tokenprune_hf.families.base import Media
     from tokenprune_hf.families.registry import check_method, family_of, supported_models
+    from tokenprune_hf.media import Media
 
     name = model_path(settings.model)
     try:

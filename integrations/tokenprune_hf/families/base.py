@@ -1,27 +1,30 @@
-"""What a family has to say, and the run of the vision encoder that all families share.
+"""A vision-language model of transformers, and the run of its encoder that all families share.
 
-A family is told apart by its config's `model_type`. It says which module projects, which layer
-scores, and how the rows that the encoder returns are laid out in items; the rest is here.
+How a family's rows lie in items is said in `tokenprune.families`; here the encoder runs, and what
+selectors look at is watched meanwhile.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.families.base import Family as Layout
+from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.model_projector import ModelProjector
-from tokenprune.projectors import MLPProjector
 from tokenprune.tokens import Projector, VisualTokens
-from tokenprune_hf.attention import AttentionProbe, grid_attention, probe
-from tokenprune_hf.engine import encoder_arguments, encoder_names
+from tokenprune.tower.layouts import Medium
+from tokenprune_hf.attention import scoring_layer, watch_attention
+from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_picture
+from tokenprune_hf.media import VIDEO_FRAMES, Media, media_of
+from tokenprune_hf.placing import PLACES_ROWS_IN_BLOCKS, place_kept_rows
 from tokenprune_hf.watching import watch_input
 
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
@@ -29,10 +32,6 @@ ENCODED = ("features", "embeddings", "cls_attention", "projector")
 
 PROVIDED = (*ENCODED, "query_attention", "question")
 """What this adapter can hand to a selector; the last two come from the prompt."""
-
-
-VIDEO_FRAMES = "video_frames"
-"""The argument in which a caller says which pictures are the frames of one video."""
 
 
 @dataclass(frozen=True)
@@ -80,105 +79,33 @@ class EncodedModality:
     videos_told: bool = True
 
 
-@dataclass
-class Captured:
-    """What the hooks saw while the encoder ran.
-
-    Attributes
-    ----------
-    features
-        The projector's input, as it was passed.
-    attention_module, attention
-        The scoring layer's module and what was seen of it; None where no method asked.
-    """
-
-    features: Tensor
-    attention_module: nn.Module | None = None
-    attention: AttentionProbe | None = None
-
-
-@dataclass
-class Media:
-    """The arguments with which the encoder of one modality is called.
-
-    Attributes
-    ----------
-    modality
-        ``"image"`` or ``"video"``.
-    arguments
-        Arguments of ``get_image_features`` or ``get_video_features``.
-    video_frames
-        How many of the pictures, in order, make one video each; see `Family.tells_videos`.
-    """
-
-    modality: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    video_frames: list[int] | None = None
-
-
 class Family:
-    """Base of the families; the defaults fit a tower that encodes whole images (CLIP, SigLIP)."""
+    """A vision-language model of transformers, with what its family says about it.
 
-    model_types: ClassVar[tuple[str, ...]]
-    """The `config.model_type` of the models that belong to the family."""
+    Parameters
+    ----------
+    model
+        The whole model, with its language model head.
+    family
+        Its family.
+    """
 
-    mrope: ClassVar[bool] = False
-    """Whether positions have three axes (time, row, column)."""
-
-    tells_videos: ClassVar[bool] = True
-    """Whether the model's inputs tell the frames of a video from images. Where they do not, the
-    caller may say so in the argument ``video_frames``."""
-
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, family: Layout) -> None:
         self.model: Any = model
         self.inner: Any = getattr(model, "model", model)
+        self.family = family
         self._projectors: dict[str, ModelProjector] = {}
 
-    # What a family says about itself -----------------------------------------------------------
+    @property
+    def mrope(self) -> bool:
+        """Whether positions have three axes (time, row, column)."""
+        return self.family.mrope
 
-    def tower(self, modality: str) -> Any:
+    # Modules -----------------------------------------------------------------------------------
+
+    def tower(self, modality: str) -> nn.Module:
         """Return the vision encoder of `modality`."""
-        return self.inner.vision_tower
-
-    def projector_module(self, modality: str) -> nn.Module:
-        """Return the module that the model calls to project."""
-        module: nn.Module = self.inner.multi_modal_projector
-        return module
-
-    def entrance(self, modality: str) -> nn.Module:
-        """Return the module whose input is the tokens' features: the projector, or a part of it."""
-        return self.projector_module(modality)
-
-    def around_projector(self, run: Projector, features: Tensor) -> Tensor:
-        """Send features [..., C] through `run`, which is called as the model calls its projector.
-
-        Returns
-        -------
-        Tensor
-            [..., D].
-        """
-        return run(features)
-
-    def build_projector(self, modality: str) -> MLPProjector:
-        """Return the layers of the projector as they are now; only where a method asks.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If their weights are not what they compute with.
-        """
-        module: Any = self.inner.multi_modal_projector
-        return MLPProjector(first=module.linear_1, activation=module.act, second=module.linear_2)
-
-    def sizes(self, sizes: list[int], captured: Captured) -> list[int]:
-        """Return the rows of each picture, given those of each entry the encoder returned."""
-        return sizes
-
-    def items(self, media: Media, rows: Tensor, sizes: list[int], captured: Captured) -> list[Item]:
-        """Cut the rows into items, with features and attention per token."""
-        raise NotImplementedError
-
-    # What follows from it ----------------------------------------------------------------------
+        return self.family.tower(self.inner, modality)
 
     def projector(self, modality: str) -> ModelProjector:
         """Return the projector, one for all items, as a callable of features [..., C].
@@ -186,53 +113,58 @@ class Family:
         Nothing of it is read before a method asks.
         """
         if modality not in self._projectors:
-            self._projectors[modality] = ModelProjector(
-                self.projector_module(modality),
-                lambda: self.build_projector(modality),
-                self.around_projector,
-            )
+            module = self.family.projector(self.inner)
+
+            def around(run: Projector, features: Tensor) -> Tensor:
+                return self.family.around_projector(module, run, features)
+
+            self._projectors[modality] = ModelProjector(module, lambda: layers_of(module), around)
         return self._projectors[modality]
 
     def scoring_layer(self, media: Media) -> nn.Module:
-        """Return the attention module of the layer whose output is the feature."""
-        layers = _encoder_layers(self.tower(media.modality))
+        """Return the attention module of the layer whose output is the feature.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it cannot be watched.
+        """
         chosen: Any = media.arguments.get("vision_feature_layer")
         if chosen is None:
             chosen = getattr(self.model.config, "vision_feature_layer", -1)
-        if not isinstance(chosen, int):
-            chosen = max(chosen, key=lambda index: index % (len(layers) + 1))
-        # hidden_states has one entry more than there are layers: entry 0 is the embedding.
-        layer = layers[chosen % (len(layers) + 1) - 1]
-        attention = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
-        if attention is None or not hasattr(attention, "q_proj"):
-            raise UnsupportedModelError(
-                f"the vision tower {type(self.tower(media.modality)).__name__} of "
-                f"{type(self.model).__name__} has no q_proj and k_proj to watch, so methods that "
-                "need attention cannot serve it. Use one that needs features or embeddings only "
-                "(see `tokenprune methods`)."
-            )
-        module: nn.Module = attention
-        return module
-
-    def has_cls(self, modality: str) -> bool:
-        """Say whether the tower puts a CLS token in front of its patches."""
-        embeddings = getattr(self.tower(modality), "embeddings", None)
-        return hasattr(embeddings, "class_embedding") or hasattr(embeddings, "cls_token")
+        return scoring_layer(self.tower(media.modality), chosen, type(self.model).__name__)
 
     def language_model(self) -> Any:
-        """Return the language model without its head: embeddings, layers, norm."""
-        return self.inner.language_model
+        """Return the language model without its head: embeddings, layers, norm.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If its first layers cannot be run on a prompt as if it was causal.
+        """
+        if self.family.images_see_all:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} lets an image's tokens see each other in both "
+                "directions, and flexselect does not read that. Use flexselect-lite, or a method "
+                "that needs no language model (see `tokenprune methods`)."
+            )
+        return self.decoder()
+
+    def decoder(self) -> Any:
+        """Return the language model without its head, whatever its attention looks like."""
+        return getattr(self.inner, "language_model", getattr(self.inner, "text_model", None))
 
     def hooks(self) -> list[RemovableHandle]:
         """Put on the model what its own forward needs to take pruned prompts; most need nothing."""
+        if self.model.config.model_type in PLACES_ROWS_IN_BLOCKS:
+            return [place_kept_rows(self.inner, self.token_id("image"))]
         return []
 
-    def frame_interval(self, modality: str) -> int:
-        """Return how many steps of the first axis lie between frames whose times are not known.
+    # The prompt --------------------------------------------------------------------------------
 
-        Only families with `mrope` are asked.
-        """
-        return 1
+    def frame_interval(self, modality: str) -> int:
+        """Return how many steps of the first axis lie between frames whose times are not known."""
+        return self.family.frame_interval(modality)
 
     def check_videos_told(self, media: EncodedModality, places: Tensor) -> None:
         """Raise where a method ranks whole videos and nobody said which pictures make one.
@@ -268,101 +200,6 @@ class Family:
             token_id = getattr(self.model.config, f"{modality}_token_index", -1)
         return int(token_id)
 
-    def patch_attention(self, captured: Captured, modality: str) -> Tensor | None:
-        """Return float32 [B, H, P], the attention score of each patch, if it was asked for."""
-        if captured.attention_module is None or captured.attention is None:
-            return None
-        return grid_attention(captured.attention_module, captured.attention, self.has_cls(modality))
-
-    def patch_grid(self, modality: str, pixels: Tensor) -> tuple[int, int] | None:
-        """Return the rows and columns of patches of a picture, or None where they are not known.
-
-        Parameters
-        ----------
-        modality
-            Its modality.
-        pixels
-            [..., height, width], as the tower is given it.
-        """
-        size = getattr(self.tower(modality).config, "patch_size", None)
-        if size is None:
-            return None
-        rows, columns = (size, size) if isinstance(size, int) else size
-        return pixels.shape[-2] // int(rows), pixels.shape[-1] // int(columns)
-
-    def pictures_grid(
-        self, modality: str, pixels: Tensor, count: int, factor: float = 1
-    ) -> tuple[int, int]:
-        """Return rows and columns of `count` tokens that a picture must have become.
-
-        Parameters
-        ----------
-        modality, pixels
-            See `patch_grid`.
-        count
-            How many tokens there are.
-        factor
-            Tokens on a side for each patch on it.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If it is not known, or is not what the model made.
-        """
-        patches = self.patch_grid(modality, pixels)
-        grid = None if patches is None else tuple(round(side * factor) for side in patches)
-        if grid is None or math.prod(grid) != count:
-            said = "says no patch_size" if grid is None else f"makes {grid[0]} x {grid[1]} of it"
-            raise UnsupportedModelError(
-                f"the encoder of {type(self.model).__name__} returned {count} tokens for a picture "
-                f"of {pixels.shape[-2]} x {pixels.shape[-1]} pixels, and its config {said}: "
-                "tokenprune does not know how they lie. Load the model with its own config."
-            )
-        rows, columns = grid
-        return rows, columns
-
-    def item(
-        self,
-        media: Media,
-        label: str,
-        grid: tuple[int, int, int] | None,
-        rows: Tensor,
-        all_rows: Tensor,
-        features: Tensor,
-        attention: Tensor | None,
-    ) -> Item:
-        """Build one item.
-
-        Parameters
-        ----------
-        media
-            Its modality's arguments.
-        label
-            What to call it in an error.
-        grid
-            (frames, rows, columns), or None where it is not known how the tokens lie.
-        rows
-            LongTensor [N] into `all_rows`.
-        all_rows
-            [R, D].
-        features
-            [N, C].
-        attention
-            [H, N] or None.
-        """
-        return Item(
-            rows,
-            VisualTokens(
-                grid=(1, 1, len(rows)) if grid is None else grid,
-                is_picture=grid is not None,
-                features=features,
-                embeddings=all_rows[rows],
-                cls_attention=attention,
-                projector=self.projector(media.modality),
-                label=label,
-            ),
-        )
-
     def media(self, arguments: dict[str, Any]) -> list[Media]:
         """Return the modalities whose pixels are among a call's arguments."""
         found = []
@@ -372,13 +209,13 @@ class Family:
                 continue
             given = encoder_arguments(function, arguments)
             if given is not None:
-                told = None if self.tells_videos else arguments.get(VIDEO_FRAMES)
+                told = None if self.family.tells_videos else arguments.get(VIDEO_FRAMES)
                 found.append(Media(modality, given, told))
         return found
 
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""
-        names: set[str] = set() if self.tells_videos else {VIDEO_FRAMES}
+        names: set[str] = set() if self.family.tells_videos else {VIDEO_FRAMES}
         for modality in ("image", "video"):
             function = getattr(self.inner, f"get_{modality}_features", None)
             if function is not None:
@@ -405,20 +242,20 @@ class Family:
         UnsupportedModelError
             If the scoring layer's attention is needed and cannot be watched.
         """
-        captured_features: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def keep_input(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            captured_features.append(args[0])
+            captured.append(args[0])
 
+        entrance = entrance_of(self.family.projector(self.inner))
         with ExitStack() as stack:
-            attention_module = attention = None
+            probe = None
             if "cls_attention" in needs:
-                attention_module = self.scoring_layer(media)
-                attention = stack.enter_context(probe(attention_module))
-            stack.enter_context(watch_input(self.entrance(media.modality), keep_input))
+                probe = stack.enter_context(watch_attention(self.scoring_layer(media)))
+            stack.enter_context(watch_input(entrance, keep_input))
             function = getattr(self.inner, f"get_{media.modality}_features")
             output = function(**media.arguments, return_dict=True)
-        if not captured_features:
+        if not captured:
             raise PromptError(f"the vision encoder was given no {media.modality}.")
         pooled = output.pooler_output
         parts = list(pooled)
@@ -427,26 +264,48 @@ class Family:
             torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []
         ]
         with torch.no_grad():
-            captured = Captured(captured_features[0], attention_module, attention)
-            sizes = self.sizes([len(part) for part in parts], captured)
-            items = self.items(media, rows, sizes, captured)
-        told = self.tells_videos or media.video_frames is not None
+            features = captured[0]
+            sizes = [len(part) for part in parts]
+            if not self.family.tells_videos:
+                sizes = rows_per_picture(sizes, features)
+            encoded = media_of(self.family, media, sizes)
+            attention = None
+            if probe is not None:
+                has_cls = self.family.has_cls(self.tower(media.modality))
+                attention = self.family.attention(probe, encoded, has_cls)
+            items = self._items(media, encoded, rows, features, attention)
+        told = self.family.tells_videos or media.video_frames is not None
         return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items, told)
 
-
-def _encoder_layers(tower: Any) -> Sequence[Any]:
-    """Return a vision tower's layers."""
-    encoder = (
-        getattr(tower, "encoder", None)
-        or getattr(getattr(tower, "vision_model", None), "encoder", None)
-        or getattr(tower, "transformer", None)
-    )
-    for name in ("layers", "layer"):
-        layers = getattr(encoder, name, None)
-        if layers is not None:
-            return list(layers)
-    raise UnsupportedModelError(
-        f"the vision tower {type(tower).__name__} keeps its layers where tokenprune does not look, "
-        "so methods that need attention cannot serve it. Use one that needs features or embeddings "
-        "only (see `tokenprune methods`)."
-    )
+    def _items(
+        self,
+        media: Media,
+        encoded: Sequence[Medium],
+        rows: Tensor,
+        features: Tensor,
+        attention: Tensor | None,
+    ) -> list[Item]:
+        """Return the items of all images or videos, in prompt order."""
+        items = []
+        start = 0
+        found = self.family.rows_of(encoded, features, attention)
+        for number, (medium, (own, scores)) in enumerate(zip(encoded, found, strict=True)):
+            for segment in self.family.segments(medium):
+                in_medium = segment.rows.to(rows.device)
+                label = f"{medium.modality} {number}"
+                items.append(
+                    Item(
+                        in_medium + start,
+                        VisualTokens(
+                            grid=segment.grid or (1, 1, len(segment.rows)),
+                            is_picture=segment.grid is not None,
+                            features=own[in_medium],
+                            embeddings=rows[in_medium + start],
+                            cls_attention=None if scores is None else scores[:, in_medium],
+                            projector=self.projector(media.modality),
+                            label=f"{label}, {segment.label}" if segment.label else label,
+                        ),
+                    )
+                )
+            start += medium.rows
+        return items

@@ -5,31 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.base import Family as Layout
+from tokenprune.families.registry import FAMILIES
 from tokenprune.selectors.base import Selector
 from tokenprune_hf.families.base import PROVIDED, Family
-from tokenprune_hf.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
-from tokenprune_hf.families.qwen import Qwen2VL, Qwen3VL, Qwen25VL
-from tokenprune_hf.families.shuffle import Gemma3, Idefics3, InternVL, SmolVLM
 from tokenprune_hf.wrappers import model_inside
 
-_FAMILIES: tuple[type[Family], ...] = (
-    Llava,
-    LlavaNext,
-    LlavaOnevision,
-    VideoLlava,
-    InternVL,
-    Qwen2VL,
-    Qwen25VL,
-    Qwen3VL,
-    Idefics3,
-    SmolVLM,
-    Gemma3,
-)
 
-
-def supported_models() -> dict[str, type[Family]]:
+def supported_models() -> dict[str, type[Layout]]:
     """Return `config.model_type` -> family, for every model that can be pruned."""
-    return {name: family for family in _FAMILIES for name in family.model_types}
+    return {name: family for name, family in FAMILIES.items() if family.in_transformers}
 
 
 def family_of(model: Any) -> Family:
@@ -44,7 +29,7 @@ def family_of(model: Any) -> Family:
 
     known = supported_models()
     model = model_inside(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     # Whatever else has a config and generates may run something else than its own modules.
     whole = isinstance(model, PreTrainedModel) and hasattr(model, "generate")
@@ -59,7 +44,7 @@ def family_of(model: Any) -> Family:
             f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
             f"{', '.join(sorted(known))}."
         )
-    return known[model_type](model)
+    return Family(model, known[model_type](config))
 
 
 def check_method(selector: Selector, model: Any) -> None:

@@ -60,9 +60,10 @@ from tokenprune_hf.encoded_file import (
 )
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.families.base import ENCODED, Media
+from tokenprune_hf.families.base import ENCODED
 from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load
+from tokenprune_hf.media import Media
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""

@@ -5,6 +5,8 @@ Just the rows that a method needs are computed, in float32; the engine keeps its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -78,3 +80,61 @@ def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
         else:
             logits = logits + mask.float()
     return logits.softmax(dim=-1)
+
+
+def whole_pictures(
+    query: Tensor, key: Tensor, scale: float, has_cls: bool, mask: Tensor | None = None
+) -> Tensor:
+    """Return the scores of a tower that encodes whole pictures: CLS row, or attention received.
+
+    Parameters
+    ----------
+    query, key, scale, mask
+        See `received`; one picture for each entry of the batch.
+    has_cls
+        Whether token 0 is a CLS token.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, H, P], P without the CLS token.
+    """
+    if has_cls:
+        return cls_row(query, key, scale, mask)[..., 1:]
+    return received(query, key, scale, mask)
+
+
+def packed_pictures(query: Tensor, key: Tensor, scale: float, lengths: Sequence[int]) -> Tensor:
+    """Return the attention received in a tower that packs pictures into one sequence.
+
+    Parameters
+    ----------
+    query, key, scale
+        See `received`; a batch of one.
+    lengths
+        Patches of each picture or frame; attention stays inside them. They add up to P.
+
+    Returns
+    -------
+    Tensor
+        float32 [H, P].
+    """
+    pictures = zip(query.split(list(lengths), dim=2), key.split(list(lengths), dim=2), strict=True)
+    return torch.cat([received(q, k, scale)[0] for q, k in pictures], dim=-1)
+
+
+def mean_of_blocks(scores: Tensor, sides: tuple[int, int], merged: int) -> Tensor:
+    """Return [..., N] of scores [..., P], where blocks of patches become one token each.
+
+    Parameters
+    ----------
+    scores
+        One for each patch, in raster order.
+    sides
+        Rows and columns of patches, P in all.
+    merged
+        Patches on a side of a block.
+    """
+    rows, columns = sides
+    blocks: Tensor = scores.unflatten(-1, (rows // merged, merged, columns // merged, merged))
+    return blocks.transpose(-3, -2).flatten(-2).mean(dim=-1).flatten(-2)

@@ -1,0 +1,146 @@
+"""What a call's arguments say of each image and video: one `Medium` for each, in prompt order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.errors import PromptError
+from tokenprune.families.base import Family
+from tokenprune.families.llava import LlavaNext
+from tokenprune.tower.layouts import Grid, Medium, Sides
+
+VIDEO_FRAMES = "video_frames"
+"""The argument in which a caller says which pictures are the frames of one video."""
+
+
+@dataclass
+class Media:
+    """The arguments with which the encoder of one modality is called.
+
+    Attributes
+    ----------
+    modality
+        ``"image"`` or ``"video"``.
+    arguments
+        Arguments of ``get_image_features`` or ``get_video_features``.
+    video_frames
+        How many of the pictures, in order, make one video each, where the inputs do not tell.
+    """
+
+    modality: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    video_frames: Sequence[int] | None = None
+
+    @property
+    def pixels(self) -> Tensor:
+        """The pixel values, in whatever shape the family has them."""
+        names = (name for name in self.arguments if name.startswith("pixel_values"))
+        pixels: Tensor = self.arguments[next(names)]
+        return pixels
+
+
+def media_of(family: Family, media: Media, sizes: Sequence[int]) -> list[Medium]:
+    """Return every image or video that was encoded.
+
+    Parameters
+    ----------
+    family
+        The model's.
+    media
+        What the encoder was called with.
+    sizes
+        Rows of each tensor that the encoder returned.
+
+    Raises
+    ------
+    PromptError
+        If ``video_frames`` does not add up.
+    """
+    found = _without_rows(family, media, len(sizes))
+    if len(sizes) == len(found):
+        return [replace(medium, rows=rows) for medium, rows in zip(found, sizes, strict=True)]
+    # The encoder returned one tensor for each frame, or for all pictures of a prompt.
+    per_picture = sum(sizes) // sum(medium.pictures for medium in found)
+    return [replace(medium, rows=medium.pictures * per_picture) for medium in found]
+
+
+def sizes_of(family: Family, media: Media, total: int) -> list[int]:
+    """Return how many rows the encoder returns for each image or video, without running it.
+
+    Parameters
+    ----------
+    family, media
+        See `media_of`; images that touch each other in the prompt.
+    total
+        How many rows there are in all.
+    """
+    found = _without_rows(family, media, 0)
+    # Where a family does not say, all are equally large.
+    return [family.row_count(medium) or total // len(found) for medium in found]
+
+
+def _without_rows(family: Family, media: Media, returned: int) -> list[Medium]:
+    """Return the images or videos, whose rows are not filled in yet."""
+    modality, arguments = media.modality, media.arguments
+    grids = arguments.get(f"{modality}_grid_thw")
+    if grids is not None:
+        return [Medium(modality, 0, grid=_grid(grid)) for grid in grids.tolist()]
+    pixels = media.pixels
+    sides = _sides(pixels.shape[-2:])
+    if not family.tells_videos:
+        counts = _pictures(media, returned)
+        return [Medium("image" if count == 1 else "video", 0, count, sides) for count in counts]
+    if modality == "video":
+        return [Medium(modality, 0, pixels.shape[1], sides) for _ in range(len(pixels))]
+    image_sizes = arguments.get("image_sizes")
+    if image_sizes is None:
+        # A packed tower reads images that were padded to one size.
+        size = sides if family.packed else None
+        return [Medium(modality, 0, 1, sides, size) for _ in range(len(pixels))]
+    sizes = [_sides(size) for size in image_sizes]
+    if not isinstance(family, LlavaNext):
+        return [Medium(modality, 0, 1, sides, size) for size in sizes]
+    whole = [False] * len(sizes)
+    per_prompt = arguments.get("batch_num_images")
+    if per_prompt is not None:  # several images in one prompt are not cut into crops
+        whole = [int(count) > 1 for count in per_prompt for _ in range(int(count))]
+    ratio = arguments.get("vision_aspect_ratio")
+    return [
+        Medium(
+            modality,
+            0,
+            1 if uncut else family.crops(size).pictures,
+            sides,
+            size,
+            aspect_ratio=ratio,
+        )
+        for size, uncut in zip(sizes, whole, strict=True)
+    ]
+
+
+def _pictures(media: Media, total: int) -> list[int]:
+    """Return how many pictures each image or video has."""
+    if media.video_frames is None:
+        return [1] * total
+    counts = [int(count) for count in media.video_frames]
+    if sum(counts) != total or min(counts, default=0) < 1:
+        raise PromptError(
+            f"video_frames={list(media.video_frames)} adds up to {sum(counts)} pictures and the "
+            f"processor made {total}. Give the number of frames of each video and a 1 for each "
+            "picture of an image, in the order of the prompt."
+        )
+    return counts
+
+
+def _sides(pair: Any) -> Sides:
+    height, width = pair
+    return int(height), int(width)
+
+
+def _grid(triple: Any) -> Grid:
+    frames, rows, columns = triple
+    return int(frames), int(rows), int(columns)

@@ -1,0 +1,328 @@
+"""What a family of vision-language models says about itself; most of it has a default that fits.
+
+A family is told apart by its config's `model_type`. It knows how the rows that its encoder returns
+lie in pictures (`segments`), how values per patch become values per row (`lay_out`), and where its
+tower and its projector are. It runs nothing: the adapters of the engines do, and ask it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.modules import find_projector, find_tower
+from tokenprune.tokens import Projector
+from tokenprune.tower.attention import mean_of_blocks, packed_pictures, whole_pictures
+from tokenprune.tower.layouts import Grid, Medium, Segment, Sides, check_rows, one_segment
+
+
+class ModelConfig(Protocol):
+    """What is read of a model's config; transformers' and vLLM's are of one kind."""
+
+    @property
+    def model_type(self) -> str:
+        """Which family it is."""
+
+    @property
+    def vision_config(self) -> Any:
+        """The tower's config: patch_size, image_size, heads, and what a family reads besides."""
+
+    def get_text_config(self) -> Any:
+        """Return the language model's config."""
+
+
+class Seen(Protocol):
+    """q and k of a tower's scoring layer, as an adapter saw them pass."""
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, P, d], behind norms and rotary positions."""
+
+    @property
+    def key(self) -> Tensor:
+        """[B, H, P, d], likewise."""
+
+    @property
+    def scale(self) -> float:
+        """The factor on q kᵀ."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What `tokenprune.tower.attention.received` takes, or None."""
+
+
+class Family:
+    """Base of the families; the defaults fit a tower that encodes whole pictures (CLIP, SigLIP).
+
+    Parameters
+    ----------
+    config
+        The model's.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """The `config.model_type` of the models that belong to the family."""
+
+    mrope: ClassVar[bool] = False
+    """Whether positions have three axes (time, row, column)."""
+
+    tells_videos: ClassVar[bool] = True
+    """Whether the model's inputs tell the frames of a video from images."""
+
+    delimited: ClassVar[bool] = False
+    """Whether text stands around every image, so that images never touch in a prompt."""
+
+    videos_by_frame: ClassVar[bool] = False
+    """Whether the encoder returns frames and does not say which of them are one video's."""
+
+    images_see_all: ClassVar[bool] = False
+    """Whether the tokens of an image see the whole of it, also what comes behind them."""
+
+    whole_image_last: ClassVar[bool] = False
+    """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
+
+    in_transformers: ClassVar[bool] = True
+    """Whether transformers has the model's class, and not the checkpoint alone."""
+
+    reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {}
+    """(decoder layers, hidden size) -> the layer, from 0, with which FlexSelect's released scripts
+    rank visual tokens; see `tokenprune.reading.reference_layer`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config: Any = config
+
+    # How rows lie ------------------------------------------------------------------------------
+
+    @property
+    def packed(self) -> bool:
+        """Whether the tower packs pictures of any size into one sequence."""
+        return False
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return 1
+
+    def patch_sides(self, medium: Medium) -> Sides | None:
+        """Return the rows and columns of patches of each picture; None where they are not known."""
+        vision = self.config.vision_config
+        patch = getattr(vision, "patch_size", None)
+        pixels = medium.pixels or getattr(vision, "image_size", None)
+        if patch is None or pixels is None:
+            return None
+        (height, width), (rows, columns) = sides_of(pixels), sides_of(patch)
+        return height // rows, width // columns
+
+    def token_sides(self, medium: Medium) -> Sides:
+        """Return the rows and columns of tokens that each picture becomes.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If they are not known.
+        """
+        patches = self.patch_sides(medium)
+        if patches is None:
+            raise UnsupportedModelError(
+                f"the config of this {self.config.model_type} says no patch_size of its vision "
+                "tower: tokenprune does not know how its tokens lie. Load the model with its own "
+                "config."
+            )
+        return patches[0] // self.merged, patches[1] // self.merged
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return what may be dropped of one image or video; what is in no segment always stays.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the rows lie otherwise than the config says.
+        """
+        sides = self.token_sides(medium)
+        segment = one_segment(medium, (medium.pictures, *sides))
+        check_rows(medium, len(segment.rows), "{} x {}".format(*sides))
+        return [segment]
+
+    def row_count(self, medium: Medium) -> int | None:
+        """Return how many rows the encoder will return; None: as many for each picture.
+
+        Parameters
+        ----------
+        medium
+            One image or video; its `rows` are not known yet.
+        """
+        return None
+
+    def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
+        """Put values of the tower's tokens where the encoder puts the rows made of them.
+
+        Parameters
+        ----------
+        medium
+            One image or video.
+        values
+            [pictures, tokens of each, X]; [1, tokens, X] where the tower packs pictures.
+
+        Returns
+        -------
+        Tensor
+            [rows, X]; rows that are in no segment may hold anything.
+        """
+        return values.flatten(0, 1)
+
+    def tokens(self, medium: Medium) -> int:
+        """Return how many tokens a packed tower has for one image or video."""
+        return medium.rows
+
+    # What selectors look at --------------------------------------------------------------------
+
+    def attention(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return the attention score of each patch.
+
+        Parameters
+        ----------
+        seen
+            Of one run of the encoder.
+        media
+            What was encoded, in order.
+        has_cls
+            Whether the tower puts a CLS token in front of its patches.
+
+        Returns
+        -------
+        Tensor
+            float32 [pictures, H, P] without the CLS token; [1, H, P] where the tower packs them.
+        """
+        if not self.packed:
+            return whole_pictures(seen.query, seen.key, seen.scale, has_cls, seen.mask)
+        lengths = [length for medium in media for length in self.packed_lengths(medium)]
+        return packed_pictures(seen.query, seen.key, seen.scale, lengths)[None]
+
+    def packed_lengths(self, medium: Medium) -> list[int]:
+        """Return the patches of each picture or frame, inside which a packed tower attends."""
+        raise NotImplementedError
+
+    def rows_of(
+        self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what the tower made of each image or video, one entry for each row.
+
+        Parameters
+        ----------
+        media
+            What was encoded, in order.
+        features
+            The projector's input: of whole pictures [pictures, tokens, C]; of packed ones any shape
+            with C numbers for each patch.
+        attention
+            What `attention` returned, of all heads, or None.
+
+        Returns
+        -------
+        list of tuple
+            Features [rows, C'] (the patches of a token side by side) and attention float32
+            [H, rows] or None.
+        """
+        scores = None
+        if self.packed:
+            features = features.reshape(1, sum(map(self.tokens, media)), -1)
+            if attention is not None:
+                # The patches of a token stand one after another in a packed sequence.
+                scores = attention.unflatten(-1, (-1, self.merged**2)).mean(dim=-1).mT
+        elif attention is not None:
+            scores = self._per_token(media[0], attention, features.shape[1]).mT
+        found = []
+        start = 0
+        for medium in media:
+            if self.packed:
+                end = start + self.tokens(medium)
+                own = (slice(None), slice(start, end))
+            else:
+                end = start + medium.pictures
+                own = (slice(start, end), slice(None))
+            start = end
+            laid = None if scores is None else self.lay_out(medium, scores[own]).mT
+            found.append((self.lay_out(medium, features[own]), laid))
+        return found
+
+    def _per_token(self, medium: Medium, attention: Tensor, tokens: int) -> Tensor:
+        """Return [B, H, tokens] of patch scores [B, H, P], all pictures being of one size."""
+        sides = self.patch_sides(medium)
+        if self.merged > 1 and sides is not None:
+            attention = mean_of_blocks(attention, sides, self.merged)
+        missing = tokens - attention.shape[-1]
+        if missing > 0:  # a CLS token among the features, which has no score
+            return nn.functional.pad(attention, (missing, 0))
+        # Tokens that the model dropped in front have scores too.
+        return attention[..., -missing:]
+
+    # Where things are in the model -------------------------------------------------------------
+
+    def tower(self, model: Any, modality: str) -> nn.Module:
+        """Return the vision encoder.
+
+        Parameters
+        ----------
+        model
+            The module that holds tower, projector and language model.
+        modality
+            ``"image"`` or ``"video"``.
+        """
+        return find_tower(model)
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return the module that the model calls to project."""
+        return find_projector(model)
+
+    def around_projector(self, projector: nn.Module, run: Projector, features: Tensor) -> Tensor:
+        """Send features [..., C] through `run`, which is called as the model calls its projector.
+
+        Returns
+        -------
+        Tensor
+            [..., D].
+        """
+        return run(features)
+
+    def has_cls(self, tower: nn.Module) -> bool:
+        """Say whether the tower puts a CLS token in front of its patches."""
+        return any(
+            name.rpartition(".")[2] in ("class_embedding", "cls_token")
+            for name, _ in tower.named_parameters()
+        )
+
+    # Positions ---------------------------------------------------------------------------------
+
+    def frame_interval(self, modality: str) -> int:
+        """Return how many steps of the first axis lie between frames whose times are not known.
+
+        Only families with `mrope` are asked.
+        """
+        return 1
+
+
+def sides_of(side: Any) -> Sides:
+    """Return height and width of what a config gives as one number or as two."""
+    if isinstance(side, int):
+        return side, side
+    height, width = side
+    return int(height), int(width)
+
+
+def frames_of(medium: Medium) -> Grid:
+    """Return the grid of patches that the inputs told.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If they told none.
+    """
+    if medium.grid is None:
+        raise UnsupportedModelError(
+            f"the inputs do not say the grid of a {medium.modality} ({medium.modality}_grid_thw): "
+            "pass on everything that the processor returned."
+        )
+    return medium.grid

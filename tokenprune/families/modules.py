@@ -1,0 +1,114 @@
+"""Where models keep their tower and their projector, and what layers a projector is made of.
+
+Both engines name the modules alike, and families share a handful of names and shapes. A model with
+another one is refused by the methods that need it, and served by all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.projectors import MLPProjector
+
+_TOWERS = ("vision_tower", "visual", "vision_model", "image_tower")
+_PROJECTORS = ("multi_modal_projector", "visual.merger", "connector.modality_projection", "mlp1")
+
+Plain = Callable[[Any], Any]
+"""Returns a linear layer with its whole weight, where an engine has a class of its own for it."""
+
+
+def find_tower(model: Any) -> nn.Module:
+    """Return the vision encoder of a model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is under no known name.
+    """
+    return _find(model, _TOWERS, "vision tower")
+
+
+def find_projector(model: Any) -> nn.Module:
+    """Return the projector of a model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is under no known name.
+    """
+    return _find(model, _PROJECTORS, "projector")
+
+
+def _find(model: Any, paths: Sequence[str], what: str) -> nn.Module:
+    for path in paths:
+        found: Any = model
+        for name in path.split("."):
+            found = getattr(found, name, None)
+        if found is not None:
+            module: nn.Module = found
+            return module
+    raise UnsupportedModelError(
+        f"{type(model).__name__} has no {what} where tokenprune looks ({', '.join(paths)}). Use a "
+        "method that needs embeddings only (see `tokenprune methods`)."
+    )
+
+
+def entrance_of(projector: Any) -> nn.Module:
+    """Return the module whose input is the tokens' features: the projector, or a part of it."""
+    # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens.
+    module: nn.Module = getattr(projector, "mm_soft_emb_norm", projector)
+    return module
+
+
+def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjector:
+    """Return the layers of a projector as they are now.
+
+    Parameters
+    ----------
+    projector
+        The module that the model calls.
+    plain
+        See `Plain`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If their weights are not what they compute with.
+    AttributeError, LookupError, ValueError
+        If it is made of other layers than the projectors that are known here.
+    """
+    norm = activation = second = None
+    if hasattr(projector, "mm_input_projection_weight"):  # Gemma 3: a bare parameter, transposed
+        first: Any = SimpleNamespace(weight=projector.mm_input_projection_weight.mT, bias=None)
+        norm = projector.mm_soft_emb_norm
+    elif hasattr(projector, "linear_fc1"):  # Qwen3-VL
+        first, activation, second = projector.linear_fc1, projector.act_fn, projector.linear_fc2
+        norm = projector.norm
+    elif hasattr(projector, "ln_q"):  # Qwen2-VL, Qwen2.5-VL
+        first, activation, second = projector.mlp
+        norm = projector.ln_q
+    elif hasattr(projector, "linear_1"):  # LLaVA; InternVL with a norm in front
+        first, activation, second = projector.linear_1, projector.act, projector.linear_2
+        norm = getattr(projector, "layer_norm", None)
+    elif isinstance(projector, nn.Sequential):  # InternVL in its own format
+        norm, first, activation, second = projector
+    else:  # Idefics3, SmolVLM
+        first = projector.proj
+    first = plain(first)
+    return MLPProjector(
+        first=first,
+        activation=activation,
+        second=None if second is None else plain(second),
+        norm=norm,
+        norm_groups=1 if norm is None else _parts(norm, first),
+    )
+
+
+def _parts(norm: Any, first: Any) -> int:
+    """Return how many equal parts of a linear layer's input are normalised each on its own."""
+    return int(first.weight.shape[1]) // int(norm.weight.numel())

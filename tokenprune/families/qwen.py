@@ -1,0 +1,95 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed towers, 2x2 mergers, positions with three axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from tokenprune.families.base import Family, frames_of
+from tokenprune.tokens import Projector
+from tokenprune.tower.layouts import (
+    Grid,
+    Medium,
+    Segment,
+    Sides,
+    check_rows,
+    one_segment,
+    order_of_windows,
+)
+
+
+class Qwen2VL(Family):
+    """Qwen2-VL and Qwen3-VL: each token is a 2x2 group of patches.
+
+    Attention is scored in the last block, which sees whole frames in all three models. Source:
+    HoloV's Qwen path (methods of the field score there): last layer, mean over heads and queries,
+    averaged over the patches of a token.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+    mrope: ClassVar[bool] = True
+
+    @property
+    def packed(self) -> bool:
+        """True: frames of any size come in one sequence."""
+        return True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return int(self.config.vision_config.spatial_merge_size)
+
+    def patch_sides(self, medium: Medium) -> Sides | None:
+        """Return the rows and columns of patches of a frame."""
+        _, rows, columns = frames_of(medium)
+        return rows, columns
+
+    def packed_lengths(self, medium: Medium) -> list[int]:
+        """Return the patches of each frame."""
+        frames, rows, columns = frames_of(medium)
+        return [rows * columns] * frames
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return the whole image or video."""
+        grid = self._token_grid(medium)
+        segment = one_segment(medium, grid)
+        check_rows(medium, len(segment.rows), "{} x {} x {}".format(*grid))
+        return [segment]
+
+    def row_count(self, medium: Medium) -> int | None:
+        """Return the tokens of all frames."""
+        return math.prod(self._token_grid(medium))
+
+    def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
+        """Lay the patches of each token one after another, as the merger takes them."""
+        patches = features.reshape(-1, 1, features.shape[-1] // self.merged**2)
+        projected: Tensor = run(patches).unflatten(0, features.shape[:-1])
+        return projected
+
+    def _token_grid(self, medium: Medium) -> Grid:
+        return (frames_of(medium)[0], *self.token_sides(medium))
+
+
+class Qwen25VL(Qwen2VL):
+    """Qwen2.5-VL: as Qwen2-VL, but the encoder works on windows and undoes it after the merger."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {
+        (28, 3584): 20,  # Qwen2.5-VL-7B; FlexSelect's training script says 19
+    }
+
+    def frame_interval(self, modality: str) -> int:
+        """Return the positions per second for a video, as if its frames were a second apart."""
+        if modality == "image":
+            return 1
+        return int(self.config.vision_config.tokens_per_second)
+
+    def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
+        """Undo the order of windows as the encoder itself does."""
+        vision = self.config.vision_config
+        side = int(vision.window_size) // self.merged // int(vision.patch_size)
+        order = order_of_windows(self._token_grid(medium), side)
+        return values[0][order.argsort().to(values.device)]

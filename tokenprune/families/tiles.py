@@ -1,0 +1,113 @@
+"""Families whose projector merges neighbouring patches: InternVL, Idefics3, SmolVLM, Gemma 3.
+
+A picture is a grid of tokens, each of them several patches. Large images are cut into tiles, and
+every tile is a segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from tokenprune.families.base import Family, sides_of
+from tokenprune.tokens import Projector
+from tokenprune.tower.layouts import Medium, Segment, Sides, check_rows, one_segment, per_picture
+
+
+class Tiles(Family):
+    """Every tile of an image is a segment of its own; a video, where one is told, is one."""
+
+    tells_videos: ClassVar[bool] = False
+    delimited: ClassVar[bool] = True
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return one segment for each tile of an image, or one for a video."""
+        sides = self.token_sides(medium)
+        rows = medium.pictures * math.prod(sides)
+        check_rows(medium, rows, "pictures of {} x {}".format(*sides))
+        if medium.modality == "video" or medium.pictures == 1:
+            return [one_segment(medium, (medium.pictures, *sides))]
+        return per_picture(medium, sides, "tile")
+
+
+class InternVL(Tiles):
+    """InternVL: pixel shuffle, then layer norm, linear, GELU, linear. Video frames are tiles."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    whole_image_last: ClassVar[bool] = True
+    reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {
+        (32, 4096): 15,  # InternVL2.5-8B
+    }
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token, by the pixel shuffle's ratio."""
+        return round(1 / float(self.config.downsample_ratio))
+
+
+class InternVLChat(InternVL):
+    """InternVL in its own format."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("internvl_chat",)
+    in_transformers: ClassVar[bool] = False
+
+    def patch_sides(self, medium: Medium) -> Sides | None:
+        """Return the rows and columns of patches of a tile, whose size the config may force."""
+        forced = getattr(self.config, "force_image_size", None)
+        if not forced:
+            return super().patch_sides(medium)
+        patch = sides_of(self.config.vision_config.patch_size)
+        return int(forced) // patch[0], int(forced) // patch[1]
+
+    def rows_of(
+        self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features and attention; the first version of the shuffle turns tiles over."""
+        if attention is not None and getattr(self.config, "ps_version", "v2") == "v1":
+            # Tiles are square, so turning the scores over is turning the tokens over.
+            side = math.isqrt(attention.shape[-1])
+            attention = attention.unflatten(-1, (side, side)).mT.flatten(-2)
+        return super().rows_of(media, features, attention)
+
+
+class Idefics3(Tiles):
+    """Idefics3 and SmolVLM: pixel shuffle, then one linear layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("idefics3", "smolvlm")
+    whole_image_last: ClassVar[bool] = True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return int(self.config.scale_factor)
+
+
+class Gemma3(Tiles):
+    """Gemma 3: average pooling, then RMS norm, then one linear layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
+    images_see_all: ClassVar[bool] = True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token, which the pooling averages."""
+        vision = self.config.vision_config
+        patches = int(vision.image_size) // int(vision.patch_size)
+        return patches // math.isqrt(int(self.config.mm_tokens_per_image))
+
+    def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
+        """Give each token's features to all patches that its pooling averages.
+
+        So that the projector is called whole, pooling included.
+        """
+        side, kernel = int(projector.tokens_per_side), int(projector.kernel_size)
+        rows = features.reshape(-1, features.shape[-1])
+        missing = -len(rows) % side**2
+        images = nn.functional.pad(rows, (0, 0, 0, missing)).view(-1, side, side, rows.shape[-1])
+        patches = images.repeat_interleave(kernel, 1).repeat_interleave(kernel, 2).flatten(1, 2)
+        projected = run(patches).flatten(0, 1)[: len(rows)]
+        result: Tensor = projected.unflatten(0, features.shape[:-1])
+        return result

@@ -1,0 +1,1 @@
+"""What is known of vision towers, without an engine: their attention, and how their rows lie."""
