@@ -129,6 +129,28 @@ class ItemPrompt:
         )
 
 
+def loose_rows(columns: Tensor, rows: Tensor, taken: Tensor) -> Tensor:
+    """Return the rows that belong to no item and stand inside one, or just behind it: newlines.
+
+    Parameters
+    ----------
+    columns
+        LongTensor [R], where in the prompt each of the encoder's rows stands.
+    rows
+        LongTensor [N], the item's, in the order of the prompt.
+    taken
+        BoolTensor [R], rows of any item, or of another prompt.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [M].
+    """
+    own = columns[rows]
+    near = (columns > own[0]) & (columns <= own[-1] + 1)
+    return (near & ~taken).nonzero()[:, 0]
+
+
 def positions_on_axes(is_visual: Tensor, grid: tuple[int, int, int], interval: int = 1) -> Tensor:
     """Return the positions that models with M-RoPE give to a prompt with one image or video.
 

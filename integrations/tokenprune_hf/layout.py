@@ -17,7 +17,7 @@ from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, Pr
 from tokenprune.masks.layout import image_spans
 from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
-from tokenprune_hf.media import sizes_of
+from tokenprune_hf.media import Media, sizes_of
 from tokenprune_hf.prefix import sliding_window
 
 _SAMPLE = 64  # weights that tell one model from another
@@ -141,6 +141,11 @@ def _sizes(
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
     if encoded is not None:
         return [len(rows) for rows in encoded.pooler_output]
+    if layout.mrope:
+        name = f"{modality}_grid_thw"
+        if arguments.get(name) is None:
+            return None
+        return sizes_of(layout, Media(modality, {name: arguments[name]}), total)
     found = [media for media in family.media(dict(arguments)) if media.modality == modality]
     if not found:
         raise PromptError(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.reading import QueryKeys, reference_layer
-from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
+from tokenprune.set_prompt import ItemPrompt, SetPrompt, loose_rows, positions_on_axes
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
@@ -91,15 +91,13 @@ def _item_prompt(
     """
     rows = item.rows.to(places.device)
     columns = places[rows, 1]
-    # Rows that belong to no item: newlines.
-    loose = torch.ones(len(places), dtype=torch.bool, device=places.device)
+    taken = places[:, 0] != places[rows[0], 0]
     for other in media.items:
-        loose[other.rows.to(places.device)] = False
-    near = (places[:, 1] > columns[0]) & (places[:, 1] <= columns[-1] + 1)
-    loose_rows = (loose & near & (places[:, 0] == places[rows[0], 0])).nonzero()[:, 0]
+        taken[other.rows.to(places.device)] = True
+    loose = loose_rows(places[:, 1], rows, taken)
     tokens = item.tokens
-    prompt = ItemPrompt(ids, text, columns, places[loose_rows, 1], tokens.grid, tokens.label)
-    return prompt, torch.cat([rows, loose_rows])
+    prompt = ItemPrompt(ids, text, columns, places[loose, 1], tokens.grid, tokens.label)
+    return prompt, torch.cat([rows, loose])
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,10 @@ PROVIDED = ("features", "embeddings", "cls_attention", "projector", *sorted(FROM
 """What the plugin can hand to a selector."""
 
 
+PREFIX = "TokenPrune"
+"""What our name of an architecture has in front of vLLM's."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One of our architectures.
@@ -24,33 +28,34 @@ class Architecture:
     ----------
     name
         What it is called in a config's ``architectures``.
-    home
-        ``module:class``.
     mrope
         Whether the model itself counts positions on three axes.
     """
 
     name: str
-    home: str
     mrope: bool = False
 
+    @property
+    def home(self) -> str:
+        """``module:class``, where vLLM finds it."""
+        return f"tokenprune_vllm.models:{self.name}"
 
-def _of(module: str, name: str, mrope: bool = False) -> Architecture:
-    own = f"TokenPrune{name}"
-    return Architecture(own, f"tokenprune_vllm.families.{module}:{own}", mrope)
 
+_ONE_AXIS = (
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "InternVLChatModel",
+)
+_THREE_AXES = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlavaForConditionalGeneration": _of("llava", "LlavaForConditionalGeneration"),
-    "LlavaNextForConditionalGeneration": _of("llava", "LlavaNextForConditionalGeneration"),
-    "LlavaOnevisionForConditionalGeneration": _of(
-        "llava", "LlavaOnevisionForConditionalGeneration"
-    ),
-    "InternVLForConditionalGeneration": _of("internvl", "InternVLForConditionalGeneration"),
-    "InternVLChatModel": _of("internvl", "InternVLChatModel"),
-    "Qwen2VLForConditionalGeneration": _of("qwen", "Qwen2VLForConditionalGeneration", True),
-    "Qwen2_5_VLForConditionalGeneration": _of("qwen", "Qwen2_5_VLForConditionalGeneration", True),
-    "Qwen3VLForConditionalGeneration": _of("qwen", "Qwen3VLForConditionalGeneration", True),
+    name: Architecture(PREFIX + name, name in _THREE_AXES) for name in (*_ONE_AXIS, *_THREE_AXES)
 }
 """vLLM's name -> ours."""
 

@@ -27,17 +27,19 @@ from vllm.multimodal.inputs import (
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError, UnsupportedModelError
+from tokenprune.families.base import Family
+from tokenprune.families.modules import layers_of
 from tokenprune.model_projector import ModelProjector
 from tokenprune.registry import find
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
-from tokenprune.set_prompt import ItemPrompt
-from tokenprune.tokens import VisualTokens
+from tokenprune.set_prompt import ItemPrompt, loose_rows
+from tokenprune.tokens import Projector, VisualTokens
+from tokenprune.tower.layouts import Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import check_method, reads_prompt
-from tokenprune_vllm.families.base import Family, Fields
-from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.media import Fields, family_of
 from tokenprune_vllm.positions import (
     DIGITS,
     PositionOffsets,
@@ -54,8 +56,14 @@ from tokenprune_vllm.processor import (
     unpack_prompt,
 )
 from tokenprune_vllm.reading import EngineReader, LanguageModel
-from tokenprune_vllm.regions import Segment
-from tokenprune_vllm.scoring import keep_weights_plain, scoring_layer, watch
+from tokenprune_vllm.scoring import (
+    all_heads,
+    entrance_of,
+    keep_weights_plain,
+    plain_linear,
+    scoring_layer,
+    watch,
+)
 from tokenprune_vllm.settings import ServerSettings
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
@@ -77,7 +85,9 @@ class _Item:
 class PrunedModel:
     """Mixed in front of vLLM's model of a family; see the top of this file."""
 
-    family_class: ClassVar[type[Family]]
+    overrides: ClassVar[tuple[str, ...]] = ("embed_multimodal", "embed_input_ids", "forward")
+    """Methods of vLLM's that must be there to be overridden."""
+
     supports_mrope: ClassVar[bool] = True
     # A captured encoder would run past `embed_multimodal`, and so unpruned.
     supports_encoder_cudagraph: ClassVar[bool] = False
@@ -87,16 +97,12 @@ class PrunedModel:
         settings = ServerSettings.from_config(config)
         for method in settings.methods:
             check_method(method)
-        family = self.family_class(config)
+        family = family_of(config)
         _check_engine(vllm_config, settings)
         with _room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._pruner = Pruner(self, family, settings, vllm_config)
         self._pruner.say(largest_items(vllm_config.model_config))
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        check_overridden(cls, PrunedModel, ("embed_multimodal", "embed_input_ids", "forward"))
 
     # Rows --------------------------------------------------------------------------------------
 
@@ -128,7 +134,7 @@ class PrunedModel:
 
     def engine_positions(self, tokens: list[int], features: list[Any]) -> tuple[Tensor, int]:
         """Return what vLLM itself would say about an unpruned prompt."""
-        if self.family_class.mrope:
+        if self._pruner.mrope:
             found: tuple[Tensor, int] = super().get_mrope_input_positions(  # type: ignore[misc]
                 tokens, features
             )
@@ -183,11 +189,21 @@ class Pruner:
         self._attention: nn.Module | None = None
         self._attention_name = "none"
         if "cls_attention" in self._needs:
-            name, self._attention = scoring_layer(family.tower(model))
-            self._attention_name = name
+            self._tower = family.tower(model, "image")
+            self._attention_name, self._attention = scoring_layer(self._tower)
+            self._has_cls = family.has_cls(self._tower)
+        projector = family.projector(model)
+        self._entrance = entrance_of(projector)
         if "projector" in self._needs:
-            keep_weights_plain(family.projector(model))
-            self._projector = family.model_projector(model)
+            keep_weights_plain(projector)
+
+            def around(run: Projector, features: Tensor) -> Tensor:
+                return family.around_projector(projector, run, features)
+
+            # Under tensor parallelism all ranks have to call or read it together.
+            self._projector = ModelProjector(
+                projector, lambda: layers_of(projector, plain_linear), around
+            )
         self._language_model: LanguageModel | None = None
         if "query_attention" in self._needs:
             self._language_model = LanguageModel(model, family)
@@ -205,6 +221,11 @@ class Pruner:
         if settings.default.positions == "original":
             device = torch.get_default_device()
             self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
+
+    @property
+    def mrope(self) -> bool:
+        """Whether the model itself counts positions on three axes."""
+        return self._family.mrope
 
     def say(self, largest: Mapping[str, tuple[int, int]]) -> None:
         """Say at the start how this server prunes.
@@ -249,23 +270,22 @@ class Pruner:
                 "another processor, and would run unpruned. Start all parts of the server with "
                 "the same model and the same --hf-overrides."
             )
-        by_item = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in self._family.flat_fields and name not in self._family.shared_fields
-        }
+        unpacked = [
+            Ticket.unpack(ticket, region) for ticket, region in zip(tickets, regions, strict=True)
+        ]
+        together = {name for ticket in unpacked for name in (*ticket.entries, *ticket.shared)}
         items = [
             _Item(
-                Ticket.unpack(ticket, region),
-                {name: one[i] for name, one in by_item.items()},
+                ticket,
+                {name: value[i] for name, value in kwargs.items() if name not in together},
                 *(() if prompts is None else unpack_prompt(prompts[i])),
             )
-            for i, (ticket, region) in enumerate(zip(tickets, regions, strict=True))
+            for i, ticket in enumerate(unpacked)
         ]
         kept: list[Tensor] = []
         for part in self._parts(items):
             chosen = items[part]
-            with watch(self._family.entrance(self._model), self._attention) as watched:
+            with watch(self._entrance, self._attention) as watched:
                 rows = list(encode(**self._part_of(kwargs, items, part)))
             kept += self._prune(chosen, rows, watched)
         return kept
@@ -292,11 +312,10 @@ class Pruner:
             return dict(kwargs)
         taken = {}
         for name, value in kwargs.items():
-            if name in self._family.shared_fields:
+            if any(name in item.ticket.shared for item in items):
                 taken[name] = value
-            elif name in self._family.flat_fields:
-                size_field = self._family.flat_fields[name]
-                counts = [self._family.entries(item.fields[size_field]) for item in items]
+            elif any(name in item.ticket.entries for item in items):
+                counts = [item.ticket.entries.get(name, 0) for item in items]
                 edges = [0, *itertools.accumulate(counts)]
                 taken[name] = value[edges[part.start] : edges[part.stop]]
             else:
@@ -326,26 +345,23 @@ class Pruner:
 
         Rows that hold NaN or infinite values where the method looks at them are made finite.
         """
-        regions = [item.ticket.region for item in items]
         groups: dict[str, list[tuple[int, VisualTokens]]] = {}
         if any(item.ticket.pruning is not None for item in items):
-            found = self._family.tokens(
-                self._model, watched, regions, [item.fields for item in items]
-            )
-            for index, (item, parts) in enumerate(zip(items, found, strict=True)):
+            found = self._seen(items, watched)
+            for index, (item, (features, attention)) in enumerate(zip(items, found, strict=True)):
                 pruning = item.ticket.pruning
                 if pruning is None:
                     continue
                 budget = pruning.to_json()
                 embeddings = rows[index][:, : self._width]
-                for segment, (features, attention) in zip(
-                    item.ticket.region.segments, parts, strict=True
-                ):
+                for segment in item.ticket.region.segments:
+                    in_item = segment.rows.to(embeddings.device)
                     tokens = VisualTokens(
-                        grid=segment.grid,
-                        features=features,
-                        embeddings=embeddings[segment.rows.to(embeddings.device)],
-                        cls_attention=attention,
+                        grid=segment.grid or (1, 1, len(in_item)),
+                        is_picture=segment.grid is not None,
+                        features=features[in_item],
+                        embeddings=embeddings[in_item],
+                        cls_attention=None if attention is None else attention[:, in_item],
                         projector=self._projector,
                         label=f"{item.ticket.modality} {index} {segment.label}".strip(),
                     )
@@ -370,6 +386,20 @@ class Pruner:
                 selections[index].append(selection)
         return selections
 
+    def _seen(self, items: Sequence[_Item], watched: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features [rows, C] and attention [H, rows] of each item."""
+        media = [item.ticket.medium for item in items if item.ticket.medium is not None]
+        if len(media) < len(items):
+            raise ConfigError(
+                "vLLM handed over a caller's own embeddings together with images to encode, which "
+                "tokenprune cannot tell apart. Send them in requests of their own."
+            )
+        attention = None
+        if self._attention is not None:
+            scores = self._family.attention(watched, media, self._has_cls)
+            attention = all_heads(scores, self._family.config.vision_config)
+        return self._family.rows_of(media, watched.features, attention)
+
     def _with_prompt(
         self, tokens: VisualTokens, item: _Item, segment: Segment, rows: Tensor
     ) -> VisualTokens:
@@ -387,25 +417,18 @@ class Pruner:
         row_columns = region.is_row.nonzero()[:, 0] + first
         columns = row_columns[segment.rows]
         in_segment = torch.zeros(region.total, dtype=torch.bool)
-        for one in region.segments:
-            in_segment[one.rows] = True
-        near = (row_columns > columns[0]) & (row_columns <= columns[-1] + 1)
-        loose = (near & ~in_segment).nonzero()[:, 0]
-        prompt = ItemPrompt(
-            ids,
-            is_text.nonzero()[:, 0],
-            columns,
-            row_columns[loose],
-            segment.grid,
-            tokens.label,
-        )
+        for other in region.segments:
+            in_segment[other.rows] = True
+        loose = loose_rows(row_columns, segment.rows, in_segment)
+        text = is_text.nonzero()[:, 0]
+        prompt = ItemPrompt(ids, text, columns, row_columns[loose], tokens.grid, tokens.label)
         reader = None
         if self._language_model is not None:
             interval = None
             if self._family.mrope:
                 interval = self._family.frame_interval(item.ticket.modality)
             order = torch.cat([segment.rows, loose]).to(rows.device)
-            reader = EngineReader(self._language_model, prompt, rows[order], segment.grid, interval)
+            reader = EngineReader(self._language_model, prompt, rows[order], tokens.grid, interval)
         return replace(tokens, question=prompt.question, query_attention=reader)
 
     def _keep(self, item: _Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:

@@ -8,28 +8,33 @@ the caches apart, and gives each image or video two more fields for the worker (
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalFlatField,
+    MultiModalSharedField,
+)
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from tokenprune.budget import tokens_kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
+from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
-from tokenprune_vllm.families.base import Family, Fields
-from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.media import Fields, family_of, medium_of
 from tokenprune_vllm.positions import rotary_length
-from tokenprune_vllm.regions import Region, Segment
+from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
 
 TICKET, REGION = "tokenprune_ticket", "tokenprune_region"
@@ -53,11 +58,20 @@ class Ticket:
         Method, budget and options, or None where every row stays.
     region
         Its part of the unpruned prompt.
+    medium
+        What the processor made of it; None for the caller's own embeddings.
+    entries
+        How many entries of each tensor that holds all items end to end are its own.
+    shared
+        The names of values that all items share.
     """
 
     modality: str
     pruning: PruningConfig | None
     region: Region
+    medium: Medium | None = None
+    entries: Mapping[str, int] = field(default_factory=dict)
+    shared: Sequence[str] = ()
 
     def pack(self) -> dict[str, Tensor]:
         """Return the fields `TICKET` and `REGION`."""
@@ -67,6 +81,9 @@ class Ticket:
                 "pruning": None if self.pruning is None else self.pruning.to_dict(),
                 "grids": [segment.grid for segment in self.region.segments],
                 "labels": [segment.label for segment in self.region.segments],
+                "medium": None if self.medium is None else asdict(self.medium),
+                "entries": dict(self.entries),
+                "shared": list(self.shared),
             }
         )
         return {
@@ -83,6 +100,9 @@ class Ticket:
             values["modality"],
             None if pruning is None else PruningConfig.from_dict(pruning),
             Region.unpack(region, values["grids"], values["labels"]),
+            None if values["medium"] is None else Medium(**values["medium"]),
+            values["entries"],
+            values["shared"],
         )
 
     def layout(self) -> tuple[Tensor, Tensor | None]:
@@ -121,14 +141,24 @@ class PrunedDetails(PromptUpdateDetails):
 class PruningProcessor:
     """Mixed in front of the engine's processor of a family; see the top of this file."""
 
-    family_class: ClassVar[type[Family]]
+    overrides: ClassVar[tuple[str, ...]] = (
+        "_get_mm_hashes",
+        "_get_cache_missing_processor_kwargs",
+        "_apply_hf_processor_main",
+        "_get_mm_fields_config",
+        "_get_mm_prompt_updates",
+        "_maybe_apply_prompt_updates",
+        "get_dummy_mm_inputs",
+    )
+    """Methods of vLLM's that must be there to be overridden."""
+
     info: Any
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
         config = info.get_hf_config()
         self._server = ServerSettings.from_config(config)
-        self._family = self.family_class(config)
+        self._family = family_of(config)
         self._dummies: list[tuple[str, PrunedDetails]] | None = None
         self._text_config = config.get_text_config()
         # M-RoPE counts an image by its sides: its positions are fewer than its tokens.
@@ -212,18 +242,21 @@ class PruningProcessor:
         pruning = request.config if request.prunes else None
         rows = int(is_row.sum())
         fields: Fields = {name: element.data for name, element in item.items()}
+        medium: Medium | None = None
         segments: Sequence[Segment] = ()
         if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
             pruning = None  # the caller's own embeddings: nothing of the encoder to choose by
         else:
-            segments = self._family.segments(modality, rows, fields)
-        ticket = Ticket(modality, pruning, Region(ids, is_row, tuple(segments)))
-        field = MultiModalBatchedField(keep_on_cpu=True)
+            medium = medium_of(modality, rows, fields)
+            segments = self._family.segments(medium)
+        region = Region(ids, is_row, tuple(segments))
+        ticket = Ticket(modality, pruning, region, medium, *_held_together(item))
+        batched = MultiModalBatchedField(keep_on_cpu=True)
         packed = ticket.pack()
         if self._server.reads_prompt:
             packed[PROMPT] = pack_prompt([], _DUMMY_QUESTION)  # until the prompt is laid out
         for name, value in packed.items():
-            item[name] = MultiModalFieldElem(data=value, field=field)
+            item[name] = MultiModalFieldElem(data=value, field=batched)
         new_ids, new_is_row = ticket.layout()
         details = PrunedDetails(
             full=new_ids.tolist(),
@@ -304,8 +337,8 @@ class PruningProcessor:
             item = mm_res.kwargs[modality][index]
             if item is None:
                 continue
-            field = MultiModalBatchedField(keep_on_cpu=True)
-            item[PROMPT] = MultiModalFieldElem(data=pack_prompt(before, after), field=field)
+            batched = MultiModalBatchedField(keep_on_cpu=True)
+            item[PROMPT] = MultiModalFieldElem(data=pack_prompt(before, after), field=batched)
 
     def _check_prompt(
         self, modality: str, details: PrunedDetails, before: list[int], after: list[int]
@@ -322,9 +355,7 @@ class PruningProcessor:
         if "query_attention" not in selector.needs or self._family.mrope:
             return
         frames = getattr(selector, "frames_per_set", 1)
-        largest = max(
-            min(part.grid[0], frames) * part.grid[1] * part.grid[2] for part in region.segments
-        )
+        largest = max(_most_at_once(segment, frames) for segment in region.segments)
         tokens = len(before) + len(region.text()) + largest + len(after)
         known = int(self._text_config.max_position_embeddings)
         if self._server.default.positions == "original":
@@ -404,6 +435,9 @@ class UnprunedLimits:
     pruning, and the encoder runs on whole images either way.
     """
 
+    overrides: ClassVar[tuple[str, ...]] = ("get_mm_max_tokens_per_item",)
+    """Methods of vLLM's that must be there to be overridden."""
+
     ctx: Any
 
     def get_mm_max_tokens_per_item(
@@ -442,34 +476,6 @@ def largest_items(model_config: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
-def register(processor: type, info: type, dummy_inputs: type) -> Callable[[type[Any]], type[Any]]:
-    """Tell vLLM with which processor a model's prompts are made; a class decorator.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If this vLLM lacks a method that is overridden here.
-    """
-    check_overridden(
-        processor,
-        PruningProcessor,
-        (
-            "_get_mm_hashes",
-            "_get_cache_missing_processor_kwargs",
-            "_apply_hf_processor_main",
-            "_get_mm_fields_config",
-            "_get_mm_prompt_updates",
-            "_maybe_apply_prompt_updates",
-            "get_dummy_mm_inputs",
-        ),
-    )
-    check_overridden(info, UnprunedLimits, ("get_mm_max_tokens_per_item",))
-    decorate: Callable[[type[Any]], type[Any]] = MULTIMODAL_REGISTRY.register_processor(
-        processor, info=info, dummy_inputs=dummy_inputs
-    )
-    return decorate
-
-
 @dataclass(frozen=True)
 class _Mask:
     """Where rows go in a region: what vLLM asks for as a function of the region's ids."""
@@ -478,6 +484,29 @@ class _Mask:
 
     def __call__(self, full: list[int]) -> Tensor:
         return self.is_row
+
+
+def _most_at_once(segment: Segment, frames: int) -> int:
+    """Return how many tokens of a segment are read at once, in sets of so many frames."""
+    if segment.grid is None:
+        return len(segment.rows)
+    return min(segment.grid[0], frames) * segment.grid[1] * segment.grid[2]
+
+
+def _held_together(item: Any) -> tuple[dict[str, int], list[str]]:
+    """Return how many entries of flat tensors are an item's, and the names of what items share.
+
+    vLLM hands the worker all items at once, and does not say there what is whose.
+    """
+    entries = {
+        name: len(element.data)
+        for name, element in item.items()
+        if isinstance(element.field, MultiModalFlatField)
+    }
+    shared = [
+        name for name, element in item.items() if isinstance(element.field, MultiModalSharedField)
+    ]
+    return entries, shared
 
 
 def _less(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.base import Family
 from tokenprune.reading import QueryKeys, reference_layer
 from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
-from tokenprune_vllm.families.base import Family
 
 
 class LanguageModel:

@@ -15,33 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.budget import Keep, tokens_kept
+from tokenprune.tower.layouts import Grid, Segment
 
 _TEXT, _STAYS = -1, -2
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows of one region that are pruned together, with a budget of their own.
-
-    Attributes
-    ----------
-    rows
-        LongTensor [N], which of the rows that the encoder returns for the image or video.
-    grid
-        (frames, rows, columns); N is their product.
-    label
-        What to call it in an error: ``"crop 2"``, or an empty string.
-    tile
-        Which of the pictures that the encoder was given for this item the rows come from.
-    cells
-        LongTensor [N], which of that picture's tokens they are, or None: all of them, in order.
-    """
-
-    rows: Tensor
-    grid: tuple[int, int, int]
-    label: str = ""
-    tile: int = 0
-    cells: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -136,33 +112,31 @@ class Region:
     # The way to the worker ---------------------------------------------------------------------
 
     def pack(self) -> Tensor:
-        """Return the region as one int32 tensor [4, L]: id, segment, tile, cell of each token."""
-        packed = torch.zeros(4, self.length, dtype=torch.int32)
+        """Return the region as one int32 tensor [2, L]: id and segment of each token."""
+        packed = torch.zeros(2, self.length, dtype=torch.int32)
         packed[0] = self.token_ids
         columns = self.is_row.nonzero()[:, 0]
         packed[1] = _TEXT
         packed[1, columns] = _STAYS
         for number, segment in enumerate(self.segments):
-            mine = columns[segment.rows]
-            packed[1, mine] = number
-            packed[2, mine] = segment.tile
-            cells = torch.arange(len(mine)) if segment.cells is None else segment.cells
-            packed[3, mine] = cells.int()
+            packed[1, columns[segment.rows]] = number
         return packed
 
     @classmethod
     def unpack(
-        cls, packed: Tensor, grids: Sequence[Sequence[int]], labels: Sequence[str]
+        cls, packed: Tensor, grids: Sequence[Sequence[int] | None], labels: Sequence[str]
     ) -> Region:
         """Return what `pack` packed; grids and labels of the segments travel beside it."""
-        token_ids, number, tile, cell = packed.long()
+        token_ids, number = packed.long()
         is_row = number != _TEXT
-        number, tile, cell = number[is_row], tile[is_row], cell[is_row]
+        of_row = number[is_row]
         segments = []
         for index, (grid, label) in enumerate(zip(grids, labels, strict=True)):
-            rows = (number == index).nonzero()[:, 0]
-            frames, height, width = grid
-            segments.append(
-                Segment(rows, (frames, height, width), label, int(tile[rows[0]]), cell[rows])
-            )
+            rows = (of_row == index).nonzero()[:, 0]
+            segments.append(Segment(rows, None if grid is None else _grid(grid), label))
         return cls(token_ids, is_row, tuple(segments))
+
+
+def _grid(numbers: Sequence[int]) -> Grid:
+    frames, rows, columns = numbers
+    return frames, rows, columns

@@ -30,7 +30,6 @@ from vllm.model_executor.layers.linear import (
 
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
 from tokenprune.plain_weights import why_altered
-from tokenprune.tower.attention import cls_row, received
 
 
 @dataclass
@@ -42,15 +41,18 @@ class Watched:
     seen_features
         The projector's input, once for each of its runs, each [..., C].
     query, key
-        [B, P, H, d] of the scoring layer, this rank's heads; None where no method asked.
+        [B, H, P, d] of the scoring layer, this rank's heads; empty where no method asked.
     scale
         The factor on q kᵀ.
+    mask
+        None: pictures that vLLM encodes together do not see each other.
     """
 
     seen_features: list[Tensor] = field(default_factory=list)
-    query: Tensor | None = None
-    key: Tensor | None = None
+    query: Tensor = field(default_factory=lambda: torch.empty(0))
+    key: Tensor = field(default_factory=lambda: torch.empty(0))
     scale: float = 1.0
+    mask: Tensor | None = None
 
     @property
     def features(self) -> Tensor:
@@ -90,8 +92,10 @@ def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
         heads = (module.num_heads, module.head_size)
-        watched.query = query if query.ndim == 4 else query.unflatten(-1, heads)
-        watched.key = key if key.ndim == 4 else key.unflatten(-1, heads)
+        watched.query, watched.key = (
+            (seen if seen.ndim == 4 else seen.unflatten(-1, heads)).transpose(1, 2)
+            for seen in (query, key)
+        )
         watched.scale = float(module.scale)
 
     with ExitStack() as hooks:
@@ -102,60 +106,16 @@ def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]
         yield watched
 
 
-def picture_attention(watched: Watched, heads: int, has_cls: bool) -> Tensor | None:
-    """Return the scores of a tower that encodes whole pictures: CLS row, or attention received.
+def entrance_of(projector: Any) -> nn.Module:
+    """Return the module whose input is the tokens' features: the projector, or the norm in it.
 
-    Parameters
-    ----------
-    watched
-        With q and k [B, P, H, d].
-    heads
-        How many the tower has, on all ranks together.
-    has_cls
-        Whether token 0 is a CLS token.
-
-    Returns
-    -------
-    Tensor or None
-        float32 [B, H, P] with the heads of all ranks and without the CLS token; None where the
-        scoring layer was not watched.
+    vLLM's mergers are marked for torch.compile, and such modules do not run their hooks.
     """
-    if watched.query is None or watched.key is None:
-        return None
-    query, key = watched.query.transpose(1, 2), watched.key.transpose(1, 2)
-    if has_cls:
-        return _all_heads(cls_row(query, key, watched.scale)[..., 1:], heads)
-    return _all_heads(received(query, key, watched.scale), heads)
+    module: nn.Module = getattr(projector, "ln_q", getattr(projector, "norm", projector))
+    return module
 
 
-def packed_attention(watched: Watched, heads: int, lengths: list[int]) -> Tensor | None:
-    """Return the attention received in a tower that packs pictures into one sequence (Qwen-VL).
-
-    Parameters
-    ----------
-    watched
-        With q and k [1, P, H, d].
-    heads
-        How many the tower has, on all ranks together.
-    lengths
-        Patches of each picture or frame; attention stays inside them. They add up to P.
-
-    Returns
-    -------
-    Tensor or None
-        float32 [H, P] with the heads of all ranks.
-    """
-    if watched.query is None or watched.key is None:
-        return None
-    query, key = watched.query.transpose(1, 2), watched.key.transpose(1, 2)
-    parts = [
-        received(q, k, watched.scale)[0]
-        for q, k in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), strict=True)
-    ]
-    return _all_heads(torch.cat(parts, dim=-1)[None], heads)[0]
-
-
-def _all_heads(attention: Tensor, heads: int) -> Tensor:
+def all_heads(attention: Tensor, vision_config: Any) -> Tensor:
     """Put the heads of all ranks together: [B, H / ranks, P] -> [B, H, P].
 
     vLLM pads some towers with empty heads, and leaves others whole on every rank, where the
@@ -163,7 +123,8 @@ def _all_heads(attention: Tensor, heads: int) -> Tensor:
     """
     if get_tensor_model_parallel_world_size() > 1:
         attention = tensor_model_parallel_all_gather(attention.contiguous(), dim=1)
-    return attention[:, :heads]
+    heads = getattr(vision_config, "num_attention_heads", None) or vision_config.num_heads
+    return attention[:, : int(heads)]
 
 
 def plain_linear(layer: Any) -> Any:

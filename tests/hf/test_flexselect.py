@@ -331,7 +331,7 @@ def test_videos_that_are_given_as_images() -> None:
 
 def test_gemma_is_refused() -> None:
     tiny = TINY["gemma3"]
-    with pytest.raises(UnsupportedModelError, match="flexselect does not read it"):
+    with pytest.raises(UnsupportedModelError, match="flexselect does not read that"):
         kept_of(tiny.model(), prompt(tiny, ["it"]))
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from tokenprune.config import PruningConfig
+from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm.processor import Ticket
-from tokenprune_vllm.regions import Region, Segment
+from tokenprune_vllm.regions import Region
 
 ROW, NEWLINE, TEXT = 90, 91, 7
 
@@ -33,7 +34,7 @@ def test_each_segment_gets_its_budget_and_other_rows_stay() -> None:
 
 
 def test_frames_apart_keep_their_text_between_them() -> None:
-    frames = [Segment(torch.arange(4) + 4 * n, (1, 2, 2), f"frame {n}", n) for n in range(2)]
+    frames = [Segment(torch.arange(4) + 4 * n, (1, 2, 2), f"frame {n}") for n in range(2)]
     one = region([TEXT, *[ROW] * 4, TEXT, TEXT, *[ROW] * 4], frames)
     ids, is_row = one.shrink(1)
     assert ids.tolist() == [TEXT, ROW, TEXT, TEXT, ROW]
@@ -52,11 +53,13 @@ def test_a_video_over_several_stretches_moves_against_its_text() -> None:
 
 def test_a_ticket_comes_back_as_it_was() -> None:
     segments = [
-        Segment(torch.arange(4), (1, 2, 2), "crop 0", 0, torch.tensor([0, 1, 2, 3])),
-        Segment(torch.tensor([4, 5, 7, 8]), (1, 2, 2), "crop 2", 2, torch.tensor([5, 6, 9, 10])),
+        Segment(torch.arange(4), (1, 2, 2), "crop 0"),
+        Segment(torch.tensor([4, 5, 7, 8]), (1, 2, 2), "crop 2"),
     ]
     one = region([TEXT, *[ROW] * 9, TEXT], segments)
-    ticket = Ticket("image", PruningConfig("zeroth-order", 3, options={"seed": 4}), one)
+    pruning = PruningConfig("zeroth-order", 3, options={"seed": 4})
+    medium = Medium("image", 9, 3, (56, 56), (90, 70))
+    ticket = Ticket("image", pruning, one, medium, {"pixel_values": 3}, ["image_token_id"])
     again = Ticket.unpack(*ticket.pack().values())
     assert again.modality == "image"
     assert again.pruning == ticket.pruning
@@ -64,10 +67,10 @@ def test_a_ticket_comes_back_as_it_was() -> None:
     assert torch.equal(again.region.is_row, one.is_row)
     for ours, back in zip(segments, again.region.segments, strict=True):
         assert torch.equal(ours.rows, back.rows)
-        assert ours.cells is not None
-        assert back.cells is not None
-        assert torch.equal(ours.cells, back.cells)
-        assert (ours.grid, ours.label, ours.tile) == (back.grid, back.label, back.tile)
+        assert (ours.grid, ours.label) == (back.grid, back.label)
+    assert again.medium == medium
+    assert again.entries == {"pixel_values": 3}
+    assert again.shared == ["image_token_id"]
     off = Ticket.unpack(*Ticket("video", None, one).pack().values())
     assert off.pruning is None
     assert torch.equal(off.layout()[0], one.token_ids)

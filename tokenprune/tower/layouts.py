@@ -53,6 +53,12 @@ class Medium:
     grid: Grid | None = None
     aspect_ratio: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("pixels", "size", "grid"):  # JSON makes lists of them
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -1,0 +1,75 @@
+"""What vLLM's processor made of one image or video, as far as its rows' layout follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.base import Family
+from tokenprune.families.registry import family_of_config
+from tokenprune.tower.layouts import Medium
+
+Fields = Mapping[str, Any]
+"""What vLLM's processor made of one image or video, by name: pixel_values, image_grid_thw, ..."""
+
+
+def family_of(config: Any) -> Family:
+    """Return the family of a model's config, as vLLM loads it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is of no known family, or vLLM lays its rows out in a way that is not known here.
+    """
+    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+    if config.model_type == "llava" and tower == "pixtral":
+        raise UnsupportedModelError(
+            f"this LLaVA has a tower of the kind {tower!r}, whose images have rows of any "
+            "length; tokenprune prunes LLaVA with CLIP and SigLIP towers."
+        )
+    return family_of_config(config)
+
+
+def medium_of(modality: str, rows: int, fields: Fields) -> Medium:
+    """Return one image or video.
+
+    Parameters
+    ----------
+    modality
+        ``"image"`` or ``"video"``.
+    rows
+        How many rows the encoder will return for it.
+    fields
+        What vLLM's processor made of it.
+    """
+    grid = fields.get(f"{modality}_grid_thw")
+    if grid is not None:
+        frames, height, width = _numbers(grid)
+        return Medium(modality, rows, grid=(frames, height, width))
+    pixels = next(
+        (
+            value
+            for name, value in fields.items()
+            if name.startswith("pixel_values") and isinstance(value, Tensor) and value.ndim >= 3
+        ),
+        None,
+    )
+    pictures = fields.get(f"{modality}_num_patches")  # InternVL counts tiles
+    if pictures is None:
+        pictures = len(pixels) if pixels is not None and pixels.ndim > 3 else 1
+    size = fields.get("image_sizes")
+    return Medium(
+        modality,
+        rows,
+        int(pictures),
+        None if pixels is None else (pixels.shape[-2], pixels.shape[-1]),
+        None if size is None else (_numbers(size)[0], _numbers(size)[1]),
+    )
+
+
+def _numbers(value: Any) -> list[int]:
+    return [int(number) for number in torch.as_tensor(value).tolist()]

@@ -1,0 +1,65 @@
+"""Our architectures: each is vLLM's own class with pruning mixed in, made when it is asked for.
+
+``TokenPruneX`` is vLLM's ``X``. Its processor is vLLM's own for ``X``, with ours in front. vLLM
+finds the classes here by name (`tokenprune_vllm.plugin`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm import ModelRegistry
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from tokenprune_vllm.architectures import ARCHITECTURES, PREFIX
+from tokenprune_vllm.hooks import check_overridden
+from tokenprune_vllm.model import PrunedModel
+from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits
+
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in ARCHITECTURES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _pruned(name.removeprefix(PREFIX))
+
+
+@functools.cache
+def _pruned(architecture: str) -> type[Any]:
+    """Return vLLM's class of an architecture, pruned."""
+    own: Any = ModelRegistry.models[architecture].load_model_cls()
+    factories = own._processor_factory
+    decorate = MULTIMODAL_REGISTRY.register_processor(
+        _factory(PruningProcessor, factories.processor),
+        info=_factory(UnprunedLimits, factories.info),
+        dummy_inputs=factories.dummy_inputs,
+    )
+    made: type[Any] = decorate(_mixed(PrunedModel, own, PREFIX + architecture))
+    return made
+
+
+def _factory(mixin: type[Any], factory: Any) -> Any:
+    """Return what makes vLLM's object, by a class or a function of vLLM's, with `mixin` in front.
+
+    A function chooses a class by the model's config; what it made says which.
+    """
+    if isinstance(factory, type):
+        return _mixed(mixin, factory)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return _mixed(mixin, type(factory(*args, **kwargs)))(*args, **kwargs)
+
+    return make
+
+
+@functools.cache
+def _mixed(mixin: Any, own: Any, name: str = "") -> Any:
+    # vLLM looks classes up by module and name, so they say that they are from here.
+    namespace = {
+        "__module__": __name__,
+        "__doc__": f"vLLM's `{own.__name__}`, with `{mixin.__name__}` in front.",
+    }
+    # Of the own class's metaclass: vLLM's protocols have one.
+    made: Any = type(own)(name or f"{mixin.__name__}{own.__name__}", (mixin, own), namespace)
+    check_overridden(made, mixin, mixin.overrides)
+    return made
