@@ -7,6 +7,7 @@ finds the classes here by name (`tokenprune_vllm.plugin`).
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from vllm import ModelRegistry
@@ -38,16 +39,18 @@ def _pruned(architecture: str) -> type[Any]:
     return made
 
 
-def _factory(mixin: type[Any], factory: Any) -> Any:
+def _factory(mixin: Any, factory: Any) -> Any:
     """Return what makes vLLM's object, by a class or a function of vLLM's, with `mixin` in front.
 
     A function chooses a class by the model's config; what it made says which.
     """
-    if isinstance(factory, type):
-        return _mixed(mixin, factory)
+    if inspect.isclass(factory):
+        own_class: Any = factory
+        return _mixed(mixin, own_class)
 
     def make(*args: Any, **kwargs: Any) -> Any:
-        return _mixed(mixin, type(factory(*args, **kwargs)))(*args, **kwargs)
+        own: Any = type(factory(*args, **kwargs))
+        return _mixed(mixin, own)(*args, **kwargs)
 
     return make
 
