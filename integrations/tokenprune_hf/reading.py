@@ -1,7 +1,7 @@
-"""Reading a video together with its question, by the language model's own first layers.
+"""Reading a video together with its question, by the first layers of transformers' own decoder.
 
-`PromptReader` builds the prompt of a set of frames out of the caller's prompt, and has
-`tokenprune_hf.prefix` run the decoder layers up to the reference layer on it.
+`prompt_items` adds the question to each item; `tokenprune.question.reader` builds the prompts that
+are read, and `tokenprune_hf.prefix` runs the decoder's layers on them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.reading import QueryKeys, reference_layer
-from tokenprune.set_prompt import ItemPrompt, SetPrompt, loose_rows, positions_on_axes
+from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.families.base import EncodedModality, Family, Item
@@ -64,12 +65,18 @@ def prompt_items(
             sample = int(places[item.rows[0], 0])
             text = (attention_mask[sample].bool() & ~any_placeholder[sample]).nonzero()[:, 0]
             prompt, rows = _item_prompt(media, item, places, input_ids[sample], text)
+            rows = rows.to(media.rows.device)
             added: dict[str, Any] = {}
             if "question" in needs:
                 added["question"] = prompt.question
             if "query_attention" in needs:
                 added["query_attention"] = PromptReader(
-                    family, media, modality, item.tokens.grid, prompt, rows
+                    DecoderLayers(family),
+                    prompt,
+                    media.rows[rows],
+                    [layer[rows] for layer in media.deepstack],
+                    item.tokens.grid,
+                    family.frame_interval(modality) if family.mrope else None,
                 )
             result[modality].append(replace(item.tokens, **added))
     return result
@@ -101,96 +108,51 @@ def _item_prompt(
 
 
 @dataclass(frozen=True, eq=False)
-class PromptReader:
-    """A `tokenprune.reading.QueryReader` of one item in one prompt.
+class DecoderLayers:
+    """The first layers of a model's decoder: a `tokenprune.question.reader.FirstLayers`.
 
     Attributes
     ----------
     family
         Whose language model reads.
-    media, modality
-        What the encoder returned, and ``"image"`` or ``"video"``.
-    grid
-        Of the item.
-    prompt
-        The item's part in the prompt.
-    rows
-        LongTensor, which of the encoder's rows each of `SetPrompt.sources` stands for.
     """
 
     family: Family
-    media: EncodedModality
-    modality: str
-    grid: tuple[int, int, int]
-    prompt: ItemPrompt
-    rows: Tensor
 
-    def read(
-        self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
-    ) -> list[QueryKeys]:
-        """Return q and k of the reference layer for each set; see the protocol."""
+    def reference_layer(self, asked: int | None) -> int:
+        """Return the layer to read, from 0."""
         config = self.family.model.config
         text_config = config.get_text_config()
-        number = reference_layer(
-            config.model_type, text_config.num_hidden_layers, text_config.hidden_size, layer
+        return reference_layer(
+            config.model_type, text_config.num_hidden_layers, text_config.hidden_size, asked
         )
-        return [seen[number] for seen in self.read_layers(sets, [number], values, hidden)]
 
-    def read_layers(
-        self, sets: Sequence[Tensor], layers: Sequence[int], values: bool, hidden: bool
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return [S, L, D]."""
+        embedded: Tensor = self.family.model.get_input_embeddings()(ids)
+        return embedded
+
+    def run(
+        self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
     ) -> list[dict[int, QueryKeys]]:
-        """Return q and k of several layers, by layer, for each set.
-
-        Parameters
-        ----------
-        sets
-            As in `read`.
-        layers
-            Layers of the language model, from 0.
-        values, hidden
-            As in `read`.
-        """
-        prompts = [self.prompt.of_set(tokens) for tokens in sets]
-        found: dict[int, dict[int, QueryKeys]] = {}
-        for length in sorted({len(prompt.ids) for prompt in prompts}):
-            # Prompts of one length go through the layers together; no padding, so no mask.
-            mine = [index for index, prompt in enumerate(prompts) if len(prompt.ids) == length]
-            seen = self._run([prompts[index] for index in mine], layers, values, hidden)
-            found.update(zip(mine, seen, strict=True))
-        return [found[index] for index in range(len(prompts))]
-
-    def _run(
-        self, prompts: Sequence[SetPrompt], layers: Sequence[int], values: bool, hidden: bool
-    ) -> list[dict[int, QueryKeys]]:
-        ids = torch.stack([prompt.ids for prompt in prompts])
-        is_visual = torch.stack([prompt.is_visual for prompt in prompts])
-        rows = self.rows[torch.cat([prompt.sources for prompt in prompts])]
-        rows = rows.to(self.media.rows.device)
-        embeddings = self.family.model.get_input_embeddings()(ids).clone()
-        embeddings[is_visual] = self.media.rows[rows].to(embeddings)
+        """Run the layers on all prompts at once."""
         extra: dict[str, Any] = {}
-        if self.media.deepstack:
-            extra["visual_pos_masks"] = is_visual
-            extra["deepstack_visual_embeds"] = [layer[rows] for layer in self.media.deepstack]
+        if prompts.deeper:
+            extra["visual_pos_masks"] = prompts.is_visual
+            extra["deepstack_visual_embeds"] = list(prompts.deeper)
+        positions = prompts.positions
+        if positions.ndim == 3:
+            # The first of four rows numbers the tokens, for the engine's masks.
+            plain = torch.arange(positions.shape[2], device=positions.device)
+            positions = torch.cat([plain.expand(1, positions.shape[1], -1), positions])
         return read_layers(
             self.family.language_model(),
-            embeddings,
-            self._positions(is_visual),
+            prompts.states,
+            positions,
             layers,
-            asked=[prompt.asked for prompt in prompts],
-            questions=prompts[0].questions,
+            asked=prompts.asked,
+            questions=prompts.questions,
             values=values,
             hidden=hidden,
             **extra,
         )
-
-    def _positions(self, is_visual: Tensor) -> Tensor:
-        """Return fresh positions of sets [S, L], as if each was a whole video."""
-        plain = torch.arange(is_visual.shape[1], device=is_visual.device)
-        plain = plain[None].expand(len(is_visual), -1)
-        if not self.family.mrope:
-            return plain
-        interval = self.family.frame_interval(self.modality)
-        axes = [positions_on_axes(own, self.grid, interval) for own in is_visual]
-        # The first of four rows numbers the tokens, for the engine's masks.
-        return torch.cat([plain[None], torch.stack(axes, dim=1)])

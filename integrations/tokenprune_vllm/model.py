@@ -30,6 +30,7 @@ from tokenprune.errors import ConfigError, TokensError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
 from tokenprune.model_projector import ModelProjector
+from tokenprune.question.reader import PromptReader
 from tokenprune.registry import find
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
@@ -55,7 +56,7 @@ from tokenprune_vllm.processor import (
     largest_items,
     unpack_prompt,
 )
-from tokenprune_vllm.reading import EngineReader, LanguageModel
+from tokenprune_vllm.reading import LanguageModel
 from tokenprune_vllm.scoring import (
     all_heads,
     entrance_of,
@@ -428,7 +429,9 @@ class Pruner:
             if self._family.mrope:
                 interval = self._family.frame_interval(item.ticket.modality)
             order = torch.cat([segment.rows, loose]).to(rows.device)
-            reader = EngineReader(self._language_model, prompt, rows[order], tokens.grid, interval)
+            # Behind the first D numbers of a row comes what goes into deeper layers.
+            own, *deeper = rows[order].split(self._language_model.width, dim=1)
+            reader = PromptReader(self._language_model, prompt, own, deeper, tokens.grid, interval)
         return replace(tokens, question=prompt.question, query_attention=reader)
 
     def _keep(self, item: _Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:

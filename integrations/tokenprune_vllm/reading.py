@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
+from tokenprune.question.reader import SetPrompts
 from tokenprune.reading import QueryKeys, reference_layer
-from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
 
 
 class LanguageModel:
-    """vLLM's language model, as far as it is read here.
+    """vLLM's language model: a `tokenprune.question.reader.FirstLayers`.
 
     Parameters
     ----------
@@ -59,12 +58,12 @@ class LanguageModel:
                     "method that needs no language model."
                 )
 
-    def layer(self, asked: int | None) -> int:
-        """Return the reference layer."""
+    def reference_layer(self, asked: int | None) -> int:
+        """Return the layer to read, from 0."""
         return reference_layer(self._config.model_type, len(self._layers), self.width, asked)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Return [L, D] of text."""
+        """Return [S, L, D]."""
         embedded: Tensor = self._embed(ids.to(self.device))
         return embedded
 
@@ -74,7 +73,36 @@ class LanguageModel:
         device: torch.device = next(self._layers[0].parameters()).device
         return device
 
-    def read(
+    def run(
+        self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
+    ) -> list[dict[int, QueryKeys]]:
+        """Run the layers on one prompt after the other."""
+        found = []
+        for index, states in enumerate(prompts.states):
+            is_visual, asked = prompts.is_visual[index], prompts.asked[index]
+            first = int(prompts.is_visual[:index].sum())
+            own = slice(first, first + int(is_visual.sum()))
+            deeper = []
+            for rows in prompts.deeper:
+                deeper.append(torch.zeros_like(states))
+                deeper[-1][is_visual] = rows[own]
+            seen: dict[int, QueryKeys] = {}
+            for number in layers:
+                query, key, value, inputs, scale = self._read(
+                    number, states, prompts.positions[..., index, :].contiguous(), deeper
+                )
+                seen[number] = QueryKeys(
+                    query=query[:, -prompts.questions :],
+                    key=key,
+                    visual=asked,
+                    scale=scale,
+                    value_norm=value[:, asked].float().abs().sum(dim=-1) if values else None,
+                    hidden=inputs[asked] if hidden else None,
+                )
+            found.append(seen)
+        return found
+
+    def _read(
         self, number: int, states: Tensor, positions: Tensor, deeper: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Run the layers before one, and of that one take what goes into its attention.
@@ -157,80 +185,3 @@ def _in_place_of(attention: Any, stand_in: nn.Module) -> Iterator[None]:
         yield
     finally:
         attention._modules["attn"] = paged
-
-
-@dataclass(frozen=True, eq=False)
-class EngineReader:
-    """A `tokenprune.reading.QueryReader` of one item in one prompt.
-
-    Attributes
-    ----------
-    language_model
-        What reads.
-    prompt
-        The item's part in the prompt.
-    rows
-        [M, D + D * levels], what `SetPrompt.sources` stands for: the item's rows, then loose ones;
-        behind the first D numbers what goes into deeper layers.
-    grid
-        Of the item.
-    interval
-        See `tokenprune.set_prompt.positions_on_axes`; None for models with ordinary RoPE.
-    finite
-        Whether numbers that are not finite count as 0.
-    """
-
-    language_model: LanguageModel
-    prompt: ItemPrompt
-    rows: Tensor
-    grid: tuple[int, int, int]
-    interval: int | None
-    finite: bool = False
-
-    def made_finite(self) -> EngineReader:
-        """Return a reader in which nothing is NaN or infinite."""
-        return replace(self, rows=self.rows.nan_to_num(0.0, 0.0, 0.0), finite=True)
-
-    def read(
-        self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
-    ) -> list[QueryKeys]:
-        """Return q and k of the reference layer for each set; see the protocol."""
-        number = self.language_model.layer(layer)
-        return [self._read(self.prompt.of_set(own), number, values, hidden) for own in sets]
-
-    def _read(self, prompt: SetPrompt, number: int, values: bool, hidden: bool) -> QueryKeys:
-        model = self.language_model
-        device = model.device
-        is_visual = prompt.is_visual.to(device)
-        states = model.embed(prompt.ids.where(~prompt.is_visual, 0)).clone()
-        rows = self.rows[prompt.sources.to(self.rows.device)].to(states)
-        states[is_visual] = rows[:, : model.width]
-        deeper = []
-        for start in range(model.width, rows.shape[1], model.width):
-            deeper.append(torch.zeros_like(states))
-            deeper[-1][is_visual] = rows[:, start : start + model.width]
-        positions = torch.arange(len(states), device=device)
-        if self.interval is not None:
-            positions = positions_on_axes(is_visual, self.grid, self.interval)
-        query, key, value, inputs, scale = model.read(number, states, positions, deeper)
-        asked = prompt.asked.to(device)
-        seen = QueryKeys(
-            query=query[:, -prompt.questions :],
-            key=key,
-            visual=asked,
-            scale=scale,
-            value_norm=value[:, asked].float().abs().sum(dim=-1) if values else None,
-            hidden=inputs[asked] if hidden else None,
-        )
-        return _finite(seen) if self.finite else seen
-
-
-def _finite(seen: QueryKeys) -> QueryKeys:
-    return replace(
-        seen,
-        **{
-            name: value.nan_to_num(0.0, 0.0, 0.0)
-            for name in ("query", "key", "value_norm", "hidden")
-            if (value := getattr(seen, name)) is not None
-        },
-    )

@@ -30,6 +30,7 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.media.video import Video
+from tokenprune.question.reader import PromptReader
 from tokenprune.reading import Reduction, question_scores
 from tokenprune.selectors.base import top_k
 from tokenprune.selectors.frame_sets import frame_sets
@@ -40,7 +41,7 @@ from tokenprune_hf.families.base import Family
 from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.loading import ask
 from tokenprune_hf.prefix import sliding_window
-from tokenprune_hf.reading import PromptReader, prompt_items
+from tokenprune_hf.reading import prompt_items
 
 FRAMES_PER_SET = 64
 """The most frames that are ranked together: FlexSelect's own default."""

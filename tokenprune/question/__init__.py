@@ -1,0 +1,1 @@
+"""Reading visual tokens together with the question, without an engine."""
