@@ -52,6 +52,7 @@ _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -189,8 +189,8 @@ def _qwen25_vl() -> Any:
     )
 
 
-def _qwen3_vl() -> Any:
-    return tf.Qwen3VLConfig(
+def _qwen3_vl(kind: Any = tf.Qwen3VLConfig, **text: Any) -> Any:
+    return kind(
         vision_config={
             "depth": 3,
             "hidden_size": 32,
@@ -203,12 +203,17 @@ def _qwen3_vl() -> Any:
             "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config={**_QWEN_TEXT, "head_dim": 8},
+        text_config={**_QWEN_TEXT, "head_dim": 8, **text},
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
         vision_end_token_id=END,
     )
+
+
+def _qwen3_vl_moe() -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    return _qwen3_vl(tf.Qwen3VLMoeConfig, **experts)
 
 
 def _idefics3() -> Any:
@@ -335,6 +340,9 @@ TINY: dict[str, Tiny] = {
     "qwen2_vl": Tiny(_qwen2_vl, tf.Qwen2VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "qwen2_5_vl": Tiny(_qwen25_vl, tf.Qwen2_5_VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "qwen3_vl": Tiny(_qwen3_vl, tf.Qwen3VLForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "qwen3_vl_moe": Tiny(
+        _qwen3_vl_moe, tf.Qwen3VLMoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO
+    ),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
@@ -401,7 +409,7 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
 
 
 def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
-    if tiny.architecture is not tf.Qwen3VLForConditionalGeneration:
+    if not tiny.architecture.__name__.startswith("Qwen3"):
         return [VIDEO] * size
     # Qwen3-VL writes the time in front of each frame.
     grid = [

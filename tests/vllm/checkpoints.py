@@ -199,6 +199,16 @@ _INTERNVL = _Family(
 )
 
 
+_QWEN3 = _qwen(
+    "Qwen3VLProcessor",
+    "Qwen3VLVideoProcessor",
+    "out_hidden_size",
+    mrope_section=[6, 5, 5],
+    # transformers interleaves whatever the config says, vLLM when it says so.
+    mrope_interleaved=True,
+)
+
+
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family(
         tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
@@ -234,14 +244,8 @@ _FAMILIES: dict[str, _Family] = {
     "qwen2_5_vl": _qwen(
         "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor", "out_hidden_size", mrope_section=[4, 6, 6]
     ),
-    "qwen3_vl": _qwen(
-        "Qwen3VLProcessor",
-        "Qwen3VLVideoProcessor",
-        "out_hidden_size",
-        mrope_section=[6, 5, 5],
-        # transformers interleaves whatever the config says, vLLM when it says so.
-        mrope_interleaved=True,
-    ),
+    "qwen3_vl": _QWEN3,
+    "qwen3_vl_moe": _QWEN3,
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
