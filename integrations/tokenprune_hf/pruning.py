@@ -663,7 +663,10 @@ def apply(
 
     Parameters, result and errors are those of `prune`.
     """
-    return _start(model, method, keep, positions, apply, proportional_attention, options)
+    started: Pruning = _start(
+        model, method, keep, positions, apply, proportional_attention, options
+    )
+    return started
 
 
 def prune(
@@ -730,7 +733,10 @@ def prune(
     TokenPruneError
         If the model is pruned already.
     """
-    return _start(model, method, keep, positions, apply, proportional_attention, options)
+    started: Pruning = _start(
+        model, method, keep, positions, apply, proportional_attention, options
+    )
+    return started
 
 
 def _start(

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -69,7 +69,7 @@ def test_a_checked_budget_is_what_was_given(keep: Any) -> None:
 
 def test_one_token_is_not_all_of_them() -> None:
     assert Budget.of(1) != Budget.of(1.0)
-    assert Budget.of(1) == Budget.of(np.int32(1))
+    assert Budget.of(1) == Budget.of(cast(Any, np.int32(1)))
     published = Budget.of("llava-video-7b").published
     assert published is not None
     assert (published.name, int(published)) == ("llava-video-7b", PUBLISHED["llava-video-7b"])

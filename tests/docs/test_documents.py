@@ -281,7 +281,7 @@ def test_questions_of_ones_own_are_read(tmp_path: Path) -> None:
     file.write_text(block.code)
     for line in block.code.splitlines():
         (tmp_path / json.loads(line).get("image", "talk.mp4")).touch()
-    assert len(load_jsonl(file).items) == len(block.code.splitlines())
+    assert len(load_jsonl(file).questions) == len(block.code.splitlines())
 
 
 def test_settings_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

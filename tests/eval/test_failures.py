@@ -316,7 +316,7 @@ def test_a_picture_that_the_encoder_refuses_fails_alone(
     engine.begin(media)
     said = said_by(engine, media, items)
     errors = {name: one.error for name, one in said.items() if one.error}
-    assert errors == {item.id: "RuntimeError: odd pixels" for item in media[0].items}
+    assert errors == {item.id: "RuntimeError: odd pixels" for item in media[0].questions}
 
 
 def test_answers_are_cut_where_the_model_has_not_ended(engine: TransformersEngine) -> None:

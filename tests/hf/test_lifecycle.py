@@ -138,7 +138,7 @@ def test_wrong_settings_are_refused_before_the_model_is_touched() -> None:
         with pytest.raises(BudgetError):
             tokenprune_hf.prune(model, "uniform", keep)
     with pytest.raises(ConfigError, match="Did you mean 'original'"):
-        tokenprune_hf.prune(model, "uniform", 3, positions="orignal")  # type: ignore[call-overload]
+        tokenprune_hf.prune(model, "uniform", 3, positions="orignal")  # type: ignore[arg-type]
     assert state(model) == before
 
 

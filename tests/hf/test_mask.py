@@ -104,4 +104,4 @@ def test_everything_kept_hides_nothing() -> None:
 def test_another_word_is_an_error() -> None:
     model, _ = setting("llava")
     with pytest.raises(ConfigError, match=r"apply='masks' is not .* Did you mean 'mask'"):
-        tokenprune_hf.prune(model, "random", 3, apply="masks")  # type: ignore[call-overload]
+        tokenprune_hf.prune(model, "random", 3, apply="masks")  # type: ignore[arg-type]

@@ -164,7 +164,7 @@ def test_what_it_cannot_do_is_refused() -> None:
         tokenprune_hf.prune(model, "random", 3, proportional_attention=True)
     tokenprune_hf.prune(model, "random", 3).remove()  # nothing was left behind
     with pytest.raises(ConfigError, match=r"proportional_attention='off'.*True or False"):
-        tokenprune_hf.prune(model, "random", 3, proportional_attention="off")  # type: ignore[call-overload]
+        tokenprune_hf.prune(model, "random", 3, proportional_attention="off")  # type: ignore[arg-type]
     model, inputs = setting("llava")
     with tokenprune_hf.prune(model, "random", 3, proportional_attention=True):
         model.set_attn_implementation("eager")

@@ -69,7 +69,8 @@ def as_json(every: dict[str, Method]) -> dict[str, Any]:
         `tokenprune.registry.Method`. ``"no_selectors"``: name -> a sentence about each of the
         latter, for readers of what earlier releases printed.
     """
-    selectors, others = {}, {}
+    selectors: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, method in every.items():
         fields = dataclasses.asdict(method)
         del fields["name"]

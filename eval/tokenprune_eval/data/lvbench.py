@@ -100,7 +100,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
         for number, asked in enumerate(line.qa, start=1):
             where = f"{place}, question {number} (uid {asked.uid})"
             try:
-                question, choices = _split(asked.question)
+                text, choices = _split(asked.question)
                 answer = (asked.answer or "").strip()
                 letters = LETTERS[: len(choices)]
                 if len(answer) != 1 or answer not in letters:
@@ -113,7 +113,7 @@ def load(file: Path, media: Path | None = None) -> DataSet:
                 id=asked.uid,
                 kind="video",
                 path=path,
-                question=question,
+                question=text,
                 answer=answer,
                 choices=choices,
                 type=", ".join(sorted(asked.question_type)),

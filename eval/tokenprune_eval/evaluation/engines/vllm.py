@@ -198,8 +198,8 @@ class VllmEngine:
                 done(questions[0][0], EngineAnswer(error=reason))
                 return
             # One of them is the reason; the others have an answer.
-            for question in questions:
-                self._answer_batch([question], condition, done)
+            for alone in questions:
+                self._answer_batch([alone], condition, done)
             return
         for (question, _, _), own, output in zip(questions, tokens, outputs, strict=True):
             done(question, _said(question, own, output, len(questions), self._placeholders))
