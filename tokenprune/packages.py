@@ -48,6 +48,10 @@ class Package:
         return spec is not None and spec.origin is not None
 
 
+TRANSFORMERS = (Package("transformers"), Package("torchvision"), Package("PIL"))
+"""What a model of transformers and its processor need; vLLM reads configurations with them."""
+
+
 def check_packages(packages: Iterable[Package], extra: str, who: str) -> None:
     """Make sure that all packages are there.
 

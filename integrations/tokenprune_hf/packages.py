@@ -2,11 +2,4 @@
 
 from __future__ import annotations
 
-from tokenprune.packages import Package
-
-TRANSFORMERS = (
-    Package("transformers"),
-    Package("torchvision"),
-    Package("PIL"),
-)
-"""What a model of transformers and its processor need."""
+from tokenprune.packages import TRANSFORMERS as TRANSFORMERS

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from tokenprune.arguments import Parser, add_model
-from tokenprune.packages import Package
-from tokenprune_hf.packages import TRANSFORMERS
+from tokenprune.packages import TRANSFORMERS, Package
 from tokenprune_vllm.serve import add_pruning, pruning_of
 
 HELP = "write a checkpoint that `vllm serve` serves pruned with no further flag"

@@ -22,9 +22,8 @@ from tokenprune.arguments import (
     parse_keep,
 )
 from tokenprune.errors import ConfigError, InputFileError, OptionError, reason_of
-from tokenprune.packages import Package
+from tokenprune.packages import TRANSFORMERS, Package
 from tokenprune.providers import model_path
-from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.packages import VLLM
 
 if TYPE_CHECKING:
