@@ -67,14 +67,15 @@ MODULES = (
 )
 """The packages, and the modules that the documents and the entry points tell users to import."""
 
-NAMES_IN_DOCUMENTS = (
+OTHER_NAMES = (
+    "tokenprune_hf:measure_dominance",
     "tokenprune.cli:main",
     "tokenprune.reading:QueryReader",
     "tokenprune_hf.loading:frames_and_metadata",
     "tokenprune_eval.bundled.scenes:load_scenes",
     "tokenprune_eval.data.choose:missing_media",
 )
-"""Single names out of other modules that the documents mention."""
+"""Single names that a package need not list: documents mention them, or they are known to users."""
 
 COLUMNS = "100"
 """Width of the terminal for which help is laid out."""
@@ -105,7 +106,7 @@ def public_names() -> dict[str, Any]:
         found[module_name] = "module"
         for name in _names_of(module):
             found[f"{module_name}.{name}"] = _loaded(module_name, name)
-    for place in NAMES_IN_DOCUMENTS:
+    for place in OTHER_NAMES:
         module_name, _, name = place.partition(":")
         found[f"{module_name}.{name}"] = _loaded(module_name, name)
     return found

@@ -47,6 +47,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         "yaml",
         "toml",
         "text",
+        "mermaid",
     }
     for block in BLOCKS:
         assert block.is_understood(), f"{block.place}: {block.how}"

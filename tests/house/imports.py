@@ -146,7 +146,7 @@ class _Reader:
 
     def _lazy(self, call: ast.Call) -> Iterator[Import]:
         """Yield the homes in a table of lazy names: ``lazy_names("package", _HOMES)``."""
-        package, table = call.args
+        package, table = call.args[:2]
         if isinstance(table, ast.Name):
             table = next(
                 node.value
