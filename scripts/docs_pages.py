@@ -183,6 +183,7 @@ def _methods(package: Any) -> dict[str, str]:
 _STYLE = """\
 /* Wide tables and long signatures scroll by themselves, and not the page. */
 .md-typeset table:not([class]) { display: block; overflow-x: auto; }
+.md-typeset table:not([class]) code { white-space: nowrap; }
 .md-typeset h2.doc-heading, .md-typeset h3.doc-heading { overflow-wrap: anywhere; }
 .doc-contents { padding-left: 1rem; border-left: .1rem solid var(--md-default-fg-color--lightest); }
 """
