@@ -44,9 +44,9 @@ API: dict[str, tuple[str, ...]] = {
     "tokenprune_hf": (),
     "tokenprune_vllm": ("tokenprune_vllm.export",),
     "tokenprune_lmms_eval": (),
-    "tokenprune_eval": ("tokenprune_eval.bundled.scenes",),
+    "tokenprune_eval": ("tokenprune_eval.bundled.scenes:load_scenes",),
 }
-"""Package with a page of its own -> the modules that are shown on it, too."""
+"""Package with a page of its own -> what is shown on it, too: modules, or one name of a module."""
 
 _LINK = re.compile(r"(?P<mark>!?)\[(?P<text>[^\]]*)\]\((?P<to>[^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```$", flags=re.M | re.S)
@@ -125,7 +125,11 @@ def _api_page(package: str) -> Iterator[str]:
             yield from _sections([place], level=3)
     else:
         yield from _sections(_names(shown))
-    for module in API[package]:
+    for place in API[package]:
+        module, _, name = place.partition(":")
+        if name:
+            yield from _sections([f"{module}.{name}"])
+            continue
         held = top[module.partition(".")[2]]
         yield f"## {module}"
         yield ""

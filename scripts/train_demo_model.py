@@ -22,7 +22,7 @@ What happens:
    up by another one, which is what the questions ask for. Without these the model learnt kinds
    by colour after 1,600 steps, while colours and places stayed near chance for 1,800.
 5. Video stage: half a batch of images as before, and beside it videos of 4 to 64 frames with one
-   to four cards in them (:mod:`~tokenprune_eval.bundled.needles`). A video is put together from
+   to four cards in them (`tokenprune_eval.bundled.needles`). A video is put together from
    features: 1,525 frames of footage and 4,000 cards are encoded once, each after a JPEG
    compression of its own, because test videos come from H.264 files. Eight questions and captions
    as in the question stage branch from each video; the cards are listed in random order, and in
@@ -818,7 +818,7 @@ def trained_state(model: InternVLForConditionalGeneration) -> dict[str, torch.Te
 
 
 def load_trained(model: InternVLForConditionalGeneration, file: Path) -> None:
-    """Continue from weights written by :func:`trained_state`."""
+    """Continue from weights written by `trained_state`."""
     own = {name: name for name in model.state_dict()}
     for name, tensor in load_file(file).items():
         name = name.replace("language_model.lm_head.", "lm_head.")
@@ -830,7 +830,7 @@ def load_trained(model: InternVLForConditionalGeneration, file: Path) -> None:
 def write_weights(
     model: InternVLForConditionalGeneration, processor: InternVLProcessor, out: Path
 ) -> None:
-    """Write everything :func:`bundled_model_path` needs beside the encoder."""
+    """Write everything `bundled_model_path` needs beside the encoder."""
     out.mkdir(parents=True, exist_ok=True)
     processor.save_pretrained(out)
     config = model.config
@@ -998,7 +998,7 @@ def evaluate_videos(
 ) -> dict[str, list[bool]]:
     """Which questions are answered right by type, from `count` frames of each H.264 file.
 
-    As in :func:`evaluate`, the questions about a video share the encoding of its frames and
+    As in `evaluate`, the questions about a video share the encoding of its frames and
     nothing else: each is a prompt of its own, read from the beginning.
     """
     auto_models: Any = AutoModelForImageTextToText  # untyped in transformers

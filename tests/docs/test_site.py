@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -119,6 +120,13 @@ def test_every_public_name_is_in_the_api(site: Path) -> None:
     classes = {f"{kind.__module__}.{kind.__qualname__}" for kind in methods().values()}
     assert classes <= names
     assert set(methods()) <= names
+
+
+def test_docstrings_have_no_marks_that_are_not_rendered(site: Path) -> None:
+    for path in (site / "api").rglob("*.html"):
+        text = path.read_text("utf-8")
+        assert not re.search(r":(func|class|data|meth|mod|attr):", text), path
+        assert "::: " not in text, path
 
 
 def test_diagrams_are_drawn(site: Path) -> None:

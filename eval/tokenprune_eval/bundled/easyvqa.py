@@ -69,7 +69,7 @@ def load_easy_vqa(split: Split) -> list[Question]:
     Raises
     ------
     MissingPackageError, BundledModelError
-        See :func:`easy_vqa_folder`.
+        See `easy_vqa_folder`.
     """
     folder = easy_vqa_folder(split)
     rows: list[tuple[str, str, int]] = json.loads((folder / "questions.json").read_text("utf-8"))

