@@ -19,6 +19,7 @@ When = Literal["start", "later", "typing", "string"]
 """At import time, inside a function, for type checkers alone, or by a string."""
 
 _LOADERS = {"import_module", "__import__", "find_spec", "resolve_name", "run_module", "lazy_names"}
+_PREFIX = re.compile(r"(?:[a-zA-Z_]\w*\.)+")  # of a module whose last name is put in later
 _DOTTED = re.compile(r"[a-zA-Z_]\w*(?:\.[a-zA-Z_]\w*)*")
 
 
@@ -115,10 +116,10 @@ class _Reader:
                 yield from self._lazy(node)
             if isinstance(node, ast.JoinedStr):
                 first = node.values[0] if node.values else None
-                if isinstance(first, ast.Constant):
-                    begun = str(first.value).partition(".")[0]
-                    if "." in str(first.value) and begun in self.ours:
-                        yield Import(self.name, begun, node.lineno, "string")
+                if isinstance(first, ast.Constant) and _PREFIX.fullmatch(str(first.value)):
+                    package = str(first.value).partition(".")[0]
+                    if package in self.ours:
+                        yield Import(self.name, package, node.lineno, "string")
             if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
                 continue
             target = self._named(node.value)
