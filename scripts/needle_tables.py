@@ -3,10 +3,10 @@
 
     python scripts/needle_tables.py --work WORK
 
-Two sets of H.264 files of the test split are rendered in WORK (once): files of 128 frames, of which
-32 are sampled, and files of 512 frames in which each card is shown for 8, of which 16, 64 and 256
-are sampled. `tokenprune_eval.evaluation` asks the questions; its folders in WORK/runs have every
-answer, and the same command continues what was interrupted.
+Two sets of H.264 files of the test split are rendered in WORK (once) and read with `read_video`:
+files of 128 frames, of which 32 are sampled, and files of 512 frames in which each card is shown
+for 8, of which 16, 64 and 256 are sampled. Videos are encoded once for all methods and questions;
+every question is a prompt of its own, answered through transformers' `generate`.
 
 The model was trained on videos of this kind and is no public model. Intervals are 95 % Wilson
 intervals over questions; questions about one video are taken to be independent.
@@ -16,90 +16,146 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
-from functools import partial
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
+import tokenprune_hf
+from tokenprune import Selector
 from tokenprune.budget import tokens_kept
-from tokenprune.media.video import read_video
+from tokenprune.media.video import Video, read_video
+from tokenprune.registry import build
+from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_eval.bundled.needles import VideoQuestion, needle_set
-from tokenprune_eval.data.bundled import about_video
-from tokenprune_eval.data.question import DataSet
-from tokenprune_eval.evaluation.choosing import random_draws
-from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
-from tokenprune_eval.evaluation.runner import Planned, answer_all
-from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_eval.evaluation.store import Store
-from tokenprune_eval.results.files import read_run
-from tokenprune_eval.results.records import UNPRUNED, Condition, Record
-from tokenprune_eval.results.statistics import accuracy_of
-from tokenprune_eval.shared.progress import RunProgress
+from tokenprune_eval.results.statistics import wilson
+from tokenprune_hf.loading import ask, load
 
 METHODS = ("flexselect", "flexselect-lite", "cls-attention", "uniform", "random")
 FRACTIONS = (1 / 16, 1 / 32)
-ALL_TOKENS = Condition(method=UNPRUNED, keep=1.0)
-
-Answers = dict[str, list[Record]]
-"""Key of a condition -> a record for each question."""
 
 
-def answers(
-    options: argparse.Namespace,
-    questions: Sequence[VideoQuestion],
-    frames: int,
-    conditions: Sequence[Condition],
-) -> Answers:
-    """Put the questions to the model under each condition, sampling `frames` of each video."""
-    own: dict[str, dict[str, Any]] = {"flexselect-lite": {"path": options.lite}}
-    if options.layer is not None:
-        own["flexselect"] = {"layer": options.layer}
-    data = DataSet("needles", [about_video(one) for one in questions])
-    settings = Settings(
-        model=str(options.model or "bundled"),
-        data=[data.name],
-        method=list(METHODS),
-        options=own,
-        frames=frames,
-        max_new_tokens=3,
-        memory=0,
-        note_kept=True,
-        out=options.work / "runs" / f"{len(questions)}x{questions[0].frames}-{frames}",
-    )
-    plan = [Planned(data, conditions)]
-    with RunProgress(Console(stderr=True)) as progress, Store(settings.out) as store:
-        engine = partial(TransformersEngine, settings, conditions, random_draws(plan))
-        answer_all(store, settings, plan, progress, engine)
-    found = {(one.condition, one.item): one for one in read_run(settings.out).records}
-    return {
-        condition.key: [found[condition.key, f"{data.name}/{one.id}"] for one in questions]
-        for condition in conditions
-    }
+@dataclass
+class Cell:
+    """The answers of one method under one budget.
+
+    Attributes
+    ----------
+    right
+        Whether each answer was right.
+    on_card
+        Share of the kept tokens that lie in frames which show the card asked about, where one
+        card is.
+    seconds
+        For each question.
+    """
+
+    right: list[bool] = field(default_factory=list)
+    on_card: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        low, high = wilson(sum(self.right), len(self.right))
+        return f"{sum(self.right) / len(self.right):.3f} ({low:.3f} to {high:.3f})"
+
+    @property
+    def share(self) -> str:
+        """The mean of `on_card`."""
+        return f"{sum(self.on_card) / len(self.on_card):.2f}" if self.on_card else "-"
 
 
-def share(records: Sequence[Record]) -> str:
-    """Write the share of right answers with its interval; an answer that was cut is not right."""
-    found = accuracy_of([bool(record.correct) for record in records])
-    return "-" if found is None else f"{found.share:.3f} ({found.low:.3f} to {found.high:.3f})"
+class Answerer:
+    """The model, and how each method is asked."""
+
+    def __init__(self, model: Any, processor: Any, options: argparse.Namespace) -> None:
+        self.model = model
+        self.processor = processor
+        self.options = options
+        self.cells: dict[tuple[Any, ...], Cell] = {}
+
+    def selector(self, method: str, video: int) -> Selector:
+        """Return a method; `random` draws anew for each video."""
+        own: dict[str, Any] = {}
+        if method == "flexselect" and self.options.layer is not None:
+            own["layer"] = self.options.layer
+        if method == "flexselect-lite":
+            own["path"] = self.options.lite
+        if method == "random":
+            own["seed"] = video
+        return build(method, own)
+
+    def answer(self, inputs: Any, **more: Any) -> str:
+        """Return what the model says."""
+        output = self.model.generate(**inputs, **more, max_new_tokens=3, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        text: str = self.processor.batch_decode(new, skip_special_tokens=True)[0]
+        return text.strip()
+
+    def run(
+        self,
+        number: int,
+        video: Video,
+        questions: Sequence[VideoQuestion],
+        asked: Sequence[tuple[str, Any, str]],
+        unpruned: bool,
+    ) -> None:
+        """Put every question about one video to every (method, keep, positions)."""
+        encoded = None
+        frames = len(video.frames)
+        for question in questions:
+            inputs = ask(self.processor, question.question, video=video)
+            if encoded is None:
+                needs = ("features", "cls_attention")
+                encoded = tokenprune_hf.encode(self.model, needs=needs, **inputs)
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            if unpruned:
+                started = time.perf_counter()
+                with tokenprune_hf.prune(self.model, "uniform", 1.0):
+                    said = self.answer(text, encoded=encoded)
+                self.note((frames, "unpruned", 1.0, "original"), question, said, started)
+            for method, keep, positions in asked:
+                selector = self.selector(method, number)
+                started = time.perf_counter()
+                with tokenprune_hf.prune(self.model, selector, keep, positions) as pruning:
+                    said = self.answer(text, encoded=encoded)
+                cell = self.note((frames, method, keep, positions), question, said, started)
+                (selection,) = pruning.selections
+                per_frame = selection.grid[1] * selection.grid[2]
+                if len(question.cards) == 1:
+                    card = question.cards[0]
+                    indices = torch.from_numpy(video.indices)[selection.kept // per_frame]
+                    inside = (indices >= card.first) & (indices <= card.last)
+                    cell.on_card.append(float(inside.float().mean()))
+
+    def note(
+        self, key: tuple[Any, ...], question: VideoQuestion, said: str, started: float
+    ) -> Cell:
+        """Keep one answer."""
+        cell = self.cells.setdefault(key, Cell())
+        cell.right.append(said == question.answer)
+        cell.seconds.append(time.perf_counter() - started)
+        return cell
 
 
-def on_card(questions: Sequence[VideoQuestion], records: Sequence[Record], frames: int) -> str:
-    """Write which share of the kept tokens lies in frames of the card asked about, if it is one."""
-    # All files have as many frames, at one rate.
-    sampled = read_video(questions[0].video, frames).indices
-    shares = []
-    for question, record in zip(questions, records, strict=True):
-        if len(question.cards) == 1 and record.kept and record.grid:
-            (card,) = question.cards
-            _, rows, columns = record.grid
-            shown = [sampled[token // (rows * columns)] for token in record.kept]
-            shares.append(sum(card.first <= index <= card.last for index in shown) / len(shown))
-    return f"{sum(shares) / len(shares):.2f}" if shares else "-"
+def by_video(questions: Sequence[VideoQuestion]) -> Iterator[tuple[Path, list[VideoQuestion]]]:
+    """Yield each video with its questions."""
+    found: dict[Path, list[VideoQuestion]] = {}
+    for question in questions:
+        found.setdefault(question.video, []).append(question)
+    yield from found.items()
+
+
+def followed(questions: Sequence[VideoQuestion]) -> Iterator[tuple[Path, list[VideoQuestion]]]:
+    """Yield each video with its questions, and show how far it is where someone looks on."""
+    videos = list(by_video(questions))
+    yield from track(videos, "videos", console=Console(stderr=True))
 
 
 def main() -> None:
@@ -118,6 +174,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    model, processor = load(str(options.model or bundled_model_path()))
     console = Console(width=110)
     console.print(
         f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, transformers "
@@ -126,60 +183,60 @@ def main() -> None:
     )
 
     if options.videos:
-        sampled_videos(options, console)
+        sampled_videos(Answerer(model, processor, options), console)
     if options.long_videos:
-        long_videos(options, console)
+        long_videos(Answerer(model, processor, options), console)
 
 
-def sampled_videos(options: argparse.Namespace, console: Console) -> None:
+def sampled_videos(answerer: Answerer, console: Console) -> None:
     """Print what 1/16 and 1/32 of the tokens of 32 frames answer."""
-    questions = needle_set(options.work, videos=options.videos)
-    conditions = {
-        (method, positions): [
-            Condition(method=method, keep=keep, positions=positions) for keep in FRACTIONS
-        ]
+    options = answerer.options
+    asked = [
+        (method, fraction, positions)
         for method in METHODS
+        for fraction in FRACTIONS
         for positions in ("original", "compact")
-    }
-    asked = [ALL_TOKENS, *(each for of in conditions.values() for each in of)]
-    found = answers(options, questions, 32, asked)
+    ]
+    questions = needle_set(options.work, videos=options.videos)
+    for number, (file, own) in enumerate(followed(questions)):
+        answerer.run(number, read_video(file, 32), own, asked, unpruned=True)
     total = 32 * 64
     counts = [tokens_kept(fraction, total) for fraction in FRACTIONS]
+    plain = answerer.cells[32, "unpruned", 1.0, "original"]
     table = Table(
         "method",
         "positions",
         *(f"{count} tokens (1/{total // count})" for count in counts),
         "on the card",
-        title=f"{len(questions)} questions about {options.videos} videos, 32 of 128 frames, "
-        f"{total:,} visual tokens; unpruned {share(found[UNPRUNED])}",
+        title=f"{len(plain.right)} questions about {options.videos} videos, 32 of 128 frames, "
+        f"{total:,} visual tokens; unpruned {plain}",
         title_justify="left",
     )
-    for (method, positions), of in conditions.items():
-        cards = " / ".join(on_card(questions, found[each.key], 32) for each in of)
-        table.add_row(method, positions, *(share(found[each.key]) for each in of), cards)
+    for method in METHODS:
+        for positions in ("original", "compact"):
+            cells = [answerer.cells[32, method, fraction, positions] for fraction in FRACTIONS]
+            table.add_row(method, positions, *map(str, cells), " / ".join(c.share for c in cells))
     console.print(table)
     table = Table("question", "unpruned", *METHODS, title=f"by type, {counts[0]} tokens, original")
-    keys = [UNPRUNED, *(conditions[method, "original"][0].key for method in METHODS)]
     types = [question.type for question in questions]
     for kind in dict.fromkeys(types):
+        rows = [plain, *(answerer.cells[32, one, FRACTIONS[0], "original"] for one in METHODS)]
         shares = []
-        for key in keys:
-            of_kind = zip(found[key], types, strict=True)
-            right = [bool(record.correct) for record, own in of_kind if own == kind]
-            shares.append(f"{sum(right) / len(right):.3f}")
+        for cell in rows:
+            hits = [hit for hit, own in zip(cell.right, types, strict=True) if own == kind]
+            shares.append(f"{sum(hits) / len(hits):.3f}")
         table.add_row(kind, *shares)
     console.print(table)
 
 
-def long_videos(options: argparse.Namespace, console: Console) -> None:
+def long_videos(answerer: Answerer, console: Console) -> None:
     """Print what one budget answers of 16, 64 and 256 frames."""
+    options = answerer.options
+    asked = [(method, options.budget, "original") for method in METHODS]
     questions = needle_set(options.work, videos=options.long_videos, frames=512)
-    pruned = [Condition(method=method, keep=options.budget) for method in METHODS]
-    found = {
-        # All tokens of more frames take too long.
-        frames: answers(options, questions, frames, [ALL_TOKENS] * (frames <= 64) + pruned)
-        for frames in options.frames
-    }
+    for number, (file, own) in enumerate(followed(questions)):
+        for frames in options.frames:
+            answerer.run(number, read_video(file, frames), own, asked, unpruned=frames <= 64)
     table = Table(
         "method",
         *(f"{frames} frames" for frames in options.frames),
@@ -187,9 +244,10 @@ def long_videos(options: argparse.Namespace, console: Console) -> None:
         f"{options.budget} tokens kept whatever the frames, original positions",
         title_justify="left",
     )
-    for condition in (ALL_TOKENS, *pruned):
-        cells = [share(of.get(condition.key, [])) for of in found.values()]
-        table.add_row(condition.method, *cells)
+    for method in ("unpruned", *METHODS):
+        keep = 1.0 if method == "unpruned" else options.budget
+        found = [answerer.cells.get((n, method, keep, "original")) for n in options.frames]
+        table.add_row(method, *(str(cell or "-") for cell in found))
     console.print(table)
 
 
