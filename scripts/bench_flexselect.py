@@ -48,9 +48,9 @@ from tokenprune.reading import reference_layer
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune_hf import Encoded
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.lite.model import LiteConfig, LiteModel
 from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.vision import vision_model
 
 TEXT_BEFORE, TEXT_AFTER, VIDEO_TOKEN = 8, 32, 2
 SIDE, PATCH = 40, 4  # pixels: 10 x 10 patches a frame, 5 x 5 tokens after pooling
@@ -209,7 +209,7 @@ def pruned(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Calla
 def selection(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Callable[[], Any]:
     """Return the selection alone, as `prune` does it before it shortens the prompt."""
     inputs = prompt(len(encoded.modalities["video"].rows))
-    family = family_of(model)
+    family = vision_model(model)
 
     def run() -> Any:
         items = prompt_items(family, inputs, encoded, selector.needs)

@@ -35,10 +35,9 @@ from tokenprune.errors import (
 from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.families.base import Family
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.prefix import _heads, sliding_window
 from tokenprune_hf.shortened import attention_mask_of
+from tokenprune_hf.vision import VisionModel, vision_model
 
 TextTokens = Literal["all", "question"]
 """Which tokens of the prompt are its text: all that are not visual, or those behind the last
@@ -286,7 +285,7 @@ class Dominance:
             raise ConfigError(
                 f"text={text!r} is no text of a prompt. {did_you_mean(text, get_args(TextTokens))}"
             )
-        self._family = family_of(model)
+        self._family = vision_model(model)
         self._text: TextTokens = text
         self._attention, self._depth = _attention_modules(self._family, layers)
         self._batches: list[_Batch] = []
@@ -511,7 +510,9 @@ def _attention_of_newest(
     return logits.softmax(dim=-1).mean(dim=(1, 2))
 
 
-def _attention_modules(family: Family, layers: Sequence[int] | None) -> tuple[dict[int, Any], int]:
+def _attention_modules(
+    family: VisionModel, layers: Sequence[int] | None
+) -> tuple[dict[int, Any], int]:
     """Return the attention modules of the layers asked for, and how many layers there are.
 
     Raises

@@ -240,7 +240,7 @@ def _encode(
 ) -> tuple[Encoded, list[Selector]]:
     """Return the encoded image, and the methods that this model has all for that they look at."""
     import tokenprune_hf
-    from tokenprune_hf.families.registry import check_method
+    from tokenprune_hf.vision import check_method
 
     def encode(of: Sequence[Selector]) -> Encoded:
         needs = sorted({need for one in of for need in one.needs})

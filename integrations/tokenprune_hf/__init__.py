@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tokenprune_hf.encoding import Encoded as Encoded
     from tokenprune_hf.encoding import encode as encode
     from tokenprune_hf.encoding import join as join
-    from tokenprune_hf.families.registry import supported_models as supported_models
     from tokenprune_hf.loading import ask as ask
     from tokenprune_hf.loading import load as load
     from tokenprune_hf.mllama.trimmed import TrimmedAttention as TrimmedAttention
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from tokenprune_hf.pruning import remove as remove
     from tokenprune_hf.sparse_attention import Sparse as Sparse
     from tokenprune_hf.sparse_attention import sparse as sparse
+    from tokenprune_hf.vision import supported_models as supported_models
 
 _HOMES = {
     "Encoded": "encoding",
@@ -43,7 +43,7 @@ _HOMES = {
     "encode": "encoding",
     "join": "encoding",
     "load": "loading",
-    "supported_models": "families.registry",
+    "supported_models": "vision",
     "prune": "pruning",
     "read_video": "tokenprune.media.video",
     "remove": "pruning",

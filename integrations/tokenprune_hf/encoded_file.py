@@ -28,8 +28,7 @@ from tokenprune.files import replacing
 from tokenprune.formats import check_format
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.encoding import Encoded
-from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
-from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel, vision_model
 
 _Read = TypeVar("_Read")
 
@@ -96,7 +95,7 @@ def encoded_key(model: Any, needs: Sequence[str], inputs: Mapping[str, Any]) -> 
     UnsupportedModelError, PromptError
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
-    media = family_of(model).media(dict(inputs))
+    media = vision_model(model).media(dict(inputs))
     if not media:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
     device = model.device.type
@@ -209,7 +208,7 @@ def load_encoded(file: Path, model: Any) -> Encoded:
             )
         needs = head["needs"]
         _check(set(needs) <= set(ENCODED), "its needs")
-        family = family_of(model)
+        family = vision_model(model)
         modalities = {
             modality: _modality(opened.get_tensor, modality, said, family, needs)
             for modality, said in head["modalities"].items()
@@ -273,7 +272,7 @@ def _modality(
     tensor: Callable[[str], Tensor],
     modality: str,
     said: dict[str, Any],
-    family: Family,
+    family: VisionModel,
     needs: Sequence[str],
 ) -> EncodedModality:
     """Put images or videos together again.

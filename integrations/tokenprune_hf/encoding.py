@@ -16,8 +16,7 @@ from torch import Tensor
 
 from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
-from tokenprune_hf.families.base import ENCODED, EncodedModality, Family, Item
-from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel, vision_model
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,10 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
     with torch.no_grad():
-        return encode_media(family_of(model), inputs, needs)
+        return encode_media(vision_model(model), inputs, needs)
 
 
-def encode_media(family: Family, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
+def encode_media(family: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
     """Encode whatever pixels a call's arguments hold.
 
     Raises

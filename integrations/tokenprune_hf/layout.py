@@ -15,10 +15,9 @@ from torch import Tensor
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
 from tokenprune.masks.layout import image_spans
-from tokenprune_hf.families.base import Family
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.media import Media, sizes_of
 from tokenprune_hf.prefix import sliding_window
+from tokenprune_hf.vision import VisionModel, vision_model
 
 _SAMPLE = 64  # weights that tell one model from another
 
@@ -31,7 +30,7 @@ def decoder_of(model: Any) -> Any:
     UnsupportedModelError
         If it is of no known family, or its layers have no such attention.
     """
-    decoder = family_of(model).decoder()
+    decoder = vision_model(model).decoder()
     layers = getattr(decoder, "layers", [])
     if not len(layers) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(
@@ -74,7 +73,7 @@ def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: boo
         tokens of an image see all of it, as far as the layer's window goes.
     """
     own: Mask = Causal(layout.length)
-    if both_ways and layout.images and family_of(model).family.images_see_all:
+    if both_ways and layout.images and vision_model(model).family.images_see_all:
         table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
         table[0, 0] = False
         own = own | Classes(layout.image_of + 1, table[None])
@@ -105,7 +104,7 @@ def image_spans_of(
     PromptError
         If images may touch and their sizes are not known, or do not fit the placeholders.
     """
-    family = family_of(model)
+    family = vision_model(model)
     ids = input_ids.cpu()
     result: list[list[ImageSpan]] = [[] for _ in ids]
     for modality in ("image", "video"):
@@ -120,7 +119,7 @@ def image_spans_of(
 
 
 def _sizes(
-    family: Family, modality: str, arguments: Mapping[str, Any], total: int
+    family: VisionModel, modality: str, arguments: Mapping[str, Any], total: int
 ) -> list[int] | None:
     """Return how many placeholders each image has, without running the encoder.
 

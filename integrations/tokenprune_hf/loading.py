@@ -15,8 +15,8 @@ from PIL import Image
 from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
 from tokenprune.media.video import Video
 from tokenprune.providers import model_path
-from tokenprune_hf.families.registry import supported_models
 from tokenprune_hf.media import VIDEO_FRAMES
+from tokenprune_hf.vision import supported_models
 
 _FPS = 2.0
 """Frames per second of frames that come without their times: the rate at which most video models

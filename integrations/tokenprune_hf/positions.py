@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from tokenprune_hf.encoding import Encoded
-from tokenprune_hf.families.base import Family
+from tokenprune_hf.vision import VisionModel
 
 
 def count_as_published(
-    family: Family,
+    family: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
@@ -108,7 +108,7 @@ def move_text_behind_items(positions: Tensor, kinds: Tensor) -> Tensor:
 
 
 def _times(
-    family: Family,
+    family: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],

@@ -45,13 +45,12 @@ from tokenprune_hf.attached import (
 from tokenprune_hf.caches import Filling, Held, Holding, cache_length
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.engine import cache_argument, cache_of
-from tokenprune_hf.families.base import ENCODED, Family
-from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.mllama.method import METHOD as TRIMMED
 from tokenprune_hf.mllama.model import check_prompt_has_images
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
+from tokenprune_hf.vision import ENCODED, VisionModel, check_method, vision_model
 
 _REFUSED = {
     "assistant_model": "a draft model would read the unpruned prompt",
@@ -144,8 +143,8 @@ class Pruning(Attachment):
         return self._budget.keep
 
     @functools.cached_property
-    def _family(self) -> Family:
-        return family_of(self.model)
+    def _family(self) -> VisionModel:
+        return vision_model(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the family out of copies, which have another model to look at."""

@@ -18,13 +18,13 @@ from tokenprune.reading import QueryKeys, reference_layer
 from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
-from tokenprune_hf.families.base import EncodedModality, Family, Item
 from tokenprune_hf.prefix import read_layers
 from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.vision import EncodedModality, Item, VisionModel
 
 
 def prompt_items(
-    family: Family, arguments: Mapping[str, Any], encoded: Encoded, needs: Sequence[str]
+    family: VisionModel, arguments: Mapping[str, Any], encoded: Encoded, needs: Sequence[str]
 ) -> dict[str, list[VisualTokens]]:
     """Return every item's tokens, with what `needs` names of the prompt added.
 
@@ -117,7 +117,7 @@ class DecoderLayers:
         Whose language model reads.
     """
 
-    family: Family
+    family: VisionModel
 
     def reference_layer(self, asked: int | None) -> int:
         """Return the layer to read, from 0."""

@@ -19,9 +19,9 @@ from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
 from tokenprune_hf.encoding import Encoded, KeptRows
-from tokenprune_hf.families.base import Family
 from tokenprune_hf.positions import count_as_published
 from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
+from tokenprune_hf.vision import VisionModel
 
 Application = Literal["drop", "mask"]
 """What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
@@ -273,7 +273,9 @@ class Shortened:
         return torch.cat([short, given[:, full:].to(short)], dim=1)
 
 
-def find_placeholders(family: Family, input_ids: Tensor, encoded: Encoded) -> dict[str, Tensor]:
+def find_placeholders(
+    family: VisionModel, input_ids: Tensor, encoded: Encoded
+) -> dict[str, Tensor]:
     """Return, per modality, where each row of the encoder belongs in the prompts.
 
     Parameters
@@ -308,7 +310,7 @@ def find_placeholders(family: Family, input_ids: Tensor, encoded: Encoded) -> di
     return found
 
 
-def attention_mask_of(family: Family, arguments: Mapping[str, Any]) -> Tensor:
+def attention_mask_of(family: VisionModel, arguments: Mapping[str, Any]) -> Tensor:
     """Return a call's attention mask [B, L], all ones where none is needed.
 
     Raises
@@ -326,7 +328,7 @@ def attention_mask_of(family: Family, arguments: Mapping[str, Any]) -> Tensor:
 
 
 def shorten_prompt(
-    family: Family,
+    family: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],

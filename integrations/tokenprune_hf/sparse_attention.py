@@ -30,10 +30,10 @@ from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category, per_head
 from tokenprune_hf.attached import Attachment, ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.interface import Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
 from tokenprune_hf.prefix import sliding_window
+from tokenprune_hf.vision import vision_model
 
 if TYPE_CHECKING:
     from tokenprune.masks.pooled import PooledBlocks
@@ -141,7 +141,7 @@ class Sparse(Attachment):
                 "HeadCategories or a PooledBlocks."
             )
         model = self.model
-        self._family = family_of(model)
+        self._family = vision_model(model)
         decoder = decoder_of(model)
         self._decoder = decoder
         self._modules = [layer.self_attn for layer in decoder.layers]

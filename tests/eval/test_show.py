@@ -338,12 +338,12 @@ def test_an_encoder_without_attention_leaves_methods_that_need_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tokenprune.errors import UnsupportedModelError
-    from tokenprune_hf.families.base import Family
+    from tokenprune_hf.vision import VisionModel
 
     def none(self: Any, media: Any) -> Any:
         raise UnsupportedModelError("the vision tower has no q_proj to watch.")
 
-    monkeypatch.setattr(Family, "scoring_layer", none)
+    monkeypatch.setattr(VisionModel, "scoring_layer", none)
     Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
     out = str(tmp_path / "out.png")
     arguments = ["--method", "cls-attention", "divprune", "-o", out]

@@ -12,7 +12,7 @@ import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
 from tests.hf.models import TINY, prompt
 from tokenprune.selection import Selection
-from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.vision import vision_model
 
 IMAGE_BATCH = ["titit", "ttit", "it"]
 VIDEO_BATCH = ["tvtit", "titvt"]
@@ -154,7 +154,7 @@ def merged_by_hand(patches: Tensor, side: int, factor: int) -> Tensor:
 
 def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Return each image item's attention scores from the whole maps of the scoring layer."""
-    family = family_of(model)
+    family = vision_model(model)
     tower = family.tower("image")
     with full_attention_maps(tower) as maps:
         encode(model, inputs, "image")

@@ -15,7 +15,7 @@ from tests.core.stand_ins import Adapter, Packed, coded, offloaded
 from tests.hf.models import TINY, prompt
 from tokenprune import Selection
 from tokenprune.errors import OptionError, UnreadableProjectorError
-from tokenprune_hf.families.registry import family_of
+from tokenprune_hf.vision import vision_model
 from tokenprune_hf.watching import watch_input, watch_output
 
 BLIND = ("uniform", "random", "cls-attention", "divprune", "information", "feature-norm")
@@ -33,12 +33,12 @@ def samples(name: str) -> list[str]:
 
 def linears(model: Any) -> dict[str, nn.Linear]:
     """Return the linear layers of a model's projector by name."""
-    module = family_of(model).projector("image").module
+    module = vision_model(model).projector("image").module
     return {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
 
 
 def replace(model: Any, name: str, layer: nn.Module) -> None:
-    family_of(model).projector("image").module.set_submodule(name, layer)
+    vision_model(model).projector("image").module.set_submodule(name, layer)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -59,7 +59,7 @@ def test_auto_is_the_closed_form_where_weights_are_plain(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) -> None:
     model = TINY[name].model().to(dtype)
-    family = family_of(model)
+    family = vision_model(model)
     projector = family.projector("image")
     mlp = projector.structure()
     width = mlp.first.weight.shape[1]
@@ -87,7 +87,7 @@ def test_adapters_on_the_projector_count(name: str) -> None:
     options = {"directions": 100}  # more than there are dimensions, but for the mergers
     with pytest.warns(UserWarning, match="Adapter, which is no plain linear layer"):
         got = selections(model, inputs, "zeroth-order", **options)
-    width = family_of(merged).projector("image").structure().first.weight.shape[1]
+    width = vision_model(merged).projector("image").structure().first.weight.shape[1]
     how = "frobenius" if width <= 100 else "jvp"
     expected = selections(merged, inputs, "zeroth-order", estimator=how, **options)
     for one, other in zip(got, expected, strict=True):
@@ -139,7 +139,7 @@ def test_nothing_is_read_for_methods_that_do_not_look(monkeypatch: pytest.Monkey
     def build(*_args: Any) -> Any:
         raise AssertionError("read")
 
-    monkeypatch.setattr("tokenprune_hf.families.base.layers_of", build)
+    monkeypatch.setattr("tokenprune_hf.vision.layers_of", build)
     for method in BLIND:
         selections(model, inputs, method)
 
@@ -166,7 +166,7 @@ def test_a_projector_of_other_layers_is_called() -> None:
     (expected,) = selections(model, inputs, "zeroth-order")
     model.model.multi_modal_projector = nn.Sequential(own.linear_1, own.act, own.linear_2)
     with pytest.raises(UnreadableProjectorError, match="Sequential is not made of the layers"):
-        family_of(model).projector("image").structure()
+        vision_model(model).projector("image").structure()
     with pytest.warns(UserWarning, match="exact derivatives along 24 directions"):
         (got,) = selections(model, inputs, "zeroth-order")
     torch.testing.assert_close(got.scores, expected.scores, rtol=1e-4, atol=0.0)

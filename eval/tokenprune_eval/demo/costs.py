@@ -17,8 +17,8 @@ from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.vision import vision_model
 
 ROUNDS = 9
 MEBIBYTE = 2**20
@@ -76,7 +76,7 @@ def measure(
     prefill: list[list[float]] = [[] for _ in conditions]
     selection: list[list[float]] = [[] for _ in conditions]
     peaks = [0.0 for _ in conditions]
-    family = family_of(model)
+    family = vision_model(model)
 
     def call() -> None:
         model(**inputs, encoded=encoded, logits_to_keep=1)

@@ -240,8 +240,8 @@ def _check_for_transformers(settings: Settings) -> None:
 
     from tokenprune.providers import model_path
     from tokenprune_eval.evaluation.engines.transformers import check_dominance
-    from tokenprune_hf.families.registry import check_method, family_of, supported_models
     from tokenprune_hf.media import Media
+    from tokenprune_hf.vision import check_method, supported_models, vision_model
 
     name = model_path(settings.model)
     try:
@@ -260,7 +260,7 @@ def _check_for_transformers(settings: Settings) -> None:
         selector = settings.pruning(condition).selector()
         check_method(selector, model)
         if "cls_attention" in selector.needs:
-            family_of(model).scoring_layer(Media("image"))
+            vision_model(model).scoring_layer(Media("image"))
     if settings.dominance:
         check_dominance(model, settings.max_new_tokens)
     _processor(settings.model)

@@ -37,11 +37,10 @@ from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_eval.find_layer.needles import Needle
 from tokenprune_eval.shared.left_out import LeftOut, around
 from tokenprune_hf.encoding import encode_media
-from tokenprune_hf.families.base import Family
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.loading import ask
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.vision import VisionModel, vision_model
 
 FRAMES_PER_SET = 64
 """The most frames that are ranked together: FlexSelect's own default."""
@@ -226,7 +225,7 @@ def find_layer(
         If no run is left.
     """
     _check_arguments(videos, needles, reduction, repeats, seed)
-    family = family_of(model)
+    family = vision_model(model)
     layers = _full_attention_layers(family)
     if getattr(processor, "video_processor", None) is None:
         raise UnsupportedModelError(
@@ -284,7 +283,7 @@ def _check_arguments(
             raise ConfigError(f"{name}={value} must be at least {least}.")
 
 
-def _full_attention_layers(family: Family) -> tuple[int, ...]:
+def _full_attention_layers(family: VisionModel) -> tuple[int, ...]:
     """Return the layers whose attention can rank a whole video."""
     layers = list(family.language_model().layers)
     full = tuple(
@@ -359,7 +358,7 @@ def _hide(
 
 
 def _read(
-    family: Family,
+    family: VisionModel,
     inputs: Any,
     total: int,
     per_step: int,

@@ -24,9 +24,9 @@ from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_eval.shared.left_out import LeftOut, around
 from tokenprune_hf.encoding import encode_media
-from tokenprune_hf.families.registry import family_of
 from tokenprune_hf.loading import ask
 from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.vision import vision_model
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class _FileRanking:
         name = getattr(model, "name_or_path", "")
         self._key = _key(name, file.resolve(), stat.st_size, stat.st_mtime_ns, frames)
         self._media_file = folder / f"{self._key}.safetensors"
-        self._model, self._processor, self._family = model, processor, family_of(model)
+        self._model, self._processor, self._family = model, processor, vision_model(model)
         self._kind, self._file, self._folder = kind, file, folder
         self._teacher, self._frames = teacher, frames
         self._content: Any = None

@@ -60,10 +60,9 @@ from tokenprune_hf.encoded_file import (
 )
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.families.base import ENCODED
-from tokenprune_hf.families.registry import check_method, family_of
 from tokenprune_hf.loading import load
 from tokenprune_hf.media import Media
+from tokenprune_hf.vision import ENCODED, check_method, vision_model
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""
@@ -576,7 +575,7 @@ def _check_cache(folder: Path) -> None:
 
 def _all_needs(model: Any) -> set[str]:
     """Return what the encoder can give to selectors, on this model."""
-    family = family_of(model)
+    family = vision_model(model)
     try:
         family.scoring_layer(Media("image"))
     except UnsupportedModelError:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.families.base import Family as Layout
+from tokenprune.families.base import Family
 from tokenprune.families.modules import entrance_of, layers_of
+from tokenprune.families.registry import FAMILIES
 from tokenprune.model_projector import ModelProjector
+from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Medium
 from tokenprune_hf.attention import scoring_layer, watch_attention
@@ -26,6 +28,7 @@ from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_pict
 from tokenprune_hf.media import VIDEO_FRAMES, Media, media_of
 from tokenprune_hf.placing import PLACES_ROWS_IN_BLOCKS, place_kept_rows
 from tokenprune_hf.watching import watch_input
+from tokenprune_hf.wrappers import model_inside
 
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
 """What a run of the vision encoder can give to selectors."""
@@ -79,7 +82,7 @@ class EncodedModality:
     videos_told: bool = True
 
 
-class Family:
+class VisionModel:
     """A vision-language model of transformers, with what its family says about it.
 
     Parameters
@@ -90,7 +93,7 @@ class Family:
         Its family.
     """
 
-    def __init__(self, model: nn.Module, family: Layout) -> None:
+    def __init__(self, model: nn.Module, family: Family) -> None:
         self.model: Any = model
         self.inner: Any = getattr(model, "model", model)
         self.family = family
@@ -309,3 +312,59 @@ class Family:
                 )
             start += medium.rows
         return items
+
+
+def supported_models() -> dict[str, type[Family]]:
+    """Return `config.model_type` -> family, for every model that can be pruned."""
+    return {name: family for name, family in FAMILIES.items() if family.in_transformers}
+
+
+def vision_model(model: Any) -> VisionModel:
+    """Return a model of transformers, or the one inside a wrapper, with its family.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is no model with a language model head and `generate`, or of no known family.
+    """
+    from transformers import PreTrainedModel
+
+    known = supported_models()
+    model = model_inside(model)
+    config: Any = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    # Whatever else has a config and generates may run something else than its own modules.
+    whole = isinstance(model, PreTrainedModel) and hasattr(model, "generate")
+    if model_type is None or not whole:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no vision-language model of transformers with `generate`. "
+            "Pass the whole model, for example what "
+            "AutoModelForImageTextToText.from_pretrained returned."
+        )
+    if model_type not in known:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
+            f"{', '.join(sorted(known))}."
+        )
+    return VisionModel(model, known[model_type](config))
+
+
+def check_method(selector: Selector, model: Any) -> None:
+    """Raise unless this adapter can give the method what it needs, and the method can serve it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what is missing.
+    OptionError
+        If an option asks for what this model's projector does not allow.
+    """
+    missing = [name for name in selector.needs if name not in PROVIDED]
+    if missing:
+        raise UnsupportedModelError(
+            f"method {selector.name!r} needs {', '.join(missing)}, which tokenprune_hf does not "
+            f"gather from {type(model).__name__}. It gathers: {', '.join(PROVIDED)}."
+        )
+    selector.check_model(model.config)
+    if "projector" in selector.needs:
+        selector.check_projector(vision_model(model).projector("image"))

@@ -1,1 +1,0 @@
-"""Model families: where each keeps its encoder, its projector and its tokens."""
