@@ -44,7 +44,7 @@ from rich.table import Table
 import tokenprune_hf
 from tokenprune import Selector
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.reading import reference_layer
+from tokenprune.families.registry import reference_layer
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune_hf import Encoded

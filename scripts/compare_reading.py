@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 import tokenprune_hf
 from tokenprune import VisualTokens
-from tokenprune.reading import reference_layer
+from tokenprune.families.registry import reference_layer
 from tokenprune.representation import tokens_represented
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.questions import Box

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.moved import moved
 from tokenprune.numerics import full_precision
 
 Reduction = Literal["max", "mean"]
@@ -125,42 +125,7 @@ def question_scores(seen: QueryKeys, reduction: Reduction, weigh_values: bool = 
     return result
 
 
-_PUBLISHED = {
-    # (family, layers, width) -> 0-based reference layer of the released evaluation scripts
-    ("llava_onevision", 28, 3584): 19,  # LLaVA-Video-7B
-    ("llava_onevision", 80, 8192): 60,  # LLaVA-Video-72B
-    ("qwen2_5_vl", 28, 3584): 20,  # Qwen2.5-VL-7B; the training script says 19
-    ("internvl", 32, 4096): 15,  # InternVL2.5-8B
-    ("internvl_chat", 32, 4096): 15,
-}
-
-
-def reference_layer(model_type: str, layers: int, width: int, asked: int | None = None) -> int:
-    """Return the layer whose attention ranks visual tokens.
-
-    Source: FlexSelect (arXiv 2506.00993), the released scripts' layers for the models named
-    there. Other models have no published one: the layer at seven tenths of the depth is taken,
-    the middle of what is published; ``tokenprune find-layer`` measures a better one.
-
-    Parameters
-    ----------
-    model_type
-        The vision-language model's `config.model_type`.
-    layers, width
-        Number of decoder layers and hidden size of its language model.
-    asked
-        The layer that the user asked for, counted from 0, or None.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the model has no such layer.
-    """
-    if asked is None:
-        return _PUBLISHED.get((model_type, layers, width), min(layers * 7 // 10, layers - 1))
-    if not 0 <= asked < layers:
-        raise UnsupportedModelError(
-            f"layer={asked} is no layer of this model's language model, which has {layers}: 0 to "
-            f"{layers - 1}. `tokenprune find-layer` measures which one to take."
-        )
-    return asked
+def __getattr__(name: str) -> Any:
+    if name == "reference_layer":  # where families are known
+        return moved(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

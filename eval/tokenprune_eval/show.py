@@ -62,10 +62,6 @@ _METHODS_ACROSS = 6
 _MAX_NEW_TOKENS = 48
 _SOFT = "#5c6672"
 
-# Where the processor cuts an image into tiles, these put the whole image, small, after the tiles;
-# the other families put it first.
-_WHOLE_IMAGE_LAST = frozenset({"internvl", "idefics3", "smolvlm"})
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -203,13 +199,14 @@ def _look(
     import tokenprune_hf
     from tokenprune.selecting import select_many
     from tokenprune_hf.loading import ask, load
+    from tokenprune_hf.vision import vision_model
 
     model, processor = load(model_name or BUNDLED)
     inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)
         items = [item.tokens for item in encoded.modalities["image"].items]
-        whole = len(items) - 1 if model.config.model_type in _WHOLE_IMAGE_LAST else 0
+        whole = len(items) - 1 if vision_model(model).family.whole_image_last else 0
         if not items[whole].is_picture:
             raise TokensError(
                 f"{items[whole].label}: how its {items[whole].total} tokens lie in the picture is "

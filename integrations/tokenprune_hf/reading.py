@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenprune.families.registry import reference_layer
 from tokenprune.question.reader import PromptReader, SetPrompts
-from tokenprune.reading import QueryKeys, reference_layer
+from tokenprune.reading import QueryKeys
 from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded

@@ -33,9 +33,6 @@ from tokenprune_hf.wrappers import model_inside
 ENCODED = ("features", "embeddings", "cls_attention", "projector")
 """What a run of the vision encoder can give to selectors."""
 
-PROVIDED = (*ENCODED, "query_attention", "question")
-"""What this adapter can hand to a selector; the last two come from the prompt."""
-
 
 @dataclass(frozen=True)
 class Item:
@@ -233,7 +230,7 @@ class VisionModel:
         media
             The modality and the encoder's arguments.
         needs
-            Names out of `PROVIDED`.
+            Names out of `tokenprune.tokens.INPUTS`.
 
         Returns
         -------
@@ -350,21 +347,15 @@ def vision_model(model: Any) -> VisionModel:
 
 
 def check_method(selector: Selector, model: Any) -> None:
-    """Raise unless this adapter can give the method what it needs, and the method can serve it.
+    """Raise unless the method can serve a model.
 
     Raises
     ------
     UnsupportedModelError
-        Naming what is missing.
+        Saying why it cannot.
     OptionError
         If an option asks for what this model's projector does not allow.
     """
-    missing = [name for name in selector.needs if name not in PROVIDED]
-    if missing:
-        raise UnsupportedModelError(
-            f"method {selector.name!r} needs {', '.join(missing)}, which tokenprune_hf does not "
-            f"gather from {type(model).__name__}. It gathers: {', '.join(PROVIDED)}."
-        )
     selector.check_model(model.config)
     if "projector" in selector.needs:
         selector.check_projector(vision_model(model).projector("image"))

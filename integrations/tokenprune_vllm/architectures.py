@@ -12,10 +12,6 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
 from tokenprune.tokens import FROM_PROMPT
 
-PROVIDED = ("features", "embeddings", "cls_attention", "projector", *sorted(FROM_PROMPT))
-"""What the plugin can hand to a selector."""
-
-
 PREFIX = "TokenPrune"
 """What our name of an architecture has in front of vLLM's."""
 
@@ -91,19 +87,3 @@ def architecture_of(config: dict[str, Any], model: str) -> Architecture:
 def reads_prompt(method: str) -> bool:
     """Say whether a method chooses by the text around an image or video."""
     return bool(FROM_PROMPT & set(find(method).needs))
-
-
-def check_method(method: str) -> None:
-    """Raise unless the plugin can give the method what it needs.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Naming what is missing.
-    """
-    missing = [name for name in find(method).needs if name not in PROVIDED]
-    if missing:
-        raise UnsupportedModelError(
-            f"method {method!r} needs {', '.join(missing)}, which tokenprune_vllm does not gather. "
-            f"It gathers: {', '.join(PROVIDED)}."
-        )

@@ -12,7 +12,8 @@ from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.providers import model_path
-from tokenprune_vllm.architectures import architecture_of, check_method
+from tokenprune.registry import find
+from tokenprune_vllm.architectures import architecture_of
 from tokenprune_vllm.settings import KEY, ServerSettings
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
@@ -106,7 +107,7 @@ def pruning_overrides(
         request_methods = {name: {} for name in request_methods}
     settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
     for name in settings.methods:
-        check_method(name)
+        find(name)  # raises where there is none of that name
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}
     if pruning.positions == "original" and not architecture.mrope:
         # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.

@@ -39,7 +39,7 @@ from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Segment
 from tokenprune_vllm import metrics
-from tokenprune_vllm.architectures import check_method, reads_prompt
+from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.media import Fields, family_of
 from tokenprune_vllm.positions import (
     DIGITS,
@@ -96,8 +96,6 @@ class PrunedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         settings = ServerSettings.from_config(config)
-        for method in settings.methods:
-            check_method(method)
         family = family_of(config)
         _check_engine(vllm_config, settings)
         with _room_for_positions(config, settings):

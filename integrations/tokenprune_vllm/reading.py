@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
+from tokenprune.families.registry import reference_layer
 from tokenprune.question.reader import SetPrompts
-from tokenprune.reading import QueryKeys, reference_layer
+from tokenprune.reading import QueryKeys
 
 
 class LanguageModel:

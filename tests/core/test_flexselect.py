@@ -21,7 +21,8 @@ from tokenprune.errors import (
     TokensError,
     UnsupportedModelError,
 )
-from tokenprune.reading import QueryKeys, Reduction, question_scores, reference_layer
+from tokenprune.families.registry import reference_layer
+from tokenprune.reading import QueryKeys, Reduction, question_scores
 from tokenprune.selectors.frame_sets import frame_sets, shares
 from tokenprune.set_prompt import ItemPrompt, positions_on_axes
 

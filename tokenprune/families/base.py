@@ -89,7 +89,7 @@ class Family:
 
     reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {}
     """(decoder layers, hidden size) -> the layer, from 0, with which FlexSelect's released scripts
-    rank visual tokens; see `tokenprune.reading.reference_layer`."""
+    rank visual tokens; see `tokenprune.families.registry.reference_layer`."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config: Any = config

@@ -44,3 +44,37 @@ def family_of_config(config: Any) -> Family:
             f"{', '.join(sorted(FAMILIES))}."
         )
     return FAMILIES[name](config)
+
+
+def reference_layer(model_type: str, layers: int, width: int, asked: int | None = None) -> int:
+    """Return the layer whose attention ranks visual tokens.
+
+    Source: FlexSelect (arXiv 2506.00993), the released scripts' layers for the models named
+    there (`Family.reference_layers`). Other models have no published one: the layer at seven
+    tenths of the depth is taken, the middle of what is published; ``tokenprune find-layer``
+    measures a better one.
+
+    Parameters
+    ----------
+    model_type
+        The vision-language model's `config.model_type`.
+    layers, width
+        Number of decoder layers and hidden size of its language model.
+    asked
+        The layer that the user asked for, counted from 0, or None.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model has no such layer.
+    """
+    if asked is None:
+        family = FAMILIES.get(model_type)
+        published = {} if family is None else family.reference_layers
+        return published.get((layers, width), min(layers * 7 // 10, layers - 1))
+    if not 0 <= asked < layers:
+        raise UnsupportedModelError(
+            f"layer={asked} is no layer of this model's language model, which has {layers}: 0 to "
+            f"{layers - 1}. `tokenprune find-layer` measures which one to take."
+        )
+    return asked

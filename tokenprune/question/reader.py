@@ -49,7 +49,7 @@ class FirstLayers(Protocol):
     """A language model whose first layers can be run on prompts; one for each engine."""
 
     def reference_layer(self, asked: int | None) -> int:
-        """Return the layer to read, from 0; see `tokenprune.reading.reference_layer`."""
+        """Return the layer to read, from 0; see `tokenprune.families.registry.reference_layer`."""
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D] of ids [S, L], on the model's device."""

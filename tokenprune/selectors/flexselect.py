@@ -35,7 +35,7 @@ class FlexSelect(LayerReading):
     ----------
     layer
         The reference layer, from 0. None: the published one for the published models, else the
-        layer at seven tenths of the depth (see `tokenprune.reading.reference_layer`).
+        layer at seven tenths of the depth (see `tokenprune.families.registry.reference_layer`).
         ``tokenprune find-layer`` measures which layer of a model finds needles.
     reduction
         ``"max"`` (the released code) or ``"mean"`` (its README) over heads and text tokens.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenprune.errors import OptionError
-from tokenprune.reading import reference_layer
+from tokenprune.families.registry import reference_layer
 from tokenprune.selectors.frame_sets import FrameSets
 
 
@@ -18,7 +18,7 @@ class LayerReading(FrameSets):
     ----------
     layer
         The reference layer, from 0. None: the published one for the published models, else the
-        layer at seven tenths of the depth (see `tokenprune.reading.reference_layer`).
+        layer at seven tenths of the depth (see `tokenprune.families.registry.reference_layer`).
     """
 
     layer: int | None = None
