@@ -209,10 +209,10 @@ def pruned(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Calla
 def selection(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Callable[[], Any]:
     """Return the selection alone, as `prune` does it before it shortens the prompt."""
     inputs = prompt(len(encoded.modalities["video"].rows))
-    family = vision_model(model)
+    vision = vision_model(model)
 
     def run() -> Any:
-        items = prompt_items(family, inputs, encoded, selector.needs)
+        items = prompt_items(vision, inputs, encoded, selector.needs)
         return select_many(items["video"], selector, keep)
 
     return run

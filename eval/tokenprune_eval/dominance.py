@@ -285,9 +285,9 @@ class Dominance:
             raise ConfigError(
                 f"text={text!r} is no text of a prompt. {did_you_mean(text, get_args(TextTokens))}"
             )
-        self._family = vision_model(model)
+        self._vision = vision_model(model)
         self._text: TextTokens = text
-        self._attention, self._depth = _attention_modules(self._family, layers)
+        self._attention, self._depth = _attention_modules(self._vision, layers)
         self._batches: list[_Batch] = []
         self._caches: weakref.WeakKeyDictionary[Any, _Batch] = weakref.WeakKeyDictionary()
         self._thread = _Thread()
@@ -305,7 +305,7 @@ class Dominance:
             raise TokenPruneError(
                 "this measurement is running already. Make another with measure_dominance(model)."
             )
-        inner = self._family.inner
+        inner = self._vision.inner
         with ExitStack() as hooks:
             # On the inner model, behind whatever pruning does to a call of the outer one, and in
             # front of what it does there: SmolVLM's gets embeddings and no ids.
@@ -367,7 +367,7 @@ class Dominance:
     def _begin(self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the inner model runs: see whose tokens it is given."""
         self._thread.step = None
-        if inner is not self._family.inner:
+        if inner is not self._vision.inner:
             return  # a copy of the model is not measured
         named = named_arguments(inner, args, kwargs)
         ids: Tensor | None = named.get("input_ids")
@@ -396,7 +396,7 @@ class Dominance:
             )
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (len(ids), keys)):
             raise _mask_error(mask, [len(ids), keys])
-        ends = _end_ids(self._family.model).to(ids.device)
+        ends = _end_ids(self._vision.model).to(ids.device)
         batch.done = batch.done | torch.isin(ids[:, 0], ends)
         batch.queries = batch.queries + (~batch.done).long()
         visible = None if mask is None else mask.bool()
@@ -411,10 +411,10 @@ class Dominance:
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             raise _mask_error(mask, list(ids.shape))
         given = {"input_ids": ids, "attention_mask": mask}
-        valid = attention_mask_of(self._family, given).bool()
+        valid = attention_mask_of(self._vision, given).bool()
         visual = torch.zeros_like(valid)
         for modality in ("image", "video"):
-            visual |= valid & (ids == self._family.token_id(modality))
+            visual |= valid & (ids == self._vision.token_id(modality))
         text = valid & ~visual
         if self._text == "question":
             seen_from_the_end = visual.long().flip(-1).cumsum(dim=-1).flip(-1)
@@ -511,7 +511,7 @@ def _attention_of_newest(
 
 
 def _attention_modules(
-    family: VisionModel, layers: Sequence[int] | None
+    vision: VisionModel, layers: Sequence[int] | None
 ) -> tuple[dict[int, Any], int]:
     """Return the attention modules of the layers asked for, and how many layers there are.
 
@@ -522,9 +522,9 @@ def _attention_modules(
     UnsupportedModelError
         If a layer's attention cannot be read.
     """
-    name = type(family.model).__name__
+    name = type(vision.model).__name__
     try:
-        decoder = list(family.language_model().layers)
+        decoder = list(vision.language_model().layers)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"modality dominance cannot be measured on {name}, because the decoders of its family "

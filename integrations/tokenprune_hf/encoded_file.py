@@ -208,9 +208,9 @@ def load_encoded(file: Path, model: Any) -> Encoded:
             )
         needs = head["needs"]
         _check(set(needs) <= set(ENCODED), "its needs")
-        family = vision_model(model)
+        vision = vision_model(model)
         modalities = {
-            modality: _modality(opened.get_tensor, modality, said, family, needs)
+            modality: _modality(opened.get_tensor, modality, said, vision, needs)
             for modality, said in head["modalities"].items()
         }
         _check(bool(modalities) and set(modalities) <= {"image", "video"}, "its modalities")
@@ -272,7 +272,7 @@ def _modality(
     tensor: Callable[[str], Tensor],
     modality: str,
     said: dict[str, Any],
-    family: VisionModel,
+    vision: VisionModel,
     needs: Sequence[str],
 ) -> EncodedModality:
     """Put images or videos together again.
@@ -283,7 +283,7 @@ def _modality(
         Reads one by name.
     modality, said
         Its name, and what the file's JSON says of it.
-    family
+    vision
         Of the model.
     needs
         What the items must have.
@@ -305,7 +305,7 @@ def _modality(
         if one["embeddings_are_rows"]:
             there["embeddings"] = rows[own]
         if "projector" in needs:
-            there["projector"] = family.projector(modality)
+            there["projector"] = vision.projector(modality)
         _check(set(needs) <= set(there), f"what is there of {modality} {number}")
         items.append(
             Item(

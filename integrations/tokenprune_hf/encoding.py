@@ -144,7 +144,7 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
         return encode_media(vision_model(model), inputs, needs)
 
 
-def encode_media(family: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
+def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
     """Encode whatever pixels a call's arguments hold.
 
     Raises
@@ -152,11 +152,11 @@ def encode_media(family: VisionModel, arguments: dict[str, Any], needs: Sequence
     PromptError
         If they hold none.
     """
-    media = family.media(arguments)
+    media = vision.media(arguments)
     needs = tuple(need for need in needs if need in ENCODED)
     if not media:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
-    return Encoded({one.modality: family.encode(one, needs) for one in media}, needs)
+    return Encoded({one.modality: vision.encode(one, needs) for one in media}, needs)
 
 
 @dataclass(frozen=True)

@@ -104,14 +104,14 @@ def image_spans_of(
     PromptError
         If images may touch and their sizes are not known, or do not fit the placeholders.
     """
-    family = vision_model(model)
+    vision = vision_model(model)
     ids = input_ids.cpu()
     result: list[list[ImageSpan]] = [[] for _ in ids]
     for modality in ("image", "video"):
-        places = ids == family.token_id(modality)
+        places = ids == vision.token_id(modality)
         runs = [(row, span) for row, flags in enumerate(places) for span in image_spans(flags)]
         total = sum(len(span) for _, span in runs)
-        if total and (sizes := _sizes(family, modality, arguments, total)) is not None:
+        if total and (sizes := _sizes(vision, modality, arguments, total)) is not None:
             runs = _split(runs, sizes, modality)
         for row, span in runs:
             result[row].append(span)
@@ -119,7 +119,7 @@ def image_spans_of(
 
 
 def _sizes(
-    family: VisionModel, modality: str, arguments: Mapping[str, Any], total: int
+    vision: VisionModel, modality: str, arguments: Mapping[str, Any], total: int
 ) -> list[int] | None:
     """Return how many placeholders each image has, without running the encoder.
 
@@ -131,28 +131,28 @@ def _sizes(
     PromptError
         If images may touch, and the arguments do not tell their sizes.
     """
-    layout = family.family
-    if layout.delimited:
+    family = vision.family
+    if family.delimited:
         return None
-    if modality == "video" and layout.videos_by_frame:
+    if modality == "video" and family.videos_by_frame:
         return None  # the encoder does not say which frames are one video's
     # `generate` runs the encoder itself, and passes on what came out in place of the pixels.
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
     if encoded is not None:
         return [len(rows) for rows in encoded.pooler_output]
-    if layout.mrope:
+    if family.mrope:
         name = f"{modality}_grid_thw"
         if arguments.get(name) is None:
             return None
-        return sizes_of(layout, Media(modality, {name: arguments[name]}), total)
-    found = [media for media in family.media(dict(arguments)) if media.modality == modality]
+        return sizes_of(family, Media(modality, {name: arguments[name]}), total)
+    found = [media for media in vision.media(dict(arguments)) if media.modality == modality]
     if not found:
         raise PromptError(
             f"the prompts hold {total} {modality} placeholders and no {modality} was passed, so "
             "that it is not known where one ends. Pass the processor's pixel values along with its "
             "input_ids."
         )
-    return sizes_of(layout, found[0], total)
+    return sizes_of(family, found[0], total)
 
 
 def _split(

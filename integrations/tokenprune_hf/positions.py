@@ -23,7 +23,7 @@ from tokenprune_hf.vision import VisionModel
 
 
 def count_as_published(
-    family: VisionModel,
+    vision: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
@@ -35,7 +35,7 @@ def count_as_published(
 
     Parameters
     ----------
-    family
+    vision
         The model's; one with M-RoPE.
     arguments
         The call's, by name.
@@ -60,7 +60,7 @@ def count_as_published(
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for kind, places in enumerate(placeholders.values(), start=1):
         kinds[places[:, 0], places[:, 1]] = kind
-    times = _times(family, arguments, encoded, placeholders)
+    times = _times(vision, arguments, encoded, placeholders)
     for sample in samples.nonzero()[:, 0].tolist():
         for columns, offsets in times.get(sample, ()):
             result[-3, sample, columns] = result[-3, sample, columns[0]] + offsets
@@ -108,7 +108,7 @@ def move_text_behind_items(positions: Tensor, kinds: Tensor) -> Tensor:
 
 
 def _times(
-    family: VisionModel,
+    vision: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
@@ -122,7 +122,7 @@ def _times(
     for item, step in zip(encoded.modalities["video"].items, seconds, strict=False):
         own = places[item.rows.to(places.device)]
         frames, rows, columns = item.tokens.grid
-        interval = float(step) * family.frame_interval("video")
+        interval = float(step) * vision.frame_interval("video")
         offsets = (torch.arange(frames, device=own.device).double() * interval).long()
         in_order = offsets.repeat_interleave(rows * columns)
         result.setdefault(int(own[0, 0]), []).append((own[:, 1], in_order))

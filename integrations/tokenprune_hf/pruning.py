@@ -131,7 +131,7 @@ class Pruning(Attachment):
                 f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
-        check_method(selector, self._family.model)
+        check_method(selector, self._vision.model)
         self._call = _Call()
         self._last = _Chosen([], 0.0)
         self._proportional: ProportionalAttention | None = None
@@ -143,12 +143,12 @@ class Pruning(Attachment):
         return self._budget.keep
 
     @functools.cached_property
-    def _family(self) -> VisionModel:
+    def _vision(self) -> VisionModel:
         return vision_model(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the family out of copies, which have another model to look at."""
-        return {name: value for name, value in self.__dict__.items() if name != "_family"}
+        """Leave out what belongs to this model: a copy has another one to look at."""
+        return {name: value for name, value in self.__dict__.items() if name != "_vision"}
 
     @property
     def selections(self) -> list[Selection]:
@@ -173,8 +173,8 @@ class Pruning(Attachment):
             StandIn(self.model, "forward", self._forward),
         ]
         self._hooks = [
-            self._family.inner.register_forward_pre_hook(self._check_inner, with_kwargs=True),
-            *self._family.hooks(),
+            self._vision.inner.register_forward_pre_hook(self._check_inner, with_kwargs=True),
+            *self._vision.hooks(),
         ]
 
     def _detach(self) -> None:
@@ -188,7 +188,7 @@ class Pruning(Attachment):
         """Raise if images or videos are passed to the model without its head."""
         if self._call.depth:
             return
-        if self._family.media(named_arguments(inner, args, kwargs)):
+        if self._vision.media(named_arguments(inner, args, kwargs)):
             raise PromptError(
                 f"images or videos were passed to {type(inner).__name__}, which is not pruned: "
                 f"only calls of the whole {type(self.model).__name__} are. Call that one, or call "
@@ -214,7 +214,7 @@ class Pruning(Attachment):
                         # Made here, so that it can be noted what it holds.
                         filling.cache = DynamicCache(config=self.model.config.get_text_config())
                         named.update(cache_argument(self.model, filling.cache))
-                    call = shortened.call(named, self._family.encoder_arguments())
+                    call = shortened.call(named, self._vision.encoder_arguments())
                     empty = shortened.input_ids[:, :0]
                     filling.holding = Holding(shortened.without_media(), empty)
                 elif filling.before is not None:
@@ -293,7 +293,7 @@ class Pruning(Attachment):
                 shortened = self._shorten(kwargs, filling.before is not None)
             if shortened is not None:
                 _refuse(kwargs)
-                call = shortened.call(kwargs, self._family.encoder_arguments())
+                call = shortened.call(kwargs, self._vision.encoder_arguments())
                 del call["mm_encoder_outputs"]  # steps are handed them, beams and all
                 known: Holding[Shortened] = Holding(shortened.without_media(), None)
             elif filling.before is not None:
@@ -447,7 +447,7 @@ class Pruning(Attachment):
                 "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
             )
         filled = cache_length(cache_of(arguments)) > 0
-        if encoded is None and not self._family.media(arguments):
+        if encoded is None and not self._vision.media(arguments):
             if filled and not known_cache:
                 self._check_no_placeholders(arguments)
             self._note(_Chosen([], 0.0))
@@ -463,7 +463,7 @@ class Pruning(Attachment):
                 "together with images or videos."
             )
         if encoded is None:
-            encoded = encode_media(self._family, arguments, self.selector.needs)
+            encoded = encode_media(self._vision, arguments, self.selector.needs)
         from_encoder = [name for name in self.selector.needs if name in ENCODED]
         missing = [name for name in from_encoder if name not in encoded.needs]
         if missing:
@@ -472,13 +472,13 @@ class Pruning(Attachment):
                 f"{self.selector.name!r} needs. Encode again with needs including them."
             )
         with torch.no_grad():
-            placeholders = find_placeholders(self._family, arguments["input_ids"], encoded)
+            placeholders = find_placeholders(self._vision, arguments["input_ids"], encoded)
             started = time.perf_counter()
-            items = prompt_items(self._family, arguments, encoded, self.selector.needs)
+            items = prompt_items(self._vision, arguments, encoded, self.selector.needs)
             selections, in_prompt = self._select(encoded, items, placeholders, known)
             self._note(_Chosen(in_prompt, time.perf_counter() - started))
             return shorten_prompt(
-                self._family,
+                self._vision,
                 arguments,
                 encoded,
                 placeholders,
@@ -493,7 +493,7 @@ class Pruning(Attachment):
         if input_ids is None:
             return
         for modality in ("image", "video"):
-            count = int((input_ids == self._family.token_id(modality)).sum())
+            count = int((input_ids == self._vision.token_id(modality)).sum())
             if count:
                 raise PromptError(
                     f"the prompt holds {count} {modality} placeholders and comes with a filled "

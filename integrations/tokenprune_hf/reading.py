@@ -25,13 +25,13 @@ from tokenprune_hf.vision import EncodedModality, Item, VisionModel
 
 
 def prompt_items(
-    family: VisionModel, arguments: Mapping[str, Any], encoded: Encoded, needs: Sequence[str]
+    vision: VisionModel, arguments: Mapping[str, Any], encoded: Encoded, needs: Sequence[str]
 ) -> dict[str, list[VisualTokens]]:
     """Return every item's tokens, with what `needs` names of the prompt added.
 
     Parameters
     ----------
-    family
+    vision
         The model's.
     arguments
         A call's, by name, with input_ids [B, L].
@@ -52,15 +52,15 @@ def prompt_items(
             for modality, media in encoded.modalities.items()
         }
     input_ids: Tensor = arguments["input_ids"]
-    placeholders = find_placeholders(family, input_ids, encoded)
-    attention_mask = attention_mask_of(family, arguments)
+    placeholders = find_placeholders(vision, input_ids, encoded)
+    attention_mask = attention_mask_of(vision, arguments)
     any_placeholder = torch.zeros_like(input_ids, dtype=torch.bool)
     for modality in ("image", "video"):
-        any_placeholder |= input_ids == family.token_id(modality)
+        any_placeholder |= input_ids == vision.token_id(modality)
     result: dict[str, list[VisualTokens]] = {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
-        family.check_videos_told(media, places)
+        vision.check_videos_told(media, places)
         result[modality] = []
         for item in media.items:
             sample = int(places[item.rows[0], 0])
@@ -72,12 +72,12 @@ def prompt_items(
                 added["question"] = prompt.question
             if "query_attention" in needs:
                 added["query_attention"] = PromptReader(
-                    DecoderLayers(family),
+                    DecoderLayers(vision),
                     prompt,
                     media.rows[rows],
                     [layer[rows] for layer in media.deepstack],
                     item.tokens.grid,
-                    family.frame_interval(modality) if family.mrope else None,
+                    vision.frame_interval(modality) if vision.mrope else None,
                 )
             result[modality].append(replace(item.tokens, **added))
     return result
@@ -114,15 +114,15 @@ class DecoderLayers:
 
     Attributes
     ----------
-    family
+    vision
         Whose language model reads.
     """
 
-    family: VisionModel
+    vision: VisionModel
 
     def reference_layer(self, asked: int | None) -> int:
         """Return the layer to read, from 0."""
-        config = self.family.model.config
+        config = self.vision.model.config
         text_config = config.get_text_config()
         return reference_layer(
             config.model_type, text_config.num_hidden_layers, text_config.hidden_size, asked
@@ -130,7 +130,7 @@ class DecoderLayers:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D]."""
-        embedded: Tensor = self.family.model.get_input_embeddings()(ids)
+        embedded: Tensor = self.vision.model.get_input_embeddings()(ids)
         return embedded
 
     def run(
@@ -147,7 +147,7 @@ class DecoderLayers:
             plain = torch.arange(positions.shape[2], device=positions.device)
             positions = torch.cat([plain.expand(1, positions.shape[1], -1), positions])
         return read_layers(
-            self.family.language_model(),
+            self.vision.language_model(),
             prompts.states,
             positions,
             layers,

@@ -274,13 +274,13 @@ class Shortened:
 
 
 def find_placeholders(
-    family: VisionModel, input_ids: Tensor, encoded: Encoded
+    vision: VisionModel, input_ids: Tensor, encoded: Encoded
 ) -> dict[str, Tensor]:
     """Return, per modality, where each row of the encoder belongs in the prompts.
 
     Parameters
     ----------
-    family
+    vision
         Knows the placeholders' ids.
     input_ids
         LongTensor [B, L].
@@ -299,7 +299,7 @@ def find_placeholders(
     """
     found = {}
     for modality, media in encoded.modalities.items():
-        places = (input_ids == family.token_id(modality)).nonzero()
+        places = (input_ids == vision.token_id(modality)).nonzero()
         if len(places) != len(media.rows):
             raise PromptError(
                 f"the prompt holds {len(places)} {modality} placeholders and its {modality}s make "
@@ -310,7 +310,7 @@ def find_placeholders(
     return found
 
 
-def attention_mask_of(family: VisionModel, arguments: Mapping[str, Any]) -> Tensor:
+def attention_mask_of(vision: VisionModel, arguments: Mapping[str, Any]) -> Tensor:
     """Return a call's attention mask [B, L], all ones where none is needed.
 
     Raises
@@ -318,7 +318,7 @@ def attention_mask_of(family: VisionModel, arguments: Mapping[str, Any]) -> Tens
     PromptError
         If it is missing where it is needed, or does not fit.
     """
-    model = family.model
+    model = vision.model
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     eos = getattr(model.generation_config, "eos_token_id", None)
     ends = eos if isinstance(eos, list) else [eos]
@@ -328,7 +328,7 @@ def attention_mask_of(family: VisionModel, arguments: Mapping[str, Any]) -> Tens
 
 
 def shorten_prompt(
-    family: VisionModel,
+    vision: VisionModel,
     arguments: Mapping[str, Any],
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
@@ -340,7 +340,7 @@ def shorten_prompt(
 
     Parameters
     ----------
-    family
+    vision
         The model's.
     arguments
         The call's, by name, with input_ids [B, L].
@@ -361,8 +361,8 @@ def shorten_prompt(
     PromptError
         See `attention_mask_of`.
     """
-    model = family.model
-    mask = attention_mask_of(family, arguments)
+    model = vision.model
+    mask = attention_mask_of(vision, arguments)
     input_ids: Tensor = arguments["input_ids"]
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     selected = torch.ones_like(input_ids, dtype=torch.bool)
@@ -391,11 +391,11 @@ def shorten_prompt(
         if isinstance(values.get(name), Tensor)
     }
     full_positions = _full_positions(model, arguments, mask)
-    own_axes = family.mrope and arguments.get("position_ids") is None
+    own_axes = vision.mrope and arguments.get("position_ids") is None
     if own_axes:
         shorter = (~selected).any(dim=-1)
         full_positions = count_as_published(
-            family, arguments, encoded, placeholders, full_positions, mask, shorter
+            vision, arguments, encoded, placeholders, full_positions, mask, shorter
         )
     counted = (short["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
     if positions == "original":

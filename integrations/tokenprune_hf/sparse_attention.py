@@ -141,7 +141,7 @@ class Sparse(Attachment):
                 "HeadCategories or a PooledBlocks."
             )
         model = self.model
-        self._family = vision_model(model)
+        self._vision = vision_model(model)
         decoder = decoder_of(model)
         self._decoder = decoder
         self._modules = [layer.self_attn for layer in decoder.layers]
@@ -212,7 +212,7 @@ class Sparse(Attachment):
         if input_ids is None or input_ids.shape[1] == 1:
             return
         for modality in ("image", "video"):
-            if bool((input_ids == self._family.token_id(modality)).any()):
+            if bool((input_ids == self._vision.token_id(modality)).any()):
                 raise PromptError(
                     f"{modality}s come behind tokens that the cache holds already, and sparse "
                     "masks are for a prompt that is read at once. Pass the whole prompt without a "

@@ -154,8 +154,8 @@ def merged_by_hand(patches: Tensor, side: int, factor: int) -> Tensor:
 
 def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Return each image item's attention scores from the whole maps of the scoring layer."""
-    family = vision_model(model)
-    tower = family.tower("image")
+    vision = vision_model(model)
+    tower = vision.tower("image")
     with full_attention_maps(tower) as maps:
         encode(model, inputs, "image")
     layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}

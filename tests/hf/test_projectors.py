@@ -59,13 +59,13 @@ def test_auto_is_the_closed_form_where_weights_are_plain(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) -> None:
     model = TINY[name].model().to(dtype)
-    family = vision_model(model)
-    projector = family.projector("image")
+    vision = vision_model(model)
+    projector = vision.projector("image")
     mlp = projector.structure()
     width = mlp.first.weight.shape[1]
     rows = torch.randn(7, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     calls: list[Tensor] = []
-    handle = family.projector("image").module.register_forward_hook(
+    handle = vision.projector("image").module.register_forward_hook(
         lambda _module, _args, output: calls.append(output)
     )
     with torch.no_grad():

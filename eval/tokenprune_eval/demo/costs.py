@@ -76,7 +76,7 @@ def measure(
     prefill: list[list[float]] = [[] for _ in conditions]
     selection: list[list[float]] = [[] for _ in conditions]
     peaks = [0.0 for _ in conditions]
-    family = vision_model(model)
+    vision = vision_model(model)
 
     def call() -> None:
         model(**inputs, encoded=encoded, logits_to_keep=1)
@@ -97,7 +97,7 @@ def measure(
                 if keep != 1.0:
                     selector = build(method, {}) if isinstance(method, str) else method
                     start = time.perf_counter()
-                    tokens = prompt_items(family, inputs, encoded, selector.needs)["image"]
+                    tokens = prompt_items(vision, inputs, encoded, selector.needs)["image"]
                     select_many(tokens, selector, keep)
                     selection[place].append(time.perf_counter() - start)
     return [

@@ -225,15 +225,15 @@ def find_layer(
         If no run is left.
     """
     _check_arguments(videos, needles, reduction, repeats, seed)
-    family = vision_model(model)
-    layers = _full_attention_layers(family)
+    vision = vision_model(model)
+    layers = _full_attention_layers(vision)
     if getattr(processor, "video_processor", None) is None:
         raise UnsupportedModelError(
             f"{type(processor).__name__} takes no videos, and needles are hidden in videos. Name a "
             "model that takes them; images alone need no reference layer of their own."
         )
-    vision = getattr(model.config, "vision_config", None)
-    per_step = int(getattr(vision, "temporal_patch_size", None) or 1)
+    tower = getattr(model.config, "vision_config", None)
+    per_step = int(getattr(tower, "temporal_patch_size", None) or 1)
     places: dict[int, range] = {}
     for number, video in enumerate(videos):
         with around(left_out, _name(video, number)):
@@ -247,7 +247,7 @@ def find_layer(
         frames = tuple(range(step * per_step, min((step + 1) * per_step, total)))
         hidden = _hide(video, frames, needle.image)
         inputs = ask(processor, needle.question, video=hidden).to(model.device)
-        grid, ranked, found = _read(family, inputs, total, per_step, step, layers, reduction)
+        grid, ranked, found = _read(vision, inputs, total, per_step, step, layers, reduction)
         return Run(number, which, frames, grid, grid[1] * grid[2], ranked, found)
 
     for number, within in places.items():
@@ -283,9 +283,9 @@ def _check_arguments(
             raise ConfigError(f"{name}={value} must be at least {least}.")
 
 
-def _full_attention_layers(family: VisionModel) -> tuple[int, ...]:
+def _full_attention_layers(vision: VisionModel) -> tuple[int, ...]:
     """Return the layers whose attention can rank a whole video."""
-    layers = list(family.language_model().layers)
+    layers = list(vision.language_model().layers)
     full = tuple(
         number
         for number, layer in enumerate(layers)
@@ -294,7 +294,7 @@ def _full_attention_layers(family: VisionModel) -> tuple[int, ...]:
     )
     if not full:
         raise UnsupportedModelError(
-            f"all {len(layers)} decoder layers of {type(family.model).__name__} have a sliding "
+            f"all {len(layers)} decoder layers of {type(vision.model).__name__} have a sliding "
             "window, so none of them can rank a video. Use flexselect-lite, or a method that needs "
             "no language model (see `tokenprune methods`)."
         )
@@ -358,7 +358,7 @@ def _hide(
 
 
 def _read(
-    family: VisionModel,
+    vision: VisionModel,
     inputs: Any,
     total: int,
     per_step: int,
@@ -388,12 +388,12 @@ def _read(
     """
     arguments = dict(inputs)
     with torch.no_grad():
-        encoded = encode_media(family, arguments, ())
-        items = prompt_items(family, arguments, encoded, ("query_attention",))
+        encoded = encode_media(vision, arguments, ())
+        items = prompt_items(vision, arguments, encoded, ("query_attention",))
         (item, *others) = [one for own in items.values() for one in own]
         if others or item.grid[0] != -(-total // per_step):
             raise UnsupportedModelError(
-                f"{type(family.model).__name__} reads {total} frames of a video as "
+                f"{type(vision.model).__name__} reads {total} frames of a video as "
                 f"{1 + len(others)} items, the first of {item.grid[0]} steps, so a needle's tokens "
                 "cannot be told. Name a model that reads a video's frames one by one or in pairs."
             )

@@ -194,7 +194,7 @@ class _FileRanking:
         name = getattr(model, "name_or_path", "")
         self._key = _key(name, file.resolve(), stat.st_size, stat.st_mtime_ns, frames)
         self._media_file = folder / f"{self._key}.safetensors"
-        self._model, self._processor, self._family = model, processor, vision_model(model)
+        self._model, self._processor, self._vision = model, processor, vision_model(model)
         self._kind, self._file, self._folder = kind, file, folder
         self._teacher, self._frames = teacher, frames
         self._content: Any = None
@@ -224,7 +224,7 @@ class _FileRanking:
         inputs = inputs.to(self._model.device)
         with torch.inference_mode():
             if self._encoded is None:
-                self._encoded = encode_media(self._family, dict(inputs), ("features",))
+                self._encoded = encode_media(self._vision, dict(inputs), ("features",))
                 features = {
                     f"features.{index}": _small(item.tokens.features)
                     for media in self._encoded.modalities.values()
@@ -232,7 +232,7 @@ class _FileRanking:
                 }
                 _save(self._media_file, features)
             needs = ("question", "query_attention")
-            items = prompt_items(self._family, inputs, self._encoded, needs)
+            items = prompt_items(self._vision, inputs, self._encoded, needs)
             rows = [tokens for own in items.values() for tokens in own]
             found = {"question": rows[0].question}
             for index, tokens in enumerate(rows):

@@ -575,9 +575,9 @@ def _check_cache(folder: Path) -> None:
 
 def _all_needs(model: Any) -> set[str]:
     """Return what the encoder can give to selectors, on this model."""
-    family = vision_model(model)
+    vision = vision_model(model)
     try:
-        family.scoring_layer(Media("image"))
+        vision.scoring_layer(Media("image"))
     except UnsupportedModelError:
         return {*ENCODED} - {"cls_attention"}
     return {*ENCODED}
