@@ -154,7 +154,7 @@ def test_models_that_cannot_be_pruned() -> None:
 
 
 def test_a_method_whose_needs_cannot_be_met() -> None:
-    """What no adapter gathers is refused when the class is made, or else at `prune`."""
+    """What no adapter gathers is refused when the class is made, or else the selector."""
     with pytest.raises(SelectorError, match="sound"):
 
         class AsksForSound(Selector):
@@ -169,5 +169,5 @@ def test_a_method_whose_needs_cannot_be_met() -> None:
         needs: ClassVar[tuple[str, ...]] = ()
 
     AsksAtLast.needs = ("sound",)
-    with pytest.raises(UnsupportedModelError, match="sound"):
-        tokenprune_hf.prune(TINY["llava"].model(), AsksAtLast(), 3)
+    with pytest.raises(SelectorError, match="sound"):
+        AsksAtLast()

@@ -78,6 +78,7 @@ class Selector:
             _check_needs(cls.__name__, cls.needs)
 
     def __post_init__(self) -> None:
+        _check_needs(type(self).__name__, self.needs)  # the class may have been changed since
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             check_option(self.name, field.name, getattr(self, field.name), hints[field.name])
