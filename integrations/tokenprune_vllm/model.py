@@ -205,7 +205,7 @@ class Pruner:
             )
         self._language_model: LanguageModel | None = None
         if "query_attention" in self._needs:
-            self._language_model = LanguageModel(model, family)
+            self._language_model = LanguageModel(model, family, vllm_config)
         for selector in self._selectors.values():
             selector.check_model(family.config)
             if self._projector is not None and "projector" in selector.needs:

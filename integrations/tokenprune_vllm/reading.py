@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.forward_context import set_forward_context
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
@@ -29,6 +30,8 @@ class LanguageModel:
         The vision-language model.
     family
         Of that model.
+    vllm_config
+        vLLM's.
 
     Raises
     ------
@@ -36,7 +39,8 @@ class LanguageModel:
         If its layers are not of a kind that can be read.
     """
 
-    def __init__(self, model: Any, family: Family) -> None:
+    def __init__(self, model: Any, family: Family, vllm_config: Any) -> None:
+        self._vllm_config = vllm_config
         whole = model.get_language_model()
         self._embed = whole.embed_input_ids
         self._layers: list[Any] = list(getattr(getattr(whole, "model", None), "layers", ()))
@@ -78,6 +82,13 @@ class LanguageModel:
         self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
     ) -> list[dict[int, QueryKeys]]:
         """Run the layers on one prompt after the other."""
+        # Layers of experts look up where they run.
+        with set_forward_context(None, self._vllm_config):
+            return self._run(prompts, layers, values, hidden)
+
+    def _run(
+        self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
+    ) -> list[dict[int, QueryKeys]]:
         found = []
         for index, states in enumerate(prompts.states):
             is_visual, asked = prompts.is_visual[index], prompts.asked[index]

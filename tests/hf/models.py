@@ -212,7 +212,9 @@ def _qwen3_vl(kind: Any = tf.Qwen3VLConfig, **text: Any) -> Any:
 
 
 def _qwen3_vl_moe() -> Any:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+    # vLLM reads norm_topk_prob, which published configs have; transformers always does it.
+    experts |= {"moe_intermediate_size": 24, "norm_topk_prob": True}
     return _qwen3_vl(tf.Qwen3VLMoeConfig, **experts)
 
 

@@ -298,6 +298,14 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
         (folder / "configuration_internvl_chat.py").write_text(_CONFIGURATION)
         tokenizer.save_pretrained(folder)
     else:
+        if family == "qwen3_vl_moe":
+            # transformers keeps experts turned over against the published checkpoints, which are
+            # what vLLM reads; it turns them back by their shape.
+            turned = {
+                name: tensor.mT.contiguous() if ".experts." in name else tensor
+                for name, tensor in load_file(weights).items()
+            }
+            save_file(turned, weights, {"format": "pt"})
         if "llava" in family:
             # transformers leaves a part of the name out that vLLM, like the published
             # checkpoints, has.
