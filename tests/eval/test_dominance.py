@@ -340,7 +340,7 @@ def test_wrong_arguments() -> None:
             measure_dominance(model, layers=layers)
     with pytest.raises(UnsupportedModelError, match="no vision-language model"):
         measure_dominance(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedModelError, match="slides its attention"):
+    with pytest.raises(UnsupportedModelError, match="see each other in both"):
         measure_dominance(TINY["gemma3"].model())
     model.model.language_model.layers[1].self_attn.sliding_window = 8
     with pytest.raises(UnsupportedModelError, match="last 8 tokens"):
