@@ -101,6 +101,8 @@ def _without_rows(family: Family, media: Media, returned: int) -> list[Medium]:
         # A packed tower reads images that were padded to one size.
         size = sides if family.packed else None
         return [Medium(modality, 0, 1, sides, size) for _ in range(len(pixels))]
+    if isinstance(image_sizes, Tensor):
+        image_sizes = image_sizes.tolist()  # one wait for the device, not one for each image
     sizes = [_sides(size) for size in image_sizes]
     if not isinstance(family, LlavaNext):
         return [Medium(modality, 0, 1, sides, size) for size in sizes]

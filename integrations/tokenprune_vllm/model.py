@@ -599,6 +599,9 @@ def _check_engine(vllm_config: Any, settings: ServerSettings) -> None:
             refused.append(f"--tensor-parallel-size above 1 {why}")
         if parallel.pipeline_parallel_size > 1:
             refused.append(f"--pipeline-parallel-size above 1 {why}")
+        if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
+            # The layers of experts wait for all ranks, and the others read nothing just then.
+            refused.append(f"--data-parallel-size above 1 for a mixture of experts {why}")
         if vllm_config.quant_config is not None:
             refused.append(f"quantised weights {why}")
         if lora is not None:

@@ -129,24 +129,26 @@ def test_no_text_behind_it(pair: Questioned) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options", "message"),
+    ("family", "options", "message"),
     [
-        ("flexselect", {"tensor_parallel_size": 2}, "tensor-parallel-size above 1"),
-        ("flexselect", {"enable_lora": True}, "enable-lora"),
-        ("flexselect", {"quantization": "fp8", "dtype": "bfloat16"}, "quantised weights"),
-        ("flexselect", {"mm_processor_cache_type": "shm"}, "mm-processor-cache-type shm"),
+        ("qwen2_5_vl", {"tensor_parallel_size": 2}, "tensor-parallel-size above 1"),
+        ("qwen2_5_vl", {"enable_lora": True}, "enable-lora"),
+        ("qwen2_5_vl", {"quantization": "fp8", "dtype": "bfloat16"}, "quantised weights"),
+        ("qwen2_5_vl", {"mm_processor_cache_type": "shm"}, "mm-processor-cache-type shm"),
+        ("qwen3_vl_moe", {"data_parallel_size": 2}, "data-parallel-size above 1 for a mixture"),
     ],
 )
 def test_settings_of_vllm_that_do_not_go_together(
-    method: str, options: dict[str, Any], message: str, tmp_path: Path
+    family: str, options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     from vllm import EngineArgs
 
-    folder = checkpoints.save("qwen2_5_vl", tmp_path / "model")
-    arguments = tokenprune_vllm.engine_args(folder, method, 4, **{"dtype": "float32", **options})
+    folder = checkpoints.save(family, tmp_path / "model")
+    given = {"dtype": "float32", **options}
+    arguments = tokenprune_vllm.engine_args(folder, "flexselect", 4, **given)
     config = EngineArgs(**arguments).create_engine_config()
     with pytest.raises(UnsupportedModelError, match=message):
-        _check_engine(config, ServerSettings.build(PruningConfig(method, 4)))
+        _check_engine(config, ServerSettings.build(PruningConfig("flexselect", 4)))
 
 
 def test_a_selector_without_its_folder(tmp_path: Path) -> None:
