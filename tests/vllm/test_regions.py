@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
 from tokenprune.config import PruningConfig
+from tokenprune.families.tiles import InternVLChat
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm.processor import Ticket
 from tokenprune_vllm.regions import Region
@@ -74,3 +79,26 @@ def test_a_ticket_comes_back_as_it_was() -> None:
     off = Ticket.unpack(*Ticket("video", None, one).pack().values())
     assert off.pruning is None
     assert torch.equal(off.layout()[0], one.token_ids)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_scores_of_tiles_lie_as_internvl_shuffles_patches(version: str) -> None:
+    from vllm.model_executor.models.internvl import InternVLChatModel
+
+    vision = SimpleNamespace(patch_size=14)
+    kind: Any = SimpleNamespace(
+        model_type="internvl_chat",
+        vision_config=vision,
+        force_image_size=84,
+        downsample_ratio=0.5,
+        ps_version=version,
+    )
+    scores = torch.rand(2, 3, 36, generator=torch.Generator().manual_seed(0))  # tiles, heads, 6 x 6
+    shuffle: Any = InternVLChatModel.pixel_shuffle
+    maps = scores.mT.unflatten(1, (6, 6)).contiguous()
+    shuffled = shuffle(SimpleNamespace(ps_version=version), maps, scale_factor=0.5)
+    expected = shuffled.flatten(1, 2).unflatten(-1, (4, 3)).mean(dim=2)  # [tiles, 9, heads]
+    medium = Medium("image", 18, 2, (84, 84))
+    ((_, got),) = InternVLChat(kind).rows_of([medium], torch.zeros(2, 9, 5), scores)
+    assert got is not None
+    torch.testing.assert_close(got, expected.flatten(0, 1).mT)

@@ -142,7 +142,7 @@ class Family:
             If the rows lie otherwise than the config says.
         """
         sides = self.token_sides(medium)
-        segment = one_segment(medium, (medium.pictures, *sides))
+        segment = one_segment((medium.pictures, *sides))
         check_rows(medium, len(segment.rows), "{} x {}".format(*sides))
         return [segment]
 

@@ -49,7 +49,7 @@ class Llava(Family):
         cls = 0 if sides is None else medium.rows - math.prod(sides)
         if sides is None or cls not in (0, 1):
             return [Segment(torch.arange(medium.rows), None)]
-        return [one_segment(medium, (1, *sides), first=cls)]
+        return [one_segment((1, *sides), first=cls)]
 
 
 class VideoLlava(Llava):
@@ -180,7 +180,7 @@ class LlavaOnevision(LlavaNext):
             grid = (medium.pictures, *sides)
             if math.prod(grid) + 1 != medium.rows:
                 return [Segment(torch.arange(medium.rows - 1), None)]
-            return [one_segment(medium, grid)]  # behind it stands a newline
+            return [one_segment(grid)]  # behind it stands a newline
         self._check_image(medium)
         side = self._side
         segments = [Segment(torch.arange(side**2), (1, side, side), "whole image")]

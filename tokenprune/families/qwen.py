@@ -55,7 +55,7 @@ class Qwen2VL(Family):
     def segments(self, medium: Medium) -> Sequence[Segment]:
         """Return the whole image or video."""
         grid = self._token_grid(medium)
-        segment = one_segment(medium, grid)
+        segment = one_segment(grid)
         check_rows(medium, len(segment.rows), "{} x {} x {}".format(*grid))
         return [segment]
 

@@ -29,7 +29,7 @@ class Tiles(Family):
         rows = medium.pictures * math.prod(sides)
         check_rows(medium, rows, "pictures of {} x {}".format(*sides))
         if medium.modality == "video" or medium.pictures == 1:
-            return [one_segment(medium, (medium.pictures, *sides))]
+            return [one_segment((medium.pictures, *sides))]
         return per_picture(medium, sides, "tile")
 
 

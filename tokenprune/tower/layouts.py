@@ -79,8 +79,8 @@ class Segment:
     label: str = ""
 
 
-def one_segment(medium: Medium, grid: Grid, first: int = 0) -> Segment:
-    """Return all rows of an image or video, but `first` of them in front, as one segment."""
+def one_segment(grid: Grid, first: int = 0) -> Segment:
+    """Return the rows of a grid as one segment; `first` other rows stand in front of them."""
     return Segment(torch.arange(first, first + math.prod(grid)), grid)
 
 
