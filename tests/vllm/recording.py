@@ -12,17 +12,17 @@ class Recording:
 
     def start_recording(self) -> None:
         """Note every selection from here on."""
-        pruner = self.model_runner.get_model()._pruner
+        chooser = self.model_runner.get_model()._pruner.chooser
         self.seen: list[list[list[int]]] = []
-        if not hasattr(pruner, "plain_select"):
-            pruner.plain_select = pruner._select
+        if not hasattr(chooser, "plain_choose"):
+            chooser.plain_choose = chooser.choose
 
-        def select(*arguments: Any) -> Any:
-            chosen = pruner.plain_select(*arguments)
+        def choose(*arguments: Any) -> Any:
+            chosen = chooser.plain_choose(*arguments)
             self.seen += [[one.kept.tolist() for one in of_item] for of_item in chosen]
             return chosen
 
-        pruner._select = select
+        chooser.choose = choose
 
     def recorded(self) -> list[list[list[int]]]:
         """Return kept indices: one list for each image or video, in it one for each segment."""

@@ -28,7 +28,7 @@ from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_vllm import serve
 from tokenprune_vllm.export import export
 from tokenprune_vllm.hooks import check_overridden
-from tokenprune_vllm.model import _check_engine
+from tokenprune_vllm.refusals import check_engine
 from tokenprune_vllm.settings import RequestError, ServerSettings
 
 
@@ -94,7 +94,7 @@ def test_settings_of_vllm_that_do_not_go_together(
     config = EngineArgs(**arguments).create_engine_config()
     settings = ServerSettings.build(PruningConfig("uniform", 4))
     with pytest.raises(UnsupportedModelError, match=message):
-        _check_engine(config, settings)
+        check_engine(config, settings)
 
 
 def test_a_method_that_vllm_no_longer_has_is_noticed() -> None:

@@ -17,7 +17,7 @@ from tests.vllm.engines import answer, greedy, kept
 from tests.vllm.test_families import Case, Pair, reference, start
 from tokenprune.config import PruningConfig
 from tokenprune.errors import OptionError, UnsupportedModelError
-from tokenprune_vllm.model import _check_engine
+from tokenprune_vllm.refusals import check_engine
 from tokenprune_vllm.settings import RequestError, ServerSettings
 
 ASKED: tuple[dict[str, Any], ...] = ({}, {"method": "flexselect"})
@@ -148,7 +148,7 @@ def test_settings_of_vllm_that_do_not_go_together(
     arguments = tokenprune_vllm.engine_args(folder, "flexselect", 4, **given)
     config = EngineArgs(**arguments).create_engine_config()
     with pytest.raises(UnsupportedModelError, match=message):
-        _check_engine(config, ServerSettings.build(PruningConfig("flexselect", 4)))
+        check_engine(config, ServerSettings.build(PruningConfig("flexselect", 4)))
 
 
 def test_a_selector_without_its_folder(tmp_path: Path) -> None:

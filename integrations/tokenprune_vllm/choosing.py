@@ -1,0 +1,253 @@
+"""Which rows of an encoded image or video stay: what selectors look at in vLLM, and the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.logger import init_logger
+
+from tokenprune.config import PruningConfig
+from tokenprune.errors import ConfigError, TokensError
+from tokenprune.families.base import Family
+from tokenprune.families.modules import layers_of
+from tokenprune.model_projector import ModelProjector
+from tokenprune.question.reader import PromptReader
+from tokenprune.selecting import select_many
+from tokenprune.selection import Selection
+from tokenprune.selectors.base import Selector
+from tokenprune.set_prompt import ItemPrompt, loose_rows
+from tokenprune.tokens import Projector, VisualTokens
+from tokenprune.tower.layouts import Segment
+from tokenprune_vllm.architectures import reads_prompt
+from tokenprune_vllm.encoder_calls import Item
+from tokenprune_vllm.reading import LanguageModel
+from tokenprune_vllm.scoring import (
+    Watched,
+    all_heads,
+    entrance_of,
+    keep_weights_plain,
+    plain_linear,
+    scoring_layer,
+    watch,
+)
+from tokenprune_vllm.settings import ServerSettings
+
+logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
+
+
+class Chooser:
+    """Chooses rows by the methods that a server loads.
+
+    Parameters
+    ----------
+    model
+        vLLM's model.
+    family
+        Of that model.
+    settings
+        The server's.
+    vllm_config
+        vLLM's.
+
+    Attributes
+    ----------
+    attention_name
+        Name of the layer whose attention is watched, ``"none"`` where no method asks for it.
+
+    Raises
+    ------
+    UnsupportedModelError, OptionError, ConfigError
+        If a method cannot choose for this model.
+    """
+
+    def __init__(
+        self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
+    ) -> None:
+        self._family = family
+        self._width = int(vllm_config.model_config.get_inputs_embeds_size())
+        self._selectors: dict[str, Selector] = {
+            name: replace(settings.default, method=name, options=dict(options)).selector()
+            for name, options in settings.methods.items()
+        }
+        needs = {need for selector in self._selectors.values() for need in selector.needs}
+        self.attention_name = "none"
+        self._attention: nn.Module | None = None
+        if "cls_attention" in needs:
+            tower = family.tower(model, "image")
+            self.attention_name, self._attention = scoring_layer(tower)
+            self._has_cls = family.has_cls(tower)
+        projector = family.projector(model)
+        self._entrance = entrance_of(projector)
+        self._projector: ModelProjector | None = None
+        if "projector" in needs:
+            self._projector = _readable(projector, family)
+        self._language_model: LanguageModel | None = None
+        if "query_attention" in needs:
+            self._language_model = LanguageModel(model, family, vllm_config)
+        for selector in self._selectors.values():
+            selector.check_model(family.config)
+            if self._projector is not None and "projector" in selector.needs:
+                selector.check_projector(self._projector)
+
+    def watching(self) -> AbstractContextManager[Watched]:
+        """Collect what `choose` needs while the encoder runs in the block."""
+        return watch(self._entrance, self._attention)
+
+    def choose(
+        self, items: Sequence[Item], rows: list[Tensor], watched: Watched
+    ) -> list[list[Selection]]:
+        """Return one selection for each segment of each item; none where the item is not pruned.
+
+        Parameters
+        ----------
+        items
+            What was encoded together.
+        rows
+            [n, D] of each item, as the encoder returned them. Rows that hold NaN or infinite
+            values where the method looks at them are replaced by finite ones in this list.
+        watched
+            What was seen meanwhile.
+
+        Raises
+        ------
+        ConfigError
+            If items were prepared in a way that they cannot be told apart.
+        """
+        selections: list[list[Selection]] = [[] for _ in items]
+        groups: dict[str, list[int]] = {}
+        for index, item in enumerate(items):
+            if item.ticket.pruning is not None:
+                groups.setdefault(item.ticket.pruning.to_json(), []).append(index)
+        if not groups:
+            return selections
+        seen = self._seen(items, watched)
+        # Items of one method and budget are chosen from together.
+        for members in groups.values():
+            pruning = cast(PruningConfig, items[members[0]].ticket.pruning)
+            tokens = [
+                self._tokens_of(index, items[index], segment, rows[index], *seen[index])
+                for index in members
+                for segment in items[index].ticket.region.segments
+            ]
+            owners = [i for i in members for _ in items[i].ticket.region.segments]
+            selector = self._selectors[pruning.method]
+            try:
+                chosen = select_many(tokens, selector, pruning.keep)
+            except TokensError as error:
+                # One image whose numbers overflowed must not end the server for everybody, nor
+                # leave NaNs in its KV cache.
+                logger.error("tokenprune: %s They count as 0 here.", error)
+                chosen = select_many(list(map(_finite, tokens)), selector, pruning.keep)
+                for index in members:
+                    rows[index] = rows[index].nan_to_num(0.0, 0.0, 0.0)
+            for index, selection in zip(owners, chosen, strict=True):
+                selections[index].append(selection)
+        return selections
+
+    def _seen(self, items: Sequence[Item], watched: Watched) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features [rows, C] and attention [H, rows] of each item."""
+        media = [item.ticket.medium for item in items if item.ticket.medium is not None]
+        if len(media) < len(items):
+            raise ConfigError(
+                "vLLM handed over a caller's own embeddings together with images to encode, which "
+                "tokenprune cannot tell apart. Send them in requests of their own."
+            )
+        attention = None
+        if self._attention is not None:
+            scores = self._family.attention(watched, media, self._has_cls)
+            attention = all_heads(scores, self._family.config.vision_config)
+        return self._family.rows_of(media, watched.features, attention)
+
+    def _tokens_of(
+        self,
+        index: int,
+        item: Item,
+        segment: Segment,
+        rows: Tensor,
+        features: Tensor,
+        attention: Tensor | None,
+    ) -> VisualTokens:
+        """Return what a selector looks at of one segment of an item."""
+        in_item = segment.rows.to(rows.device)
+        tokens = VisualTokens(
+            grid=segment.grid or (1, 1, len(in_item)),
+            is_picture=segment.grid is not None,
+            features=features[in_item],
+            # Behind the first D numbers of a row comes what goes into deeper layers.
+            embeddings=rows[in_item, : self._width],
+            cls_attention=None if attention is None else attention[:, in_item],
+            projector=self._projector,
+            label=f"{item.ticket.modality} {index} {segment.label}".strip(),
+        )
+        pruning = item.ticket.pruning
+        if pruning is not None and reads_prompt(pruning.method):
+            return self._with_prompt(tokens, item, segment, rows)
+        return tokens
+
+    def _with_prompt(
+        self, tokens: VisualTokens, item: Item, segment: Segment, rows: Tensor
+    ) -> VisualTokens:
+        """Return a segment's tokens with the question, and what reads them together."""
+        if item.before is None or item.after is None:
+            raise ConfigError(
+                "vLLM handed over an image without the text around it: it was prepared by another "
+                "processor. Start all parts of the server with the same model and settings."
+            )
+        region = item.ticket.region
+        ids = torch.cat([item.before, region.token_ids, item.after])
+        first = len(item.before)
+        is_text = torch.ones(len(ids), dtype=torch.bool)
+        is_text[first : first + region.length] = ~region.is_row
+        row_columns = region.is_row.nonzero()[:, 0] + first
+        in_segment = torch.zeros(region.total, dtype=torch.bool)
+        for other in region.segments:
+            in_segment[other.rows] = True
+        loose = loose_rows(row_columns, segment.rows, in_segment)
+        prompt = ItemPrompt(
+            ids,
+            text=is_text.nonzero()[:, 0],
+            columns=row_columns[segment.rows],
+            loose=row_columns[loose],
+            grid=tokens.grid,
+            label=tokens.label,
+        )
+        reader = None
+        if self._language_model is not None:
+            interval = None
+            if self._family.mrope:
+                interval = self._family.frame_interval(item.ticket.modality)
+            order = torch.cat([segment.rows, loose]).to(rows.device)
+            embeddings, *deeper = rows[order].split(self._language_model.width, dim=1)
+            reader = PromptReader(
+                self._language_model, prompt, embeddings, deeper, tokens.grid, interval
+            )
+        return replace(tokens, question=prompt.question, query_attention=reader)
+
+
+def _readable(projector: nn.Module, family: Family) -> ModelProjector:
+    """Return a projector that selectors can call and read."""
+    keep_weights_plain(projector)
+
+    def around(run: Projector, features: Tensor) -> Tensor:
+        return family.around_projector(projector, run, features)
+
+    # Under tensor parallelism all ranks have to call or read it together.
+    return ModelProjector(projector, lambda: layers_of(projector, plain_linear), around)
+
+
+def _finite(tokens: VisualTokens) -> VisualTokens:
+    reader: Any = tokens.query_attention
+    return replace(
+        tokens,
+        query_attention=None if reader is None else reader.made_finite(),
+        **{
+            name: value.nan_to_num(0.0, 0.0, 0.0)
+            for name in ("features", "embeddings", "cls_attention")
+            if (value := getattr(tokens, name)) is not None
+        },
+    )

@@ -1,0 +1,111 @@
+"""Positions of a pruned prompt, worked out from the engine's own positions of the unpruned one.
+
+They count on three axes where the model does (M-RoPE). On other models, vLLM asks for them all the
+same, since the exported config names `mrope_section`, and all three axes count alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFeatureSpec,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    PlaceholderRange,
+)
+
+from tokenprune_vllm.processor import REGION, TICKET, Ticket
+from tokenprune_vllm.regions import Region
+
+EnginePositions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
+"""Token ids and vLLM's features -> positions [3, L], and how far the next token is from L."""
+
+_FIELDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "timestamps")
+"""What families with M-RoPE read of an item to work out positions."""
+
+
+def item_positions(
+    engine_positions: EnginePositions, ticket: Ticket, fields: Mapping[str, Any]
+) -> Tensor:
+    """Return positions [3, L] of an item's unpruned region, from 0.
+
+    Parameters
+    ----------
+    engine_positions
+        The engine's own way to count.
+    ticket
+        Of the item.
+    fields
+        What the processor made of it.
+    """
+    known = {
+        name: MultiModalFieldElem(data=fields[name], field=MultiModalBatchedField(keep_on_cpu=True))
+        for name in _FIELDS
+        if name in fields
+    }
+    region = ticket.region
+    feature = MultiModalFeatureSpec(
+        data=MultiModalKwargsItem(known),
+        modality=ticket.modality,
+        identifier="",
+        mm_position=PlaceholderRange(offset=0, length=region.length),
+    )
+    positions, _ = engine_positions(region.token_ids.tolist(), [feature])
+    return positions
+
+
+def prompt_positions(
+    engine_positions: EnginePositions, tokens: Sequence[int], features: Sequence[Any]
+) -> tuple[Tensor, int]:
+    """Return positions [3, L] of a pruned prompt and the distance of the next one from L.
+
+    The unpruned prompt is put together again from the items' regions and counted by the engine.
+    Of its positions those of the dropped tokens are left out. Kept tokens are all put where their
+    item begins: the rest of the way comes with the rows, once they have been chosen.
+
+    Parameters
+    ----------
+    engine_positions
+        The engine's own way to count.
+    tokens
+        Ids of the pruned prompt.
+    features
+        vLLM's description of its images and videos.
+    """
+    unpruned: list[int] = []
+    unpruned_features: list[Any] = []
+    places: list[tuple[PlaceholderRange, Region, int]] = []
+    end = 0
+    for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
+        region = Ticket.unpack(feature.data[TICKET].data, feature.data[REGION].data).region
+        place = feature.mm_position
+        unpruned += tokens[end : place.offset]
+        places.append((place, region, len(unpruned)))
+        moved = PlaceholderRange(len(unpruned), region.length, region.is_row)
+        unpruned_features.append(replace(feature, mm_position=moved))
+        unpruned += region.token_ids.tolist()
+        end = place.offset + place.length
+    unpruned += tokens[end:]
+    positions, delta = engine_positions(unpruned, unpruned_features)
+    parts: list[Tensor] = []
+    end = 0
+    for place, region, start in places:
+        parts += [positions[:, end:start], _of_region(positions, place, region, start)]
+        end = start + region.length
+    parts.append(positions[:, end:])
+    return torch.cat(parts, dim=1).contiguous(), len(unpruned) + delta - len(tokens)
+
+
+def _of_region(positions: Tensor, place: PlaceholderRange, region: Region, start: int) -> Tensor:
+    """Return positions [3, L'] of a pruned region; its text keeps its own, rows get the first."""
+    found = positions[:, start : start + 1].repeat(1, place.length)
+    if place.is_embed is not None:
+        whole = positions[:, start : start + region.length]
+        found[:, ~place.is_embed] = whole[:, ~region.is_row]
+    return found

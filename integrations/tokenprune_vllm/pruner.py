@@ -1,0 +1,195 @@
+"""Pruner: the way of a server's images from the encoder to the language model.
+
+Encode, choose (`choosing`), keep the chosen rows, and hand each row's own position on to where the
+language model reads it (`positions`, `prompt_positions`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_rank
+
+from tokenprune.errors import ConfigError
+from tokenprune.families.base import Family
+from tokenprune.selection import Selection
+from tokenprune_vllm import metrics
+from tokenprune_vllm.choosing import Chooser, logger
+from tokenprune_vllm.encoder_calls import EncoderCall, Item
+from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
+from tokenprune_vllm.prompt_positions import item_positions, prompt_positions
+from tokenprune_vllm.scoring import Watched
+from tokenprune_vllm.settings import ServerSettings
+
+
+class Pruner:
+    """The part of a `PrunedModel` that is no module.
+
+    Parameters
+    ----------
+    model
+        The model it belongs to.
+    family
+        Of that model.
+    settings
+        The server's.
+    vllm_config
+        vLLM's.
+
+    Attributes
+    ----------
+    chooser
+        What chooses the rows.
+    mrope
+        Whether the model itself counts positions on three axes.
+    """
+
+    def __init__(
+        self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self.chooser = Chooser(model, family, settings, vllm_config)
+        scheduler = vllm_config.scheduler_config
+        self._width = int(vllm_config.model_config.get_inputs_embeds_size())
+        self._most_rows = int(
+            max(scheduler.max_num_batched_tokens, scheduler.max_num_encoder_input_tokens)
+        )
+        self.mrope = family.mrope
+        self._axes = 3 if family.mrope else 1
+        self._offsets: PositionOffsets | None = None
+        if settings.default.positions == "original":
+            device = torch.get_default_device()
+            self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
+
+    def say(self, largest: Mapping[str, tuple[int, int]]) -> None:
+        """Say at the start how this server prunes.
+
+        Parameters
+        ----------
+        largest
+            Modality -> rows of the largest item before and after.
+
+        Raises
+        ------
+        ConfigError
+            If nothing would be dropped of any.
+        """
+        default = self._settings.default
+        if all(before == after for before, after in largest.values()):
+            sizes = " and ".join(f"{name} has {rows}" for name, (rows, _) in largest.items())
+            raise ConfigError(
+                f"keep={default.keep} prunes nothing: of this model's tokens the largest "
+                f"{sizes or 'image or video is switched off'}. Give a smaller keep, or serve the "
+                "model without tokenprune."
+            )
+        if get_tensor_model_parallel_rank() == 0:
+            logger.info(
+                "tokenprune: %s, keep %s, %s positions; scoring layer %s; tokens of the largest %s",
+                default.method,
+                default.keep,
+                default.positions,
+                self.chooser.attention_name,
+                ", ".join(f"{name}: {rows} -> {kept}" for name, (rows, kept) in largest.items()),
+            )
+
+    # Rows --------------------------------------------------------------------------------------
+
+    def embed(self, encode: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Tensor]:
+        """Encode the items of one call and return the rows of each that stay."""
+        kept: list[Tensor] = []
+        for items, of_items in EncoderCall(arguments).runs(self._most_rows):
+            with self.chooser.watching() as watched:
+                rows = list(encode(**of_items))
+            kept += self._prune(items, rows, watched)
+        return kept
+
+    @torch.inference_mode()
+    def _prune(self, items: Sequence[Item], rows: list[Tensor], watched: Watched) -> list[Tensor]:
+        """Return the kept rows of each item, and count the time."""
+        start = time.perf_counter()
+        selections = self.chooser.choose(items, rows, watched)
+        kept = [
+            self._keep(item, of_item, chosen)
+            for item, of_item, chosen in zip(items, rows, selections, strict=True)
+        ]
+        spent = time.perf_counter() - start
+        prunings = [(item.ticket.modality, item.ticket.pruning) for item in items]
+        methods = [(modality, pruning.method) for modality, pruning in prunings if pruning]
+        for modality, method in methods:
+            metrics.count_time(modality, method, spent / len(methods))
+        return kept
+
+    def _keep(self, item: Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:
+        """Return one item's rows that stay, in the order of its region in the prompt."""
+        region = item.ticket.region
+        stays = torch.ones(region.total, dtype=torch.bool)
+        for segment, selection in zip(
+            region.segments if selections else (), selections, strict=True
+        ):
+            stays[segment.rows] = False
+            stays[segment.rows[selection.kept.cpu()]] = True
+        columns = region.is_row.nonzero()[:, 0]
+        if item.ticket.pruning is not None and region.rows_move():
+            # How many rows stand on which side of the text inside was not known when the prompt
+            # was made: the text's embeddings come along as rows.
+            in_prompt = torch.ones_like(region.is_row)
+            in_prompt[columns] = stays
+            filled = rows.new_zeros(region.length, rows.shape[1])
+            filled[columns.to(rows.device)] = rows
+            filled[:, : self._width][(~region.is_row).to(rows.device)] = self._embed_text(
+                region.text().to(rows.device)
+            )
+            kept = filled[in_prompt.to(rows.device)]
+            columns = in_prompt.nonzero()[:, 0]
+        else:
+            kept = rows[stays.nonzero()[:, 0].to(rows.device)]
+            columns = columns[stays]
+        if self._offsets is None:
+            return kept
+        positions = item_positions(self._model.engine_positions, item.ticket, item.fields)
+        offsets = positions[: self._axes, columns]
+        return torch.cat([kept, to_columns(offsets, kept.dtype).to(kept.device)], dim=1)
+
+    def _embed_text(self, ids: Tensor) -> Tensor:
+        embedded: Tensor = self._model.get_language_model().embed_input_ids(ids)
+        return embedded
+
+    # Positions ---------------------------------------------------------------------------------
+
+    def take_positions(self, rows: Any, is_row: Tensor | None, tokens: int) -> Any:
+        """Take the position columns off the rows of a batch, and remember them for `positions`."""
+        if self._offsets is None:
+            return rows
+        if rows is None or len(rows) == 0:
+            self._offsets.write(None, None, tokens)
+            return rows
+        columns = self._axes * DIGITS
+        offsets = from_columns(torch.cat([of_item[:, -columns:] for of_item in rows]))
+        self._offsets.write(offsets, is_row, tokens)
+        return [of_item[:, :-columns] for of_item in rows]
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """Return the positions with which vLLM's forward is called."""
+        if self._offsets is None:
+            return positions
+        if positions.ndim != 2:
+            raise ConfigError(
+                "vLLM did not ask for the positions of pruned prompts: the model's config lacks "
+                "mrope_section. Start the server with `tokenprune serve`, or export the checkpoint "
+                "again."
+            )
+        moved = self._offsets.add(positions)
+        return moved if self._axes > 1 else moved[0]
+
+    def prompt_positions(
+        self, tokens: Sequence[int], features: Sequence[Any]
+    ) -> tuple[Tensor, int]:
+        """Return positions [3, L] of a pruned prompt and the distance of the next one from L."""
+        if self._offsets is None:
+            return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
+        return prompt_positions(self._model.engine_positions, tokens, features)
