@@ -92,12 +92,13 @@ class LanguageModel:
         found = []
         for index, states in enumerate(prompts.states):
             is_visual, asked = prompts.is_visual[index], prompts.asked[index]
+            # Rows for deeper layers lie end to end, all prompts' visual tokens one after the other.
             first = int(prompts.is_visual[:index].sum())
-            own = slice(first, first + int(is_visual.sum()))
+            of_prompt = slice(first, first + int(is_visual.sum()))
             deeper = []
             for rows in prompts.deeper:
                 deeper.append(torch.zeros_like(states))
-                deeper[-1][is_visual] = rows[own]
+                deeper[-1][is_visual] = rows[of_prompt]
             seen: dict[int, QueryKeys] = {}
             for number in layers:
                 query, key, value, inputs, scale = self._read(
@@ -139,6 +140,7 @@ class LanguageModel:
         scale
             Factor on q kᵀ.
         """
+        # vLLM's layers pass the residual on apart, for a norm that adds it in one kernel.
         residual = None
         for index, layer in enumerate(self._layers[:number]):
             with _in_place_of(layer.self_attn, _Causal(layer.self_attn)):
@@ -148,6 +150,7 @@ class LanguageModel:
         layer = self._layers[number]
         hidden = states if residual is None else states + residual
         taking = _Taking(layer.self_attn)
+        # The layer's own attention makes q and k, rotary embedding and norms of heads included.
         with _in_place_of(layer.self_attn, taking):
             layer.self_attn(positions=positions, hidden_states=layer.input_layernorm(hidden))
         query, key, value = taking.taken

@@ -89,6 +89,7 @@ def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]
         watched.seen_features.append(args[0])
 
     def keep_query_and_key(module: Any, args: Any, kwargs: Any) -> None:
+        # Towers call it by position or by name, with heads apart or in one dimension.
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
         heads = (module.num_heads, module.head_size)
@@ -123,6 +124,7 @@ def all_heads(attention: Tensor, vision_config: Any) -> Tensor:
     """
     if get_tensor_model_parallel_world_size() > 1:
         attention = tensor_model_parallel_all_gather(attention.contiguous(), dim=1)
+    # Qwen's configs call them num_heads.
     heads = getattr(vision_config, "num_attention_heads", None) or vision_config.num_heads
     return attention[:, : int(heads)]
 
@@ -169,4 +171,4 @@ def keep_weights_plain(projector: nn.Module) -> None:
     """Ask vLLM's CPU backend not to repack the projector's matrices, which selectors read."""
     for layer in projector.modules():
         if isinstance(layer, LinearBase):
-            layer._cpu_skip_gemm_dispatch = True
+            layer._cpu_skip_gemm_dispatch = True  # vLLM's own mark, read when weights are loaded

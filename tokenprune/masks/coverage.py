@@ -83,6 +83,7 @@ def coverage(
     held = torch.zeros(len(query), len(CATEGORIES), dtype=torch.float32, device=device)
     for queries, attention in _attention(query, key, model_mask, contested, scale):
         for number, mask in enumerate(masks):
+            # One product sums over queries and keys, and makes no copy of the attention.
             allowed = mask.allowed(head, queries[:, None], keys[None])
             held[:, number] += attention.flatten(1) @ allowed.flatten().float()
     held /= len(contested)
@@ -122,6 +123,7 @@ def received(
     image = layout.image_of.to(query.device)
     result = torch.zeros(layout.length, dtype=torch.float32, device=query.device)
     for queries, attention in _attention(query, key, model_mask, _contested(layout), scale):
+        # Text has image -1, which is below every image's number.
         earlier = (image >= 0) & (image[queries][:, None] > image)
         result += (attention.sum(dim=0) * earlier).sum(dim=0)
     return _finite(result).cpu()
@@ -151,6 +153,7 @@ def _attention(
         )
     scale = size**-0.5 if scale is None else scale
     device = query.device
+    # Masks answer for broadcast indices, so heads, queries and keys each get an axis.
     keys = torch.arange(length, device=device)
     head = torch.arange(model_mask.heads, device=device)[:, None, None]
     model_mask = model_mask.to(device)
@@ -230,6 +233,7 @@ class PromptCoverage:
         least = torch.tensor(list(alpha), dtype=torch.float64)[:, None, None]
         enough = self.held.double() >= least
         enough[..., -1] = True  # dense
+        # Categories from the sparsest on; the first that holds enough, put back into its number.
         order = self.density.argsort(dim=-1, stable=True)[:, None].expand_as(enough)
         first = enough.gather(-1, order).int().argmax(dim=-1, keepdim=True)
         return order.gather(-1, first)[..., 0]

@@ -29,8 +29,7 @@ from tokenprune.masks.mask import (
     Mask,
     PerHead,
     Window,
-    _Both,
-    _Either,
+    _Combined,
     blocks_in,
 )
 
@@ -731,9 +730,10 @@ def _pairs(mask: Mask, head: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
         BoolTensor that broadcasts to [n, K, Q].
     """
     match mask:
-        case _Both() | _Either():
-            one, other = (_pairs(half, head, queries, keys) for half in (mask.one, mask.other))
-            return one & other if isinstance(mask, _Both) else one | other
+        case _Combined():
+            return mask.combine(
+                _pairs(mask.one, head, queries, keys), _pairs(mask.other, head, queries, keys)
+            )
         case Causal() | Window():
             # Their edge is a straight line: where opposite corners are alike the block is.
             # The corners: first query with last key, and last query with first key.
@@ -765,7 +765,7 @@ def _kinds(mask: Mask) -> Tensor:
 
     Two heads with the same number in a block allow the same pairs in it.
     """
-    if isinstance(mask, _Both | _Either):
+    if isinstance(mask, _Combined):
         one, other = _kinds(mask.one), _kinds(mask.other)
         # Both numbers as one. Heads that differ in it may still allow the same: time, no error.
         combined: Tensor = one * (other.max() + 1) + other

@@ -8,8 +8,9 @@ and ``|``. All of them describe ``[H, L, L]`` of one prompt of L tokens.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,11 +72,11 @@ class Mask(ABC):
 
     def __and__(self, other: Mask) -> Mask:
         """Return the mask of the pairs that both allow."""
-        return _Both(self, other)
+        return _Combined(self, other, operator.and_)
 
     def __or__(self, other: Mask) -> Mask:
         """Return the mask of the pairs that one of them allows."""
-        return _Either(self, other)
+        return _Combined(self, other, operator.or_)
 
     def matrix(self) -> Tensor:
         """Return BoolTensor [H or 1, L, L]; for tests and pictures, not for long prompts."""
@@ -149,6 +150,7 @@ class Window(Mask):
     def cover(self, block: int = BLOCK) -> Cover:
         """See `Mask.cover`."""
         first, last = _edges(self.length, block)
+        # The nearest pair of a block decides whether any is allowed, the furthest whether all are.
         some = first[:, None] - last < self.width
         every = last[:, None] - first < self.width
         return Cover(some[None], every[None])
@@ -300,6 +302,7 @@ class PerHead(Mask):
     def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """See `Mask.allowed`."""
         choice = self.of_head[head]
+        # Each mask is asked about all pairs: there are few masks, and few pairs at a time.
         allowed = self.choices[0].allowed(head, query, key) & (choice == 0)
         for number, mask in enumerate(self.choices[1:], start=1):
             allowed = allowed | (mask.allowed(head, query, key) & (choice == number))
@@ -317,8 +320,10 @@ class PerHead(Mask):
         return Cover(some[self.of_head], every[self.of_head])
 
 
-class _Pair(Mask):
-    def __init__(self, one: Mask, other: Mask) -> None:
+class _Combined(Mask):
+    """Two masks of one prompt, and what becomes of their answers: both, or one of them."""
+
+    def __init__(self, one: Mask, other: Mask, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
         heads = {one.heads, other.heads} - {1}
         if one.length != other.length or len(heads) > 1:
             raise LayoutError(
@@ -326,32 +331,24 @@ class _Pair(Mask):
                 f"of {other.heads} heads and {other.length} tokens. Make both for one prompt, each "
                 "for all heads of the model or for 1."
             )
-        self.one, self.other = one, other
+        self.one, self.other, self.combine = one, other, combine
         self.length = one.length
         self.heads = max(one.heads, other.heads)
 
     def to(self, device: torch.device) -> Mask:
-        return type(self)(self.one.to(device), self.other.to(device))
+        return _Combined(self.one.to(device), self.other.to(device), self.combine)
 
-
-class _Both(_Pair):
     def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return self.one.allowed(head, query, key) & self.other.allowed(head, query, key)
+        return self.combine(
+            self.one.allowed(head, query, key), self.other.allowed(head, query, key)
+        )
 
     def cover(self, block: int = BLOCK) -> Cover:
+        # What a cover leaves open stays open. With `and`, `some` may say more than there is: each
+        # mask may allow other pairs of a block. With `or`, `every` may say less: together they may
+        # allow every pair. Neither makes a kernel wrong, it only computes more than it has to.
         one, other = self.one.cover(block), self.other.cover(block)
-        # `some` may say more than there is: each mask may allow other pairs of a block.
-        return Cover(one.some & other.some, one.every & other.every)
-
-
-class _Either(_Pair):
-    def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return self.one.allowed(head, query, key) | self.other.allowed(head, query, key)
-
-    def cover(self, block: int = BLOCK) -> Cover:
-        one, other = self.one.cover(block), self.other.cover(block)
-        # `every` may say less than there is: together they may allow every pair of a block.
-        return Cover(one.some | other.some, one.every | other.every)
+        return Cover(self.combine(one.some, other.some), self.combine(one.every, other.every))
 
 
 def visible_keys(keys: Tensor) -> Mask:
