@@ -35,7 +35,7 @@ PAGES = {
 API: dict[str, tuple[str, ...]] = {
     "tokenprune": (
         "tokenprune.errors",
-        "tokenprune.reading",
+        "tokenprune.question.attention",
         "tokenprune.numerics",
         "tokenprune.testing",
     ),

@@ -59,7 +59,7 @@ MODULES = (
     "tokenprune.numerics",
     "tokenprune.testing",
     "tokenprune.selectors.base",
-    "tokenprune.reading",
+    "tokenprune.question.attention",
     "tokenprune_vlm",
     "tokenprune_vllm.export",
     "tokenprune_eval.data",
@@ -70,7 +70,7 @@ MODULES = (
 OTHER_NAMES = (
     "tokenprune_hf:measure_dominance",
     "tokenprune.cli:main",
-    "tokenprune.reading:QueryReader",
+    "tokenprune.question.attention:QueryReader",
     "tokenprune_hf.loading:frames_and_metadata",
     "tokenprune_eval.bundled.scenes:load_scenes",
     "tokenprune_eval.data.choose:missing_media",

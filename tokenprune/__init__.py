@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tokenprune.budget import tokens_kept as tokens_kept
     from tokenprune.config import PruningConfig as PruningConfig
     from tokenprune.errors import TokenPruneError as TokenPruneError
-    from tokenprune.projectors import MLPProjector as MLPProjector
     from tokenprune.registry import methods as methods
     from tokenprune.representation import tokens_represented as tokens_represented
     from tokenprune.selecting import select as select
@@ -26,13 +25,14 @@ if TYPE_CHECKING:
     from tokenprune.selectors.base import Selector as Selector
     from tokenprune.tokens import TokenBatch as TokenBatch
     from tokenprune.tokens import VisualTokens as VisualTokens
+    from tokenprune.tower.projectors import MLPProjector as MLPProjector
 
 DISTRIBUTION = "tokenprune-vlm"
 """The name under which pip knows this package; `tokenprune_vlm` tells it from others by this."""
 
 _HOMES = {
     "Keep": "budget",
-    "MLPProjector": "projectors",
+    "MLPProjector": "tower.projectors",
     "Picks": "selectors.base",
     "PruningConfig": "config",
     "Selection": "selection",

@@ -19,6 +19,7 @@ from tokenprune.entries import unique_entries
 from tokenprune.errors import RegistryError
 
 GROUP = "tokenprune.moved"
+WHAT = "names that have moved"
 
 
 def moved(old: str, stacklevel: int = 2) -> Any:
@@ -36,7 +37,7 @@ def moved(old: str, stacklevel: int = 2) -> Any:
     RegistryError
         If the installed entry points do not say where it is.
     """
-    entry = unique_entries(GROUP, "names that have moved").get(old)
+    entry = unique_entries(GROUP, WHAT).get(old)
     if entry is None:
         raise RegistryError(
             f"{old} has moved, and the installed entry points do not say where to. They are of "
@@ -65,6 +66,9 @@ def moved_names(old: str) -> Callable[[str], Any]:
         # Python looks for such names in every module: nobody asked for what was here.
         if name.startswith("__"):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        # A name may have gone elsewhere than its module.
+        if f"{old}.{name}" in unique_entries(GROUP, WHAT):
+            return moved(f"{old}.{name}")
         return getattr(moved(old), name)
 
     return load

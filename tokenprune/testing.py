@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import SelectorError, TokensError, did_you_mean
-from tokenprune.projectors import MLPProjector
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
+from tokenprune.tower.projectors import MLPProjector
 
 C, D, HEADS = 13, 17, 16
 """Widths of the features and embeddings that `make_item` makes, and heads of its attention."""

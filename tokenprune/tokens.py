@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import TokensError
-from tokenprune.reading import QueryReader
+from tokenprune.question.attention import QueryReader
 
 Projector = Callable[[Tensor], Tensor]
 """Maps vision features [..., C] to what the language model reads [..., D]."""
@@ -49,8 +49,8 @@ class VisualTokens:
         after an activation, another one.
     query_attention
         [H, Q, N], the attention of the question's Q tokens to each visual token; or a
-        `tokenprune.reading.QueryReader`, which reads some of the tokens at a time, so that a long
-        video's attention need not exist at once.
+        `tokenprune.question.attention.QueryReader`, which reads some of the tokens at a time, so
+        that a long video's attention need not exist at once.
     question
         LongTensor [Q], the ids of the text after the item, in the model's own vocabulary.
     label

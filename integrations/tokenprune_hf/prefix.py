@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.reading import QueryKeys
+from tokenprune.question.attention import QueryKeys
 
 
 def read_layers(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tokenprune.families.registry import reference_layer
+from tokenprune.question.attention import QueryKeys
+from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader, SetPrompts
-from tokenprune.reading import QueryKeys
-from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.prefix import read_layers

@@ -19,10 +19,10 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES
-from tokenprune.model_projector import ModelProjector
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Medium
+from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_hf.attention import scoring_layer, watch_attention
 from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_picture
 from tokenprune_hf.media import VIDEO_FRAMES, Media, media_of

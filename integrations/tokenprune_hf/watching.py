@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenprune.plain_weights import only_watches
+from tokenprune.tower.plain_weights import only_watches
 
 
 @contextmanager

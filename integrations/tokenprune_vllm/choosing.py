@@ -15,14 +15,14 @@ from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
-from tokenprune.model_projector import ModelProjector
+from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
-from tokenprune.set_prompt import ItemPrompt, loose_rows
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Segment
+from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_calls import Item
 from tokenprune_vllm.reading import LanguageModel

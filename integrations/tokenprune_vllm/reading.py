@@ -17,8 +17,8 @@ from vllm.forward_context import set_forward_context
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.registry import reference_layer
+from tokenprune.question.attention import QueryKeys
 from tokenprune.question.reader import SetPrompts
-from tokenprune.reading import QueryKeys
 
 
 class LanguageModel:

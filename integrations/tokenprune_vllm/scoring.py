@@ -29,7 +29,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
-from tokenprune.plain_weights import why_altered
+from tokenprune.tower.plain_weights import why_altered
 
 
 @dataclass

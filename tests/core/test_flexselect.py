@@ -22,9 +22,9 @@ from tokenprune.errors import (
     UnsupportedModelError,
 )
 from tokenprune.families.registry import reference_layer
-from tokenprune.reading import QueryKeys, Reduction, question_scores
+from tokenprune.question.attention import QueryKeys, Reduction, question_scores
+from tokenprune.question.prompt import ItemPrompt, positions_on_axes
 from tokenprune.selectors.frame_sets import frame_sets, shares
-from tokenprune.set_prompt import ItemPrompt, positions_on_axes
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -176,7 +176,7 @@ def test_questions_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     (seen,) = made.read([torch.arange(10)], None, values=False, hidden=False)
     for reduction in get_args(Reduction):
         whole = question_scores(seen, reduction)
-        monkeypatch.setattr("tokenprune.reading._LOGITS_AT_ONCE", 1)
+        monkeypatch.setattr("tokenprune.question.attention._LOGITS_AT_ONCE", 1)
         torch.testing.assert_close(question_scores(seen, reduction), whole)
         monkeypatch.undo()
 

@@ -243,9 +243,9 @@ def test_every_estimator_in_float32_and_blocks_agrees_with_float64(
         estimator: tokenprune.select(tokens, "zeroth-order", N, estimator=estimator).scores
         for estimator in ("frobenius", "jvp", "finite-difference")
     }
-    monkeypatch.setattr("tokenprune.projectors._ROWS", 7)
-    monkeypatch.setattr("tokenprune.projectors._BLOCK", 9)
-    monkeypatch.setattr("tokenprune.projectors._ENTRIES", 9000)
+    monkeypatch.setattr("tokenprune.tower.projectors._ROWS", 7)
+    monkeypatch.setattr("tokenprune.tower.projectors._BLOCK", 9)
+    monkeypatch.setattr("tokenprune.tower.projectors._ENTRIES", 9000)
     monkeypatch.setattr("tokenprune.selectors.zeroth_order._ROWS", 500)
     for module in (mlp.first, mlp.second, mlp.norm):
         _module(module).float()

@@ -19,7 +19,7 @@ import tokenprune
 from tests.core.stand_ins import KINDS, NO_DERIVATIVE, Adapter, Packed
 from tokenprune import MLPProjector, Selection, VisualTokens
 from tokenprune.errors import OptionError, UnreadableProjectorError
-from tokenprune.model_projector import (
+from tokenprune.tower.model_projector import (
     _GRAMS,
     ModelProjector,
     check_alike,

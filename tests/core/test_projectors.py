@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenprune import MLPProjector
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.projectors import LiftedProjector
+from tokenprune.tower.projectors import LiftedProjector
 
 C = 24
 

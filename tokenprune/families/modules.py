@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.projectors import MLPProjector
+from tokenprune.tower.projectors import MLPProjector
 
 _TOWERS = ("vision_tower", "visual", "vision_model", "image_tower")
 _PROJECTORS = ("multi_modal_projector", "visual.merger", "connector.modality_projection", "mlp1")

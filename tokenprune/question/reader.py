@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tokenprune.reading import QueryKeys
-from tokenprune.set_prompt import ItemPrompt, SetPrompt, positions_on_axes
+from tokenprune.question.attention import QueryKeys
+from tokenprune.question.prompt import ItemPrompt, SetPrompt, positions_on_axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class FirstLayers(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PromptReader:
-    """A `tokenprune.reading.QueryReader` of one item in one prompt.
+    """A `tokenprune.question.attention.QueryReader` of one item in one prompt.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class PromptReader:
     grid
         Of the item.
     interval
-        See `tokenprune.set_prompt.positions_on_axes`; None for models with ordinary RoPE.
+        See `tokenprune.question.prompt.positions_on_axes`; None for models with ordinary RoPE.
     finite
         Whether numbers that are not finite count as 0.
     """

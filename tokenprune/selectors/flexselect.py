@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.numerics import folded_sum
-from tokenprune.reading import QueryKeys, Reduction, question_scores
+from tokenprune.question.attention import QueryKeys, Reduction, question_scores
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 
@@ -89,7 +89,7 @@ class FlexSelect(LayerReading):
             raise TokensError(
                 "weigh_values and drop_sinks need values and hidden states, and query_attention "
                 "was given as a tensor. Leave these options out, or pass a reader (see "
-                "tokenprune.reading.QueryReader), as the adapters do."
+                "tokenprune.question.attention.QueryReader), as the adapters do."
             )
         rows = attention.flatten(1, 2)
         if self.reduction == "max":

@@ -19,7 +19,7 @@ from torch import Tensor
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import OptionError
 from tokenprune.numerics import folded_sum
-from tokenprune.reading import QueryKeys, question_scores
+from tokenprune.question.attention import QueryKeys, question_scores
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.selectors.diversity import IntegerRows
 from tokenprune.selectors.frame_sets import pick_in_sets

@@ -12,19 +12,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune import sensitivity
 from tokenprune.errors import (
     OptionError,
     TokensError,
     UnreadableProjectorError,
     UnsupportedModelError,
 )
-from tokenprune.model_projector import check_alike, entry_dtype, module_of, read_projector
 from tokenprune.numerics import directional_derivative, first_equal_row, full_precision
-from tokenprune.projectors import LiftedProjector
 from tokenprune.selectors.base import Selector, top_k
 from tokenprune.selectors.diversity import pick_diverse
 from tokenprune.tokens import Projector, TokenBatch
+from tokenprune.tower import sensitivity
+from tokenprune.tower.model_projector import check_alike, entry_dtype, module_of, read_projector
+from tokenprune.tower.projectors import LiftedProjector
 
 _ROWS = 4096  # rows pushed through the projector at once, tokens times directions
 
@@ -64,7 +64,7 @@ class ZerothOrder(Selector):
         ``"frobenius"``: the root mean square over all directions instead of the mean over a few,
         ``||J_i||_F / sqrt(C)``, in closed form. No randomness, and by far the cheapest; closer to
         the paper's estimator at 4,096 directions than the paper's own 64 are. It needs the
-        weights, so a projector that `tokenprune.model_projector.read_projector` can read.
+        weights, so a projector that `tokenprune.tower.model_projector.read_projector` can read.
 
         ``"jvp"``: the exact derivative along the paper's directions, for any projector that torch
         can differentiate. Where C is no larger than `directions`, along the C axes: there is

@@ -1,1 +1,1 @@
-"""What is known of vision towers, without an engine: their attention, and how their rows lie."""
+"""What is known of vision towers and projectors, without an engine; and how the rows lie."""

@@ -30,8 +30,8 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.media.video import Video
+from tokenprune.question.attention import Reduction, question_scores
 from tokenprune.question.reader import PromptReader
-from tokenprune.reading import Reduction, question_scores
 from tokenprune.selectors.base import top_k
 from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_eval.find_layer.needles import Needle

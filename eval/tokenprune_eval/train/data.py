@@ -19,7 +19,7 @@ from tokenprune.errors import ConfigError, InputFileError
 from tokenprune.files import read_json_lines, replacing, unwritable
 from tokenprune.media.images import load_image
 from tokenprune.media.video import read_video
-from tokenprune.reading import question_scores
+from tokenprune.question.attention import question_scores
 from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune.selectors.frame_sets import frame_sets
 from tokenprune_eval.shared.left_out import LeftOut, around

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
 from tokenprune.files import replacing, write_whole
 from tokenprune.formats import KEY, check_format
-from tokenprune.reading import Reduction, question_scores
+from tokenprune.question.attention import Reduction, question_scores
 from tokenprune_hf.prefix import read_layers
 
 KIND = "tokenprune-flexselect-lite"

@@ -1,0 +1,190 @@
+"""The prompt in which a set of an item's tokens is read together with the question.
+
+A set is read as if it was the whole video: all of the prompt's text stands around it, text inside
+the video (time stamps, frame numbers) comes with its frame, and positions are counted afresh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenprune.errors import PromptError
+
+
+@dataclass(frozen=True, eq=False)
+class SetPrompt:
+    """The prompt of one set.
+
+    Attributes
+    ----------
+    ids
+        LongTensor [L]; what stands at visual columns does not count.
+    visual
+        LongTensor [V], the columns of visual tokens, ascending.
+    sources
+        LongTensor [V], what goes there: below N a token of the item, from N on a loose one.
+    asked
+        LongTensor [n], the columns of the set's own tokens, in the set's order.
+    questions
+        Q; the question is the last Q tokens.
+    """
+
+    ids: Tensor
+    visual: Tensor
+    sources: Tensor
+    asked: Tensor
+    questions: int
+
+    @property
+    def is_visual(self) -> Tensor:
+        """BoolTensor [L]."""
+        mask = torch.zeros_like(self.ids, dtype=torch.bool)
+        mask[self.visual] = True
+        return mask
+
+
+class ItemPrompt:
+    """One image's or video's part in a prompt.
+
+    Parameters
+    ----------
+    ids
+        LongTensor [L], the prompt without padding or with it.
+    text
+        LongTensor, the columns of text, ascending.
+    columns
+        LongTensor [N], the columns of the item's tokens, ascending.
+    loose
+        LongTensor [M], columns that are filled by the encoder and belong to no token of the item,
+        such as newlines; they stay wherever they stand inside the item or just behind it.
+    grid
+        (T, R, W) of the item.
+    label
+        What to call it in an error.
+
+    Attributes
+    ----------
+    question
+        LongTensor [Q], the ids of the text after the item.
+
+    Raises
+    ------
+    PromptError
+        If no text comes after the item.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        text: Tensor,
+        columns: Tensor,
+        loose: Tensor,
+        grid: tuple[int, int, int],
+        label: str,
+    ) -> None:
+        self._ids = ids
+        self._columns = columns
+        self._loose = loose
+        self._per_frame = grid[1] * grid[2]
+        first, last = int(columns[0]), int(columns[-1])
+        self._after = text[text > last]
+        if not len(self._after):
+            raise PromptError(
+                f"{label}: no text comes after it, and this method ranks its tokens by the text "
+                "that does. Put the question after the image or video, or make the prompt with "
+                "add_generation_prompt=True."
+            )
+        self.question = ids[self._after]
+        self._before = text[text < first]
+        # Text inside a video is about the frame that comes next.
+        self._labels = text[(text > first) & (text < last)]
+        self._label_frames = torch.searchsorted(columns, self._labels) // self._per_frame
+
+    def of_set(self, tokens: Tensor) -> SetPrompt:
+        """Return the prompt that holds some of the item's tokens and all of the text.
+
+        Parameters
+        ----------
+        tokens
+            LongTensor [n], ascending.
+        """
+        tokens = tokens.to(self._ids.device)
+        frames = torch.unique(tokens // self._per_frame)
+        labels = self._labels[torch.isin(self._label_frames, frames)]
+        text = torch.cat([self._before, labels, self._after])
+        columns, order = torch.cat([text, self._columns[tokens], self._loose]).sort()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        loose = torch.arange(len(self._loose), device=order.device) + len(self._columns)
+        visual, by_place = place[len(text) :].sort()
+        return SetPrompt(
+            ids=self._ids[columns],
+            visual=visual,
+            sources=torch.cat([tokens, loose])[by_place],
+            asked=place[len(text) : len(text) + len(tokens)],
+            questions=len(self._after),
+        )
+
+
+def loose_rows(columns: Tensor, rows: Tensor, taken: Tensor) -> Tensor:
+    """Return the rows that belong to no item and stand inside one, or just behind it: newlines.
+
+    Parameters
+    ----------
+    columns
+        LongTensor [R], where in the prompt each of the encoder's rows stands.
+    rows
+        LongTensor [N], the item's, in the order of the prompt.
+    taken
+        BoolTensor [R], rows of any item, or of another prompt.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [M].
+    """
+    own = columns[rows]
+    near = (columns > own[0]) & (columns <= own[-1] + 1)
+    return (near & ~taken).nonzero()[:, 0]
+
+
+def positions_on_axes(is_visual: Tensor, grid: tuple[int, int, int], interval: int = 1) -> Tensor:
+    """Return the positions that models with M-RoPE give to a prompt with one image or video.
+
+    Text counts on on all axes; an unbroken run of visual tokens counts its frames, rows and columns
+    from there, and the next text begins one behind the furthest of them. Source: Qwen2-VL
+    (arXiv 2409.12191), section 2.1.
+
+    Parameters
+    ----------
+    is_visual
+        BoolTensor [L]; each run of visual tokens is made of whole frames.
+    grid
+        (T, R, W); only R and W are looked at.
+    interval
+        Steps on the first axis from one frame to the next.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [3, L].
+    """
+    _, rows, columns = grid
+    per_frame = rows * columns
+    values, sizes = torch.unique_consecutive(is_visual, return_counts=True)
+    parts = []
+    start = 0
+    for visual, size in zip(values.tolist(), sizes.tolist(), strict=True):
+        steps = torch.arange(size, device=is_visual.device)
+        if visual:
+            cell = steps % per_frame
+            axes = [steps // per_frame * interval, cell // columns, cell % columns]
+            part = torch.stack(axes)
+        else:
+            part = steps.expand(3, -1)
+        parts.append(part + start)
+        start += int(part.max()) + 1
+    return torch.cat(parts, dim=1)

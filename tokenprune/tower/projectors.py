@@ -1,0 +1,583 @@
+"""MLPProjector: a projector that knows its own structure, so that its Jacobian has a closed form.
+
+Write the projector as ``M(x) = W2 a(W1 n(x) + b1) + b2``, with a norm ``n`` in front or without
+one. Its Jacobian at x is ``J = W2 diag(g) W1 n'(x)``, where ``g = a'(W1 n(x) + b1)``. Without a
+norm its squared Frobenius norm is a quadratic form in g, whose matrix belongs to the model alone:
+
+    ||J||_F^2 = g' [(W2' W2) o (W1 W1')] g                                  (o: entry by entry)
+
+A norm over c entries with gain y has ``n'(x) = diag(y) P / s``, where s is what it divides by,
+``P = I - h h' / c`` for RMS norm and ``P = I - 1 1' / c - h h' / c`` for layer norm, and h = the
+normalised x before the gain. With A = W1 diag(y), its rows centred for layer norm, and because h
+is orthogonal to 1 there,
+
+    ||J||_F^2 = { g' [(W2' W2) o (A A')] g - (2 - ||h||^2 / c) / c * ||W2 (g o A h)||^2 } / s^2
+
+which is exact, the norm's epsilon included. For a norm over several parts of x (a patch merger's)
+the squared norms of the parts' Jacobians add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.numerics import blocks_of, directional_derivative
+from tokenprune.tower.plain_weights import why_altered, why_not_loaded, why_not_plain
+
+Activation = Callable[[Tensor], Tensor]
+
+_ROWS = 1024  # tokens done at once: bounds the hidden activations held to _ROWS * H
+_BLOCK = 512  # columns of the quadratic form's matrix done at once
+_ENTRIES = 2**24  # entries of the widest intermediate when directions are pushed through
+
+
+class Affine(Protocol):
+    """What `MLPProjector` uses of a linear layer: ``x @ weight.T + bias``."""
+
+    @property
+    def weight(self) -> Tensor:
+        """Floating point [outputs, inputs]."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Floating point [outputs], or None."""
+
+
+class MLPProjector:
+    """A projector ``[..., C] -> [..., D]`` made of an optional norm and one or two linear layers.
+
+    It refers to the engine's own modules and copies no weights. Calling it calls them, in the
+    weights' dtype; `lifted` gives the same function in float32, from the weights alone.
+
+    Parameters
+    ----------
+    first
+        The linear layer from C, or anything else with ``weight`` and ``bias``.
+    activation
+        An elementwise function between the two layers, or None.
+    second
+        The linear layer to D, or None where there is only one.
+    norm
+        Layer norm or RMS norm in front (told apart by what it does), or None.
+    norm_groups
+        How many equal parts of C are normalised each on its own: 1 for InternVL's layer norm over
+        a pixel-shuffled token, 4 for the 2 x 2 patch mergers of Qwen2-VL and Qwen2.5-VL.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the layers do not fit each other, or one of them computes something else than its weight
+        says: quantised, offloaded, or with an adapter or hooks on it.
+    """
+
+    def __init__(
+        self,
+        first: Affine,
+        activation: Activation | None = None,
+        second: Affine | None = None,
+        norm: nn.Module | None = None,
+        norm_groups: int = 1,
+    ) -> None:
+        self.first = first
+        self.activation = activation
+        self.second = second
+        self.norm = norm
+        self.norm_groups = norm_groups
+        self.check()
+        if second is None and activation is not None:
+            raise UnsupportedModelError(
+                "MLPProjector: an activation needs a linear layer after it. Pass second=..., or "
+                "any callable instead of an MLPProjector together with estimator='jvp'."
+            )
+        if second is not None and second.weight.shape[1] != first.weight.shape[0]:
+            raise UnsupportedModelError(
+                f"MLPProjector: `first` gives {first.weight.shape[0]} numbers and `second` takes "
+                f"{second.weight.shape[1]}. Pass the two linear layers in the order they run."
+            )
+        if norm_groups < 1 or first.weight.shape[1] % norm_groups:
+            raise UnsupportedModelError(
+                f"MLPProjector: norm_groups={norm_groups} does not divide the "
+                f"{first.weight.shape[1]} inputs of `first` into equal parts."
+            )
+        self.grams: dict[torch.dtype, Grams] = {}  # the last ones made, for as long as they hold
+
+    def check(self) -> None:
+        """Raise unless the layers compute what their weights say, now.
+
+        Raises
+        ------
+        UnreadableProjectorError
+            Naming the layer and what was done to it.
+        """
+        for name, layer in (("first", self.first), ("second", self.second)):
+            reason = None if layer is None else why_not_plain(layer)
+            if reason is not None:
+                raise UnreadableProjectorError(f"of its layer `{name}`, {reason}")
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Project `features` [..., C] to [..., D] as the engine does, in the weights' dtype."""
+        hidden = features.to(self.first.weight.dtype)
+        if self.norm is not None:
+            parts = torch.unflatten(hidden, -1, (self.norm_groups, -1))
+            hidden = cast(Tensor, self.norm(parts)).flatten(-2)
+        hidden = _apply(self.first, hidden)
+        if self.activation is not None:
+            hidden = self.activation(hidden)
+        return hidden if self.second is None else _apply(self.second, hidden)
+
+    def __repr__(self) -> str:
+        widths = [self.first.weight.shape[1], self.first.weight.shape[0]]
+        if self.second is not None:
+            widths.append(self.second.weight.shape[0])
+        norm = "" if self.norm is None else f", norm over {self.norm_groups} part(s)"
+        return f"MLPProjector({' -> '.join(map(str, widths))}{norm})"
+
+    def lifted(self, dtype: torch.dtype) -> LiftedProjector:
+        """Return the projector with its weights in `dtype`; it lives as long as one scoring.
+
+        Parameters
+        ----------
+        dtype
+            float32 or float64.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the norm in front is neither layer norm nor RMS norm, or see `check`.
+        """
+        self.check()
+        return LiftedProjector(self, dtype)
+
+    @cached_property
+    def _slope(self) -> Activation:
+        return _slope_of(self.activation, self.first.weight.device)
+
+
+def _apply(layer: Affine, hidden: Tensor) -> Tensor:
+    if isinstance(layer, nn.Module):  # with whatever was put on it since
+        return cast(Tensor, layer(hidden))
+    return F.linear(hidden, layer.weight, layer.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class _Norm:
+    """Layer norm or RMS norm over c entries, in one dtype."""
+
+    centred: bool
+    gain: Tensor
+    shift: Tensor | None
+    epsilon: float
+
+    def normalise(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ([..., c] without gain and shift, [..., 1] what was divided by)."""
+        if self.centred:
+            parts = parts - parts.mean(-1, keepdim=True)
+        scale = parts.square().mean(-1, keepdim=True).add_(self.epsilon).sqrt_()
+        return parts / scale, scale
+
+    def __call__(self, parts: Tensor) -> Tensor:
+        normalised = self.normalise(parts)[0] * self.gain
+        return normalised if self.shift is None else normalised + self.shift
+
+
+@dataclass(frozen=True, eq=False)
+class Grams:
+    """The matrices that belong to the model alone, as column blocks of their upper triangles.
+
+    Attributes
+    ----------
+    digests
+        What the weights were when these were made: of each layer, and of the norm's gain.
+    kind
+        What else they hang on: the number of the norm's parts, and whether it centres.
+    parts
+        For each part of the norm the blocks of ``(W2' W2) o (A A')``.
+    outer
+        The blocks of ``W2' W2``, where there is a norm.
+    """
+
+    digests: list[Tensor]
+    kind: tuple[object, ...]
+    parts: list[list[Tensor]]
+    outer: list[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Front:
+    """A block of n tokens on its way to the activation.
+
+    Attributes
+    ----------
+    hidden
+        [n, H], what the activation is given.
+    normalised
+        [n, G, c], h of each part; empty without a norm.
+    pushed
+        For each part A h, [n, H]; empty without a norm.
+    scales
+        [n, G], what each part was divided by; empty without a norm.
+    """
+
+    hidden: Tensor
+    normalised: Tensor
+    pushed: list[Tensor]
+    scales: Tensor
+
+
+class LiftedProjector:
+    """An `MLPProjector` in float32 or float64, with what can be said about its Jacobian.
+
+    Weights that have another dtype are copied when first needed and dropped with this object.
+    """
+
+    def __init__(self, projector: MLPProjector, dtype: torch.dtype) -> None:
+        self._projector = projector
+        self._dtype = dtype
+        self._norm = (
+            None
+            if projector.norm is None
+            else _read_norm(projector.norm, self._part_width, dtype, projector.first.weight.device)
+        )
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Project [..., C] to [..., D]."""
+        hidden = features.to(self._dtype)
+        if self._norm is not None:
+            parts = torch.unflatten(hidden, -1, (self._projector.norm_groups, -1))
+            hidden = self._norm(parts).flatten(-2)
+        hidden = F.linear(hidden, self._first, self._lift(self._projector.first.bias))
+        if self._projector.activation is not None:
+            hidden = self._projector.activation(hidden)
+        if self._second is not None and self._projector.second is not None:
+            hidden = F.linear(hidden, self._second, self._lift(self._projector.second.bias))
+        return hidden
+
+    def jacobian_norm(self, features: Tensor) -> Tensor:
+        """Return ||J||_F at each row of `features` [N, C], as [N] in this object's dtype.
+
+        Exact up to rounding, see the formulas at the top of this file. N * H * (H + 2C) floating
+        point operations without a norm, that again for every part of one; the matrices (half of
+        H x H for each part, and one more where there is a norm) are computed once per model and
+        again whenever the weights have changed.
+        """
+        with torch.no_grad():
+            squares = [
+                self._squared_jacobian_norm(self._front(rows.to(self._dtype)))
+                for rows in blocks_of(features, _ROWS)
+            ]
+            return torch.cat(squares).clamp_(min=0.0).sqrt_()
+
+    def directional_norm(self, features: Tensor, directions: Tensor) -> Tensor:
+        """Return the mean over directions u of ||J u||_2 at each row of `features`.
+
+        Exact up to rounding. ``W1 u`` is computed once for all tokens and the rest is one pass
+        through W2 per token and direction, in blocks of bounded size.
+
+        Parameters
+        ----------
+        features
+            Floating point [N, C].
+        directions
+            Floating point [m, C].
+
+        Returns
+        -------
+        Tensor
+            [N] in this object's dtype.
+        """
+        with torch.no_grad():
+            directions = directions.to(self._dtype)
+            moved = self._push_directions(directions)
+            count = len(directions)
+            width = max(self._first.shape[0], 0 if self._second is None else len(self._second))
+            step = max(1, _ENTRIES // (width * count))
+            totals = []
+            for rows in blocks_of(features.to(self._dtype), step):
+                tangents = self._tangents(self._front(rows), directions, moved)
+                totals.append(torch.linalg.vector_norm(tangents, dim=-1).sum(-1))
+            return torch.cat(totals) / count
+
+    def _squared_jacobian_norm(self, front: _Front) -> Tensor:
+        """Return ||J||_F^2 of a block of tokens, [n]."""
+        if self._second is None:
+            return self._squared_jacobian_norm_of_one_layer(front)
+        slopes = self._projector._slope(front.hidden)
+        grams = self._grams
+        if self._norm is None:
+            return _quadratic(grams.parts[0], slopes)
+        total = slopes.new_zeros(len(slopes))
+        for part, (blocks, pushed) in enumerate(zip(grams.parts, front.pushed, strict=True)):
+            inner = _quadratic(blocks, slopes)
+            inner -= self._shrinkage(front, part) * _quadratic(grams.outer, slopes * pushed)
+            total += inner / front.scales[:, part].square()
+        return total
+
+    def _squared_jacobian_norm_of_one_layer(self, front: _Front) -> Tensor:
+        """Return ||J||_F^2 where there is no activation: the same for all unless a norm differs."""
+        total = front.hidden.new_zeros(len(front.hidden))
+        for part, weights in enumerate(self._centred_parts()):
+            square = torch.linalg.vector_norm(weights).square()
+            if self._norm is None:
+                total += square
+            else:
+                pushed = torch.linalg.vector_norm(front.pushed[part], dim=-1).square()
+                inner = square - self._shrinkage(front, part) * pushed
+                total += inner / front.scales[:, part].square()
+        return total
+
+    def _shrinkage(self, front: _Front, part: int) -> Tensor:
+        """Return (2 - ||h||^2 / c) / c of one part, [n]: what P P' takes off along h."""
+        return (2.0 - front.normalised[:, part].square().mean(-1)) / self._part_width
+
+    def _tangents(self, front: _Front, directions: Tensor, moved: list[Tensor]) -> Tensor:
+        """Return J u for a block of n tokens and m directions, [n, m, D]."""
+        if self._norm is None:
+            tangents = moved[0].expand(len(front.hidden), -1, -1)
+        else:
+            tangents = front.hidden.new_zeros(())
+            for part, aside in enumerate(directions.chunk(self._projector.norm_groups, dim=-1)):
+                along = front.normalised[:, part] @ aside.T / self._part_width
+                bent = moved[part] - along.unsqueeze(-1) * front.pushed[part].unsqueeze(1)
+                tangents = tangents + bent / front.scales[:, part, None, None]
+        if self._second is None:
+            return tangents
+        return F.linear(tangents * self._projector._slope(front.hidden).unsqueeze(1), self._second)
+
+    def _push_directions(self, directions: Tensor) -> list[Tensor]:
+        """Return A u for each part, [m, H]."""
+        parts = self._centred_parts()
+        asides = directions.chunk(len(parts), dim=-1)
+        return [F.linear(aside, weights) for aside, weights in zip(asides, parts, strict=True)]
+
+    def _front(self, features: Tensor) -> _Front:
+        """Run a block of tokens [n, C] up to the activation."""
+        bias = self._lift(self._projector.first.bias)
+        if self._norm is None:
+            hidden = F.linear(features, self._first, bias)
+            empty = features.new_empty(0)
+            return _Front(hidden, empty, [], empty)
+        parts = torch.unflatten(features, -1, (self._projector.norm_groups, -1))
+        normalised, scales = self._norm.normalise(parts)
+        columns = self._first.chunk(self._projector.norm_groups, dim=-1)
+        pushed = [
+            F.linear(normalised[:, part] * self._norm.gain, weights)
+            for part, weights in enumerate(columns)
+        ]
+        hidden = torch.stack(pushed).sum(0) if len(pushed) > 1 else pushed[0].clone()
+        if bias is not None:
+            hidden += bias
+        if self._norm.shift is not None:
+            hidden += self._first @ self._norm.shift.repeat(self._projector.norm_groups)
+        return _Front(hidden, normalised, pushed, scales.squeeze(-1))
+
+    def _centred_parts(self) -> list[Tensor]:
+        """Return A of each part, [H, c]: W1 with the gain, and centred for layer norm."""
+        if self._norm is None:
+            return [self._first]
+        columns = self._first.chunk(self._projector.norm_groups, dim=-1)
+        parts = [weights * self._norm.gain for weights in columns]
+        if self._norm.centred:
+            parts = [part - part.mean(-1, keepdim=True) for part in parts]
+        return parts
+
+    @cached_property
+    def _grams(self) -> Grams:
+        """The model's matrices, from the projector's cache if its weights are what they were."""
+        digests = [_digest(weight) for weight in self._weights()]
+        known = self._projector.grams.get(self._dtype)
+        if known is None or known.kind != self._kind or not _same(known.digests, digests):
+            self._projector.grams.pop(self._dtype, None)  # never two sets of matrices at once
+            known = self._build_grams(digests)
+            self._projector.grams[self._dtype] = known
+        return known
+
+    def _build_grams(self, digests: list[Tensor]) -> Grams:
+        first = self._centred_parts()
+        second = cast(Tensor, self._second)
+        parts: list[list[Tensor]] = [[] for _ in first]
+        outer: list[Tensor] = []
+        for start in range(0, second.shape[1], _BLOCK):
+            columns = slice(start, min(start + _BLOCK, second.shape[1]))
+            block = second[:, : columns.stop].T @ second[:, columns]
+            block[:start] *= 2.0  # these entries stand for their mirror images too
+            for blocks, weights in zip(parts, first, strict=True):
+                blocks.append((weights[: columns.stop] @ weights[columns].T).mul_(block))
+            if self._norm is not None:
+                outer.append(block)
+        return Grams(digests, self._kind, parts, outer)
+
+    @property
+    def _kind(self) -> tuple[object, ...]:
+        return self._projector.norm_groups, None if self._norm is None else self._norm.centred
+
+    def _weights(self) -> list[Tensor]:
+        """Return the tensors that `Grams` is computed from."""
+        layers = (self._projector.first, self._projector.second)
+        weights = [layer.weight for layer in layers if layer is not None]
+        return weights if self._norm is None else [*weights, self._norm.gain]
+
+    @property
+    def _part_width(self) -> int:
+        return self._projector.first.weight.shape[1] // self._projector.norm_groups
+
+    @cached_property
+    def _first(self) -> Tensor:
+        return cast(Tensor, self._lift(self._projector.first.weight))
+
+    @cached_property
+    def _second(self) -> Tensor | None:
+        return None if self._projector.second is None else self._lift(self._projector.second.weight)
+
+    def _lift(self, tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(self._dtype)
+
+
+def _quadratic(blocks: list[Tensor], vectors: Tensor) -> Tensor:
+    """Return v' M v for each row v of `vectors` [n, H], with M given as `Grams` keeps it.
+
+    Only the upper triangle's blocks are multiplied: a little over half of the operations.
+    """
+    total = vectors.new_zeros(len(vectors))
+    for block in blocks:
+        stop, width = block.shape
+        product = vectors[:, :stop] @ block
+        total += product.mul_(vectors[:, stop - width : stop]).sum(-1)
+    return total
+
+
+def _digest(weight: Tensor) -> Tensor:
+    """Return int64 [rows], which changes with any bit of `weight`, short of an exact coincidence.
+
+    Reading the weights is the only way to notice every change: version counters miss edits
+    through ``.data``, which weight loaders and adapter merges use, and inference tensors have none.
+    """
+    rows = weight.detach()
+    if rows.ndim == 2 and rows.stride(-1) != 1 and rows.stride(0) == 1:
+        rows = rows.T
+    rows = rows.contiguous()
+    row_bytes = rows.shape[-1] * rows.element_size()
+    integer = {0: torch.int64, 4: torch.int32}.get(row_bytes % 8, torch.int16)
+    return rows.view(integer).sum(-1, dtype=torch.int64)
+
+
+def _same(before: list[Tensor], now: list[Tensor]) -> bool:
+    return len(before) == len(now) and all(
+        old.shape == new.shape and old.device == new.device and torch.equal(old, new)
+        for old, new in zip(before, now, strict=True)
+    )
+
+
+def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> _Norm:
+    """Return what `norm` computes over `width` entries, found by trying the kinds there are.
+
+    Names do not tell: some models' RMS norm multiplies by ``1 + weight``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is none of them.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    reason = why_altered(norm) or (None if weight is None else why_not_loaded("weight", weight))
+    if reason is not None:
+        raise UnreadableProjectorError(f"of the norm in front, {reason}")
+    own = device if weight is None else weight.device
+    own_dtype = dtype if weight is None else weight.dtype
+    epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    if epsilon is None:  # torch.nn.RMSNorm without eps takes that of the dtype it computes in
+        epsilon = torch.finfo(torch.promote_types(own_dtype, torch.float32)).eps
+    gain = torch.ones(width, dtype=dtype, device=own) if weight is None else weight.detach()
+    shift = None if bias is None else bias.detach().to(dtype)
+    # Not symmetric about zero, so that centring shows.
+    probe = torch.linspace(-1.0, 2.0, width, dtype=dtype, device=own)
+    candidates = [
+        _Norm(centred, gain.to(dtype) + offset, shift, float(epsilon))
+        for centred in (True, False)
+        for offset in (0.0, 1.0)
+    ]
+    if gain.shape == (width,):
+        with torch.no_grad():
+            got = norm(probe.to(own_dtype)).to(dtype)
+            expected = [candidate(probe.to(own_dtype).to(dtype)) for candidate in candidates]
+        errors = [float((got - values).abs().max()) for values in expected]
+        nearest = errors.index(min(errors))
+        # A few roundings of the norm's own dtype.
+        if errors[nearest] <= 8.0 * torch.finfo(own_dtype).eps * float(got.abs().max()):
+            return candidates[nearest]
+    raise UnsupportedModelError(
+        f"MLPProjector: {type(norm).__name__} over {width} entries is neither layer norm nor RMS "
+        "norm. Pass the projector as a plain callable, with estimator='jvp'."
+    )
+
+
+def _ones(hidden: Tensor) -> Tensor:
+    return torch.ones_like(hidden)
+
+
+def _relu_slope(hidden: Tensor) -> Tensor:
+    return (hidden > 0).to(hidden.dtype)
+
+
+def _quick_gelu(hidden: Tensor) -> Tensor:
+    return hidden * torch.sigmoid(1.702 * hidden)
+
+
+def _quick_gelu_slope(hidden: Tensor) -> Tensor:
+    gate = torch.sigmoid(1.702 * hidden)
+    return gate * (1.0 + 1.702 * hidden * (1.0 - gate))
+
+
+def _silu_slope(hidden: Tensor) -> Tensor:
+    one = hidden.new_ones(()).expand_as(hidden)
+    return cast(Tensor, torch.ops.aten.silu_backward(one, hidden))
+
+
+def _gelu_slope(approximate: str) -> Activation:
+    def slope(hidden: Tensor) -> Tensor:
+        one = hidden.new_ones(()).expand_as(hidden)
+        return cast(Tensor, torch.ops.aten.gelu_backward(one, hidden, approximate=approximate))
+
+    return slope
+
+
+_SLOPES: tuple[tuple[Activation, Activation], ...] = (
+    (F.gelu, _gelu_slope("none")),
+    (lambda hidden: F.gelu(hidden, approximate="tanh"), _gelu_slope("tanh")),
+    (_quick_gelu, _quick_gelu_slope),
+    (F.silu, _silu_slope),
+    (F.relu, _relu_slope),
+)
+
+
+def _slope_of(activation: Activation | None, device: torch.device) -> Activation:
+    """Return the derivative of an elementwise function, in closed form if it is a known one.
+
+    The function is recognised by its values, because every library has names of its own for it;
+    the known ones differ from each other by far more than the tolerance.
+    """
+    if activation is None:
+        return _ones
+    known = activation
+
+    def by_forward_mode(hidden: Tensor) -> Tensor:
+        return directional_derivative(known, hidden.clone(), torch.ones_like(hidden))
+
+    learns = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    if not learns:
+        probe = torch.linspace(-6.0, 6.0, 97, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            values = activation(probe.clone())
+            for function, slope in _SLOPES:
+                if values.shape == probe.shape and torch.allclose(
+                    values.float(), function(probe), rtol=0.0, atol=1e-5
+                ):
+                    return slope
+    return by_forward_mode
