@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenprune.errors import ConfigError
-from tokenprune_vllm.media import Fields
+from tokenprune_vllm.encoder_inputs import Fields
 from tokenprune_vllm.processor import PROMPT, REGION, TICKET, Ticket, unpack_prompt
 
 

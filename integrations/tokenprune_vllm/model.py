@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune_vllm.media import family_of
+from tokenprune_vllm.encoder_inputs import family_of
 from tokenprune_vllm.processor import largest_items
 from tokenprune_vllm.pruner import Pruner
 from tokenprune_vllm.refusals import check_engine, room_for_positions

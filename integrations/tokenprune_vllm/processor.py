@@ -32,7 +32,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
-from tokenprune_vllm.media import Fields, family_of, medium_of
+from tokenprune_vllm.encoder_inputs import Fields, family_of, medium_of
 from tokenprune_vllm.positions import rotary_length
 from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
