@@ -239,6 +239,28 @@ def parse_keep(text: str, name: str = "--keep ") -> Keep:
     return check_keep(value)
 
 
+def check_at_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raise if a number on the command line is below the least that makes sense.
+
+    Parameters
+    ----------
+    arguments
+        What was given; None for a number is left alone.
+    **least
+        The least value of each, by the name of its argument.
+
+    Raises
+    ------
+    ConfigError
+        For the first one that is.
+    """
+    for name, smallest in least.items():
+        value = getattr(arguments, name)
+        if value is not None and value < smallest:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} {value} is too small. Give at least {smallest}.")
+
+
 def parse_share(name: str, text: str) -> float:
     """Return ``"1%"`` or ``"0.01"`` as 0.01.
 

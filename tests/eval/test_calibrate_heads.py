@@ -46,21 +46,6 @@ NOTHING = Sinks((0, -1), {}, 0, {}, 0, (), 0, 0, 64, 20.0)
 """As if the first and the last token of each image were sinks."""
 
 
-@pytest.fixture(autouse=True)
-def verbosity() -> Any:
-    """Loading makes transformers quiet; other tests listen to it."""
-    before = tf.utils.logging.get_verbosity()
-    yield
-    tf.utils.logging.set_verbosity(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each family."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: save(name, folder / name) for name in FAMILIES}
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven pictures of noise, and what is none."""

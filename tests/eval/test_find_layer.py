@@ -22,7 +22,6 @@ import transformers
 
 from tests.hf.models import IMAGE, VIDEO
 from tests.hf.test_flexselect import attention_by_hand, encoder_rows
-from tests.vllm.checkpoints import save
 from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
@@ -42,21 +41,6 @@ Frames = NDArray[np.uint8]
 tf: Any = transformers  # not typed the way it is called
 
 FAMILIES = ["llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-
-
-@pytest.fixture(autouse=True)
-def verbosity() -> Any:
-    """Loading makes transformers quiet; other tests listen to it."""
-    before = tf.utils.logging.get_verbosity()
-    yield
-    tf.utils.logging.set_verbosity(before)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder for each family."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return {name: save(name, folder / name) for name in FAMILIES}
 
 
 def noise(*shape: int, seed: int = 0) -> Frames:

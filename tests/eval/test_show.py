@@ -28,14 +28,6 @@ from tokenprune_hf.loading import ask
 tf: Any = transformers  # its processors are not typed the way they are called
 
 
-@pytest.fixture(autouse=True)
-def verbosity() -> Any:
-    """The command makes transformers quiet; other tests listen to it."""
-    before = tf.utils.logging.get_verbosity()
-    yield
-    tf.utils.logging.set_verbosity(before)
-
-
 def _pixels(file: Path) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(file).convert("RGB")).astype(float)
 

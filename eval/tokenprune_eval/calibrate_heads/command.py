@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenprune.arguments import Parser, add_model
-from tokenprune.errors import ConfigError
+from tokenprune.arguments import Parser, add_model, check_at_least
 from tokenprune.packages import Package
 from tokenprune_eval.packages import TABLES, needs_of_model
 from tokenprune_hf.packages import TRANSFORMERS
@@ -100,10 +99,7 @@ def configure(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Find, measure, choose, write the file and print the tables."""
-    for name, least in (("images", 2), ("prompts", 1), ("seed", 0), ("block", 1)):
-        value = getattr(arguments, name)
-        if value < least:
-            raise ConfigError(f"--{name} {value} is too small. Give at least {least}.")
+    check_at_least(arguments, images=2, prompts=1, seed=0, block=1)
 
     import rich.console
     import torch

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenprune.arguments import Parser, add_keep, add_model, parse_keep
-from tokenprune.errors import ConfigError
+from tokenprune.arguments import Parser, add_keep, add_model, check_at_least, parse_keep
 from tokenprune.media.packages import VIDEO
 from tokenprune.packages import Package
 from tokenprune_eval.packages import PLOTS, TABLES, needs_of_model
@@ -96,11 +95,7 @@ def configure(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print the table and write the files."""
-    for name, least in (("frames", 3), ("max_side", 1), ("repeats", 1), ("seed", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            raise ConfigError(f"--{option} {value} is too small. Give at least {least}.")
+    check_at_least(arguments, frames=3, max_side=1, repeats=1, seed=0)
     keep = parse_keep(arguments.keep)
 
     import rich.console
