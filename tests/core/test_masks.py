@@ -166,7 +166,7 @@ def test_gathered_computes_few_pairs_that_the_mask_hides(categories: list[Catego
 def test_heads_of_unlike_blocks_go_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """On many threads heads are computed together: each over keys of its own, filled up."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    monkeypatch.setattr("tokenprune.masks.kernels._ALIKE", 2.0)
+    monkeypatch.setattr("tokenprune.masks.gathered._ALIKE", 2.0)
     generator = torch.Generator().manual_seed(5)
     chosen = torch.rand(6, 10, 10, generator=generator) < 0.5
     itself = Window(300, 1)

@@ -72,11 +72,11 @@ class Mask(ABC):
 
     def __and__(self, other: Mask) -> Mask:
         """Return the mask of the pairs that both allow."""
-        return _Combined(self, other, operator.and_)
+        return Combined(self, other, operator.and_)
 
     def __or__(self, other: Mask) -> Mask:
         """Return the mask of the pairs that one of them allows."""
-        return _Combined(self, other, operator.or_)
+        return Combined(self, other, operator.or_)
 
     def matrix(self) -> Tensor:
         """Return BoolTensor [H or 1, L, L]; for tests and pictures, not for long prompts."""
@@ -320,8 +320,21 @@ class PerHead(Mask):
         return Cover(some[self.of_head], every[self.of_head])
 
 
-class _Combined(Mask):
-    """Two masks of one prompt, and what becomes of their answers: both, or one of them."""
+class Combined(Mask):
+    """Two masks of one prompt; a pair is allowed by both, or by one of them.
+
+    Parameters
+    ----------
+    one, other
+        Of one length, each of the model's heads or of 1.
+    combine
+        ``operator.and_`` or ``operator.or_``, for their answers.
+
+    Raises
+    ------
+    LayoutError
+        If they are of two prompts or models.
+    """
 
     def __init__(self, one: Mask, other: Mask, combine: Callable[[Tensor, Tensor], Tensor]) -> None:
         heads = {one.heads, other.heads} - {1}
@@ -336,14 +349,17 @@ class _Combined(Mask):
         self.heads = max(one.heads, other.heads)
 
     def to(self, device: torch.device) -> Mask:
-        return _Combined(self.one.to(device), self.other.to(device), self.combine)
+        """See `Mask.to`."""
+        return Combined(self.one.to(device), self.other.to(device), self.combine)
 
     def allowed(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """See `Mask.allowed`."""
         return self.combine(
             self.one.allowed(head, query, key), self.other.allowed(head, query, key)
         )
 
     def cover(self, block: int = BLOCK) -> Cover:
+        """See `Mask.cover`."""
         # What a cover leaves open stays open. With `and`, `some` may say more than there is: each
         # mask may allow other pairs of a block. With `or`, `every` may say less: together they may
         # allow every pair. Neither makes a kernel wrong, it only computes more than it has to.
