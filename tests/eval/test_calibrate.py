@@ -30,7 +30,7 @@ from tokenprune.cli import main
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune.media.images import load_image
-from tokenprune_eval.calibrate.command import serve_command
+from tokenprune_eval.calibrate.report import serve_command
 from tokenprune_eval.calibrate.search import Bisection, Bounds, draw, steps
 from tokenprune_eval.calibrate.sequential import STAKES, MeanTest, needed
 from tokenprune_eval.data.load import load_data
@@ -495,17 +495,17 @@ def test_a_configuration_of_an_unfinished_search_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first method is at its end when the second is interrupted."""
-    from tokenprune_eval.calibrate import command
+    from tokenprune_eval.calibrate.report import Report
 
     out = tmp_path / "out"
-    note = command._Report.note
+    note = Report.note
 
     def stop(self: Any, decision: Any) -> None:
         note(self, decision)
         if (out / f"{decision.method}.json").exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command._Report, "note", stop)
+    monkeypatch.setattr(Report, "note", stop)
     assert main([*SEARCH, "--out", str(out)]) == 130
     monkeypatch.undo()
     (written,) = [one for one in out.glob("*.json") if one.name != "calibration.json"]
