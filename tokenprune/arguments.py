@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tokenprune.errors import BudgetError, ConfigError, OptionError, did_you_mean
 
 if TYPE_CHECKING:
-    from tokenprune.budget import Keep
+    pass
 
 Container = argparse.ArgumentParser | argparse._ArgumentGroup
 """What arguments are added to: `argparse` has no public name for a group."""
@@ -210,7 +210,7 @@ def add_options(parser: Container) -> None:
     )
 
 
-def parse_keep(text: str, name: str = "--keep ") -> Keep:
+def parse_keep(text: str, name: str = "--keep ") -> int | float:
     """Return a budget written as text: with a decimal point or ``%`` a fraction, else a count.
 
     The name of a published budget becomes its number.

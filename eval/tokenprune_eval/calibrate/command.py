@@ -255,7 +255,7 @@ def bounds_of(arguments: argparse.Namespace) -> Bounds:
         raise ConfigError(
             f"--confidence {arguments.confidence} is too low. Give 0.95, and at least 0.5."
         )
-    given = GRID if arguments.keep_grid is None else map(_number, arguments.keep_grid)
+    given = GRID if arguments.keep_grid is None else map(parse_keep, arguments.keep_grid)
     grid = sorted({keep for keep in given if not keeps_all(keep)}, reverse=True)
     if not grid:
         raise ConfigError(
@@ -268,12 +268,6 @@ def bounds_of(arguments: argparse.Namespace) -> Bounds:
             "without a decimal point."
         )
     return Bounds(max_drop, confidence, tuple(grid))
-
-
-def _number(text: str) -> int | float:
-    from tokenprune.budget import check_keep
-
-    return check_keep(parse_keep(text))
 
 
 def _per_media(text: str) -> int | None:

@@ -159,7 +159,7 @@ class Settings(BaseModel):
     def _keep(cls, keep: list[int | float | str]) -> list[int | float | str]:
         try:
             return [
-                check_keep(parse_keep(one, "keep=") if isinstance(one, str) else one)
+                parse_keep(one, "keep=") if isinstance(one, str) else check_keep(one)
                 for one in keep
             ]
         except TokenPruneError as error:
