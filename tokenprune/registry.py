@@ -7,7 +7,7 @@ the vLLM adapter. The others have functions of their own, and are listed with th
 A package adds a selector with an entry point, ``my-method = "my_package.selectors:MyMethod"``, in
 the group ``tokenprune.selectors``, and a method of another kind with ``my-method =
 "my_package.method:METHOD"``, a `Method`, in the group ``tokenprune.methods``. Nothing is imported
-before a method is asked for.
+before a method is asked for. `register` adds a selector without a package, for this process alone.
 """
 
 from __future__ import annotations
@@ -83,8 +83,44 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+_here: dict[str, type[Selector]] = {}
+"""Name -> class, what `register` added."""
+
+
+def register(selector: type[Selector]) -> None:
+    """Add a selector under its `name`, in this process only.
+
+    For trying things out, for example in a script that runs an evaluation: other processes, such
+    as vLLM's workers, do not know it. An entry point registers a selector for all of them.
+
+    Parameters
+    ----------
+    selector
+        The class. Registering it again does nothing.
+
+    Raises
+    ------
+    RegistryError
+        If another method has that name.
+    """
+    name = selector.name
+    known = _here.get(name)
+    if known is selector:
+        return
+    taken = registered().get(name) or _other_entries().get(name)
+    if known is not None or taken is not None:
+        where = f"{known.__module__}:{known.__qualname__}" if known else taken and taken.value
+        raise RegistryError(
+            f"a method is called {name!r} already: {where}. Give the class another `name`."
+        )
+    _here[name] = selector
+
+
 def registered() -> dict[str, EntryPoint]:
-    """Return name -> where the class is, for every method; a name that is taken is refused."""
+    """Return name -> where the class is, for every method; a name that is taken is refused.
+
+    What `register` added is not among them.
+    """
     return unique_entries(GROUP, "selectors", _OWN)
 
 
@@ -127,7 +163,8 @@ def methods() -> dict[str, type[Selector]]:
     RegistryError
         If two packages register one name, or one cannot be loaded.
     """
-    return {name: _load(entry) for name, entry in sorted(registered().items())}
+    found = {name: _load(entry) for name, entry in registered().items()}
+    return dict(sorted({**found, **_here}.items()))
 
 
 def listed() -> dict[str, Method]:
@@ -187,6 +224,8 @@ def find(method: str) -> type[Selector]:
     RegistryError
         If it is registered twice or cannot be loaded.
     """
+    if method in _here:
+        return _here[method]
     entries = registered()
     if method in entries:
         return _load(entries[method])
@@ -196,7 +235,9 @@ def find(method: str) -> type[Selector]:
             f"method {method!r} selects no tokens of a prompt and cannot be used here: it prunes "
             f"{KINDS[known.kind]}. Call {known.call}."
         )
-    raise UnknownMethodError(f"there is no method {method!r}. {did_you_mean(str(method), entries)}")
+    raise UnknownMethodError(
+        f"there is no method {method!r}. {did_you_mean(str(method), {**entries, **_here})}"
+    )
 
 
 def build(method: str, options: dict[str, Any]) -> Selector:

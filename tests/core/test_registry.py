@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import tokenprune
+from tokenprune import Selector, TokenBatch
 from tokenprune.errors import RegistryError, UnknownMethodError
-from tokenprune.registry import KINDS, Method, find, listed
+from tokenprune.registry import KINDS, Method, build, find, listed, register
 from tokenprune.tokens import INPUTS
 
 PLUGIN = """
@@ -168,3 +171,31 @@ def test_a_broken_package_leaves_the_other_methods_alone(
     install(tmp_path, "gone = plugin_of_a_test:Gone", monkeypatch)
     kept = tokenprune.select(tokenprune.VisualTokens(grid=(1, 1, 3)), "uniform", 1).kept
     assert torch.equal(kept, torch.tensor([1]))
+
+
+def test_a_selector_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenprune.registry._here", {})
+
+    @dataclass(frozen=True)
+    class First(Selector):
+        name: ClassVar[str] = "first"
+        summary: ClassVar[str] = "the first tokens"
+        needs: ClassVar[tuple[str, ...]] = ()
+
+        def score(self, tokens: TokenBatch) -> torch.Tensor:
+            return -torch.arange(tokens.total).float().expand(tokens.size, -1)
+
+    with pytest.raises(UnknownMethodError):
+        build("first", {})
+    register(First)
+    register(First)
+    assert tokenprune.methods()["first"] is First
+    assert list(tokenprune.methods()) == sorted(tokenprune.methods())
+    tokens = tokenprune.VisualTokens(embeddings=torch.rand(9, 4), grid=(1, 3, 3))
+    assert tokenprune.select(tokens, "first", keep=4).kept.tolist() == [0, 1, 2, 3]
+
+    other = type("Other", (First,), {"name": "first"})
+    for taken in (other, type("Taken", (First,), {"name": "divprune"})):
+        with pytest.raises(RegistryError, match=r"already: .*:.*another `name`"):
+            register(taken)
+    assert tokenprune.methods()["first"] is First

@@ -394,6 +394,8 @@ def test_jsonl(tmp_path: Path) -> None:
         },
         {"video": "b.mp4", "question": "Line\u2028break?", "choices": ["A", "B"], "answer": "B"},
         {"video": "b.mp4", "question": "?", "choices": ["yes", "no"], "answer": "no"},
+        {"images": ["media/a.png", "c.png"], "question": "Colours?", "answer": "black"},
+        {"image": "media/a.png", "question": "?", "answer": "x", "evidence": [[0, 1, 4, 8]]},
     ]
     file = _lines(tmp_path / "own.jsonl", rows)
     # A byte order mark, and characters that are not escaped.
@@ -413,11 +415,15 @@ def test_jsonl(tmp_path: Path) -> None:
         type="colour",
         times=(0.0, 0.5),
     )
-    assert [item.answer for item in read.questions] == ["black", "B", "B", "B"]
+    assert [item.answer for item in read.questions] == ["black", "B", "B", "B", "black", "x"]
+    several, boxes = read.questions[4:]
+    assert several.kind == "image"
+    assert several.paths == (tmp_path / "media" / "a.png", tmp_path / "c.png")
+    assert boxes.evidence == ((0, 1, 4, 8),)
     assert read.questions[2].question == "Line\u2028break?"
-    assert missing_media(read) == [tmp_path / "b.mp4"]
+    assert missing_media(read) == [tmp_path / "b.mp4", tmp_path / "c.png"]
     assert len(read_video(read.questions[1].path, frames=2).frames) == 2
-    moved = _lines(tmp_path / "x" / "own.jsonl", rows[3:])
+    moved = _lines(tmp_path / "x" / "own.jsonl", rows[3:5])
     assert missing_media(load_data(str(moved), media=tmp_path / "media")) == []
 
 
@@ -445,14 +451,15 @@ def test_every_wrong_line_is_told(tmp_path: Path) -> None:
         good | {"id": "own-1"},
         '{"video": "a.mp4", "question": "?", "answer": "x", "answer": "y"}',
         good | {"question": " "},
+        good | {"evidence": [[0, 0, 1, 1]]},
     ]
     wanted = {
         2: "no JSON",
         3: "a JSON object is needed, got list",
         4: "unknown key 'anwser'. Did you mean 'answer'?",
         5: "the key 'question' is missing",
-        6: "one of the keys 'image' and 'video' is needed, and both are there",
-        7: "one of the keys 'image' and 'video' is needed, and neither is there",
+        6: "one of the keys 'image', 'video' and 'images' is needed, and image and video are there",
+        7: "one of the keys 'image', 'video' and 'images' is needed, and none is there",
         8: "the answer 'three' is none of the choices. Give a letter, A to B",
         9: "the answer 'C' is none of the choices",
         10: "answer: text is needed, got the number 1",
@@ -466,9 +473,10 @@ def test_every_wrong_line_is_told(tmp_path: Path) -> None:
         18: "the id 'own-1' is that of line 1 too",
         19: "the key 'answer' stands twice in one object",
         20: "question: is empty",
+        21: "'evidence' is for a single image",
     }
     message = _refused(_lines(tmp_path / "own.jsonl", rows))
-    assert message.startswith(f"{tmp_path / 'own.jsonl'} cannot be used, 19 problems:")
+    assert message.startswith(f"{tmp_path / 'own.jsonl'} cannot be used, 20 problems:")
     told = dict(re.findall(r"\n  line (\d+): (.*)", message))
     assert sorted(map(int, told)) == sorted(wanted)
     for line, text in wanted.items():

@@ -114,6 +114,53 @@ def test_accuracy_is_what_transformers_says(ran: Path) -> None:
     assert 0 < (pruned.mass_kept or 0) < 1
 
 
+def test_proportional_attention_is_added_to_a_run_from_before_it_was_a_setting(
+    ran: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(ran, out)
+    about = json.loads((out / "run.json").read_text("utf-8"))
+    for one in (about["settings"], *about["conditions"]):
+        del one["proportional_attention"]
+    (out / "run.json").write_text(json.dumps(about), "utf-8")
+    done = run(*evaluate(out, "--proportional-attention", "both"))
+    assert done.returncode == 0, done.stderr
+    assert "72 answers, 48 of them known" in done.stdout
+    added = "cls-attention@0.25,proportional"
+    known = answers(out)
+    assert answers(ran).items() <= known.items()
+    model, processor = tokenprune_hf.load(str(bundled_model_path()))
+    right = 0
+    for item in choose(load_data("scenes"), 24, 0).questions:
+        inputs = tokenprune_hf.ask(processor, item.question, image=load_image(item.path))
+        with tokenprune_hf.prune(model, "cls-attention", 0.25, proportional_attention=True):
+            output = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        said = output[0, inputs["input_ids"].shape[1] :]
+        text = processor.decode(said, skip_special_tokens=True).strip()
+        assert known[added, f"scenes/{item.id}"] == text
+        right += text == item.answer
+    # Were attention plain, some answers would not be these.
+    assert any(
+        text != known["cls-attention@0.25", item]
+        for (key, item), text in known.items()
+        if key == added
+    )
+    plain, proportional = (
+        next(row for row in read_results(out).rows if row.condition == key)
+        for key in ("cls-attention@0.25", added)
+    )
+    assert proportional.accuracy is not None
+    assert (proportional.accuracy.correct, proportional.variant) == (right, "proportional")
+    assert (plain.variant, plain.visual_tokens) == ("", proportional.visual_tokens)
+    assert "| cls-attention, proportional |" in (out / "table.md").read_text("utf-8")
+    assert "cls-attention, proportional" in (out / "report.html").read_text("utf-8")
+    # Without it the folder goes on as it is.
+    done = run(*evaluate(out))
+    assert done.returncode == 0, done.stderr
+    assert "48 answers, 48 of them known" in done.stdout
+    assert answers(out) == known
+
+
 def test_a_finished_run_asks_nothing_again(ran: Path) -> None:
     before = (ran / "records.jsonl").read_bytes()
     done = run(*evaluate(ran))
@@ -384,6 +431,11 @@ def test_a_disk_without_room_is_found_first(
         (["--shard", "half"], "is not I/N"),
         (["--engine", "openai"], "base_url"),
         (["--engine", "openai", "--base-url", "x", "--cache", "y"], "cache needs the engine hf"),
+        (
+            ["--engine", "openai", "--base-url", "x", "--proportional-attention"],
+            "proportional_attention needs the engine hf",
+        ),
+        (["--proportional-attention", "both", "--dominance", "1"], "that of plain attention"),
         (["--data", "easy-vka"], "easy-vqa"),
         (["--data", "scenes", "scenes"], "two data sets are called 'scenes'"),
         (["--model", "/nowhere"], "cannot be loaded"),
@@ -405,6 +457,10 @@ def test_settings_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["eval", "validate", "--config", str(file), "--limit", "5"]) == 0
     seen = capsys.readouterr().out
     assert "5 questions under 3 conditions: unpruned, uniform@0.5, uniform@8" in seen
+    file.write_text(text + "proportional_attention: both\n", "utf-8")
+    assert main(["eval", "validate", "--config", str(file)]) == 0
+    seen = " ".join(capsys.readouterr().out.split())
+    assert "uniform@0.5, uniform@0.5,proportional, uniform@8, uniform@8,proportional" in seen
     file.write_text(text + "metod: [uniform]\n", "utf-8")
     assert main(["eval", "validate", "--config", str(file)]) == 2
     assert "metod is no setting. Did you mean 'method'?" in capsys.readouterr().err
@@ -422,3 +478,47 @@ def test_a_model_without_letters_says_so_before_any_answer(tmp_path: Path) -> No
     assert "no token for the letter" in done.stderr
     assert "--choose-by text" in done.stderr
     assert not (out / "run.json").exists()  # nothing was begun
+
+
+def test_questions_about_several_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = list(dict.fromkeys(one.path for one in load_data("scenes").questions))[:3]
+    for number, picture in enumerate(pictures):
+        load_image(picture).save(tmp_path / f"{number}.png")
+    asked = [
+        {
+            "images": [f"{a}.png", f"{b}.png"],
+            "question": "what color is the digit?",
+            "answer": "red",
+        }
+        for a, b in ((0, 1), (1, 0), (2, 1))
+    ]
+    data = own_data(tmp_path, asked)
+    out = tmp_path / "out"
+    methods = ("divprune", "flexselect")
+    more = ("--model", "bundled", "--data", str(data), "--batch", "2", "--keep", "0.125")
+    assert main(["eval", *more, "--method", *methods, "--out", str(out)]) == 0
+    known = answers(out)
+    assert len(known) == 9
+    model, processor = tokenprune_hf.load(str(bundled_model_path()))
+    for number, one in enumerate(asked, 1):
+        content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": one["question"]}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        images = [load_image(tmp_path / name) for name in one["images"]]
+        inputs = dict(processor(text=[text], images=images, return_tensors="pt"))
+        for method in methods:
+            with tokenprune_hf.prune(model, method, 0.125) as pruning:
+                output = model.generate(
+                    **inputs, video_frames=[1, 1], max_new_tokens=16, do_sample=False
+                )
+            assert [len(kept) for kept in pruning.selections] == [8, 8]
+            said = output[0, inputs["input_ids"].shape[1] :]
+            said = processor.decode(said, skip_special_tokens=True).strip()
+            assert known[f"{method}@0.125", f"{data.stem}/{data.stem}-{number}"] == said
+    rows = read_results(out).rows
+    assert {(row.visual_tokens, row.of_visual_tokens) for row in rows} == {(128, 128), (16, 128)}
+    server = ("--engine", "openai", "--base-url", "http://127.0.0.1:1/v1")
+    assert main(["eval", *more, *server, "--out", str(tmp_path / "other")]) == 2
+    refused = capsys.readouterr().err
+    assert "3 questions of own are about several images, for example own-1" in refused

@@ -227,8 +227,9 @@ def test_cut_answers_stand_beside_right_and_wrong(tmp_path: Path) -> None:
     # Files from before have no such field.
     write_results(tmp_path, results)
     content = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    for row in content["rows"]:
-        del row["cut"]
+    for row in (*content["rows"], *content["conditions"]):
+        row.pop("cut", None)
+        del row["proportional_attention"]
     for data in content["data"]:
         del data["failed"]
     (tmp_path / "results.json").write_text(json.dumps(content), "utf-8")

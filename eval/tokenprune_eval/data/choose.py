@@ -53,16 +53,16 @@ def choose(
         part, parts = shard
         if not 1 <= part <= parts:
             raise DataSetError(f"shard must be i/n with i from 1 to n, got {part}/{parts}.")
-        own = set(list(dict.fromkeys(question.path for question in questions))[part - 1 :: parts])
-        questions = [question for question in questions if question.path in own]
+        own = set(list(dict.fromkeys(question.paths for question in questions))[part - 1 :: parts])
+        questions = [question for question in questions if question.paths in own]
     whole = dataset.drawn_from or len(dataset.questions)
     return DataSet(dataset.name, tuple(questions), None if len(questions) == whole else whole)
 
 
 def _draw(questions: list[Question], limit: int, seed: int) -> list[Question]:
-    of_path: dict[Path, list[int]] = {}
+    of_path: dict[tuple[Path, ...], list[int]] = {}
     for number, question in enumerate(questions):
-        of_path.setdefault(question.path, []).append(number)
+        of_path.setdefault(question.paths, []).append(number)
     paths = list(of_path)
     drawn: list[int] = []
     for path in random.Random(seed).sample(paths, len(paths)):
@@ -109,5 +109,5 @@ def choose_media(dataset: DataSet, at_least: int | None, seed: int) -> DataSet:
 
 def missing_media(dataset: DataSet) -> list[Path]:
     """Return the images and videos of a data set that are not there, each once, in its order."""
-    paths = dict.fromkeys(question.path for question in dataset.questions)
+    paths = dict.fromkeys(path for question in dataset.questions for path in question.paths)
     return [path for path in paths if not path.is_file()]

@@ -21,9 +21,10 @@ from tokenprune_eval.data.question import DataSet, Question
 
 NAME = "jsonl"
 COLUMNS = frozenset({"question", "answer"})
-"""What every line has, besides ``image`` or ``video``."""
+"""What every line has, besides ``image``, ``video`` or ``images``."""
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Corners = Annotated[list[int], Field(min_length=4, max_length=4)]
 
 
 class Line(BaseModel):
@@ -31,8 +32,9 @@ class Line(BaseModel):
 
     Attributes
     ----------
-    image, video
-        The file; exactly one of both.
+    image, video, images
+        The file, or two or more images that stand in this order before the question; exactly one of
+        the three.
     question
         Put to the model.
     answer
@@ -45,18 +47,23 @@ class Line(BaseModel):
         For tables by type.
     times
         Seconds of the frames to look at, each later than the one before; videos only.
+    evidence
+        Boxes of what the answer depends on: left, top, right, bottom in pixels of the image, right
+        and bottom exclusive; for `image` only.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     image: str | None = None
     video: str | None = None
+    images: list[str] | None = Field(default=None, min_length=2)
     question: str
     answer: str
     choices: list[str] | None = None
     id: str | None = None
     type: str = ""
     times: list[Seconds] | None = None
+    evidence: list[Corners] | None = None
 
     @field_validator("answer", mode="before")
     @classmethod
@@ -94,11 +101,17 @@ class Line(BaseModel):
 
     @model_validator(mode="after")
     def _one_medium(self) -> Line:
-        if (self.image is None) == (self.video is None):
-            both = "both are there" if self.image is not None else "neither is there"
-            raise ValueError(f"one of the keys 'image' and 'video' is needed, and {both}")
+        media = {"image": self.image, "video": self.video, "images": self.images}
+        there = [name for name, value in media.items() if value is not None]
+        if len(there) != 1:
+            found = f"{' and '.join(there)} are there" if there else "none is there"
+            raise ValueError(
+                f"one of the keys 'image', 'video' and 'images' is needed, and {found}"
+            )
         if self.times and self.video is None:
             raise ValueError("'times' are for videos, and this is an image")
+        if self.evidence and self.image is None:
+            raise ValueError("'evidence' is for a single image, given as 'image'")
         return self
 
 
@@ -128,15 +141,20 @@ def load(file: Path, media: Path | None = None) -> DataSet:
             continue
         choices = tuple(line.choices or ())
         try:
+            path, *further = (
+                inside(folder, name) for name in line.images or [line.image or line.video or ""]
+            )
             question = Question(
                 id=line.id or f"{file.stem}-{place.removeprefix('line ')}",
-                kind="image" if line.image is not None else "video",
-                path=inside(folder, line.image or line.video or ""),
+                kind="image" if line.video is None else "video",
+                path=path,
                 question=line.question,
                 answer=letter_of(line.answer, choices) if choices else line.answer,
                 choices=choices,
                 type=line.type,
                 times=tuple(line.times or ()),
+                evidence=tuple((a, b, c, d) for a, b, c, d in line.evidence or ()),
+                further=tuple(further),
             )
         except ValueError as error:
             problems.add(place, str(error))

@@ -62,7 +62,7 @@ FORMATS = {
         jsonl.COLUMNS,
         "tokenprune's own format, one question a line (`tokenprune docs data`)",
         lambda file, media, answers: jsonl.load(file, media),
-        either=frozenset({"image", "video"}),
+        either=frozenset({"image", "images", "video"}),
     ),
     video_mme.NAME: _Format(
         ".parquet",

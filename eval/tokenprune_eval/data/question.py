@@ -16,7 +16,7 @@ LETTERS = string.ascii_uppercase
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one image or one video.
+    """A question about one video, or about one or several images.
 
     Attributes
     ----------
@@ -25,7 +25,7 @@ class Question:
     kind
         ``"image"`` or ``"video"``.
     path
-        The file.
+        The file; of several images, the first.
     question
         The text put to the model, without the choices.
     answer
@@ -39,6 +39,8 @@ class Question:
     evidence
         Boxes in the image, in its pixels, of what the answer depends on; empty where the data set
         does not say.
+    further
+        The images that come after the first, in the order of the prompt.
     """
 
     id: str
@@ -50,6 +52,12 @@ class Question:
     type: str = ""
     times: tuple[float, ...] = ()
     evidence: tuple[Box, ...] = ()
+    further: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files."""
+        return (self.path, *self.further)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,12 @@ overlap at all would count cells with one row of its pixels.
 """
 
 
-def evidence_mask(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+def evidence_mask(
+    boxes: Sequence[Box],
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    covered: float = COVERED,
+) -> Tensor:
     """Return which tokens show what the boxes enclose.
 
     Parameters
@@ -33,22 +38,24 @@ def evidence_mask(boxes: Sequence[Box], size: tuple[int, int], grid: tuple[int, 
         Width and height of the image the boxes were drawn in, pixels.
     grid
         Rows and columns of tokens; together they cover the whole image evenly.
+    covered
+        The least share of a cell that a box covers.
 
     Returns
     -------
     Tensor
-        BoolTensor [rows * columns]: the cells covered by at least `COVERED` by one box, and for a
+        BoolTensor [rows * columns]: the cells covered by at least `covered` by one box, and for a
         box too small for that the cell it covers most. All False without boxes.
     """
     width, height = size
     rows, columns = grid
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     for left, top, right, bottom in boxes:
-        covered = torch.outer(
+        shares = torch.outer(
             _overlap(top / height * rows, bottom / height * rows, rows),
             _overlap(left / width * columns, right / width * columns, columns),
         )
-        mask |= covered >= min(COVERED, float(covered.max()))
+        mask |= shares >= min(covered, float(shares.max()))
     return mask.flatten()
 
 

@@ -227,7 +227,7 @@ def choosers(plan: Sequence[Planned]) -> dict[str, ChooseTokens]:
     return {**random_draws(plan), **oracle}
 
 
-def keep_evidence(question: Question, tokens: VisualTokens) -> Selection:
+def keep_evidence(question: Question, number: int, tokens: VisualTokens) -> Selection:
     """Return the tokens that show the answer."""
     _, rows, columns = tokens.grid
     mask = evidence_mask(question.evidence, image_size(question.path), (rows, columns))

@@ -21,7 +21,7 @@ from tokenprune_eval.demo.results import Results, Row
 from tokenprune_eval.demo.runner import EXAMPLE_KEEP, Example, Panel
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL, style_of
 from tokenprune_eval.results.plots import cost_plot
-from tokenprune_eval.results.records import UNPRUNED, Seconds
+from tokenprune_eval.results.records import UNPRUNED, Seconds, variant
 from tokenprune_eval.results.statistics import Accuracy
 
 HEADLINE_KEEP = 0.25
@@ -52,7 +52,7 @@ class _Plotted:
     """A row as `cost_plot` draws it."""
 
     method: str
-    positions: str
+    variant: str
     visual_tokens: float
     of_visual_tokens: float
     accuracy: Accuracy
@@ -67,7 +67,8 @@ class _Plotted:
             low=row.ci_low,
             high=row.ci_high,
         )
-        return cls(row.method, row.positions, row.visual_tokens, row.of_visual_tokens, accuracy)
+        way = variant(row.positions, False)
+        return cls(row.method, way, row.visual_tokens, row.of_visual_tokens, accuracy)
 
 
 def render(results: Results, examples: Sequence[Example]) -> str:

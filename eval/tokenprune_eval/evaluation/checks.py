@@ -55,6 +55,7 @@ def check_before_model(settings: Settings, sets: Sequence[DataSet]) -> None:
         For the first thing that would stop the run later.
     """
     _check_packages(sets)
+    _check_several_images(settings, sets)
     check_folder(settings.out)
     _check_room(settings, sets)
     if settings.engine == "hf":  # the others are asked when they start
@@ -76,6 +77,7 @@ def problems_of(settings: Settings, sets: Sequence[DataSet]) -> list[str]:
     """
     checks: list[Callable[[], None]] = [
         partial(_check_packages, sets),
+        partial(_check_several_images, settings, sets),
         partial(_check_media, sets),
         partial(check_folder, settings.out),
         partial(_check_room, settings, sets),
@@ -103,6 +105,17 @@ def problems_of(settings: Settings, sets: Sequence[DataSet]) -> list[str]:
 def _check_packages(sets: Sequence[DataSet]) -> None:
     if any(question.kind == "video" for one in sets for question in one.questions):
         check_packages(VIDEO, "eval", "the data holds videos; reading them")
+
+
+def _check_several_images(settings: Settings, sets: Sequence[DataSet]) -> None:
+    if settings.engine == "hf":
+        return
+    for one in sets:
+        if several := [question.id for question in one.questions if question.further]:
+            raise ConfigError(
+                f"{len(several)} questions of {one.name} are about several images, for example "
+                f"{several[0]}, and need the engine hf. Leave out --engine, or these questions."
+            )
 
 
 def _check_media(sets: Sequence[DataSet]) -> None:
@@ -239,7 +252,10 @@ def _check_for_transformers(settings: Settings) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from tokenprune.providers import model_path
-    from tokenprune_eval.evaluation.engines.transformers import check_dominance
+    from tokenprune_eval.evaluation.engines.transformers import (
+        check_dominance,
+        check_proportional_attention,
+    )
     from tokenprune_hf.media import Media
     from tokenprune_hf.vision import check_method, supported_models, vision_model
 
@@ -261,6 +277,8 @@ def _check_for_transformers(settings: Settings) -> None:
         check_method(selector, model)
         if "cls_attention" in selector.needs:
             vision_model(model).scoring_layer(Media("image"))
+    if settings.proportional_attention:
+        check_proportional_attention(model)
     if settings.dominance:
         check_dominance(model, settings.max_new_tokens)
     _processor(settings.model)

@@ -32,7 +32,7 @@ def random_draws(plan: Sequence[Planned]) -> dict[str, ChooseTokens]:
     """
     seeds: dict[Path, int] = {}
     for one in plan:
-        paths = dict.fromkeys(question.path for question in one.data.questions)
+        paths = dict.fromkeys(path for each in one.data.questions for path in each.paths)
         seeds |= {path: place for place, path in enumerate(paths)}
     return {
         condition.key: partial(_draw, seeds=seeds, keep=condition.keep)
@@ -43,6 +43,6 @@ def random_draws(plan: Sequence[Planned]) -> dict[str, ChooseTokens]:
 
 
 def _draw(
-    question: Question, tokens: VisualTokens, *, seeds: Mapping[Path, int], keep: Keep
+    question: Question, number: int, tokens: VisualTokens, *, seeds: Mapping[Path, int], keep: Keep
 ) -> Selection:
-    return select(tokens, "random", keep, seed=seeds[question.path])
+    return select(tokens, "random", keep, seed=seeds[question.paths[number]])

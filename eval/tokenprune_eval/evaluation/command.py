@@ -96,6 +96,14 @@ def _add_settings(parser: Parser) -> None:
     add_options(what)
     add_positions(what)
     what.set_defaults(positions=None)
+    what.add_argument(
+        "--proportional-attention",
+        nargs="?",
+        const=True,
+        choices=("both",),
+        help="hf: a kept token counts as often as there are tokens it stands for; both: with and "
+        "without",
+    )
     what.add_argument("--limit", type=int, metavar="N", help="questions of each data set")
     what.add_argument("--seed", type=int, help="of the draw of these questions (default: 0)")
     what.add_argument("--shard", metavar="I/N", help="take the I-th of N parts of the data")

@@ -18,10 +18,10 @@ _READERS = 2
 
 
 def by_media(questions: Sequence[Question]) -> list[list[Question]]:
-    """Return questions in groups that look at the same frames of the same file, in first order."""
+    """Return questions in groups that look at the same files or frames, in first order."""
     groups: dict[object, list[Question]] = {}
     for question in questions:
-        groups.setdefault((question.kind, question.path, question.times), []).append(question)
+        groups.setdefault((question.kind, question.paths, question.times), []).append(question)
     return list(groups.values())
 
 
@@ -61,7 +61,8 @@ def read_ahead(
         first = group[0]
         try:
             if first.kind == "image":
-                asked.content = load_image(first.path)
+                images = [load_image(path) for path in first.paths]
+                asked.content = images[0] if len(images) == 1 else images
             else:
                 asked.content = read_video(
                     first.path,

@@ -18,7 +18,7 @@ from tokenprune_eval.results.records import UNPRUNED, Condition
 EngineName = Literal["hf", "vllm", "openai"]
 ChooseBy = Literal["likelihood", "text"]
 
-GROWING = frozenset({"method", "keep", "data", "limit", "positions"})
+GROWING = frozenset({"method", "keep", "data", "limit", "positions", "proportional_attention"})
 """What may differ when a run goes on in its folder: it adds questions or conditions."""
 
 FREE = frozenset(
@@ -47,6 +47,10 @@ class Settings(BaseModel):
         Method -> its own options.
     positions
         How the positions of kept tokens are counted.
+    proportional_attention
+        Whether attention counts a kept token as often as there are tokens that it stands for, see
+        `tokenprune_hf.prune`; ``"both"``: every method and budget is run with and without it.
+        Engine ``hf``.
     engine
         ``"hf"``, ``"vllm"``, or ``"openai"`` for any server that speaks its protocol.
     out
@@ -108,6 +112,7 @@ class Settings(BaseModel):
     keep: list[int | float | str] = [1.0, 0.5, 0.25, 0.125, 0.0625]
     options: dict[str, dict[str, Any]] = {}
     positions: Positions = "original"
+    proportional_attention: bool | Literal["both"] = False
     engine: EngineName = "hf"
     out: Path
     media: Path | None = None
@@ -187,6 +192,16 @@ class Settings(BaseModel):
         for name, value in (("cache", self.cache), ("dominance", self.dominance)):
             if value and self.engine != "hf":
                 raise ValueError(f"{name} needs the engine hf")
+        if self.proportional_attention and self.engine != "hf":
+            raise ValueError(
+                "proportional_attention needs the engine hf: vLLM's kernels cannot count a key "
+                "more than once. Leave it out, or leave out engine"
+            )
+        if self.proportional_attention and self.dominance:
+            raise ValueError(
+                "dominance is that of plain attention: leave out proportional_attention, or "
+                "measure dominance in a run of its own"
+            )
         return self
 
     def check_methods(self) -> None:
@@ -205,11 +220,18 @@ class Settings(BaseModel):
     def conditions(self) -> list[Condition]:
         """Return what is run: the unpruned model first, then every method with every budget."""
         keeps = [check_keep(keep) for keep in dict.fromkeys(self.keep)]
+        both = self.proportional_attention == "both"
         pruned = [
-            Condition(method=method, keep=keep, positions=self.positions)
+            Condition(
+                method=method,
+                keep=keep,
+                positions=self.positions,
+                proportional_attention=proportional,
+            )
             for method in dict.fromkeys(self.method)
             for keep in keeps
             if not keeps_all(keep)
+            for proportional in ((False, True) if both else (bool(self.proportional_attention),))
         ]
         return [Condition(method=UNPRUNED, keep=1.0), *pruned]
 

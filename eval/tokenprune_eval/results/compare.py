@@ -36,8 +36,8 @@ class Pair:
     ----------
     data_set, condition
         Its name, and `Condition.key`.
-    method, positions, keep
-        Of the condition, as they stand in tables.
+    method, variant, keep
+        Of the condition, as they stand in tables; see `Condition.variant`.
     a, b
         Accuracy of each run over the questions that both answered, without those that failed under
         any condition of both runs; None where there are none.
@@ -50,7 +50,7 @@ class Pair:
     data_set: str
     condition: str
     method: str
-    positions: str
+    variant: str
     keep: str
     a: Accuracy | None
     b: Accuracy | None
@@ -177,7 +177,7 @@ def compare(a: Path, b: Path) -> Comparison:
                     data_set=name,
                     condition=condition.key,
                     method=condition.method,
-                    positions=condition.positions,
+                    variant=condition.variant,
                     keep=words.keep_text(condition.method, condition.keep),
                     a=accuracy_of([answers_a[question].correct for question in both]),
                     b=accuracy_of([answers_b[question].correct for question in both]),
@@ -307,7 +307,7 @@ def _alike(one: QuestionInfo, other: QuestionInfo) -> bool:
             question.answer,
             question.choices,
             question.kind,
-            question.path.name,
+            [path.name for path in (question.path, *question.further)],
             question.times,
         )
         for question in (one, other)
@@ -371,7 +371,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
         if not pairs:
             continue
         columns: list[tuple[str, list[str]]] = [
-            ("method", [words.plain(words.label(pair.method, pair.positions)) for pair in pairs]),
+            ("method", [words.plain(words.label(pair.method, pair.variant)) for pair in pairs]),
             ("keep", [pair.keep for pair in pairs]),
             (
                 "both",

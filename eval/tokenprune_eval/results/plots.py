@@ -21,6 +21,9 @@ Cost = Literal["visual_tokens", "first_token"]
 _CLOSE = 1.25
 """Token numbers nearer than this factor share one tick, which would otherwise overlap."""
 
+_DASHES = {"compact": (0, (5, 2)), "proportional": (0, (2, 1))}
+_DOTS = (0, (1, 1))
+
 _LONGEST_NAME = 24
 """Signs of a name in the legend."""
 
@@ -33,8 +36,8 @@ class Plotted(Protocol):
         """Its name."""
 
     @property
-    def positions(self) -> str:
-        """How positions are counted."""
+    def variant(self) -> str:
+        """How it was run, see `tokenprune_eval.results.records.variant`."""
 
     @property
     def visual_tokens(self) -> float | None:
@@ -65,25 +68,25 @@ class _Point:
 
 
 def curves(rows: Sequence[_AnyPlotted]) -> dict[tuple[str, str], list[_AnyPlotted]]:
-    """Return method and positions -> the rows of its curve, the unpruned condition left out."""
+    """Return method and variant -> the rows of its curve, the unpruned condition left out."""
     found: dict[tuple[str, str], list[_AnyPlotted]] = {}
     for row in rows:
         if row.method != UNPRUNED:
-            found.setdefault((row.method, row.positions), []).append(row)
+            found.setdefault((row.method, row.variant), []).append(row)
     return found
 
 
 def styles(rows: Sequence[Plotted]) -> dict[tuple[str, str], Style]:
-    """Return how each curve of `curves` is drawn; compact positions are dashed and paler."""
+    """Return how each curve of `curves` is drawn; variants are dashed and thinner."""
     keys = list(curves(rows))
     methods = list(dict.fromkeys(method for method, _ in keys))
     return {
-        (method, positions): (
+        (method, variant): (
             style
-            if positions == "original" or (method, "original") not in keys
-            else replace(style, line=(0, (5, 2)), width=1.2)  # type: ignore[arg-type]
+            if not variant or (method, "") not in keys
+            else replace(style, line=_DASHES.get(variant, _DOTS), width=1.2)  # type: ignore[arg-type]
         )
-        for method, positions in keys
+        for method, variant in keys
         for style in [style_of(method, methods)]
     }
 

@@ -18,6 +18,23 @@ UNPRUNED = "unpruned"
 """Method of the condition that keeps every token; run once, whatever the number of methods."""
 
 
+def variant(positions: str, proportional_attention: bool) -> str:
+    """Return how a method was run where that is not as usual: ``"compact, proportional"``.
+
+    Parameters
+    ----------
+    positions, proportional_attention
+        See `Condition`.
+
+    Returns
+    -------
+    str
+        Empty for original positions and plain attention.
+    """
+    parts = [] if positions == "original" else [positions]
+    return ", ".join([*parts, "proportional"] if proportional_attention else parts)
+
+
 class Condition(BaseModel):
     """One way to prune.
 
@@ -29,6 +46,9 @@ class Condition(BaseModel):
         Number of tokens (int) or fraction (float) of each image or video; 1.0 where unpruned.
     positions
         How the positions of kept tokens are counted.
+    proportional_attention
+        Whether attention counts a kept token as often as there are tokens that it stands for, see
+        `tokenprune_hf.prune`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,13 +56,20 @@ class Condition(BaseModel):
     method: str
     keep: int | float = Field(union_mode="smart")
     positions: Positions = "original"
+    # Folders from before it was a setting have none.
+    proportional_attention: bool = False
+
+    @property
+    def variant(self) -> str:
+        """See `variant`."""
+        return variant(self.positions, self.proportional_attention)
 
     @property
     def key(self) -> str:
         """Short text that names the condition, for example ``"cls-attention@0.25"``."""
         if self.method == UNPRUNED:
             return UNPRUNED
-        ending = "" if self.positions == "original" else f",{self.positions}"
+        ending = f",{self.variant.replace(', ', ',')}" if self.variant else ""
         return f"{self.method}@{self.keep}{ending}"
 
 

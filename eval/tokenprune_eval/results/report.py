@@ -126,7 +126,10 @@ def _set_view(results: Results, data: DataInfo) -> dict[str, Any]:
 
 
 def _budgets(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the pruned rows with the same `keep` and the main positions, most tokens first."""
+    """Return the pruned rows with the same `keep` and the main positions, most tokens first.
+
+    Those with proportional attention are among them.
+    """
     pruned = [row for row in rows if row.method != UNPRUNED]
     if not pruned:
         return []
@@ -273,7 +276,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
 
 
 def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    style = styles(rows).get((row.method, row.positions))
+    style = styles(rows).get((row.method, row.variant))
     pair, right = row.against_unpruned, row.accuracy
 
     def cell(value: float | None, text: str, below: str = "") -> dict[str, Any]:
@@ -281,7 +284,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
     minus = "\N{MINUS SIGN}"
     return {
-        "name": words.label(row.method, row.positions),
+        "name": words.label(row.method, row.variant),
         "color": style.color if style else "#8a6d1f",
         "keep": words.keep_text(row.method, row.keep),
         "keep_value": row.keep,
@@ -331,11 +334,11 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
         {(type(by_key[key].keep).__name__, by_key[key].keep) for key in loss.said},
         key=lambda keep: (keep[0], -keep[1]),
     )
-    names = list(dict.fromkeys((by_key[key].method, by_key[key].positions) for key in loss.said))
+    names = list(dict.fromkeys((by_key[key].method, by_key[key].variant) for key in loss.said))
     answers = {
         (
             by_key[key].method,
-            by_key[key].positions,
+            by_key[key].variant,
             type(by_key[key].keep).__name__,
             by_key[key].keep,
         ): said
@@ -348,7 +351,7 @@ def _loss_view(loss: Loss, results: Results) -> dict[str, Any]:
         "answered": loss.answered,
         "unpruned": _said_view(loss.unpruned, question),
         "shown": _said_view(loss.said[loss.shown], question),
-        "shown_name": words.label(shown.method, shown.positions),
+        "shown_name": words.label(shown.method, shown.variant),
         "shown_keep": words.keep_text(shown.method, shown.keep),
         "tokens": loss.visual_tokens,
         "of_tokens": loss.of_visual_tokens,

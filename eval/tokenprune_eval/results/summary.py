@@ -25,6 +25,7 @@ from tokenprune_eval.results.records import (
     ModalityIndices,
     Record,
     Seconds,
+    variant,
 )
 from tokenprune_eval.results.statistics import (
     Accuracy,
@@ -51,7 +52,7 @@ class QuestionInfo(BaseModel):
         Data set and id within it, for example ``"easy-vqa/easy-vqa-test-3"``.
     data_set
         Name of the data set.
-    kind, path, question, answer, choices, type, times, evidence
+    kind, path, question, answer, choices, type, times, evidence, further
         See `Question`.
     """
 
@@ -67,6 +68,7 @@ class QuestionInfo(BaseModel):
     type: str = ""
     times: tuple[float, ...] = ()
     evidence: tuple[tuple[int, int, int, int], ...] = ()
+    further: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, data_set: str, question: Question) -> QuestionInfo:
@@ -82,6 +84,7 @@ class QuestionInfo(BaseModel):
             type=question.type,
             times=question.times,
             evidence=question.evidence,
+            further=question.further,
         )
 
 
@@ -114,7 +117,7 @@ class Row(BaseModel):
         Its name.
     condition
         `Condition.key`.
-    method, keep, positions
+    method, keep, positions, proportional_attention
         See `Condition`.
     questions, answered, cut, errors, missing
         Questions of the data set: all; answered, right or wrong; cut off before the answer named
@@ -148,6 +151,7 @@ class Row(BaseModel):
     method: str
     keep: int | float = Field(union_mode="smart")
     positions: Positions
+    proportional_attention: bool = False
     questions: int
     answered: int
     cut: int = 0
@@ -166,6 +170,11 @@ class Row(BaseModel):
     kv_bytes: float | None
     mass_kept: float | None
     dominance: Dominance | None = None
+
+    @property
+    def variant(self) -> str:
+        """See `Condition.variant`."""
+        return variant(self.positions, self.proportional_attention)
 
     @property
     def at_least(self) -> float | None:
@@ -507,6 +516,7 @@ def _row(
         method=condition.method,
         keep=condition.keep,
         positions=condition.positions,
+        proportional_attention=condition.proportional_attention,
         questions=len(questions),
         answered=len(answered),
         cut=len(records) - len(answered),

@@ -30,7 +30,7 @@ _TEXTS = 1
 _ANSWERED = "answered"
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("method", lambda row: words.plain(words.label(row.method, row.positions))),
+    ("method", lambda row: words.plain(words.label(row.method, row.variant))),
     ("keep", lambda row: words.keep_text(row.method, row.keep)),
     ("tokens", lambda row: words.number(row.visual_tokens)),
     ("right, %", lambda row: words.share_with_interval(row.accuracy)),

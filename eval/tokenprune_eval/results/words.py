@@ -107,6 +107,6 @@ def questions(asked: int, whole: int | None) -> str:
     return f"{asked:,} {noun}" if whole is None else f"{asked:,} of {whole:,} {noun}"
 
 
-def label(method: str, positions: str) -> str:
-    """Return what a condition's curve or row is called for people."""
-    return method if positions == "original" else f"{method}, {positions}"
+def label(method: str, variant: str) -> str:
+    """Return what a condition's curve or row is called for people; see `Condition.variant`."""
+    return f"{method}, {variant}" if variant else method

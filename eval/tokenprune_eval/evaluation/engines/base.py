@@ -61,7 +61,7 @@ class MediaQuestions:
     prompts
         Text put to the model for each, choices included.
     content
-        The picture or the sampled frames; None once they are not needed any more.
+        The picture, several, or the sampled frames; None once they are not needed any more.
     prepared
         What `Engine.prepare` made of it.
     error
@@ -73,7 +73,7 @@ class MediaQuestions:
 
     questions: Sequence[Question]
     prompts: Sequence[str]
-    content: Image.Image | Video | None = None
+    content: Image.Image | list[Image.Image] | Video | None = None
     prepared: Any = None
     error: str | None = None
     unread: bool = False

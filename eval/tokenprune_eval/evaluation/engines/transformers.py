@@ -61,7 +61,8 @@ from tokenprune_hf.encoded_file import (
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
-from tokenprune_hf.media import Media
+from tokenprune_hf.media import VIDEO_FRAMES, Media
+from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.vision import ENCODED, check_method, vision_model
 
 _PIXELS = "pixel"
@@ -79,8 +80,8 @@ _GREEDY: dict[str, Any] = {
 }
 
 
-ChooseTokens = Callable[[Question, VisualTokens], Selection]
-"""Chooses the tokens of a question's only image or video by what no method may know."""
+ChooseTokens = Callable[[Question, int, VisualTokens], Selection]
+"""Chooses the tokens of a question's image or video of that number by what no method may know."""
 
 _Budgets = dict[str, tuple[list[Selection], float]]
 """Of one method, by budget: the selections, and how many seconds they took."""
@@ -93,6 +94,7 @@ class _Pruning:
     selector: Selector
     keep: Keep
     positions: Positions
+    proportional_attention: bool
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,15 @@ class _AskedQuestion:
         return sum(len(one.items) for one in self.prepared.known().modalities.values())
 
     @cached_property
-    def given(self) -> Selection | None:
-        """The tokens that `choose` chose; None without it."""
+    def given(self) -> list[Selection] | None:
+        """The tokens that `choose` chose, of each item; None without it."""
         if self.choose is None:
             return None
         (modality,) = self.prepared.known().modalities.values()
-        (item,) = modality.items
-        return self.choose(self.question, item.tokens)
+        return [
+            self.choose(self.question, number, item.tokens)
+            for number, item in zip(range(len(self.question.paths)), modality.items, strict=True)
+        ]
 
 
 class TransformersEngine:
@@ -194,7 +198,8 @@ class TransformersEngine:
     Raises
     ------
     InputFileError, UnsupportedModelError
-        If the model cannot be loaded, or a method cannot serve it or dominance not be measured.
+        If the model cannot be loaded, or a method cannot serve it or dominance not be measured,
+        or its attention cannot be proportional.
     ConfigError
         If dominance is to be measured on answers of one token.
     OutputError
@@ -215,9 +220,12 @@ class TransformersEngine:
         }
         self.model, self.processor = load(settings.model)
         self._prunings = {
-            one.key: _Pruning(_Given(), one.keep, one.positions)
-            if one.key in self._choose
-            else _Pruning(settings.pruning(one).selector(), one.keep, one.positions)
+            one.key: _Pruning(
+                _Given() if one.key in self._choose else settings.pruning(one).selector(),
+                one.keep,
+                one.positions,
+                one.proportional_attention,
+            )
             for one in conditions or settings.conditions()
         }
         self.needs = sorted(
@@ -225,6 +233,8 @@ class TransformersEngine:
         )
         for pruning in self._prunings.values():
             check_method(pruning.selector, self.model)
+        if any(pruning.proportional_attention for pruning in self._prunings.values()):
+            check_proportional_attention(self.model)
         if settings.dominance:
             check_dominance(self.model, settings.max_new_tokens)
         if settings.cache is not None:
@@ -255,12 +265,9 @@ class TransformersEngine:
 
     def prepare(self, asked: MediaQuestions) -> None:
         """Have the processor lay out every question."""
-        content = asked.content
-        kind = "video" if isinstance(content, Video) else "image"
         prompts: list[dict[str, Any]] = []
         for text in asked.prompts:
-            inputs: Any = tokenprune_hf.ask(self.processor, text, **{kind: content})  # type: ignore[arg-type]
-            prompt = dict(inputs)
+            prompt = self._laid_out(text, asked.content)
             if prompts:
                 prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
             prompts.append(prompt)
@@ -268,6 +275,25 @@ class TransformersEngine:
         if self.settings.cache is not None:
             name = f"{encoded_key(self.model, self.needs, prompts[0])}.safetensors"
             asked.prepared.file = self.settings.cache / name
+
+    def _laid_out(self, text: str, content: Any) -> dict[str, Any]:
+        """Return what the processor makes of a question."""
+        if not isinstance(content, list):
+            kind = "video" if isinstance(content, Video) else "image"
+            return dict(tokenprune_hf.ask(self.processor, text, **{kind: content}))
+        if not getattr(self.processor, "chat_template", None):
+            raise UnsupportedModelError(
+                "the processor has no chat template, which says how several images are laid out. "
+                "Ask about one image at a time."
+            )
+        said = [*({"type": "image"} for _ in content), {"type": "text", "text": text}]
+        message = {"role": "user", "content": said}
+        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True)
+        inputs = dict(self.processor(text=[prompt], images=content, return_tensors="pt"))
+        if not vision_model(self.model).family.tells_videos:
+            # Else they may be the frames of a video, which methods that read the question refuse.
+            inputs[VIDEO_FRAMES] = [1] * inputs["pixel_values"].shape[:-3].numel()
+        return inputs
 
     def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Encode every image and video, or read what an earlier run made of it.
@@ -348,7 +374,7 @@ class TransformersEngine:
         size = min(self.settings.batch, -(-len(questions) // self.settings.workers))
         groups: dict[tuple[int, int], list[_AskedQuestion]] = {}
         for one in sorted(questions, key=lambda one: one.length):
-            kept = 0 if one.given is None else len(one.given)
+            kept = 0 if one.given is None else sum(map(len, one.given))
             groups.setdefault((one.length if one.length >= _LONG else 0, kept), []).append(one)
         return [
             group[start : start + size]
@@ -494,8 +520,9 @@ class TransformersEngine:
         prompts = _batch([one.prompt for one in questions], self._padding())
         inputs = {name: self._on_device(value) for name, value in prompts.items()}
         first = _FirstToken([self._letters.of(one.question) for one in questions])
-        if questions[0].given is not None:
-            pruning = replace(pruning, keep=len(questions[0].given))
+        given = questions[0].given
+        if given is not None and len(given) == 1:
+            pruning = replace(pruning, keep=len(given[0]))
         memory = _SelectionMemory(questions, pruning)
         started = time.perf_counter()
         with torch.inference_mode(), _pruned(model, pruning) as running:
@@ -547,6 +574,11 @@ class TransformersEngine:
         known = torch.tensor([] if ends is None else ends, device=new.device, dtype=new.dtype)
         at = torch.isin(new, known.flatten()).nonzero()
         return (int(at[0]) + 1, True) if len(at) else (len(new), False)
+
+
+def check_proportional_attention(model: Any) -> None:
+    """Raise UnsupportedModelError where a model's attention cannot be proportional."""
+    ProportionalAttention(model).remove()
 
 
 def check_dominance(model: Any, max_new_tokens: int) -> None:
@@ -659,7 +691,7 @@ class _SelectionMemory:
         self._by_budget = [
             one.prepared.chosen.setdefault((selector, one.question.id if reads else ""), {})
             if one.given is None
-            else {self._budget: ([one.given], 0.0)}
+            else {self._budget: (one.given, 0.0)}
             for one in questions
         ]
         # Of any budget only where the scores are dear: elsewhere choosing takes next to nothing.
@@ -699,7 +731,13 @@ class _SelectionMemory:
 
 
 def _pruned(model: Any, pruning: _Pruning) -> tokenprune_hf.Pruning:
-    return tokenprune_hf.prune(model, pruning.selector, pruning.keep, pruning.positions)
+    return tokenprune_hf.prune(
+        model,
+        pruning.selector,
+        pruning.keep,
+        pruning.positions,
+        proportional_attention=pruning.proportional_attention,
+    )
 
 
 def _seconds(*, encode: float, select: float, prefill: float, decode: float) -> Seconds:
