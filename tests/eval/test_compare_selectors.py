@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -102,11 +103,10 @@ def test_its_tables_come_from_the_records(out: tuple[Path, str]) -> None:
 def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setattr("tokenprune.registry._here", {})
-    import tried_selectors
-
-    for register in (tried_selectors.register_published, tried_selectors.register_tried):
+    tried = importlib.import_module("tried_selectors")
+    for register in (tried.register_published, tried.register_tried):
         register.cache_clear()
-    yield tried_selectors
+    yield tried
     del sys.modules["tried_selectors"]
 
 

@@ -158,7 +158,7 @@ def test_random_draws_anew_for_every_image() -> None:
     for asked in (scenes, easy):
         for place, image in enumerate(asked.images):
             about = [question for question in asked.data.questions if question.path == image]
-            (kept,) = {tuple(draw(question, tokens).kept.tolist()) for question in about}
+            (kept,) = {tuple(draw(question, 0, tokens).kept.tolist()) for question in about}
             picks = build("random", {"seed": place}).select(batch, 16)
             assert kept == tuple(picks.kept[0].tolist())
             drawn[image] = kept

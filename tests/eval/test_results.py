@@ -25,6 +25,7 @@ from tokenprune.errors import ConfigError, InputFileError
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.compare import compare, comparison_markdown, print_comparison
 from tokenprune_eval.results.files import read_run, write_questions
+from tokenprune_eval.results.plots import curves
 from tokenprune_eval.results.records import Condition, Record, Seconds
 from tokenprune_eval.results.report import render
 from tokenprune_eval.results.statistics import answer_of, difference_interval, mcnemar_p, paired
@@ -184,6 +185,46 @@ def test_summary_counts_by_hand(by_hand: Results) -> None:
         ("set/a", 1, 1),
     ]
     assert (by_hand.losses[0].shown, by_hand.losses[0].kept) == (TWO.key, [0, 3])
+
+
+def test_variants_of_a_method_stand_apart(tmp_path: Path) -> None:
+    variants = [
+        HALF,
+        HALF.model_copy(update={"proportional_attention": True}),
+        HALF.model_copy(update={"proportional_attention": True, "positions": "compact"}),
+    ]
+    assert [one.key for one in variants] == [
+        "divprune@0.5",
+        "divprune@0.5,proportional",
+        "divprune@0.5,compact,proportional",
+    ]
+    items = [_item("a"), _item("b", "shape")]
+    texts = {FULL.key: "red", variants[1].key: "red"}
+    records = [
+        _record(item.id, one, texts.get(one.key, "blue"), visual_tokens=4, of_visual_tokens=8)
+        for one in (FULL, *variants)
+        for item in items
+    ]
+    results = summarise(_about(), items, [FULL, *variants], records)
+    assert [row.accuracy.correct for row in results.rows if row.accuracy] == [2, 0, 2, 0]
+    assert list(curves(results.rows)) == [
+        ("divprune", ""),
+        ("divprune", "proportional"),
+        ("divprune", "compact, proportional"),
+    ]
+    names = [line.split("|")[1].strip() for line in markdown(results).splitlines() if "| " in line]
+    assert names[2:] == [
+        "unpruned",
+        *("divprune", "divprune, proportional", "divprune, compact, proportional"),
+    ]
+    page = " ".join(render(results).split())
+    # By type of question: both ways to attend, of the usual positions.
+    assert '<th scope="col">divprune</th><th scope="col">divprune, proportional</th></tr>' in page
+    for folder in (a := tmp_path / "a", b := tmp_path / "b"):
+        _write_run(folder, items, [FULL, *variants], records)
+    assert [pair.variant for pair in compare(a, b).pairs[1:]] == [
+        *("", "proportional", "compact, proportional")
+    ]
 
 
 def test_cut_answers_stand_beside_right_and_wrong(tmp_path: Path) -> None:
