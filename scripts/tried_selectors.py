@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokenprune.budget import tokens_kept
-from tokenprune.reading import QueryKeys, question_scores
+from tokenprune.question.attention import QueryKeys, question_scores
 from tokenprune.registry import register
 from tokenprune.selecting import select
 from tokenprune.selection import Selection
