@@ -95,19 +95,19 @@ def encoded_key(model: Any, needs: Sequence[str], inputs: Mapping[str, Any]) -> 
     UnsupportedModelError, PromptError
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
-    media = vision_model(model).media(dict(inputs))
-    if not media:
+    of_modalities = vision_model(model).encoder_inputs(dict(inputs))
+    if not of_modalities:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
     device = model.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name(model.device)
     wanted = sorted(set(needs) & set(ENCODED))
     digest = hashlib.sha256(repr((LAYOUT, encoder_fingerprint(model), device, wanted)).encode())
-    for one in media:
-        digest.update(repr((one.modality, one.video_frames)).encode())
-        for name in sorted(one.arguments):
+    for given in of_modalities:
+        digest.update(repr((given.modality, given.video_frames)).encode())
+        for name in sorted(given.arguments):
             digest.update(name.encode())
-            _add(digest, one.arguments[name])
+            _add(digest, given.arguments[name])
     return digest.hexdigest()[:32]
 
 

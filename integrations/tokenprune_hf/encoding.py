@@ -152,11 +152,11 @@ def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence
     PromptError
         If they hold none.
     """
-    media = vision.media(arguments)
+    of_modalities = vision.encoder_inputs(arguments)
     needs = tuple(need for need in needs if need in ENCODED)
-    if not media:
+    if not of_modalities:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
-    return Encoded({one.modality: vision.encode(one, needs) for one in media}, needs)
+    return Encoded({given.modality: vision.encode(given, needs) for given in of_modalities}, needs)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
 from tokenprune.masks.layout import image_spans
-from tokenprune_hf.media import Media, sizes_of
+from tokenprune_hf.encoder_inputs import EncoderInputs, sizes_of
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -144,8 +144,10 @@ def _sizes(
         name = f"{modality}_grid_thw"
         if arguments.get(name) is None:
             return None
-        return sizes_of(family, Media(modality, {name: arguments[name]}), total)
-    found = [media for media in vision.media(dict(arguments)) if media.modality == modality]
+        return sizes_of(family, EncoderInputs(modality, {name: arguments[name]}), total)
+    found = [
+        inputs for inputs in vision.encoder_inputs(dict(arguments)) if inputs.modality == modality
+    ]
     if not found:
         raise PromptError(
             f"the prompts hold {total} {modality} placeholders and no {modality} was passed, so "

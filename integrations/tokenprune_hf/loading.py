@@ -15,7 +15,7 @@ from PIL import Image
 from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
 from tokenprune.media.video import Video
 from tokenprune.providers import model_path
-from tokenprune_hf.media import VIDEO_FRAMES
+from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
 from tokenprune_hf.vision import supported_models
 
 _FPS = 2.0

@@ -188,7 +188,7 @@ class Pruning(Attachment):
         """Raise if images or videos are passed to the model without its head."""
         if self._call.depth:
             return
-        if self._vision.media(named_arguments(inner, args, kwargs)):
+        if self._vision.encoder_inputs(named_arguments(inner, args, kwargs)):
             raise PromptError(
                 f"images or videos were passed to {type(inner).__name__}, which is not pruned: "
                 f"only calls of the whole {type(self.model).__name__} are. Call that one, or call "
@@ -447,7 +447,7 @@ class Pruning(Attachment):
                 "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
             )
         filled = cache_length(cache_of(arguments)) > 0
-        if encoded is None and not self._vision.media(arguments):
+        if encoded is None and not self._vision.encoder_inputs(arguments):
             if filled and not known_cache:
                 self._check_no_placeholders(arguments)
             self._note(_Chosen([], 0.0))

@@ -24,8 +24,8 @@ from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Medium
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_hf.attention import scoring_layer, watch_attention
+from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs, media_of
 from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_picture
-from tokenprune_hf.media import VIDEO_FRAMES, Media, media_of
 from tokenprune_hf.placing import PLACES_ROWS_IN_BLOCKS, place_kept_rows
 from tokenprune_hf.watching import watch_input
 from tokenprune_hf.wrappers import model_inside
@@ -121,7 +121,7 @@ class VisionModel:
             self._projectors[modality] = ModelProjector(module, lambda: layers_of(module), around)
         return self._projectors[modality]
 
-    def scoring_layer(self, media: Media) -> nn.Module:
+    def scoring_layer(self, inputs: EncoderInputs) -> nn.Module:
         """Return the attention module of the layer whose output is the feature.
 
         Raises
@@ -129,10 +129,10 @@ class VisionModel:
         UnsupportedModelError
             If it cannot be watched.
         """
-        chosen: Any = media.arguments.get("vision_feature_layer")
+        chosen: Any = inputs.arguments.get("vision_feature_layer")
         if chosen is None:
             chosen = getattr(self.model.config, "vision_feature_layer", -1)
-        return scoring_layer(self.tower(media.modality), chosen, type(self.model).__name__)
+        return scoring_layer(self.tower(inputs.modality), chosen, type(self.model).__name__)
 
     def language_model(self) -> Any:
         """Return the language model without its head: embeddings, layers, norm.
@@ -200,9 +200,9 @@ class VisionModel:
             token_id = getattr(self.model.config, f"{modality}_token_index", -1)
         return int(token_id)
 
-    def media(self, arguments: dict[str, Any]) -> list[Media]:
+    def encoder_inputs(self, arguments: dict[str, Any]) -> list[EncoderInputs]:
         """Return the modalities whose pixels are among a call's arguments."""
-        found = []
+        inputs = []
         for modality in ("image", "video"):
             function = getattr(self.inner, f"get_{modality}_features", None)
             if function is None:
@@ -210,8 +210,8 @@ class VisionModel:
             given = encoder_arguments(function, arguments)
             if given is not None:
                 told = None if self.family.tells_videos else arguments.get(VIDEO_FRAMES)
-                found.append(Media(modality, given, told))
-        return found
+                inputs.append(EncoderInputs(modality, given, told))
+        return inputs
 
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""
@@ -222,12 +222,12 @@ class VisionModel:
                 names.update(encoder_names(function))
         return names - {"return_dict"}
 
-    def encode(self, media: Media, needs: Sequence[str]) -> EncodedModality:
+    def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once and collect what `needs` names.
 
         Parameters
         ----------
-        media
+        inputs
             The modality and the encoder's arguments.
         needs
             Names out of `tokenprune.tokens.INPUTS`.
@@ -251,12 +251,12 @@ class VisionModel:
         with ExitStack() as stack:
             probe = None
             if "cls_attention" in needs:
-                probe = stack.enter_context(watch_attention(self.scoring_layer(media)))
+                probe = stack.enter_context(watch_attention(self.scoring_layer(inputs)))
             stack.enter_context(watch_input(entrance, keep_input))
-            function = getattr(self.inner, f"get_{media.modality}_features")
-            output = function(**media.arguments, return_dict=True)
+            function = getattr(self.inner, f"get_{inputs.modality}_features")
+            output = function(**inputs.arguments, return_dict=True)
         if not captured:
-            raise PromptError(f"the vision encoder was given no {media.modality}.")
+            raise PromptError(f"the vision encoder was given no {inputs.modality}.")
         pooled = output.pooler_output
         parts = list(pooled)
         rows = torch.cat(parts)
@@ -268,19 +268,19 @@ class VisionModel:
             sizes = [len(part) for part in parts]
             if not self.family.tells_videos:
                 sizes = rows_per_picture(sizes, features)
-            encoded = media_of(self.family, media, sizes)
+            media = media_of(self.family, inputs, sizes)
             attention = None
             if probe is not None:
-                has_cls = self.family.has_cls(self.tower(media.modality))
-                attention = self.family.attention(probe, encoded, has_cls)
-            items = self._items(media, encoded, rows, features, attention)
-        told = self.family.tells_videos or media.video_frames is not None
+                has_cls = self.family.has_cls(self.tower(inputs.modality))
+                attention = self.family.attention(probe, media, has_cls)
+            items = self._items(inputs, media, rows, features, attention)
+        told = self.family.tells_videos or inputs.video_frames is not None
         return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items, told)
 
     def _items(
         self,
-        media: Media,
-        encoded: Sequence[Medium],
+        inputs: EncoderInputs,
+        media: Sequence[Medium],
         rows: Tensor,
         features: Tensor,
         attention: Tensor | None,
@@ -288,8 +288,8 @@ class VisionModel:
         """Return the items of all images or videos, in prompt order."""
         items = []
         start = 0
-        found = self.family.rows_of(encoded, features, attention)
-        for number, (medium, (own, scores)) in enumerate(zip(encoded, found, strict=True)):
+        found = self.family.rows_of(media, features, attention)
+        for number, (medium, (own, scores)) in enumerate(zip(media, found, strict=True)):
             for segment in self.family.segments(medium):
                 in_medium = segment.rows.to(rows.device)
                 label = f"{medium.modality} {number}"
@@ -302,7 +302,7 @@ class VisionModel:
                             features=own[in_medium],
                             embeddings=rows[in_medium + start],
                             cls_attention=None if scores is None else scores[:, in_medium],
-                            projector=self.projector(media.modality),
+                            projector=self.projector(inputs.modality),
                             label=f"{label}, {segment.label}" if segment.label else label,
                         ),
                     )

@@ -16,8 +16,8 @@ from PIL import Image
 from tokenprune.errors import PromptError
 from tokenprune.media.images import load_image
 from tokenprune.media.video import Video, read_video
+from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
 from tokenprune_hf.loading import frames_and_metadata
-from tokenprune_hf.media import VIDEO_FRAMES
 from tokenprune_lmms_eval.arguments import Arguments
 
 Message = Mapping[str, Any]

@@ -256,7 +256,7 @@ def _check_for_transformers(settings: Settings) -> None:
         check_dominance,
         check_proportional_attention,
     )
-    from tokenprune_hf.media import Media
+    from tokenprune_hf.encoder_inputs import EncoderInputs
     from tokenprune_hf.vision import check_method, supported_models, vision_model
 
     name = model_path(settings.model)
@@ -276,7 +276,7 @@ def _check_for_transformers(settings: Settings) -> None:
         selector = settings.pruning(condition).selector()
         check_method(selector, model)
         if "cls_attention" in selector.needs:
-            vision_model(model).scoring_layer(Media("image"))
+            vision_model(model).scoring_layer(EncoderInputs("image"))
     if settings.proportional_attention:
         check_proportional_attention(model)
     if settings.dominance:

@@ -58,10 +58,10 @@ from tokenprune_hf.encoded_file import (
     load_encoded,
     save_encoded,
 )
+from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
-from tokenprune_hf.media import VIDEO_FRAMES, Media
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.vision import ENCODED, check_method, vision_model
 
@@ -609,7 +609,7 @@ def _all_needs(model: Any) -> set[str]:
     """Return what the encoder can give to selectors, on this model."""
     vision = vision_model(model)
     try:
-        vision.scoring_layer(Media("image"))
+        vision.scoring_layer(EncoderInputs("image"))
     except UnsupportedModelError:
         return {*ENCODED} - {"cls_attention"}
     return {*ENCODED}

@@ -1,4 +1,4 @@
-"""What a call's arguments say of each image and video: one `Medium` for each, in prompt order."""
+"""What a vision encoder is called with, and what that says of each image and video."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VIDEO_FRAMES = "video_frames"
 
 
 @dataclass
-class Media:
+class EncoderInputs:
     """The arguments with which the encoder of one modality is called.
 
     Attributes
@@ -43,14 +43,14 @@ class Media:
         return pixels
 
 
-def media_of(family: Family, media: Media, sizes: Sequence[int]) -> list[Medium]:
-    """Return every image or video that was encoded.
+def media_of(family: Family, inputs: EncoderInputs, sizes: Sequence[int]) -> list[Medium]:
+    """Return every image or video that was encoded, in prompt order.
 
     Parameters
     ----------
     family
         The model's.
-    media
+    inputs
         What the encoder was called with.
     sizes
         Rows of each tensor that the encoder returned.
@@ -60,39 +60,39 @@ def media_of(family: Family, media: Media, sizes: Sequence[int]) -> list[Medium]
     PromptError
         If ``video_frames`` does not add up.
     """
-    found = _without_rows(family, media, len(sizes))
-    if len(sizes) == len(found):
-        return [replace(medium, rows=rows) for medium, rows in zip(found, sizes, strict=True)]
+    media = _without_rows(family, inputs, len(sizes))
+    if len(sizes) == len(media):
+        return [replace(medium, rows=rows) for medium, rows in zip(media, sizes, strict=True)]
     # The encoder returned one tensor for each frame, or for all pictures of a prompt.
-    per_picture = sum(sizes) // sum(medium.pictures for medium in found)
-    return [replace(medium, rows=medium.pictures * per_picture) for medium in found]
+    per_picture = sum(sizes) // sum(medium.pictures for medium in media)
+    return [replace(medium, rows=medium.pictures * per_picture) for medium in media]
 
 
-def sizes_of(family: Family, media: Media, total: int) -> list[int]:
+def sizes_of(family: Family, inputs: EncoderInputs, total: int) -> list[int]:
     """Return how many rows the encoder returns for each image or video, without running it.
 
     Parameters
     ----------
-    family, media
+    family, inputs
         See `media_of`; images that touch each other in the prompt.
     total
         How many rows there are in all.
     """
-    found = _without_rows(family, media, 0)
+    media = _without_rows(family, inputs, 0)
     # Where a family does not say, all are equally large.
-    return [family.row_count(medium) or total // len(found) for medium in found]
+    return [family.row_count(medium) or total // len(media) for medium in media]
 
 
-def _without_rows(family: Family, media: Media, returned: int) -> list[Medium]:
+def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[Medium]:
     """Return the images or videos, whose rows are not filled in yet."""
-    modality, arguments = media.modality, media.arguments
+    modality, arguments = inputs.modality, inputs.arguments
     grids = arguments.get(f"{modality}_grid_thw")
     if grids is not None:
         return [Medium(modality, 0, grid=_grid(grid)) for grid in grids.tolist()]
-    pixels = media.pixels
+    pixels = inputs.pixels
     sides = _sides(pixels.shape[-2:])
     if not family.tells_videos:
-        counts = _pictures(media, returned)
+        counts = _pictures(inputs, returned)
         return [Medium("image" if count == 1 else "video", 0, count, sides) for count in counts]
     if modality == "video":
         return [Medium(modality, 0, pixels.shape[1], sides) for _ in range(len(pixels))]
@@ -124,14 +124,14 @@ def _without_rows(family: Family, media: Media, returned: int) -> list[Medium]:
     ]
 
 
-def _pictures(media: Media, total: int) -> list[int]:
+def _pictures(inputs: EncoderInputs, total: int) -> list[int]:
     """Return how many pictures each image or video has."""
-    if media.video_frames is None:
+    if inputs.video_frames is None:
         return [1] * total
-    counts = [int(count) for count in media.video_frames]
+    counts = [int(count) for count in inputs.video_frames]
     if sum(counts) != total or min(counts, default=0) < 1:
         raise PromptError(
-            f"video_frames={list(media.video_frames)} adds up to {sum(counts)} pictures and the "
+            f"video_frames={list(inputs.video_frames)} adds up to {sum(counts)} pictures and the "
             f"processor made {total}. Give the number of frames of each video and a 1 for each "
             "picture of an image, in the order of the prompt."
         )
