@@ -98,21 +98,20 @@ def join(parts: Sequence[Encoded]) -> Encoded:
             )
     joined: dict[str, EncodedModality] = {}
     for modality in first.modalities:
-        own = [part.modalities[modality] for part in parts]
-        starts = list(itertools.accumulate((len(one.rows) for one in own), initial=0))
+        batches = [part.modalities[modality] for part in parts]
+        starts = itertools.accumulate((len(media.rows) for media in batches), initial=0)
+        layers = zip(*(media.deepstack for media in batches), strict=True)
         joined[modality] = EncodedModality(
-            rows=torch.cat([one.rows for one in own]),
-            sizes=[size for one in own for size in one.sizes],
-            stacked=own[0].stacked,
-            deepstack=[
-                torch.cat(layers) for layers in zip(*(one.deepstack for one in own), strict=True)
-            ],
+            rows=torch.cat([media.rows for media in batches]),
+            sizes=[size for media in batches for size in media.sizes],
+            stacked=batches[0].stacked,
+            deepstack=[torch.cat(layer) for layer in layers],
             items=[
                 Item(item.rows + start, item.tokens)
-                for one, start in zip(own, starts, strict=False)
-                for item in one.items
+                for media, start in zip(batches, starts, strict=False)  # the last start is the end
+                for item in media.items
             ],
-            videos_told=all(one.videos_told for one in own),
+            videos_told=all(media.videos_told for media in batches),
         )
     return Encoded(joined, first.needs)
 
@@ -175,10 +174,16 @@ class KeptRows:
     @classmethod
     def of(cls, encoded: EncodedModality, selections: Sequence[Selection]) -> KeptRows:
         """Mark the rows that stay: those selected, and those that belong to no item."""
-        staying = torch.ones(len(encoded.rows), dtype=torch.bool, device=encoded.rows.device)
+        staying = cls.all_of(encoded).staying
         for item, selection in zip(encoded.items, selections, strict=True):
             staying[item.rows] = False
             staying[item.rows[selection.kept]] = True
+        return cls(encoded, staying)
+
+    @classmethod
+    def all_of(cls, encoded: EncodedModality) -> KeptRows:
+        """Mark every row as staying."""
+        staying = torch.ones(len(encoded.rows), dtype=torch.bool, device=encoded.rows.device)
         return cls(encoded, staying)
 
     def output(self, per_sample: Sequence[int], repeats: int) -> Any:
@@ -193,33 +198,36 @@ class KeptRows:
         """
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        index = torch.cat(
-            [
-                part[self.staying[part]]
-                for sample in torch.arange(len(self.staying), device=self.staying.device).split(
-                    list(per_sample)
-                )
-                for part in [sample] * repeats
-            ]
-        )
-        owner = torch.repeat_interleave(
-            torch.arange(len(self.encoded.sizes), device=index.device),
-            torch.tensor(self.encoded.sizes, device=index.device),
-        )[index]
-        # One tensor per image again: a new one begins where the image or the prompt changes.
-        first = torch.ones_like(index, dtype=torch.bool)
-        first[1:] = (owner[1:] != owner[:-1]) | (index[1:] <= index[:-1])
-        sizes = torch.diff(
-            first.nonzero()[:, 0], append=torch.tensor([len(index)], device=index.device)
-        ).tolist()
-        pooled: Any = self.encoded.rows[index].split(sizes)
+        pictures = self._pictures(self.encoded.rows, per_sample, repeats)
+        pooled: Tensor | list[Tensor] = pictures
         if self.encoded.stacked:
-            same = len(set(sizes)) == 1
-            pooled = torch.stack(pooled) if same else self.encoded.rows[index][None]
-        output = BaseModelOutputWithPooling(pooler_output=pooled)
+            # Pictures that keep different numbers of rows make no tensor [n, K, D]. Forwards lay
+            # rows one after another anyway, so one picture of all rows serves as well.
+            same = len({len(picture) for picture in pictures}) == 1
+            pooled = torch.stack(pictures) if same else torch.cat(pictures)[None]
+        output: Any = BaseModelOutputWithPooling(pooler_output=pooled)
         if self.encoded.deepstack:
             # An attribute and not a field: the class without deepstack has no such field.
             output.deepstack_features = [
-                layer[index].split(sizes) for layer in self.encoded.deepstack
+                self._pictures(layer, per_sample, repeats) for layer in self.encoded.deepstack
             ]
         return output
+
+    def _pictures(self, rows: Tensor, per_sample: Sequence[int], repeats: int) -> list[Tensor]:
+        """Return what stays of rows [R, D], one tensor a picture; each prompt's repeated in a row.
+
+        A picture of which nothing stays (a frame of a pruned video) is left out.
+        """
+        ends_of_prompts = set(itertools.accumulate(per_sample))
+        edges = sorted({0, *ends_of_prompts, *itertools.accumulate(self.encoded.sizes)})
+        # How many rows stay in front of each edge, so that the device is waited for once.
+        staying_before = torch.nn.functional.pad(self.staying.cumsum(0), (1, 0))
+        kept = staying_before[edges].diff().tolist()
+        result: list[Tensor] = []
+        of_prompt: list[Tensor] = []
+        for end, picture in zip(edges[1:], rows[self.staying].split(kept), strict=True):
+            of_prompt += [picture] if len(picture) else []
+            if end in ends_of_prompts:
+                result += of_prompt * repeats
+                of_prompt = []
+        return result
