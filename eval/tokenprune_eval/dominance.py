@@ -36,7 +36,7 @@ from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.prefix import _heads, sliding_window
-from tokenprune_hf.shortened import attention_mask_of
+from tokenprune_hf.shortening import attention_mask_of
 from tokenprune_hf.vision import VisionModel, vision_model
 
 TextTokens = Literal["all", "question"]

@@ -1,7 +1,8 @@
-"""Positions of pruned prompts on models with M-RoPE, where transformers counts as no one else does.
+"""Positions of pruned prompts: `original` as in the full prompt, `compact` counted anew.
 
-The papers of Qwen2-VL and Qwen2.5-VL, their first code and vLLM put the next token one behind the
-highest position of an item, whichever axis has it. transformers puts it behind the rows and the
+They are the engine's own, except on models with M-RoPE, where transformers counts as no one else
+does. The papers of Qwen2-VL and Qwen2.5-VL, their first code and vLLM put the next token one behind
+the highest position of an item, whichever axis has it. transformers puts it behind the rows and the
 columns alone: in a video with more temporal positions than rows and columns, the text then stands
 beside the frames in place of behind all of them. And where a frame's time falls on a whole
 position, transformers multiplies in float32 and vLLM in float64, which can be one apart.
@@ -12,6 +13,7 @@ prompt that loses no token is left to the engine, so that its answer is the plai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +21,115 @@ import torch
 from torch import Tensor
 
 from tokenprune_hf.encoding import Encoded
+from tokenprune_hf.prompt import ShortPrompt
 from tokenprune_hf.vision import VisionModel
+
+_ROPE_ARGUMENTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+"""What families with M-RoPE read, besides input_ids, to work out positions."""
+
+
+def full_positions(
+    vision: VisionModel,
+    arguments: Mapping[str, Any],
+    encoded: Encoded,
+    placeholders: Mapping[str, Tensor],
+    mask: Tensor,
+    pruned: Tensor,
+) -> Tensor:
+    """Return the positions of the unpruned prompts: the caller's, or else the engine's own.
+
+    Parameters
+    ----------
+    vision
+        The model's.
+    arguments
+        The call's, by name, with input_ids [B, L].
+    encoded
+        What the encoder returned.
+    placeholders
+        See `tokenprune_hf.shortening.find_placeholders`.
+    mask
+        [B, L], 0 where there is padding.
+    pruned
+        BoolTensor [B], which prompts lose a token.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, L], or [3 or 4, B, L] on models with M-RoPE.
+    """
+    input_ids: Tensor = arguments["input_ids"]
+    given: Tensor | None = arguments.get("position_ids")
+    if given is not None:
+        return given.expand(*given.shape[:-2], *input_ids.shape)
+    known = {name: arguments[name] for name in _ROPE_ARGUMENTS if arguments.get(name) is not None}
+    # Working out positions leaves `rope_deltas` on the inner model, by which calls of other
+    # threads, and plain calls after the block, would count. Copies of the two outer modules take
+    # that note in their place; all that they hold is the model's own.
+    outer = copy.copy(vision.model)
+    outer._modules = dict(outer._modules)
+    if "model" in outer._modules:
+        outer._modules["model"] = copy.copy(outer._modules["model"])
+    positions: Tensor = outer._prepare_position_ids_for_generation(
+        input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
+    )
+    if not vision.mrope:
+        return positions
+    return count_as_published(vision, arguments, encoded, placeholders, positions, mask, pruned)
+
+
+def original_positions(
+    full: Tensor, prompt: ShortPrompt, mask: Tensor, short_mask: Tensor, *, published: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of the full prompt at what is left of it.
+
+    Parameters
+    ----------
+    full
+        What `full_positions` returned.
+    prompt
+        How [B, L] became [B, S].
+    mask
+        [B, L], 0 where there is padding.
+    short_mask
+        [B, S], 0 where there is padding or a hidden token.
+    published
+        Whether they were counted as the papers of M-RoPE count, and are not the caller's.
+
+    Returns
+    -------
+    tuple of Tensor
+        LongTensor [..., B, S], and [..., B]: the position of the first token after the prompt.
+    """
+    short = prompt.take(full, 0)
+    # Padding may stand on the right: the last real token is the one counted furthest.
+    last = mask.long().cumsum(dim=-1).argmax(dim=-1)
+    columns = last[:, None].expand(*full.shape[:-1], 1)
+    following = full.gather(-1, columns)[..., 0] + 1
+    if published:
+        # Behind everything, on every axis, as both engines go on from a cache.
+        highest = full.masked_fill(mask == 0, -1)[-3:].amax(dim=(0, -1))
+        following[-3:] = highest + 1
+    if full.ndim == 3 and len(full) == 4:
+        # The first of four axes is read by the engine's masks alone, which take gaps in it for the
+        # borders of packed prompts. So it counts the short prompt, whatever the other three say.
+        counted = _counted(short_mask)
+        short[0] = counted
+        following[0] = counted.amax(dim=-1) + 1
+    return short, following
+
+
+def compact_positions(full: Tensor, short_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return positions without gaps, alike on every axis; see `original_positions`."""
+    counted = _counted(short_mask)
+    axes = full.shape[:-2]
+    short = counted.expand(*axes, *counted.shape).clone()
+    return short, (counted.amax(dim=-1) + 1).expand(*axes, len(counted)).clone()
+
+
+def _counted(mask: Tensor) -> Tensor:
+    """Return LongTensor [B, S], the number of each token among those that the mask shows."""
+    return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def count_as_published(
@@ -42,7 +152,7 @@ def count_as_published(
     encoded
         What the encoder returned.
     placeholders
-        See `tokenprune_hf.shortened.find_placeholders`.
+        See `tokenprune_hf.shortening.find_placeholders`.
     positions
         LongTensor [3 or 4, B, L] of the unpruned prompts; the last three rows are time, row and
         column.
@@ -120,10 +230,10 @@ def _times(
     places = placeholders["video"]
     result: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for item, step in zip(encoded.modalities["video"].items, seconds, strict=False):
-        own = places[item.rows.to(places.device)]
+        of_item = places[item.rows.to(places.device)]
         frames, rows, columns = item.tokens.grid
         interval = float(step) * vision.frame_interval("video")
-        offsets = (torch.arange(frames, device=own.device).double() * interval).long()
-        in_order = offsets.repeat_interleave(rows * columns)
-        result.setdefault(int(own[0, 0]), []).append((own[:, 1], in_order))
+        per_frame = (torch.arange(frames, device=places.device).double() * interval).long()
+        offsets = per_frame.repeat_interleave(rows * columns)
+        result.setdefault(int(of_item[0, 0]), []).append((of_item[:, 1], offsets))
     return result

@@ -42,45 +42,45 @@ class ShortPrompt:
     valid: Tensor
     full_length: int
 
+    @classmethod
+    def of(cls, staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
+        """Work out the short prompts; padding is laid anew, on the side the caller used.
+
+        Parameters
+        ----------
+        staying
+            BoolTensor [B, L], False where a placeholder is dropped.
+        attention_mask
+            [B, L], 0 at the caller's padding.
+
+        Returns
+        -------
+        ShortPrompt
+            As long as the longest prompt that is left.
+        """
+        staying = staying & attention_mask.bool()
+        length = max(int(staying.sum(dim=1).max()), 1)
+        ends_padded, starts_padded = (attention_mask[:, [-1, 0]].amin(dim=0) < 1).tolist()
+        padded_right = ends_padded and not starts_padded
+        # The sort is stable: it moves what goes to the padded side and leaves the rest in order.
+        order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=padded_right)
+        left = slice(None, length) if padded_right else slice(-length, None)
+        return cls(order.indices[:, left], order.values[:, left].bool(), staying.shape[1])
+
     @property
     def length(self) -> int:
         """S, columns of the short prompt."""
         return self.columns.shape[1]
 
-    def shorten(self, values: Tensor, fill: int) -> Tensor:
-        """Return [..., B, S] of [..., B, L], with `fill` at padding."""
+    def take(self, values: Tensor, fill: int) -> Tensor:
+        """Return [..., B, S] of values [..., B, L], with `fill` at padding."""
         columns = self.columns.expand(*values.shape[:-1], -1)
         return values.gather(-1, columns).masked_fill(~self.valid, fill)
 
     def new_column(self, column: int) -> Tensor:
         """Return LongTensor [B]: where a column of the full prompt went, or -1 where it is gone."""
-        found = (self.columns == column) & self.valid
-        return torch.where(found.any(dim=1), found.long().argmax(dim=1), -1)
-
-
-def shorten(staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
-    """Work out the short prompts; padding is laid anew, on the side the caller used.
-
-    Parameters
-    ----------
-    staying
-        BoolTensor [B, L], False where a placeholder is dropped.
-    attention_mask
-        [B, L], 0 at the caller's padding.
-
-    Returns
-    -------
-    ShortPrompt
-        As long as the longest prompt that is left.
-    """
-    staying = staying & attention_mask.bool()
-    length = max(int(staying.sum(dim=1).max()), 1)
-    ends_padded, starts_padded = (attention_mask[:, [-1, 0]].amin(dim=0) < 1).tolist()
-    right = ends_padded and not starts_padded
-    # A stable sort of booleans brings the staying columns together in their order.
-    order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=right)
-    part = slice(None, length) if right else slice(-length, None)
-    return ShortPrompt(order.indices[:, part], order.values[:, part].bool(), staying.shape[1])
+        is_column = (self.columns == column) & self.valid
+        return torch.where(is_column.any(dim=1), is_column.long().argmax(dim=1), -1)
 
 
 def check_attention_mask(

@@ -49,7 +49,8 @@ from tokenprune_hf.mllama.method import METHOD as TRIMMED
 from tokenprune_hf.mllama.model import check_prompt_has_images
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.reading import prompt_items
-from tokenprune_hf.shortened import Application, Shortened, find_placeholders, shorten_prompt
+from tokenprune_hf.shortened import Application, Shortened
+from tokenprune_hf.shortening import find_placeholders, shorten_prompt
 from tokenprune_hf.vision import ENCODED, VisionModel, check_method, vision_model
 
 _REFUSED = {

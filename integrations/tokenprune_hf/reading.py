@@ -20,7 +20,7 @@ from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.prefix import read_layers
-from tokenprune_hf.shortened import attention_mask_of, find_placeholders
+from tokenprune_hf.shortening import attention_mask_of, find_placeholders
 from tokenprune_hf.vision import EncodedModality, Item, VisionModel
 
 

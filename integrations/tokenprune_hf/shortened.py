@@ -1,13 +1,12 @@
 """Shortened: one batch of prompts without the dropped tokens, and how to go on from it.
 
 Callers count in tokens of their own, full prompt; the engine sees the short one. Everything that
-translates between the two is here: positions, masks, `logits_to_keep`, and calls that come back
-with the cache of a pruned prompt.
+translates a call from the one to the other is here: arguments, masks, `logits_to_keep`, and calls
+that come back with the cache of a pruned prompt. `tokenprune_hf.shortening` makes it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -17,17 +16,11 @@ from torch import Tensor
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
-from tokenprune.selection import Selection
-from tokenprune_hf.encoding import Encoded, KeptRows
-from tokenprune_hf.positions import count_as_published
-from tokenprune_hf.prompt import FILL, ShortPrompt, check_attention_mask, shorten
-from tokenprune_hf.vision import VisionModel
+from tokenprune_hf.encoding import KeptRows
+from tokenprune_hf.prompt import ShortPrompt
 
 Application = Literal["drop", "mask"]
 """What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
-
-_ROPE_ARGUMENTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-"""What families with M-RoPE read, besides input_ids, to work out positions."""
 
 
 @dataclass(frozen=True)
@@ -271,188 +264,6 @@ class Shortened:
                 f"must cover the full prompt ({full}) and what came after it ({after})."
             )
         return torch.cat([short, given[:, full:].to(short)], dim=1)
-
-
-def find_placeholders(
-    vision: VisionModel, input_ids: Tensor, encoded: Encoded
-) -> dict[str, Tensor]:
-    """Return, per modality, where each row of the encoder belongs in the prompts.
-
-    Parameters
-    ----------
-    vision
-        Knows the placeholders' ids.
-    input_ids
-        LongTensor [B, L].
-    encoded
-        What the encoder returned.
-
-    Returns
-    -------
-    dict
-        LongTensor [R, 2]: prompt and column of each row, in the order of rows.
-
-    Raises
-    ------
-    PromptError
-        If there are not as many placeholders as rows.
-    """
-    found = {}
-    for modality, media in encoded.modalities.items():
-        places = (input_ids == vision.token_id(modality)).nonzero()
-        if len(places) != len(media.rows):
-            raise PromptError(
-                f"the prompt holds {len(places)} {modality} placeholders and its {modality}s make "
-                f"{len(media.rows)} tokens. Pass input_ids and pixel values of one and the same "
-                "processor call, neither truncated."
-            )
-        found[modality] = places
-    return found
-
-
-def attention_mask_of(vision: VisionModel, arguments: Mapping[str, Any]) -> Tensor:
-    """Return a call's attention mask [B, L], all ones where none is needed.
-
-    Raises
-    ------
-    PromptError
-        If it is missing where it is needed, or does not fit.
-    """
-    model = vision.model
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    ends = eos if isinstance(eos, list) else [eos]
-    # A padding token that also ends sequences does not tell padding.
-    tells = None if pad in ends else pad
-    return check_attention_mask(arguments["input_ids"], arguments.get("attention_mask"), tells)
-
-
-def shorten_prompt(
-    vision: VisionModel,
-    arguments: Mapping[str, Any],
-    encoded: Encoded,
-    placeholders: Mapping[str, Tensor],
-    selections: Mapping[str, list[Selection]],
-    positions: Positions,
-    application: Application = "drop",
-) -> Shortened:
-    """Drop, or hide, the placeholders of every token that was not selected.
-
-    Parameters
-    ----------
-    vision
-        The model's.
-    arguments
-        The call's, by name, with input_ids [B, L].
-    encoded
-        What the encoder returned.
-    placeholders
-        See `find_placeholders`.
-    selections
-        Per modality, one for each of `encoded`'s items.
-    positions
-        ``"original"`` or ``"compact"``.
-    application
-        ``"drop"``, or ``"mask"``: every token stays in the prompt, and the attention mask is 0
-        where one was not selected.
-
-    Raises
-    ------
-    PromptError
-        See `attention_mask_of`.
-    """
-    model = vision.model
-    mask = attention_mask_of(vision, arguments)
-    input_ids: Tensor = arguments["input_ids"]
-    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
-    selected = torch.ones_like(input_ids, dtype=torch.bool)
-    visual = torch.zeros_like(selected)
-    counts = torch.ones_like(input_ids)
-    kept, rows_per_sample = {}, {}
-    for modality, media in encoded.modalities.items():
-        places = placeholders[modality]
-        visual[places[:, 0], places[:, 1]] = True
-        kept[modality] = KeptRows.of(media, selections[modality])
-        dropped = places[~kept[modality].staying.to(places.device)]
-        selected[dropped[:, 0], dropped[:, 1]] = False
-        for item, selection in zip(media.items, selections[modality], strict=True):
-            if selection.represented is not None:
-                own = places[item.rows[selection.kept].to(places.device)]
-                counts[own[:, 0], own[:, 1]] = selection.represented.to(counts)
-        if application == "mask":
-            kept[modality] = KeptRows(media, torch.ones_like(kept[modality].staying))
-        rows_per_sample[modality] = torch.bincount(places[:, 0], minlength=len(input_ids)).tolist()
-    prompt = shorten(selected if application == "drop" else torch.ones_like(selected), mask)
-
-    values = {**arguments, "attention_mask": mask * selected.to(mask)}
-    short = {
-        name: prompt.shorten(values[name], fill)
-        for name, fill in {**FILL, "input_ids": pad or 0}.items()
-        if isinstance(values.get(name), Tensor)
-    }
-    full_positions = _full_positions(model, arguments, mask)
-    own_axes = vision.mrope and arguments.get("position_ids") is None
-    if own_axes:
-        shorter = (~selected).any(dim=-1)
-        full_positions = count_as_published(
-            vision, arguments, encoded, placeholders, full_positions, mask, shorter
-        )
-    counted = (short["attention_mask"].long().cumsum(dim=-1) - 1).clamp(min=0)
-    if positions == "original":
-        short["position_ids"] = prompt.shorten(full_positions, 0)
-        # Padding may stand on the right: the last real token is the one counted furthest.
-        last = mask.long().cumsum(dim=-1).argmax(dim=-1)
-        columns = last[:, None].expand(*full_positions.shape[:-1], 1)
-        following = full_positions.gather(-1, columns)[..., 0] + 1
-        if own_axes:
-            # Behind everything, on every axis, as both engines go on from a cache.
-            highest = full_positions.masked_fill(mask == 0, -1)[-3:].amax(dim=(0, -1))
-            following[-3:] = highest + 1
-        if full_positions.ndim == 3 and len(full_positions) == 4:
-            # Row 0 counts text for the engine's masks, which take gaps for packed prompts.
-            short["position_ids"][0] = counted
-            following[0] = counted.amax(dim=-1) + 1
-    else:
-        shape = (*full_positions.shape[:-2], *counted.shape)
-        short["position_ids"] = counted.expand(shape).clone()
-        following = (counted.amax(dim=-1) + 1).expand(shape[:-1]).clone()
-    logs = prompt.shorten(counts, 1).float().log()
-    return Shortened(
-        input_ids,
-        prompt,
-        short,
-        kept,
-        rows_per_sample,
-        following,
-        logs,
-        visual=prompt.shorten(visual.long(), 0).bool(),
-    )
-
-
-def _full_positions(model: Any, arguments: Mapping[str, Any], mask: Tensor) -> Tensor:
-    """Return the engine's own positions of the unpruned prompt, [B, L] or [3 or 4, B, L]."""
-    input_ids: Tensor = arguments["input_ids"]
-    given: Tensor | None = arguments.get("position_ids")
-    if given is not None:
-        return given.expand(*given.shape[:-2], *input_ids.shape)
-    known = {name: arguments[name] for name in _ROPE_ARGUMENTS if arguments.get(name) is not None}
-    computed: Tensor = _unnoticed(model)._prepare_position_ids_for_generation(
-        input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
-    )
-    return computed
-
-
-def _unnoticed(model: Any) -> Any:
-    """Return a model made of the same modules that may write on itself without being seen.
-
-    Working out positions leaves `rope_deltas` on the model, which calls of other threads, and
-    plain calls after the block, would count by.
-    """
-    outer = copy.copy(model)
-    outer._modules = dict(model._modules)
-    if "model" in outer._modules:
-        outer._modules["model"] = copy.copy(outer._modules["model"])
-    return outer
 
 
 def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
