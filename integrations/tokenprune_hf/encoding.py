@@ -199,7 +199,7 @@ class KeptRows:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         pictures = self._pictures(self.encoded.rows, per_sample, repeats)
-        pooled: Tensor | list[Tensor] = pictures
+        pooled: Any = pictures
         if self.encoded.stacked:
             # Pictures that keep different numbers of rows make no tensor [n, K, D]. Forwards lay
             # rows one after another anyway, so one picture of all rows serves as well.

@@ -96,6 +96,10 @@ class VisionModel:
         self.family = family
         self._projectors: dict[str, ModelProjector] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what runs this model's own modules: a copy makes it of its own."""
+        return {**self.__dict__, "_projectors": {}}
+
     @property
     def mrope(self) -> bool:
         """Whether positions have three axes (time, row, column)."""

@@ -1,0 +1,203 @@
+"""Pruner: what is asked for of a call's images and videos, up to the tokens that stay.
+
+It encodes what a call brings and chooses tokens of it; `tokenprune_hf.shortening` then leaves the
+others out of the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from tokenprune.budget import Budget
+from tokenprune.config import Positions
+from tokenprune.errors import PromptError
+from tokenprune.representation import tokens_represented
+from tokenprune.selecting import check_known, select_many
+from tokenprune.selection import Selection
+from tokenprune.selectors.base import Selector
+from tokenprune_hf.caches import cache_length
+from tokenprune_hf.encoding import Encoded, encode_media
+from tokenprune_hf.engine import cache_of
+from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.shortened import Application, Shortened
+from tokenprune_hf.shortening import shorten_prompt
+from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen in one call.
+
+    Attributes
+    ----------
+    selections
+        Of every item, in prompt order.
+    seconds
+        How long that took.
+    by_modality
+        The same selections in the order of the encoder's items, per modality.
+    """
+
+    selections: list[Selection]
+    seconds: float
+    by_modality: dict[str, list[Selection]]
+
+
+NOTHING = Chosen([], 0.0, {})
+"""What a call without images and videos chooses."""
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Encodes and chooses for one model.
+
+    Attributes
+    ----------
+    vision
+        The model's.
+    selector, budget, positions, application
+        See `tokenprune_hf.prune`.
+    proportional
+        Whether selections have to say how many tokens each kept one stands for.
+    """
+
+    vision: VisionModel
+    selector: Selector
+    budget: Budget
+    positions: Positions
+    application: Application
+    proportional: bool
+
+    def encoded(self, arguments: dict[str, Any], known_cache: bool) -> Encoded | None:
+        """Encode a call's images and videos; None where it brings none.
+
+        Parameters
+        ----------
+        arguments
+            The call's, by name; ``encoded`` is taken out of them.
+        known_cache
+            Whether it goes on from a cache that is known to hold a pruned prompt.
+
+        Raises
+        ------
+        PromptError
+            If the call cannot be pruned.
+        """
+        encoded: Encoded | None = arguments.pop("encoded", None)
+        if arguments.get("mm_encoder_outputs"):
+            raise PromptError(
+                "mm_encoder_outputs cannot be pruned: they no longer hold what selectors look at. "
+                "Pass the processor's pixel values, or encoded=tokenprune_hf.encode(...)."
+            )
+        filled = cache_length(cache_of(arguments)) > 0
+        if encoded is None and not self.vision.encoder_inputs(arguments):
+            if filled and not known_cache:
+                self._check_no_placeholders(arguments.get("input_ids"))
+            return None
+        if filled:
+            raise PromptError(
+                "images or videos cannot be added to a cache that is already filled. Leave out "
+                "the pixel values if the cache holds them, or call without a cache."
+            )
+        if arguments.get("input_ids") is None or arguments.get("inputs_embeds") is not None:
+            raise PromptError(
+                "pruning finds visual tokens by their id: pass input_ids, and no inputs_embeds, "
+                "together with images or videos."
+            )
+        if encoded is None:
+            encoded = encode_media(self.vision, arguments, self.selector.needs)
+        from_encoder = [name for name in self.selector.needs if name in ENCODED]
+        missing = [name for name in from_encoder if name not in encoded.needs]
+        if missing:
+            raise PromptError(
+                f"encoded was made without {', '.join(missing)}, which method "
+                f"{self.selector.name!r} needs. Encode again with needs including them."
+            )
+        return encoded
+
+    def _check_no_placeholders(self, input_ids: Tensor | None) -> None:
+        """Raise if a prompt that speaks of images goes on from a cache of unknown content."""
+        if input_ids is None:
+            return
+        for modality in ("image", "video"):
+            count = int((input_ids == self.vision.token_id(modality)).sum())
+            if count:
+                raise PromptError(
+                    f"the prompt holds {count} {modality} placeholders and comes with a filled "
+                    f"cache, and it is not known whether that holds a pruned {modality}. Go on "
+                    "from the cache that a call inside a block of tokenprune_hf.prune returned, or "
+                    "pass the pixel values without a cache."
+                )
+
+    def choose(
+        self,
+        arguments: Mapping[str, Any],
+        encoded: Encoded,
+        placeholders: Mapping[str, Tensor],
+        known: Sequence[Selection | None] | None,
+    ) -> Chosen:
+        """Choose the tokens of every item.
+
+        Parameters
+        ----------
+        arguments
+            The call's, by name.
+        encoded
+            What its images and videos were encoded to.
+        placeholders
+            See `tokenprune_hf.shortening.find_placeholders`.
+        known
+            A selection for each item in prompt order that was made before, or None where it is to
+            be made now; None for no item.
+        """
+        started = time.perf_counter()
+        items = prompt_items(self.vision, arguments, encoded, self.selector.needs)
+        # Items come by modality, and a prompt may have its images and videos in any order. An item
+        # stands where its first row does: prompt, then column.
+        first_row = {
+            (modality, index): placeholders[modality][int(item.rows[0])].tolist()
+            for modality, media in encoded.modalities.items()
+            for index, item in enumerate(media.items)
+        }
+        in_prompt = sorted(first_row, key=first_row.__getitem__)
+        earlier = [None] * len(in_prompt) if known is None else list(known)
+        check_known(earlier, [items[modality][index].total for modality, index in in_prompt])
+        known_of = dict(zip(in_prompt, earlier, strict=True))
+        by_modality = {}
+        for modality, tokens in items.items():
+            already = [known_of[modality, index] for index in range(len(tokens))]
+            selections = select_many(tokens, self.selector, self.budget, known=already)
+            if self.proportional:
+                selections = _represent(encoded.modalities[modality], selections)
+            by_modality[modality] = selections
+        selections = [by_modality[modality][index] for modality, index in in_prompt]
+        return Chosen(selections, time.perf_counter() - started, by_modality)
+
+    def shorten(
+        self,
+        arguments: Mapping[str, Any],
+        encoded: Encoded,
+        placeholders: Mapping[str, Tensor],
+        chosen: Chosen,
+    ) -> Shortened:
+        """Leave out of a call's prompts what was not chosen; arguments as for `choose`."""
+        selections = chosen.by_modality
+        how = self.positions, self.application
+        return shorten_prompt(self.vision, arguments, encoded, placeholders, selections, *how)
+
+
+def _represent(media: EncodedModality, selections: Sequence[Selection]) -> list[Selection]:
+    """Return the selections of a modality's items, saying how many tokens each kept one is for."""
+    result = []
+    for item, selection in zip(media.items, selections, strict=True):
+        if selection.represented is None:
+            counts = tokens_represented(media.rows[item.rows][None], selection.kept[None])
+            selection = dataclasses.replace(selection, represented=counts[0])
+        result.append(selection)
+    return result
