@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -75,7 +76,7 @@ class Choice:
         rows = rows.to(self.kept.device)
         return replace(self, kept=self.kept[rows], real=self.real[rows])
 
-    def trimmed_arguments(self, named: dict[str, Any]) -> dict[str, Any]:
+    def trimmed_arguments(self, named: Mapping[str, Any]) -> dict[str, Tensor | None]:
         """Return what a cross-attention layer is given in place of its arguments with all N tokens.
 
         Parameters
@@ -91,6 +92,7 @@ class Choice:
         mask = mask_of(named, self.rows, self.total)
         columns = self.kept.to(mask.device)[:, None, None].expand(-1, 1, mask.shape[2], -1)
         real = self.real.to(mask.device)[:, None, None]
+        # Where unions were filled up, index 0 stands again: without `real` it would count twice.
         seen = (mask.gather(-1, columns) == 0) & real
         if row is not None:
             seen = seen & row.bool()
@@ -98,7 +100,7 @@ class Choice:
         # transformers leaves a row that has nothing to see unmasked, and its MLP out. A softmax
         # over nothing would be NaN.
         shown = torch.where(sees, seen, real)
-        masked = torch.zeros_like(shown, dtype=mask.dtype)
+        masked = torch.zeros_like(shown, dtype=mask.dtype)  # 0 is added to logits that are shown
         return {
             "cross_attention_states": vision,
             "cross_attention_mask": masked.masked_fill(~shown, torch.finfo(mask.dtype).min),
@@ -106,7 +108,7 @@ class Choice:
         }
 
 
-def mask_of(named: dict[str, Any], rows: int, total: int) -> Tensor:
+def mask_of(named: Mapping[str, Any], rows: int, total: int) -> Tensor:
     """Return a layer's mask [B, 1, S, N], 0 where a row of the text sees a token.
 
     Where none was passed every row sees everything. It has to be said: transformers' sdpa takes a
@@ -124,7 +126,7 @@ def mask_of(named: dict[str, Any], rows: int, total: int) -> Tensor:
     return cast(Tensor, mask)
 
 
-def seen_tokens(named: dict[str, Any], attended: Tensor | None, total: int) -> Tensor:
+def seen_tokens(named: Mapping[str, Any], attended: Tensor | None, total: int) -> Tensor:
     """Return BoolTensor [B, S, N]: which tokens a row of the text sees, and none from padding.
 
     Parameters

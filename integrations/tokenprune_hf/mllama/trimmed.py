@@ -18,13 +18,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from tokenprune.budget import Keep, check_keep, keeps_all
-from tokenprune.errors import BudgetError, PromptError, UnsupportedModelError
+from tokenprune.budget import Keep, check_keep
+from tokenprune.errors import BudgetError
 from tokenprune.selection import Selection
 from tokenprune.selectors.options import check_choice
-from tokenprune.trimming import QueryReduction, head_scores, union_of_heads
+from tokenprune.trimming import QueryReduction
 from tokenprune_hf.attached import (
     Attachment,
     StandIn,
@@ -32,22 +33,23 @@ from tokenprune_hf.attached import (
     named_arguments,
     named_call,
 )
-from tokenprune_hf.caches import Filling, Held, Holding
+from tokenprune_hf.caches import Filling, Holding
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.mllama.choice import Choice, attended_text, mask_of, query_key, seen_tokens
+from tokenprune_hf.mllama.checks import (
+    brings_images,
+    check_prompt,
+    known_choice,
+    refuse,
+    text_of,
+    vision_lengths,
+)
+from tokenprune_hf.mllama.choice import Choice, attended_text, mask_of
+from tokenprune_hf.mllama.choosing import Rule, choose
 from tokenprune_hf.mllama.method import METHOD
 from tokenprune_hf.mllama.model import cross_attention_of
 
 FirstLayer = Literal["full", "trimmed"]
 """What the choosing layer itself attends to."""
-
-_CROPPED = "what is rejected of a draft is cut off every layer of the cache, vision tokens included"
-_REFUSED = {
-    "assistant_model": _CROPPED,
-    "assistant_early_exit": _CROPPED,
-    "prompt_lookup_num_tokens": _CROPPED,
-    "prefill_chunk_size": "transformers passes no images along with chunks",
-}
 
 
 @dataclass(eq=False)
@@ -69,7 +71,7 @@ class _Call:
     choice: Choice | None = None
     attended: Tensor | None = None
     tiles: Tensor | None = None
-    trimmed: dict[str, Any] | None = None
+    trimmed: dict[str, Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class TrimmedAttention(Attachment):
     # Attaching and taking off ------------------------------------------------------------------
 
     def _attach(self) -> None:
-        self._attachments: list[Any] = [
+        self._attachments: list[StandIn | RemovableHandle] = [
             StandIn(self.model, "generate", self._generate),
             StandIn(self._inner, "forward", self._forward),
         ]
@@ -236,16 +238,17 @@ class TrimmedAttention(Attachment):
     # generate ----------------------------------------------------------------------------------
 
     def _generate(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, plain: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> object:
         """Run the model's own `generate`, knowing how many prompts its rows belong to."""
         named = named_call(self.model, "generate", args, kwargs)
-        if _brings_images(named) or any(self._lengths(cache_of(named))):
-            _refuse(named, self.model.generation_config)
+        if brings_images(named) or any(vision_lengths(cache_of(named), self._layers)):
+            refuse(named, self.model.generation_config)
         else:
             self._note(_NOTHING)
-        text, thread = _text_of(named), self._thread
-        # `generate` may run inside another one, such as in a logits processor.
+        text, thread = text_of(named), self._thread
+        # `generate` may run inside another one, such as in a logits processor: the outer one's
+        # steps need their own again.
         before = thread.prompts, thread.generating
         thread.prompts, thread.generating = 1 if text is None else len(text), None
         try:
@@ -256,8 +259,8 @@ class TrimmedAttention(Attachment):
     # The decoder's runs ------------------------------------------------------------------------
 
     def _forward(
-        self, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+        self, plain: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> object:
         """Run the inner model, which has the decoder, on a prompt with images or what follows."""
         named = named_arguments(self._inner, args, kwargs)
         thread = self._thread
@@ -278,16 +281,16 @@ class TrimmedAttention(Attachment):
 
     def _begin(self, named: dict[str, Any], filling: Filling[Choice]) -> _Call | None:
         """Return what the layers have to know: of a prompt with images, or of its cache."""
-        text, cache = _text_of(named), cache_of(named)
+        text, cache = text_of(named), cache_of(named)
         if text is None:
             return None  # transformers says what is missing
-        if not _brings_images(named):
-            if any(self._lengths(cache)):
-                return _Call(self._known(cache, filling.before, text))
+        if not brings_images(named):
+            if any(vision_lengths(cache, self._layers)):
+                return _Call(known_choice(cache, filling.before, text, self._layers))
             if self._thread.prompts is None:
                 self._note(_NOTHING)
             return None
-        self._check_prompt(named, cache, text)
+        check_prompt(named, cache, text, self._layers)
         tiles, ids = named.get("aspect_ratio_mask"), named.get("aspect_ratio_ids")
         if tiles is not None:
             tiles = tiles.bool()
@@ -296,17 +299,18 @@ class TrimmedAttention(Attachment):
         call = _Call(None, attended_text(named.get("attention_mask"), text), tiles)
         known = self._thread.generating
         if known is not None and cache is None and named.get("use_cache") is False:
-            # A later step of a `generate` without a cache, which reads the whole prompt again.
+            # A later step of a `generate` without a cache, which reads the whole prompt again. A
+            # call with other rows, such as a logits processor's, is none.
             call.choice = known if known.rows == len(text) else None
         return call
 
     def _before_layer(
-        self, number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, number: int, layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor], dict[str, Any]] | None:
         """Run before a cross-attention layer: choose at the first, and trim what it is given."""
         call, thread = self._thread.call, self._thread
         if call is None:
-            return None  # somebody runs an inner module: the plain model
+            return None  # the decoder is run by itself, or a call without images: plain
         first = number == next(iter(self._layers))  # they are in the model's order
         named = named_arguments(layer, args, kwargs)
         if call.choice is None:
@@ -320,6 +324,7 @@ class TrimmedAttention(Attachment):
         if not choice.drops:
             return None
         if first and self.first_layer == "full":
+            given: dict[str, Tensor | None]
             given = {"cross_attention_mask": mask_of(named, choice.rows, choice.total)}
         else:
             # One set for all later layers of the run: they get the same states and mask.
@@ -328,126 +333,16 @@ class TrimmedAttention(Attachment):
         hidden = named.pop("hidden_states")
         return (hidden,), {**named, **given}
 
-    # Checking ----------------------------------------------------------------------------------
-
-    def _lengths(self, cache: Any) -> tuple[int, ...]:
-        """Return how many tokens a cache holds for each cross-attention layer."""
-        return tuple(0 if keys is None else keys.shape[-2] for keys in self._keys(cache))
-
-    def _keys(self, cache: Any) -> list[Tensor | None]:
-        layers = getattr(cache, "layers", [])
-        of_layers = [
-            layers[number].keys if number < len(layers) else None for number in self._layers
-        ]
-        # transformers makes a layer before it is filled: no keys, or a tensor without entries.
-        return [keys if isinstance(keys, Tensor) and keys.numel() else None for keys in of_layers]
-
-    def _check_prompt(self, named: dict[str, Any], cache: Any, text: Tensor) -> None:
-        """Raise unless a call that brings images can be trimmed."""
-        if self.model.training and any(
-            layer.gradient_checkpointing for layer in self._layers.values()
-        ):
-            raise UnsupportedModelError(
-                "trimmed attention does not work with gradient checkpointing, which runs layers a "
-                "second time after the call. Call model.eval(), or turn gradient checkpointing off."
-            )
-        from transformers.cache_utils import DynamicLayer
-
-        layers = getattr(cache, "layers", [])
-        kinds = {type(layers[number]) for number in self._layers if number < len(layers)}
-        if (later := getattr(cache, "layer_class_to_replicate", None)) is not None:
-            kinds.add(later)
-        if kinds - {DynamicLayer}:
-            raise PromptError(
-                f"a {type(cache).__name__} does not shrink with its vision tokens, so it cannot be "
-                "used with trimmed attention. Leave out cache_implementation and the cache, or "
-                "pass a DynamicCache."
-            )
-        if any(self._lengths(cache)):
-            raise PromptError(
-                "images cannot be added to a cache that already holds some. Leave out pixel_values "
-                "and cross_attention_states if the cache holds them, or call without "
-                "a cache. `generate` takes pixel_values alone: it would pass "
-                "cross_attention_states again at every step."
-            )
-        pixels = named.get("pixel_values")
-        if pixels is not None and len(pixels) != len(text):
-            raise PromptError(
-                f"pixel_values are those of {len(pixels)} prompts, and the text has {len(text)}. "
-                "Pass both as the processor returned them."
-            )
-
-    def _known(self, cache: Any, held: Held[Choice] | None, text: Tensor) -> Choice:
-        """Return what was chosen for the rows of a filled cache.
-
-        Raises
-        ------
-        PromptError
-            If that is not known, or the cache does not hold it any more.
-        """
-        if held is None:
-            raise PromptError(
-                "this cache was filled outside the block in which attention is trimmed, so it is "
-                "not known which vision tokens it holds. Let the block begin before the prompt is "
-                "read."
-            )
-        choice = held.holding.prompt
-        if held.rows is not None:
-            choice = choice.of_rows(held.rows)
-        rows = {len(text), *(len(keys) for keys in self._keys(cache) if keys is not None)}
-        if rows != {choice.rows} or self._lengths(cache) != choice.lengths:
-            raise PromptError(
-                f"{choice.rows} prompts left {list(choice.lengths)} vision tokens in this cache's "
-                f"cross-attention layers; now {len(text)} go on from it and it holds "
-                f"{list(self._lengths(cache))}. Go on with the same rows, from a cache that was "
-                "not cropped or otherwise changed."
-            )
-        return choice
-
-    # Choosing ----------------------------------------------------------------------------------
-
     def _choose(self, layer: Any, named: dict[str, Any], call: _Call) -> Choice:
-        """Choose what stays, from q and k of the first cross-attention layer."""
+        """Choose what stays at the first cross-attention layer, and note it."""
         started = time.perf_counter()
-        text, vision = named["hidden_states"], named["cross_attention_states"]
-        rows = len(text)
-        total, rest = divmod(vision.numel(), rows * vision.shape[-1])
-        per_image = int(self._inner.max_num_tiles)
-        per_tile = int(self._inner.vision_model.num_patches)
-        images, some = divmod(total, per_image * per_tile)
-        if rest or some:
-            raise PromptError(
-                f"cross_attention_states {list(vision.shape)} of {rows} prompts are no whole "
-                f"number of images of {per_image} tiles with {per_tile} tokens each. Pass "
-                "what the vision model and the projector returned, or pixel_values."
-            )
-        # Rows that `generate` repeats for beams belong to one prompt, and get one choice.
-        of_call = self._thread.prompts
-        prompts = rows if of_call is None or rows % of_call else of_call
-        repeats = rows // prompts
-        seen = seen_tokens(named, call.attended, total)[::repeats]
-        counted = seen.any(dim=1)
-        if call.tiles is not None:
-            tiles = call.tiles[::repeats].flatten(1).to(counted.device)
-            if tiles.shape != (prompts, images * per_image):
-                raise PromptError(
-                    f"aspect_ratio_mask {list(call.tiles.shape)} does not fit {rows} prompts with "
-                    f"{images * per_image} tiles. Pass it as the processor returned it."
-                )
-            counted = counted & tiles.repeat_interleave(per_tile, dim=1)
-        query, key = query_key(layer, text[::repeats], vision.reshape(rows, total, -1)[::repeats])
-        seen, counted = seen.to(key.device), counted.to(key.device)
-        grid = (images, per_image, per_tile)
-        selections = []
-        for index in range(len(query)):
-            kept, scores = self._choose_row(
-                layer, query[index], key[index], seen[index], counted[index]
-            )
-            # Images, tiles, patches of a tile: places in lists, and not in a picture.
-            selections.append(Selection(kept, total, grid, scores, is_picture=False))
+        sizes = int(self._inner.max_num_tiles), int(self._inner.vision_model.num_patches)
+        rule, prompts = Rule(self.keep, self.queries), self._thread.prompts
+        selections = choose(rule, layer, named, call.attended, call.tiles, sizes, prompts)
+        total = selections[0].total
         choice = Choice.of_prompts(
             [selection.kept for selection in selections],
-            rows,
+            len(named["hidden_states"]),
             total,
             len(self._layers),
             first_is_full=self.first_layer == "full",
@@ -455,76 +350,6 @@ class TrimmedAttention(Attachment):
         share = sum(choice.lengths) / (total * len(choice.lengths))
         self._note(_Chosen(selections, share, time.perf_counter() - started))
         return choice
-
-    def _choose_row(
-        self, layer: Any, query: Tensor, key: Tensor, seen: Tensor, counted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return what one prompt keeps, LongTensor [K], and float32 scores [N].
-
-        Parameters
-        ----------
-        layer
-            The choosing one.
-        query, key
-            [S, H, d] and [N, G, d].
-        seen
-            BoolTensor [S, N]; nothing is seen from padding.
-        counted
-            BoolTensor [N].
-        """
-        everything = torch.arange(len(key), device=key.device)
-        if not bool(counted.any()):
-            return everything, torch.zeros(len(key), device=key.device)
-        # Rows without anything to see have no softmax, so they are no queries.
-        asks = seen.any(dim=1)
-        scores = head_scores(
-            query[asks].transpose(0, 1),
-            key.transpose(0, 1),
-            float(layer.cross_attn.scaling),
-            seen[asks],
-            self.queries,
-        )
-        kept, best = union_of_heads(scores, self.keep, counted)
-        # 1.0 keeps padding too: then nothing has to be gathered, and outputs are the plain model's.
-        return (everything if keeps_all(self.keep) else kept), best
-
-
-# Arguments of calls -------------------------------------------------------------------------------
-
-
-def _brings_images(arguments: dict[str, Any]) -> bool:
-    return any(
-        arguments.get(name) is not None for name in ("pixel_values", "cross_attention_states")
-    )
-
-
-def _text_of(arguments: dict[str, Any]) -> Any:
-    """Return the ids [B, S] or embeddings [B, S, C] that a call reads, or None."""
-    names = ("inputs", "input_ids", "inputs_embeds")
-    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
-
-
-def _refuse(kwargs: dict[str, Any], config: Any) -> None:
-    """Raise for arguments of `generate` that cannot work with images, or with trimmed ones.
-
-    Parameters
-    ----------
-    kwargs
-        The arguments.
-    config
-        The model's own, for a call that brings none.
-    """
-    if kwargs.get("generation_config") is not None:
-        config = kwargs["generation_config"]
-    for name, reason in _REFUSED.items():
-        if kwargs.get(name, getattr(config, name, None)) is not None:
-            raise PromptError(
-                f"generate({name}=...) is not supported with trimmed attention: {reason}. Leave it "
-                "out, or call it outside the block."
-            )
-
-
-# Its door -----------------------------------------------------------------------------------------
 
 
 def trim_cross_attention(
