@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,118 @@ UNFINISHED = (
     "the call that filled this cache of a pruned prompt did not end, so that what it holds is not "
     "known. Read the prompt again, with a new cache."
 )
+
+_CHANGED = (
+    "this cache of a pruned prompt no longer holds what was left in it, so that its tokens "
+    "cannot be told. Go on from the cache as it was returned, or from a copy, a crop "
+    "(cache.crop(-n)) or a re-ordering of it; or read the whole prompt again."
+)
+
+
+class Cache(Protocol):
+    """What is used of a cache of transformers."""
+
+    @property
+    def layers(self) -> Sequence[Any]:
+        """One for each decoder layer; most kinds have `keys` [B, G, K, d]."""
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens it holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """By what a cache is recognised.
+
+    A sample of one layer's keys is compared: one number a token tells which row of the batch it
+    was, as equal prompts alone have equal keys. That is spared where the very tensor is there still
+    and was not written to.
+
+    Attributes
+    ----------
+    length
+        Tokens in the cache when it was left.
+    layer
+        The layer; None where no layer's keys can be read. The cache is then known as the very
+        object, with as many tokens, and as nothing else.
+    samples
+        The first number of each of its keys, [B, n] each, in the pieces in which calls added them.
+    keys, version
+        The layer's keys, and how often they had been written to.
+    owner
+        The cache.
+    """
+
+    length: int = 0
+    layer: int | None = None
+    samples: tuple[Tensor, ...] = ()
+    keys: weakref.ref[Tensor] | None = None
+    version: int | None = None
+    owner: weakref.ref[Cache] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is only true of the very object."""
+        return {**self.__dict__, "keys": None, "version": None, "owner": None}
+
+    def left(self, cache: Cache, length: int) -> _Trace:
+        """Return that of a cache of this trace which a call that knows has filled further."""
+        layer = _layer_to_tell_by(cache, length) if self.layer is None else self.layer
+        owner = weakref.ref(cache)
+        if layer is None:
+            return replace(self, length=length, owner=owner, keys=None)
+        keys: Tensor = cache.layers[layer].keys
+        samples = self.samples
+        if length > self.length:
+            added = keys[:, 0, self.length : length, 0].detach().clone()
+            # An offloaded cache moves its keys from call to call.
+            samples = (*samples, added.to(samples[0].device if samples else added.device))
+        return _Trace(length, layer, samples, weakref.ref(keys), _version(keys), owner)
+
+    def rows_of(self, cache: Cache, length: int) -> Tensor | None:
+        """Return which row of those left each row of a cache is; None where nothing moved.
+
+        Raises
+        ------
+        PromptError
+            If rows are not those that were left, or cannot be compared.
+        """
+        if length > self.length:  # a shallow copy, whose layers were filled further by the other
+            raise PromptError(_CHANGED)
+        if self.layer is None:
+            same_object = self.owner is not None and self.owner() is cache
+            if not same_object or length != self.length:
+                raise PromptError(_CHANGED)
+            return None
+        keys: Tensor = cache.layers[self.layer].keys
+        same_tensor = self.keys is not None and self.keys() is keys
+        if same_tensor and length == self.length and _version(keys) == self.version:
+            return None
+        left = torch.cat(self.samples, dim=1)
+        if length > left.shape[1] or keys.shape[-2] < length:
+            raise PromptError(_CHANGED)
+        now = keys[:, 0, :length, 0].to(left.device)
+        same_row = (now[:, None] == left[None, :, :length]).all(dim=-1)  # [rows now, rows left]
+        if not bool(same_row.any(dim=1).all()):
+            raise PromptError(_CHANGED)
+        rows = same_row.long().argmax(dim=1)
+        # Of rows that were left equal (a prompt twice in a batch) `argmax` finds the first. A row
+        # that is equal to the one in its own place has not moved.
+        places = torch.arange(len(rows), device=rows.device)
+        in_place = places < same_row.shape[1]
+        in_place &= same_row[places, places.clamp(max=same_row.shape[1] - 1)]
+        rows = torch.where(in_place, places, rows)
+        if len(rows) == same_row.shape[1] and bool((rows == places).all()):
+            return None
+        return rows
+
+    def cropped(self, length: int) -> _Trace:
+        """Return that of a cache whose end was cut off."""
+        samples = torch.cat(self.samples, dim=1)[:, :length]
+        return replace(self, length=length, samples=(samples,))
+
+    def of_rows(self, rows: Tensor) -> _Trace:
+        """Return that of a cache of some rows, in any order and with repeats."""
+        return replace(self, samples=(torch.cat(self.samples, dim=1)[rows],))
 
 
 @dataclass(eq=False)
@@ -52,19 +165,7 @@ class Holding(Generic[T]):
     prompt: T
     after: Tensor | None
     refusal: str | None = None
-    # How the cache is recognised: its length when it was left, the layer whose keys tell rows and
-    # the first number of each of those keys [B, ...], in the pieces in which they came. Comparing
-    # them is spared where the very tensor (with its version) is there still; a cache whose keys
-    # cannot be read is known as the very object alone.
-    _length: int = 0
-    _layer: int | None = None
-    _samples: list[Tensor] = field(default_factory=list)
-    _seen: Any = None
-    _owner: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is only true of the very object."""
-        return {**self.__dict__, "_seen": None, "_owner": None}
+    _trace: _Trace = field(default_factory=_Trace)
 
 
 @dataclass(frozen=True)
@@ -112,7 +213,7 @@ class Filling(Generic[T]):
         When the block begins, if the cache was changed so that what it holds cannot be told.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Cache | None) -> None:
         self.cache = cache
         self.before: Held[T] | None = None
         self.holding: Holding[T] | None = None
@@ -121,7 +222,7 @@ class Filling(Generic[T]):
     def __enter__(self) -> Self:
         """Open the cache."""
         self._length = cache_length(self.cache)
-        if self._noted is not None:
+        if self.cache is not None and self._noted is not None:
             self.before = _held(self.cache, self._noted, self._length)
         return self
 
@@ -137,45 +238,21 @@ class Filling(Generic[T]):
         length = cache_length(self.cache)
         if error is None:
             if self.holding is not None and length:
-                _note(self.cache, self.holding, length)
+                now = self.holding._trace.left(self.cache, length)
+                _close(self.cache, replace(self.holding, _trace=now))
         elif length != self._length:
+            # Some layers were filled by the call and others were not.
             _close(self.cache, Holding(None, None, UNFINISHED))
-        elif self.before is not None:
+        elif self.before is not None and self._noted is not None:
             _close(self.cache, self._noted)
 
 
-def cache_length(cache: Any) -> int:
+def cache_length(cache: Cache | None) -> int:
     """Return how many tokens a cache holds; 0 for None."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _note(cache: Any, holding: Holding[T], length: int) -> None:
-    """Note what a cache holds now, and close it.
-
-    Parameters
-    ----------
-    cache
-        Just filled further by a call that knows.
-    holding
-        What is known of it; one that was found in a cache is carried on.
-    length
-        Tokens in it.
-    """
-    if holding._layer is None:
-        holding._layer = _layer_to_tell_by(cache, length)
-    keys = None if holding._layer is None else cache.layers[holding._layer].keys
-    if keys is not None and length > holding._length:
-        sample = keys[:, 0, holding._length : length, 0].detach().clone()
-        # An offloaded cache moves its keys from call to call.
-        device = holding._samples[0].device if holding._samples else sample.device
-        holding._samples.append(sample.to(device))
-    holding._length = length
-    holding._seen = None if keys is None else (weakref.ref(keys), _version(keys))
-    holding._owner = weakref.ref(cache)
-    _close(cache, holding)
-
-
-def _held(cache: Any, holding: Holding[T], length: int) -> Held[T] | None:
+def _held(cache: Cache, holding: Holding[T], length: int) -> Held[T] | None:
     """Return what a cache holds, and open it; None where it was emptied since.
 
     Raises
@@ -188,18 +265,22 @@ def _held(cache: Any, holding: Holding[T], length: int) -> Held[T] | None:
         return None
     if holding.refusal is not None:
         raise PromptError(holding.refusal)
-    rows = _rows(cache, holding, length)
-    if length < holding._length:
-        holding = _cropped(holding, length)
+    trace = holding._trace
+    rows = trace.rows_of(cache, length)
+    if length < trace.length:
+        trace = trace.cropped(length)
+    after = holding.after
     if rows is not None:
-        holding = _of_rows(holding, rows)
+        trace = trace.of_rows(rows)
+        after = None if after is None else after[rows.to(after.device)]
     _open(cache)
-    return Held(holding, length, rows)
+    return Held(replace(holding, after=after, _trace=trace), length, rows)
 
 
-def _close(cache: Any, holding: Any) -> None:
+def _close(cache: Any, holding: Holding[Any]) -> None:
     """Put into a cache what it holds, and have it refuse to be filled."""
     cache.__dict__[_IN_CACHE] = holding
+    # By its class: methods made at run time and put on the instance could not be pickled.
     if not isinstance(cache, _Sealed):
         plain: Any = type(cache)
         cache.__class__ = _sealed(plain)
@@ -212,72 +293,17 @@ def _open(cache: Any) -> None:
         cache.__class__ = type(cache).plain_class
 
 
-def _rows(cache: Any, holding: Holding[Any], length: int) -> Tensor | None:
-    """Return which row of the holding each row of the cache is; None where nothing moved.
-
-    Raises
-    ------
-    PromptError
-        If rows are not those that were left, or cannot be compared.
-    """
-    changed = PromptError(
-        "this cache of a pruned prompt no longer holds what was left in it, so that its tokens "
-        "cannot be told. Go on from the cache as it was returned, or from a copy, a crop "
-        "(cache.crop(-n)) or a re-ordering of it; or read the whole prompt again."
-    )
-    if length > holding._length:  # a shallow copy, whose layers were filled further by the other
-        raise changed
-    if holding._layer is None:
-        # Keys that cannot be read: nothing but the very object, untouched, is known.
-        same = holding._owner is not None and holding._owner() is cache
-        if not same or length != holding._length:
-            raise changed
-        return None
-    keys = cache.layers[holding._layer].keys
-    if holding._seen is not None and length == holding._length:
-        reference, version = holding._seen
-        if reference() is keys and _version(keys) == version:
-            return None
-    left = torch.cat(holding._samples, dim=1)
-    if length > left.shape[1] or keys.shape[-2] < length:
-        raise changed
-    now = keys[:, 0, :length, 0].to(left.device)
-    same_row = (now[:, None] == left[None, :, :length]).all(dim=-1)  # [rows now, rows left]
-    if not bool(same_row.any(dim=1).all()):
-        raise changed
-    rows = same_row.long().argmax(dim=1)
-    # Equal rows are told by their place.
-    own = torch.arange(len(rows), device=rows.device)
-    in_place = own < same_row.shape[1]
-    in_place &= same_row[own, own.clamp(max=same_row.shape[1] - 1)]
-    rows = torch.where(in_place, own, rows)
-    if len(rows) == same_row.shape[1] and bool((rows == own).all()):
-        return None
-    return rows
-
-
 def _version(keys: Tensor) -> int | None:
     """Return how often a tensor was written to; tensors of inference mode do not count it."""
     return None if keys.is_inference() else keys._version
 
 
-def _cropped(holding: Holding[T], length: int) -> Holding[T]:
-    """Return what is known when a cache's end was cut off."""
-    samples = torch.cat(holding._samples, dim=1)[:, :length]
-    return replace(holding, _length=length, _samples=[samples])
-
-
-def _of_rows(holding: Holding[T], rows: Tensor) -> Holding[T]:
-    """Return what is known of some rows; the owner's part is left to the owner."""
-    samples = torch.cat(holding._samples, dim=1)[rows]
-    after = None if holding.after is None else holding.after[rows.to(holding.after.device)]
-    return replace(holding, after=after, _samples=[samples])
-
-
-def _layer_to_tell_by(cache: Any, length: int) -> int | None:
+def _layer_to_tell_by(cache: Cache, length: int) -> int | None:
     """Return a layer whose keys are all there as they are; None in a cache that has none."""
     for number, layer in enumerate(cache.layers):
         keys = getattr(layer, "keys", None)
+        # A quantized layer keeps the last tokens alone in `keys`, a sliding one forgets the first
+        # and a cross-attention layer holds no tokens of the prompt.
         if (
             isinstance(keys, Tensor)
             and keys.ndim == 4
@@ -300,22 +326,22 @@ class _Sealed:
 
     plain_class: type
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, _protocol: object) -> tuple[Any, ...]:
         # The class is made at run time, so a pickle names the plain one.
         return _rebuilt, (type(self).plain_class,), dict(self.__dict__)
 
 
-def _refusing(name: str) -> Any:
+def _refusing(name: str) -> Callable[..., object]:
     """Return a method that fills an emptied cache, and refuses to fill one that holds a prompt."""
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: object, **kwargs: object) -> object:
         if cache_length(self):
             raise PromptError(
                 "this cache holds a pruned prompt, which this call does not know of. Go on inside "
                 "a block of tokenprune_hf.prune, through the whole model; or, for an answer "
                 "without pruning, read the prompt again without this cache."
             )
-        _open(self)
+        _open(self)  # it was emptied (`cache.reset()`), and is any cache again
         return getattr(self, name)(*args, **kwargs)
 
     method.__name__ = name
@@ -333,7 +359,7 @@ def _sealed(plain: type) -> type:
     return type(plain.__name__, (_Sealed, plain), {**methods, "plain_class": plain})
 
 
-def _rebuilt(plain: type) -> Any:
+def _rebuilt(plain: type) -> object:
     """Return an empty instance of a sealed class, for copies and pickles."""
     kind: Any = _sealed(plain)
     return kind.__new__(kind)
