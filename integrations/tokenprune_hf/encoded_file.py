@@ -40,7 +40,8 @@ _METADATA = "tokenprune_encoded"
 _NOT_ENCODING = frozenset({"_name_or_path", "transformers_version"})
 """Entries of a config that say nothing about the model."""
 
-_FINGERPRINTS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+_FINGERPRINTS: weakref.WeakKeyDictionary[object, str] = weakref.WeakKeyDictionary()
+"""Of the models that were asked about: hashing all weights takes seconds."""
 
 
 def encoder_fingerprint(model: Any) -> str:
@@ -57,19 +58,21 @@ def encoder_fingerprint(model: Any) -> str:
     if model not in _FINGERPRINTS:
         import transformers
 
-        spoken = [model.get_decoder(), model.get_output_embeddings()]
-        not_seen = {
+        # The language model and its head read what the encoder made, and do not change it. By
+        # identity: a head may share the embeddings' weight under another name.
+        language = [model.get_decoder(), model.get_output_embeddings()]
+        not_encoding = {
             id(tensor)
-            for module in spoken
+            for module in language
             if module is not None
             for tensor in module.state_dict(keep_vars=True).values()
         }
         digest = hashlib.sha256(transformers.__version__.encode())
-        config = _told(model.config.to_dict())
+        config = _without_origin(model.config.to_dict())
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
         digest.update(str(getattr(model.config, "_attn_implementation", None)).encode())
         for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
-            if id(tensor) not in not_seen:
+            if id(tensor) not in not_encoding:
                 digest.update(name.encode())
                 _add(digest, tensor)
         _FINGERPRINTS[model] = digest.hexdigest()[:32]
@@ -134,40 +137,9 @@ def save_encoded(file: Path, encoded: Encoded, model: Any, *, seconds: float = 0
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    modalities: dict[str, Any] = {}
-    for modality, media in encoded.modalities.items():
-        tensors[f"{modality}.rows"] = media.rows
-        for number, layer in enumerate(media.deepstack):
-            tensors[f"{modality}.deepstack.{number}"] = layer
-        items = []
-        for number, item in enumerate(media.items):
-            name, tokens = f"{modality}.items.{number}", item.tokens
-            tensors[f"{name}.rows"] = item.rows
-            own = {"features": tokens.features, "cls_attention": tokens.cls_attention}
-            # As a rule they are rows that are in the file already.
-            are_rows = tokens.embeddings is not None and torch.equal(
-                tokens.embeddings, media.rows[item.rows]
-            )
-            if not are_rows:
-                own["embeddings"] = tokens.embeddings
-            there = {key: value for key, value in own.items() if value is not None}
-            tensors.update({f"{name}.{key}": value for key, value in there.items()})
-            items.append(
-                {
-                    "grid": tokens.grid,
-                    "is_picture": tokens.is_picture,
-                    "label": tokens.label,
-                    "tensors": sorted(there),
-                    "embeddings_are_rows": are_rows,
-                }
-            )
-        modalities[modality] = {
-            "sizes": media.sizes,
-            "stacked": media.stacked,
-            "deepstack": len(media.deepstack),
-            "videos_told": media.videos_told,
-            "items": items,
-        }
+    modalities = {
+        modality: _put(tensors, modality, media) for modality, media in encoded.modalities.items()
+    }
     head = {
         "layout": LAYOUT,
         "encoder": encoder_fingerprint(model),
@@ -180,6 +152,42 @@ def save_encoded(file: Path, encoded: Encoded, model: Any, *, seconds: float = 0
             save_file(_apart(tensors), part, {_METADATA: json.dumps(head)})
     except SafetensorError as error:
         raise OSError(str(error)) from None
+
+
+def _put(tensors: dict[str, Tensor], modality: str, media: EncodedModality) -> dict[str, Any]:
+    """Add the tensors of all images, or all videos, and return what the JSON says of them."""
+    tensors[f"{modality}.rows"] = media.rows
+    for number, layer in enumerate(media.deepstack):
+        tensors[f"{modality}.deepstack.{number}"] = layer
+    items = []
+    for number, item in enumerate(media.items):
+        name, tokens = f"{modality}.items.{number}", item.tokens
+        tensors[f"{name}.rows"] = item.rows
+        of_item = {"features": tokens.features, "cls_attention": tokens.cls_attention}
+        # As a rule embeddings are rows that are in the file already.
+        are_rows = tokens.embeddings is not None and torch.equal(
+            tokens.embeddings, media.rows[item.rows]
+        )
+        if not are_rows:
+            of_item["embeddings"] = tokens.embeddings
+        stored = {key: value for key, value in of_item.items() if value is not None}
+        tensors.update({f"{name}.{key}": value for key, value in stored.items()})
+        items.append(
+            {
+                "grid": tokens.grid,
+                "is_picture": tokens.is_picture,
+                "label": tokens.label,
+                "tensors": sorted(stored),
+                "embeddings_are_rows": are_rows,
+            }
+        )
+    return {
+        "sizes": media.sizes,
+        "stacked": media.stacked,
+        "deepstack": len(media.deepstack),
+        "videos_told": media.videos_told,
+        "items": items,
+    }
 
 
 def load_encoded(file: Path, model: Any) -> Encoded:
@@ -250,7 +258,7 @@ def _opened(file: Path, device: str, read: Callable[[Any], _Read]) -> _Read:
         with safe_open(file, "pt", device=device) as opened:
             return read(opened)
     except InputFileError:
-        raise
+        raise  # it says more than what follows
     except OSError as error:
         raise InputFileError(
             f"{file} cannot be read: {reason_of(error)}. Check the path and its permissions."
@@ -294,30 +302,22 @@ def _modality(
     deepstack = [tensor(f"{modality}.deepstack.{n}") for n in range(said["deepstack"])]
     _check(all(len(layer) == count for layer in deepstack), "its features for deeper layers")
     items = []
-    for number, one in enumerate(said["items"]):
-        name = f"{modality}.items.{number}"
-        own = tensor(f"{name}.rows")
-        _check(own.ndim == 1 and own.dtype == torch.long, f"the rows of {modality} {number}")
+    for number, described in enumerate(said["items"]):
+        name, grid = f"{modality}.items.{number}", tuple(described["grid"])
+        of_item = tensor(f"{name}.rows")
+        fit = of_item.ndim == 1 and of_item.dtype == torch.long and len(of_item) == math.prod(grid)
         # Beyond the rows, or from the end, would be another item's.
-        within = bool(((own >= 0) & (own < count)).all())
-        _check(within and len(own) == math.prod(one["grid"]), f"the rows of {modality} {number}")
-        there: dict[str, Any] = {key: tensor(f"{name}.{key}") for key in one["tensors"]}
-        if one["embeddings_are_rows"]:
-            there["embeddings"] = rows[own]
+        within = fit and bool(((of_item >= 0) & (of_item < count)).all())
+        _check(within, f"the rows of {modality} {number}")
+        inputs: dict[str, Any] = {key: tensor(f"{name}.{key}") for key in described["tensors"]}
+        if described["embeddings_are_rows"]:
+            inputs["embeddings"] = rows[of_item]
         if "projector" in needs:
-            there["projector"] = vision.projector(modality)
-        _check(set(needs) <= set(there), f"what is there of {modality} {number}")
-        items.append(
-            Item(
-                own,
-                VisualTokens(
-                    grid=tuple(one["grid"]),
-                    label=str(one["label"]),
-                    is_picture=bool(one.get("is_picture", True)),
-                    **there,
-                ),
-            )
-        )
+            inputs["projector"] = vision.projector(modality)
+        _check(set(needs) <= set(inputs), f"what is there of {modality} {number}")
+        label, is_picture = str(described["label"]), bool(described.get("is_picture", True))
+        tokens = VisualTokens(grid=grid, label=label, is_picture=is_picture, **inputs)
+        items.append(Item(of_item, tokens))
     return EncodedModality(
         rows, sizes, bool(said["stacked"]), deepstack, items, bool(said["videos_told"])
     )
@@ -331,31 +331,33 @@ def _check(right: bool, what: str) -> None:
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory."""
     apart: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    memory: set[int] = set()
     for name, tensor in tensors.items():
-        one = tensor.detach().cpu().contiguous()
-        if one.untyped_storage().data_ptr() in seen:
-            one = one.clone()
-        seen.add(one.untyped_storage().data_ptr())
-        apart[name] = one
+        written = tensor.detach().cpu().contiguous()
+        if written.untyped_storage().data_ptr() in memory:  # a view, or the very tensor twice
+            written = written.clone()
+        memory.add(written.untyped_storage().data_ptr())
+        apart[name] = written
     return apart
 
 
-def _told(config: Any) -> Any:
+def _without_origin(config: object) -> object:
     """Return a config without where it came from."""
     if not isinstance(config, dict):
         return config
-    return {name: _told(value) for name, value in config.items() if name not in _NOT_ENCODING}
+    kept = {name: value for name, value in config.items() if name not in _NOT_ENCODING}
+    return {name: _without_origin(value) for name, value in kept.items()}
 
 
-def _add(digest: Any, value: Any) -> None:
+def _add(digest: Any, value: object) -> None:
     """Add a tensor with its dtype and shape, or any other argument, to a hash."""
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, tuple(value.shape))).encode())
+        # As bytes: numpy has no bfloat16.
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(value, list | tuple):
         digest.update(f"{len(value)} of them".encode())
-        for one in value:
-            _add(digest, one)
+        for entry in value:
+            _add(digest, entry)
     else:
         digest.update(repr(value).encode())
