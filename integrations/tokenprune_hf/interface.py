@@ -2,13 +2,14 @@
 
 Attention modules look their function up by the name in their config. Inside the context that name
 is ours, registered beside the plain one, and calls go to a handler that may let the plain one run.
-The mask that the model makes stays the one that the plain function wants.
+The mask that the model makes stays the one that the plain function wants, because transformers
+looks up by the same name how to make it, and finds the plain one's way there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -22,6 +23,34 @@ the handler's own copy."""
 
 _UNSEEN = ("softcap", "attn_logit_softcapping", "sinks")
 """Attributes of attention modules that change logits after q kᵀ, where no handler sees it."""
+
+
+class AttentionModule(Protocol):
+    """What is used of a decoder layer's attention module."""
+
+    training: bool
+
+    @property
+    def config(self) -> Any:
+        """The config in which it looks up the name of its attention function."""
+
+
+class DecoderLayer(Protocol):
+    """What is used of a decoder layer."""
+
+    @property
+    def self_attn(self) -> AttentionModule:
+        """Its attention module."""
+
+
+class Decoder(Protocol):
+    """What is used of a language model without its head."""
+
+    training: bool
+
+    @property
+    def layers(self) -> Sequence[DecoderLayer]:
+        """Its layers, in order."""
 
 
 class Plain(Protocol):
@@ -42,7 +71,7 @@ class Handler(Protocol):
 
     def __call__(
         self,
-        module: Any,
+        module: AttentionModule,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -85,10 +114,12 @@ class Interception:
         If another handler stands there already.
     """
 
-    def __init__(self, modules: Sequence[Any], handler: Handler) -> None:
+    def __init__(self, modules: Sequence[AttentionModule], handler: Handler) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         self._modules = list(modules)
+        # As a rule one config serves all modules of a decoder, and other modules besides: those
+        # come to `_dispatch` as well.
         configs = {id(module.config): module.config for module in self._modules}
         self._before: list[tuple[Any, str]] = []
         for module in self._modules:
@@ -108,12 +139,13 @@ class Interception:
             AttentionInterface.register(_PREFIX + name, _dispatch)
             AttentionMaskInterface.register(_PREFIX + name, masks[name])
             self._before.append((config, name))
+        # Nothing was changed so far: whatever is refused leaves the model as it is.
         for config, name in self._before:
             config._attn_implementation = _PREFIX + name
         for module in self._modules:
             module.__dict__[_ON_MODULE] = handler
 
-    def check_call(self, decoder: Any, what: str) -> None:
+    def check_call(self, decoder: Decoder, what: str) -> None:
         """Raise for a call that would run without the handler, or again without it.
 
         Parameters
@@ -154,7 +186,7 @@ class Interception:
         self._modules = []
 
 
-def check_logits(modules: Sequence[Any], what: str) -> None:
+def check_logits(modules: Sequence[AttentionModule], what: str) -> None:
     """Raise for attention that does more with q kᵀ than scaling and softmax.
 
     Parameters
@@ -179,7 +211,7 @@ def check_logits(modules: Sequence[Any], what: str) -> None:
 
 
 def _dispatch(
-    module: Any,
+    module: AttentionModule,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -198,16 +230,16 @@ def _dispatch(
         other_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         function = _plain_function(module, name)
-        result: tuple[Tensor, Tensor | None] = function(
+        return function(
             module,
             query if other_query is None else other_query,
             key if other_key is None else other_key,
             value if other_value is None else other_value,
             attention_mask,
+            # A query of another width would change the factor that a function takes by default.
             scaling=scaling if other_query is None else scale,
             **kwargs,
         )
-        return result
 
     handler: Handler | None = module.__dict__.get(_ON_MODULE)
     if handler is None:
@@ -215,14 +247,16 @@ def _dispatch(
     return handler(module, query, key, value, scale, plain)
 
 
-def _plain_function(module: Any, name: str) -> Callable[..., Any]:
+def _plain_function(
+    module: AttentionModule, name: str
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return an attention function of transformers; eager ones live beside the module."""
     import sys
 
     from transformers import AttentionInterface
 
     if name == "eager":
-        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-        return function
-    registered: Callable[..., Any] = AttentionInterface()[name]  # type: ignore[no-untyped-call]
+        file: Any = sys.modules[type(module).__module__]
+        return cast(Callable[..., tuple[Tensor, Tensor | None]], file.eager_attention_forward)
+    registered: Callable[..., tuple[Tensor, Tensor | None]] = AttentionInterface()[name]  # type: ignore[no-untyped-call]
     return registered

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.attached import ThreadState
-from tokenprune_hf.interface import Interception, Plain, check_logits
+from tokenprune_hf.interface import AttentionModule, Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.prefix import sliding_window
 
@@ -87,11 +87,19 @@ class ProportionalAttention:
         self._interception.check_call(self._decoder, _WHAT)
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
+        self,
+        module: AttentionModule,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        plain: Plain,
     ) -> tuple[Tensor, Tensor | None]:
         of_prompt = self._thread.logs
         if of_prompt is None:
             return plain()
+        # q gets c and k gets log n / (c * scale), so that scale * q kᵀ grows by log n. Tokens that
+        # came after the prompt stand for themselves: log 1 = 0.
         batch, _, columns, width = key.shape
         logs = of_prompt.to(key.device).repeat_interleave(batch // len(of_prompt), dim=0)
         wanted = torch.nn.functional.pad(logs / (scale * _QUERY), (0, columns - logs.shape[1]))
