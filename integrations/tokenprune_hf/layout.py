@@ -19,7 +19,8 @@ from tokenprune_hf.encoder_inputs import EncoderInputs, sizes_of
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import VisionModel, vision_model
 
-_SAMPLE = 64  # weights that tell one model from another
+_SAMPLE = 64
+"""Weights that tell one model from another."""
 
 
 def decoder_of(model: Any) -> Any:
@@ -72,13 +73,14 @@ def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: boo
         Whether the prompt came with token types, from which some models (Gemma 3) know that the
         tokens of an image see all of it, as far as the layer's window goes.
     """
-    own: Mask = Causal(layout.length)
+    mask: Mask = Causal(layout.length)
     if both_ways and layout.images and vision_model(model).family.images_see_all:
+        # Class 0 is text, which sees nothing that stands behind it; an image sees itself alone.
         table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
         table[0, 0] = False
-        own = own | Classes(layout.image_of + 1, table[None])
+        mask = mask | Classes(layout.image_of + 1, table[None])
     window = sliding_window(attention)
-    return own if window is None else own & Window(layout.length, window)
+    return mask if window is None else mask & Window(layout.length, window)
 
 
 def image_spans_of(
@@ -145,16 +147,15 @@ def _sizes(
         if arguments.get(name) is None:
             return None
         return sizes_of(family, EncoderInputs(modality, {name: arguments[name]}), total)
-    found = [
-        inputs for inputs in vision.encoder_inputs(dict(arguments)) if inputs.modality == modality
-    ]
-    if not found:
+    of_modalities = vision.encoder_inputs(dict(arguments))
+    given = next((inputs for inputs in of_modalities if inputs.modality == modality), None)
+    if given is None:
         raise PromptError(
             f"the prompts hold {total} {modality} placeholders and no {modality} was passed, so "
             "that it is not known where one ends. Pass the processor's pixel values along with its "
             "input_ids."
         )
-    return sizes_of(family, found[0], total)
+    return sizes_of(family, given, total)
 
 
 def _split(
@@ -168,11 +169,13 @@ def _split(
             f"{sum(sizes)} tokens were passed. Pass input_ids and pixel values of one and the same "
             "processor call, neither truncated."
         )
-    result, ends = [], set(itertools.accumulate(sizes))
+    # Runs and sizes count the same placeholders in the same order, text left out. An image that
+    # ends inside a run cuts it; a run that ends inside an image does so where text stands in it.
+    result, ends = [], sorted(set(itertools.accumulate(sizes)))
     before = 0  # placeholders in front of the run
     for row, run in runs:
-        cuts = [end for end in ends if before < end < before + len(run)]
-        edges = [run.start, *sorted(end - before + run.start for end in cuts), run.stop]
+        inside = [end for end in ends if before < end < before + len(run)]
+        edges = [run.start, *(end - before + run.start for end in inside), run.stop]
         result += [(row, ImageSpan(*edge)) for edge in itertools.pairwise(edges)]
         before += len(run)
     return result
