@@ -11,9 +11,10 @@ import inspect
 import threading
 import types
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
+from torch import nn
 
 from tokenprune.errors import PromptError, TokenPruneError
 from tokenprune_hf.engine import check_release
@@ -29,11 +30,20 @@ class ThreadState(threading.local):
     A copy begins anew: what runs in a thread runs on the original.
     """
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return type(self)()
 
     def __reduce__(self) -> tuple[type[Self], tuple[()]]:
         return type(self), ()
+
+
+class Handler(Protocol):
+    """What is called in place of a method of a model."""
+
+    def __call__(
+        self, plain: Callable[..., object], args: tuple[object, ...], kwargs: dict[str, Any], /
+    ) -> object:
+        """Return what the call returns, of which ``plain(*args, **kwargs)`` is the model's own."""
 
 
 class StandIn:
@@ -54,33 +64,32 @@ class StandIn:
 
     def __init__(
         self,
-        model: Any,
+        model: nn.Module,
         name: str,
-        handler: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+        handler: Handler,
     ) -> None:
-        self._model = model
+        self._model: Any = model
         self._name = name
-        self._handler: Callable[..., Any] | None = handler
+        self._handler: Handler | None = handler
         # Somebody else's, such as accelerate's forward or a partial of generate.
-        self._before = model.__dict__.get(name)
+        self._before: Callable[..., object] | None = model.__dict__.get(name)
         model.__dict__[name] = self
 
     @property
-    def plain(self) -> Callable[..., Any]:
+    def plain(self) -> Callable[..., object]:
         """What `model.<name>` was before."""
         if self._before is not None:
-            before: Callable[..., Any] = self._before
-            return before
+            return self._before
         return types.MethodType(getattr(type(self._model), self._name), self._model)
 
     @property
-    def __wrapped__(self) -> Callable[..., Any]:
+    def __wrapped__(self) -> Callable[..., object]:
         """The plain method, from which `inspect.signature` reads the parameters."""
         return self.plain
 
     # Not to be traced: what a call does first hangs on its data. Modules inside still are.
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: Any) -> object:
         """Call the handler or, after `remove`, the plain method."""
         if self._handler is None:
             return self.plain(*args, **kwargs)
@@ -145,7 +154,7 @@ class Attachment:
             self._guard.remove()
             self._detach()
 
-    def _check_module(self, module: Any, _args: Any) -> None:
+    def _check_module(self, module: object, _args: object) -> None:
         """Raise if the model that is called is not the one that this is attached to."""
         if module is not self.model:
             raise PromptError(
@@ -182,18 +191,21 @@ class Attachment:
 
 def attached(model: Any) -> Attachment | None:
     """Return what is attached to a model, or to the model inside a wrapper; or None."""
-    found: Attachment | None = getattr(model_inside(model), "__dict__", {}).get(_ON_MODEL)
-    return found
+    attachment: Attachment | None = getattr(model_inside(model), "__dict__", {}).get(_ON_MODEL)
+    return attachment
 
 
-def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named_arguments(
+    module: object, args: tuple[object, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """Return by name what a call passes to a module's forward."""
     return named_call(module, "forward", args, kwargs)
 
 
 def named_call(
-    model: Any, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: object, method: str, args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     """Return by name what a call passes to a method, which keeps its own class's parameters."""
+    # By the class: what stands on the instance, such as accelerate's forward, takes anything.
     names = list(inspect.signature(getattr(type(model), method)).parameters)[1:]
     return {**dict(zip(names, args, strict=False)), **kwargs}

@@ -24,9 +24,11 @@ class _Placing:
         self._token_id = token_id
 
     def __call__(
-        self, inner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self, inner: Any, args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]] | None:
         """Give the inner model embeddings in place of ids and rows."""
+        # In embeddings rows may be put wherever their placeholders are, and an inner model that is
+        # given no ids and no encoder output takes them as they are.
         named = named_arguments(inner, args, kwargs)
         image = (named.get("mm_encoder_outputs") or {}).get("image")
         if image is None or named.get("input_ids") is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.errors import (
     ConfigError,
@@ -30,7 +30,7 @@ from tokenprune.masks.kernels import Kernel, Prepared
 from tokenprune.masks.patterns import Category, per_head
 from tokenprune_hf.attached import Attachment, ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.interface import Interception, Plain, check_logits
+from tokenprune_hf.interface import AttentionModule, Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import vision_model
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 _WHAT = "sparse masks"
 """As refusals name it."""
+
+
+_Heads = tuple[tuple[Category, ...], int | None, torch.device]
+"""What layers have in common that share a mask: their heads' categories, the window, the device."""
 
 
 @dataclass(eq=False)
@@ -66,7 +70,7 @@ class _Sample:
     layout: PromptLayout
     columns: slice
     both_ways: bool
-    prepared: dict[Any, tuple[Prepared, float]] = field(default_factory=dict)
+    prepared: dict[_Heads, tuple[Prepared, float]] = field(default_factory=dict)
     masks: dict[tuple[Category, int | None], Mask] = field(default_factory=dict)
     densities: dict[int | None, float] = field(default_factory=dict)
 
@@ -191,7 +195,7 @@ class Sparse(Attachment):
 
     # Calls -------------------------------------------------------------------------------------
 
-    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         """Run before the model reads tokens: see where the prompts' images stand."""
         named = named_arguments(module, args, kwargs)
         cache = cache_of(named)
@@ -203,7 +207,7 @@ class Sparse(Attachment):
         self._call.samples = self._read(named)
         self._call.last.layouts += [sample.layout for sample in self._call.samples]
 
-    def _after(self, _module: Any, _args: Any, _output: Any) -> None:
+    def _after(self, _module: nn.Module, _args: object, _output: object) -> None:
         """Run when the call is over, also after an exception."""
         self._call.samples = None
 
@@ -245,15 +249,16 @@ class Sparse(Attachment):
         both_ways = types is not None and bool((types == 1).any())
         samples = []
         for row, images in enumerate(spans):
+            # Layouts count without padding, which stands at one end of the row.
             real = mask[row].nonzero()[:, 0].tolist()
             first, last = (real[0], real[-1] + 1) if real else (0, 1)
-            inside = all(first <= one.start and one.stop <= last for one in images)
+            inside = all(first <= image.start and image.stop <= last for image in images)
             if not inside or len(real) < last - first:
                 raise PromptError(
                     f"the attention_mask of prompt {row + 1} hides tokens between others, or of an "
                     "image. Sparse masks know padding at either end only: leave hidden tokens out."
                 )
-            moved = [ImageSpan(one.start - first, one.stop - first) for one in images]
+            moved = [ImageSpan(image.start - first, image.stop - first) for image in images]
             length = last - first
             if isinstance(self.masks, HeadCategories):
                 layout = self.masks.layout(length, moved)
@@ -282,7 +287,13 @@ class Sparse(Attachment):
                 )
 
     def _attend(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, plain: Plain
+        self,
+        module: AttentionModule,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        plain: Plain,
     ) -> tuple[Tensor, Tensor | None]:
         """Stand in for the attention of one layer."""
         samples, last = self._call.samples, self._call.last
@@ -298,7 +309,8 @@ class Sparse(Attachment):
                 f"a prompt of {query.shape[2]} tokens came with a cache of {key.shape[2]} places. "
                 "Use a cache that grows: leave cache_implementation and the static cache out."
             )
-        if module.training and getattr(module, "attention_dropout", 0.0):
+        dropout: float = getattr(module, "attention_dropout", 0.0)
+        if module.training and dropout:
             raise PromptError(
                 "attention dropout and sparse masks do not go together. Call model.eval()."
             )
@@ -307,55 +319,61 @@ class Sparse(Attachment):
         if isinstance(masks, HeadCategories):
             categories = masks.categories[self._number_of[module]]
             if set(categories) == {"dense"}:
-                last.densities += [self._dense(one, module) for one in samples]
+                last.densities += [self._dense(sample, module) for sample in samples]
                 return plain()
         # [B, L, H, d]; rows of padding are never looked at.
         size = (*query.shape[:3], value.shape[-1])
         output = query.new_zeros(size).transpose(1, 2)
+        # Prompt by prompt: each has a mask of its own, and kernels take no padding.
         for row, sample in enumerate(samples):
-            part = (row, slice(None), sample.columns)
-            own = query[part], key[part]
+            of_sample = (row, slice(None), sample.columns)
+            q, k, v = query[of_sample], key[of_sample], value[of_sample]
             if isinstance(masks, HeadCategories):
                 ready, density = self._by_category(sample, module, categories, query.device)
             elif not sample.layout.images:
                 ready, density = self._by_category(sample, module, ("dense",), query.device)
             else:
                 layer = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
-                mask = masks.mask(*own, sample.layout, scale=scale, model=layer)
+                mask = masks.mask(q, k, sample.layout, scale=scale, model=layer)
                 ready, density = self._ready(mask, query.device)
-            output[row, sample.columns] = ready(*own, value[part], scale).transpose(0, 1)
+            output[row, sample.columns] = ready(q, k, v, scale).transpose(0, 1)
             last.densities.append(density)
         return output, None
 
-    def _dense(self, sample: _Sample, module: Any) -> float:
+    def _dense(self, sample: _Sample, module: AttentionModule) -> float:
         """Return the density of a layer that is left to the model."""
-        name = sliding_window(module)
-        if name not in sample.densities:
-            own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
-            sample.densities[name] = own.density(self.masks.block)
-        return sample.densities[name]
+        window = sliding_window(module)  # by which alone the layers' own masks differ
+        if window not in sample.densities:
+            mask = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
+            sample.densities[window] = mask.density(self.masks.block)
+        return sample.densities[window]
 
     def _by_category(
-        self, sample: _Sample, module: Any, categories: Sequence[Category], device: torch.device
+        self,
+        sample: _Sample,
+        module: AttentionModule,
+        categories: Sequence[Category],
+        device: torch.device,
     ) -> tuple[Prepared, float]:
         """Return the mask of a layer with these heads, made once for all layers like it."""
         window = sliding_window(module)
-        name = (tuple(categories), window, device)
-        if name not in sample.prepared:
-            own = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
-            for one in set(categories):
-                if (one, window) not in sample.masks:
-                    sample.masks[one, window] = category_mask(sample.layout, one, own)
-            masks = {one: sample.masks[one, window] for one in set(categories)}
-            sample.prepared[name] = self._ready(per_head(categories, masks), device)
-        return sample.prepared[name]
+        heads = (tuple(categories), window, device)
+        if heads not in sample.prepared:
+            layer = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)
+            for category in set(categories):
+                if (category, window) not in sample.masks:
+                    mask = category_mask(sample.layout, category, layer)
+                    sample.masks[category, window] = mask
+            masks = {category: sample.masks[category, window] for category in set(categories)}
+            sample.prepared[heads] = self._ready(per_head(categories, masks), device)
+        return sample.prepared[heads]
 
     def _ready(self, mask: Mask, device: torch.device) -> tuple[Prepared, float]:
         block = self.masks.block
         return Prepared(mask, device, self.kernel, block), mask.density(block)
 
 
-def _check_attention(modules: Sequence[Any], config: Any) -> None:
+def _check_attention(modules: Sequence[AttentionModule], config: object) -> None:
     """Raise for attention that does more than softmax(q kᵀ) v over what stands before."""
     if getattr(config, "use_bidirectional_attention", False):
         raise UnsupportedModelError(

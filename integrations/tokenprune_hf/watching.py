@@ -18,7 +18,7 @@ from tokenprune.tower.plain_weights import only_watches
 
 @contextmanager
 def watch_input(
-    module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], None]
+    module: nn.Module, see: Callable[[tuple[Any, ...], dict[str, Any]], object]
 ) -> Iterator[None]:
     """Call ``see(args, kwargs)`` before each run of a module in this thread.
 
@@ -49,7 +49,7 @@ def watch_output(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[N
     """Call ``see(output)`` after each run of a module in this thread, until the block ends."""
     thread = threading.get_ident()
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
         if threading.get_ident() == thread:
             see(output)
 
