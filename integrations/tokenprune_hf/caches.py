@@ -78,6 +78,7 @@ class _Trace:
     length: int = 0
     layer: int | None = None
     samples: tuple[Tensor, ...] = ()
+    # Weak, so that the note keeps no keys alive that the cache itself has given up.
     keys: weakref.ref[Tensor] | None = None
     version: int | None = None
     owner: weakref.ref[Cache] | None = None
@@ -92,6 +93,7 @@ class _Trace:
         owner = weakref.ref(cache)
         if layer is None:
             return replace(self, length=length, owner=owner, keys=None)
+        # Only what was added is copied: a loop of steps costs a few bytes each, not the prompt.
         keys: Tensor = cache.layers[layer].keys
         samples = self.samples
         if length > self.length:
@@ -119,6 +121,7 @@ class _Trace:
         same_tensor = self.keys is not None and self.keys() is keys
         if same_tensor and length == self.length and _version(keys) == self.version:
             return None
+        # Exact equality is right: rows are copies, or they are not what was left.
         left = torch.cat(self.samples, dim=1)
         if length > left.shape[1] or keys.shape[-2] < length:
             raise PromptError(_CHANGED)
@@ -217,6 +220,7 @@ class Filling(Generic[T]):
         self.cache = cache
         self.before: Held[T] | None = None
         self.holding: Holding[T] | None = None
+        # Read before the block begins: opening a cache takes the note out of it.
         self._noted: Holding[T] | None = getattr(cache, "__dict__", {}).get(_IN_CACHE)
 
     def __enter__(self) -> Self:
@@ -260,7 +264,7 @@ def _held(cache: Cache, holding: Holding[T], length: int) -> Held[T] | None:
     PromptError
         If calls cannot go on from it.
     """
-    if length == 0:
+    if length == 0:  # `cache.reset()` keeps the note, and nothing of what it speaks of
         _open(cache)
         return None
     if holding.refusal is not None:
@@ -355,6 +359,7 @@ _FILLING = ("update", "update_conv_state", "update_recurrent_state", "update_ind
 @functools.lru_cache(maxsize=32)
 def _sealed(plain: type) -> type:
     """Return a cache's class that refuses; made once for each class."""
+    # The cache stays an instance of its own class, by which transformers tells kinds apart.
     methods = {name: _refusing(name) for name in _FILLING if hasattr(plain, name)}
     return type(plain.__name__, (_Sealed, plain), {**methods, "plain_class": plain})
 

@@ -103,7 +103,7 @@ class Calls:
         self, inner: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
     ) -> None:
         """Raise if images or videos are passed to the model without its head."""
-        if self._call.depth:
+        if self._call.depth:  # the whole model is running, and calls its inner one
             return
         if self._vision.encoder_inputs(named_arguments(inner, args, kwargs)):
             raise PromptError(
@@ -131,6 +131,7 @@ class Calls:
                         # Made here, so that it can be noted what it holds.
                         filling.cache = DynamicCache(config=self._model.config.get_text_config())
                         named.update(cache_argument(self._model, filling.cache))
+                    # The encoder has run: what only it reads must not reach the model again.
                     call = shortened.call(named, self._vision.encoder_arguments())
                     nothing_after = shortened.input_ids[:, :0]
                     filling.holding = Holding(shortened.without_media(), nothing_after)
@@ -216,6 +217,7 @@ class Calls:
         if (inputs := kwargs.pop("inputs", None)) is not None:
             kwargs["input_ids"] = inputs
         with self._running(), Filling[Shortened](cache_of(kwargs)) as filling:
+            # Encoding stands outside the model's own `generate`, which switches gradients off.
             with torch.no_grad():
                 shortened = self._shorten(kwargs, filling.before is not None)
             if shortened is not None:
@@ -240,6 +242,7 @@ class Calls:
             output = self._run(plain, call, shortened)
             more = None if isinstance(output, Tensor) else cast(_GenerateOutput, output)
             sequences = cast(Tensor, output) if more is None else more.sequences
+            # More than one with `num_return_sequences`: those of a prompt stand together.
             repeats = len(sequences) // len(input_ids)
             if filling.cache is None and more is not None:
                 filling.cache = cache_of(cast(Any, more))
@@ -332,7 +335,7 @@ def _prompt_and_after(held: Held[Shortened]) -> Holding[Shortened]:
 def _read_on(known: Holding[Shortened], arguments: dict[str, Any]) -> Holding[Shortened]:
     """Return what a cache holds when a call has read more tokens."""
     ids = arguments.get("input_ids")
-    after = None
+    after = None  # once embeddings were read, what stands in the cache is not known by ids
     if known.after is not None and ids is not None:
         after = torch.cat([known.after.to(ids.device), ids], dim=1)
     return dataclasses.replace(known, after=after)

@@ -223,6 +223,8 @@ class KeptRows:
         # How many rows stay in front of each edge, so that the device is waited for once.
         staying_before = torch.nn.functional.pad(self.staying.cumsum(0), (1, 0))
         kept = staying_before[edges].diff().tolist()
+        # Rows come in the order of prompts, so a prompt's pictures are those up to its end; as
+        # `generate` lays out batches, repeats of a prompt follow each other.
         result: list[Tensor] = []
         of_prompt: list[Tensor] = []
         for end, picture in zip(edges[1:], rows[self.staying].split(kept), strict=True):

@@ -39,11 +39,11 @@ def cache_of(given: Mapping[str, Any]) -> Any:
         Arguments by name, whatever name the caller took, or an output of transformers.
     """
     # By items: an output warns when it is asked for a name that it no longer has.
-    found = dict(given.items())
-    return next((found[name] for name in _CACHE_NAMES if found.get(name) is not None), None)
+    named = dict(given.items())
+    return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
 
 
-def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
+def cache_argument(module: object, cache: object) -> dict[str, Any]:
     """Return a cache as the argument of a module's forward, under the name that it has there."""
     kind: Any = type(module)
     return {_cache_name(kind): cache}

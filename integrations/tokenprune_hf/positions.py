@@ -166,6 +166,7 @@ def count_as_published(
     Tensor
         LongTensor [3 or 4, B, L].
     """
+    # 0 is text. An image and a video that touch are two items, so kinds have different numbers.
     result = positions.clone()
     kinds = torch.zeros_like(mask, dtype=torch.long)
     for kind, places in enumerate(placeholders.values(), start=1):
@@ -233,6 +234,7 @@ def _times(
         of_item = places[item.rows.to(places.device)]
         frames, rows, columns = item.tokens.grid
         interval = float(step) * vision.frame_interval("video")
+        # In float64, as vLLM does: in float32 a time on a whole position may fall below it.
         per_frame = (torch.arange(frames, device=places.device).double() * interval).long()
         offsets = per_frame.repeat_interleave(rows * columns)
         result.setdefault(int(of_item[0, 0]), []).append((of_item[:, 1], offsets))

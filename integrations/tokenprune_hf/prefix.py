@@ -95,6 +95,7 @@ class _Probe:
     ) -> None:
         """Compute q of the question and k of everything from one prompt's states [L, D]."""
         cos, sin = rotary
+        # The model's own function, as families pair the numbers of a head in different ways.
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         query = _heads(attention, "q", normed[-self._questions :])
         key = _heads(attention, "k", normed)
@@ -104,6 +105,7 @@ class _Probe:
             value_norm = value[0].float().abs().sum(dim=-1)
         last = slice(-self._questions, None)
         self.seen[number] = QueryKeys(
+            # The function takes q and k of one length, and here they have two: one at a time.
             query=rotate(query, query, cos[:, last], sin[:, last])[0][0],
             key=rotate(key, key, cos, sin)[0][0],
             visual=self._asked,
@@ -141,9 +143,11 @@ class _Watched(nn.Module):
         normed = layer.input_layernorm(hidden_states)
         cos, sin = kwargs["position_embeddings"]
         for index, probe in enumerate(self._probes):
-            one = slice(index, index + 1) if len(cos) > 1 else slice(None)
-            rotary = cos[one], sin[one]
+            # One table may serve all prompts.
+            of_prompt = slice(index, index + 1) if len(cos) > 1 else slice(None)
+            rotary = cos[of_prompt], sin[of_prompt]
             probe.take(self._number, layer.self_attn, hidden_states[index], normed[index], rotary)
+        # Behind the last layer asked for nothing is read, so that layer itself need not run.
         return hidden_states if self._last else layer(hidden_states, *args, **kwargs)
 
 
@@ -171,6 +175,8 @@ def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_
                 "its attention cannot rank a video. Pass layer=... with a layer of full attention."
             )
         kept[number] = _Watched(number, kept[number], probes, last=number == last)
+    # A shallow copy shares all modules but those that are replaced here, so that other threads run
+    # the original meanwhile. Its `norm` has nothing to do: nobody looks at the output.
     prefix = copy.copy(language_model)
     prefix._modules = {
         **language_model._modules,

@@ -62,6 +62,7 @@ class ShortPrompt:
         length = max(int(staying.sum(dim=1).max()), 1)
         ends_padded, starts_padded = (attention_mask[:, [-1, 0]].amin(dim=0) < 1).tolist()
         padded_right = ends_padded and not starts_padded
+        # Prompts lose different numbers of tokens, so new padding levels them.
         # The sort is stable: it moves what goes to the padded side and leaves the rest in order.
         order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=padded_right)
         left = slice(None, length) if padded_right else slice(-length, None)
@@ -103,6 +104,7 @@ def check_attention_mask(
         If the mask is not [B, L], or is missing though the prompt holds padding.
     """
     if attention_mask is None:
+        # All ones would have padding counted as text, and attended to.
         if pad_token_id is not None and pad_token_id in input_ids:
             raise PromptError(
                 f"the prompt holds padding (token {pad_token_id}) and no attention_mask says "

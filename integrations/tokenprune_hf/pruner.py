@@ -172,6 +172,7 @@ class Pruner:
         by_modality = {}
         for modality, tokens in items.items():
             already = [known_of[modality, index] for index in range(len(tokens))]
+            # Items of one shape go through the selector together, and come back in their order.
             selections = select_many(tokens, self.selector, self.budget, known=already)
             if self.proportional:
                 selections = _represent(encoded.modalities[modality], selections)
@@ -197,6 +198,7 @@ def _represent(media: EncodedModality, selections: Sequence[Selection]) -> list[
     result = []
     for item, selection in zip(media.items, selections, strict=True):
         if selection.represented is None:
+            # By what the language model reads, whatever the selector looked at.
             counts = tokens_represented(media.rows[item.rows][None], selection.kept[None])
             selection = dataclasses.replace(selection, represented=counts[0])
         result.append(selection)

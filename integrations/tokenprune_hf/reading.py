@@ -99,6 +99,8 @@ def _item_prompt(
     """
     rows = item.rows.to(places.device)
     columns = places[rows, 1]
+    # Rows of other prompts and of all items are taken. Those left inside the item are newlines,
+    # which are read with it and never ranked.
     taken = places[:, 0] != places[rows[0], 0]
     for other in media.items:
         taken[other.rows.to(places.device)] = True

@@ -64,6 +64,7 @@ class Shortened:
 
     def of_rows(self, rows: Tensor) -> Shortened:
         """Return some of the prompts, LongTensor [C], in any order and with repeats; no media."""
+        # Whoever goes on from rows of a cache needs no encoder: its rows are in the cache as keys.
         rows = rows.to(self.input_ids.device)
         return replace(
             self.without_media(),
@@ -85,6 +86,9 @@ class Shortened:
         PromptError
             If more than text is cut off.
         """
+        # What is cut off the short prompt must be cut off the full one, or the caller's next prompt
+        # could not be compared with what the cache holds. Only at an end of text, without gaps, the
+        # two lose the same tokens.
         removed = self.prompt.length - length
         columns, full = self.prompt.columns[:, length:], self.prompt.full_length
         ends = torch.arange(full - removed, full, device=columns.device)
@@ -121,6 +125,7 @@ class Shortened:
 
     def is_prompt_of(self, input_ids: Tensor) -> bool:
         """Say whether [B * repeats, ...] begins with this prompt, and so needs the kept rows."""
+        # Told by its tokens and not by the step's number: without a cache every step reads it.
         short = self.arguments["input_ids"]
         if input_ids.shape[1] < self.prompt.length:
             return False
@@ -146,6 +151,8 @@ class Shortened:
     @property
     def ends_with_dropped(self) -> bool:
         """Whether some prompt's last token was dropped, so that its position is not in the end."""
+        # Possible where an image ends the prompt. The engine takes the last position it is given
+        # and counts on from there: too low by those that were dropped behind it.
         last = self.prompt.new_column(self.prompt.full_length - 1)
         return bool((last < 0).any())
 
@@ -184,6 +191,7 @@ class Shortened:
             raise _other_batch(len(self.input_ids))
         new = tokens.shape[1]
         result["attention_mask"] = self._continued_mask(arguments, past + new)
+        # Positions that the caller gives count the full prompt, as `original` ones do: they fit.
         if result.get("position_ids") is None:
             after = self.positions_after(past - self.prompt.length, new, len(tokens))
             result["position_ids"] = after
@@ -231,14 +239,18 @@ class Shortened:
                 "embeddings were read behind this cache's pruned prompt, so that its tokens are "
                 "not known. Go on by calls of the model itself, or read the prompt again."
             )
-        heard = input_ids[:, length : length + after.shape[1]]
-        if not torch.equal(heard, after.to(heard.device)):
+        # The engine reads on from the cache's length. So what the caller passes must have, behind
+        # the prompt, exactly the tokens whose keys are there.
+        read = input_ids[:, length : length + after.shape[1]]
+        if not torch.equal(read, after.to(read.device)):
             raise PromptError(
                 f"this cache holds {after.shape[1]} tokens behind its prompt, and they are not "
                 "those of input_ids. A pruned prompt is shorter than the one that was passed, so "
                 "cut tokens off by their number (cache.crop(-n)) and not by the length that is "
                 "to be left."
             )
+        # `generate` is given the whole conversation and leaves out of it what the cache holds: by
+        # number of tokens, so the prompt in front has to be the short one here too.
         result = dict(arguments)
         for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
             if isinstance(arguments.get(name), Tensor) and name in self.arguments:
@@ -263,6 +275,7 @@ class Shortened:
                 f"attention_mask has {given.shape[1]} columns; on the cache of a pruned prompt it "
                 f"must cover the full prompt ({full}) and what came after it ({after})."
             )
+        # Of the prompt the short mask stands, which hides what was hidden when it was read.
         return torch.cat([short, given[:, full:].to(short)], dim=1)
 
 
@@ -281,13 +294,16 @@ def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
         columns = list(range(max(full - wanted, 0), full))
     else:
         columns = [int(column) % full for column in wanted]
+    # The engine takes one list of columns for the whole batch, so a token must have come to the
+    # same column in every prompt. A number of last tokens becomes a list: among them may have been
+    # dropped ones, and the short prompt's last tokens would be others.
     moved = [prompt.new_column(column) for column in columns]
-    if any(bool((places != places[0]).any()) or int(places[0]) < 0 for places in moved):
+    if any(bool((short != short[0]).any()) or int(short[0]) < 0 for short in moved):
         raise PromptError(
             f"logits_to_keep={wanted} asks for logits at a token that was dropped, or that stands "
             "at different places in the batch. Ask for fewer of the last tokens, or for all (0)."
         )
-    return torch.tensor([int(places[0]) for places in moved], device=prompt.columns.device)
+    return torch.tensor([int(short[0]) for short in moved], device=prompt.columns.device)
 
 
 def _other_batch(batch: int) -> PromptError:

@@ -107,6 +107,7 @@ def shorten_prompt(
     PromptError
         See `attention_mask_of`.
     """
+    # All over the full prompt [B, L]: what was selected, what is no text, what each token counts.
     input_ids: Tensor = arguments["input_ids"]
     mask = attention_mask_of(vision, arguments)
     selected = torch.ones_like(input_ids, dtype=torch.bool)  # text always is

@@ -181,6 +181,8 @@ class Sparse(Attachment):
 
     def _attach(self) -> None:
         inner = getattr(self.model, "model", self.model)
+        # The interception may refuse, so it comes first. Hooks on the inner model see a call before
+        # its layers do, however the call came in: the whole model, `generate` or a wrapper.
         self._interception = Interception(self._modules, self._attend)
         self._hooks = [
             inner.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -203,6 +205,7 @@ class Sparse(Attachment):
             self._check_continued(named.get("input_ids"))
             self._call.samples = []  # what comes after a prompt attends to everything
             return
+        # Noted first, and filled in as layers run: a call that raises leaves no older numbers.
         self._call.last = self._last = _Prompts()
         self._call.samples = self._read(named)
         self._call.last.layouts += [sample.layout for sample in self._call.samples]
@@ -245,6 +248,7 @@ class Sparse(Attachment):
                 f"{list(input_ids.shape)}. Pass the mask that the processor returned, and no "
                 "static cache."
             )
+        # Gemma 3 makes its mask see images both ways only where token types come with the call.
         types = named.get("token_type_ids")
         both_ways = types is not None and bool((types == 1).any())
         samples = []
@@ -296,6 +300,7 @@ class Sparse(Attachment):
         plain: Plain,
     ) -> tuple[Tensor, Tensor | None]:
         """Stand in for the attention of one layer."""
+        # A single query is a step behind a prompt, and attends to everything: it needs no layout.
         samples, last = self._call.samples, self._call.last
         if samples is None and query.shape[2] > 1:
             raise PromptError(
@@ -314,6 +319,7 @@ class Sparse(Attachment):
             raise PromptError(
                 "attention dropout and sparse masks do not go together. Call model.eval()."
             )
+        # A layer all of whose heads are dense is left to the model and its own kernel.
         masks = self.masks
         categories: Sequence[Category] = ()
         if isinstance(masks, HeadCategories):
@@ -330,7 +336,7 @@ class Sparse(Attachment):
             q, k, v = query[of_sample], key[of_sample], value[of_sample]
             if isinstance(masks, HeadCategories):
                 ready, density = self._by_category(sample, module, categories, query.device)
-            elif not sample.layout.images:
+            elif not sample.layout.images:  # a prompt of text alone in a batch with images
                 ready, density = self._by_category(sample, module, ("dense",), query.device)
             else:
                 layer = own_mask(self.model, module, sample.layout, both_ways=sample.both_ways)

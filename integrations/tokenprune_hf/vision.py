@@ -251,6 +251,8 @@ class VisionModel:
         def keep_input(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
             captured.append(args[0])
 
+        # Features are seen as they enter the projector: what the tower returns may have rows that
+        # the model drops (CLS) or merges (pixel shuffle), each family in its way.
         entrance = entrance_of(self.family.projector(self.inner))
         with ExitStack() as stack:
             probe = None
@@ -258,6 +260,7 @@ class VisionModel:
                 probe = stack.enter_context(watch_attention(self.scoring_layer(inputs)))
             stack.enter_context(watch_input(entrance, keep_input))
             function = getattr(self.inner, f"get_{inputs.modality}_features")
+            # As the model's own forward calls it, once for all images of the batch.
             output = function(**inputs.arguments, return_dict=True)
         if not captured:
             raise PromptError(f"the vision encoder was given no {inputs.modality}.")
@@ -292,9 +295,11 @@ class VisionModel:
         """Return the items of all images or videos, in prompt order."""
         items = []
         start = 0
-        found = self.family.rows_of(media, features, attention)
-        for number, (medium, (own, scores)) in enumerate(zip(media, found, strict=True)):
+        laid_out = self.family.rows_of(media, features, attention)
+        for number, (medium, of_medium) in enumerate(zip(media, laid_out, strict=True)):
+            features_of_medium, scores = of_medium
             for segment in self.family.segments(medium):
+                # Segments count from their medium's first row, items from the modality's.
                 in_medium = segment.rows.to(rows.device)
                 label = f"{medium.modality} {number}"
                 items.append(
@@ -303,7 +308,7 @@ class VisionModel:
                         VisualTokens(
                             grid=segment.grid or (1, 1, len(segment.rows)),
                             is_picture=segment.grid is not None,
-                            features=own[in_medium],
+                            features=features_of_medium[in_medium],
                             embeddings=rows[in_medium + start],
                             cls_attention=None if scores is None else scores[:, in_medium],
                             projector=self.projector(inputs.modality),

@@ -136,7 +136,9 @@ class LiteModel(nn.Module):
             asked=[asked] * sets,
             questions=len(question),
         )
-        return torch.stack([question_scores(one[last], self.config.reduction) for one in seen])
+        return torch.stack(
+            [question_scores(of_set[last], self.config.reduction) for of_set in seen]
+        )
 
     # The folder --------------------------------------------------------------------------------
 

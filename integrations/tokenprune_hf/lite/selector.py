@@ -53,15 +53,15 @@ class FlexSelectLite(FrameSets):
         """Raise unless the selector was trained for a model with this config."""
         from tokenprune_hf.lite.model import read_config
 
-        own = read_config(selector_path(self.path))
+        trained = read_config(selector_path(self.path))
         text = config.get_text_config()
         # vLLM also knows InternVL in its own format, whose features and vocabulary are the same.
-        kinds = {kind.removesuffix("_chat") for kind in (config.model_type, own.model_type)}
-        if len(kinds) > 1 or text.vocab_size != own.vocab_size:
+        kinds = {kind.removesuffix("_chat") for kind in (config.model_type, trained.model_type)}
+        if len(kinds) > 1 or text.vocab_size != trained.vocab_size:
             raise UnsupportedModelError(
-                f"the selector {self.path} was trained for a {own.model_type} with a vocabulary of "
-                f"{own.vocab_size}, and this is a {config.model_type} with {text.vocab_size}. "
-                "Train one for this model with `tokenprune train-selector`."
+                f"the selector {self.path} was trained for a {trained.model_type} with a "
+                f"vocabulary of {trained.vocab_size}, and this is a {config.model_type} with "
+                f"{text.vocab_size}. Train one for this model with `tokenprune train-selector`."
             )
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -71,14 +71,14 @@ class FlexSelectLite(FrameSets):
         features, questions = tokens.require("features"), tokens.require("question")
         model = load_on(selector_path(self.path), features.device)
         scores: dict[int, Tensor] = {}
-        for size in sorted({len(own) for own in sets}):
-            mine = [index for index, own in enumerate(sets) if len(own) == size]
-            rows = torch.stack([sets[index].to(features.device) for index in mine])
+        for size in sorted({len(frames) for frames in sets}):
+            of_size = [index for index, frames in enumerate(sets) if len(frames) == size]
+            rows = torch.stack([sets[index].to(features.device) for index in of_size])
             with full_precision(features.device):
                 per_item = [
-                    model(own[rows], question)
-                    for own, question in zip(features, questions, strict=True)
+                    model(of_item[rows], question)
+                    for of_item, question in zip(features, questions, strict=True)
                 ]
-            for place, index in enumerate(mine):
-                scores[index] = torch.stack([found[place] for found in per_item])
+            for number, index in enumerate(of_size):
+                scores[index] = torch.stack([of_item[number] for of_item in per_item])
         return [scores[index] for index in range(len(sets))]
