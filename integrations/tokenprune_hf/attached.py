@@ -189,7 +189,7 @@ class Attachment:
             self.remove()
 
 
-def attached(model: Any) -> Attachment | None:
+def attached(model: object) -> Attachment | None:
     """Return what is attached to a model, or to the model inside a wrapper; or None."""
     attachment: Attachment | None = getattr(model_inside(model), "__dict__", {}).get(_ON_MODEL)
     return attachment

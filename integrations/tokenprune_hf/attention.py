@@ -61,7 +61,7 @@ def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Mod
     return module
 
 
-def _layers(tower: Any) -> Sequence[Any]:
+def _layers(tower: object) -> Sequence[Any]:
     encoder = (
         getattr(tower, "encoder", None)
         or getattr(getattr(tower, "vision_model", None), "encoder", None)
@@ -155,7 +155,7 @@ def watch_attention(attention: Any) -> Iterator[SeenAttention]:
     seen = SeenAttention(attention)
     signature = inspect.signature(attention.forward)
 
-    def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def arguments(args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
         seen.arguments = dict(signature.bind(*args, **kwargs).arguments)
         seen.arguments.update(seen.arguments.pop("kwargs", {}))
 

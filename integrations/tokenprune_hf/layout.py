@@ -16,6 +16,7 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
 from tokenprune.masks.layout import image_spans
 from tokenprune_hf.encoder_inputs import EncoderInputs, sizes_of
+from tokenprune_hf.interface import AttentionModule
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -23,7 +24,7 @@ _SAMPLE = 64
 """Weights that tell one model from another."""
 
 
-def decoder_of(model: Any) -> Any:
+def decoder_of(model: object) -> Any:
     """Return the decoder of a vision-language model, with ``.layers[i].self_attn``.
 
     Raises
@@ -58,7 +59,9 @@ def identity_of(model: Any) -> ModelIdentity:
     )
 
 
-def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: bool = True) -> Mask:
+def own_mask(
+    model: object, attention: AttentionModule, layout: PromptLayout, *, both_ways: bool = True
+) -> Mask:
     """Return what a layer's own mask lets through in a prompt without padding.
 
     Parameters
@@ -84,7 +87,7 @@ def own_mask(model: Any, attention: Any, layout: PromptLayout, *, both_ways: boo
 
 
 def image_spans_of(
-    model: Any, input_ids: Tensor, arguments: Mapping[str, Any]
+    model: object, input_ids: Tensor, arguments: Mapping[str, Any]
 ) -> list[list[ImageSpan]]:
     """Return where the images and videos of each prompt stand.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.question.attention import QueryKeys
+from tokenprune_hf.interface import AttentionModule
 
 
 def read_layers(
@@ -66,12 +67,19 @@ def read_layers(
     return [probe.seen for probe in probes]
 
 
-def sliding_window(attention: Any) -> int | None:
+def sliding_window(attention: AttentionModule) -> int | None:
     """Return how many tokens an attention module of a decoder sees; None where it sees all."""
     # Some (Mistral's) have no window of their own and take their config's with every call.
     source = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(source, "sliding_window", None)
     return window
+
+
+class _Projections(Protocol):
+    """An attention module that is read: with q_proj, k_proj and v_proj, and norms where it has."""
+
+    head_dim: int
+    scaling: float
 
 
 class _Probe:
@@ -91,7 +99,12 @@ class _Probe:
         self.seen: dict[int, QueryKeys] = {}
 
     def take(
-        self, number: int, attention: Any, states: Tensor, normed: Tensor, rotary: Any
+        self,
+        number: int,
+        attention: _Projections,
+        states: Tensor,
+        normed: Tensor,
+        rotary: tuple[Tensor, Tensor],
     ) -> None:
         """Compute q of the question and k of everything from one prompt's states [L, D]."""
         cos, sin = rotary
@@ -115,7 +128,7 @@ class _Probe:
         )
 
 
-def _heads(attention: Any, which: str, states: Tensor) -> Tensor:
+def _heads(attention: _Projections, which: str, states: Tensor) -> Tensor:
     """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
     projected = getattr(attention, f"{which}_proj")(states[None])
     split = projected.unflatten(-1, (-1, int(attention.head_dim)))
@@ -137,7 +150,7 @@ class _Watched(nn.Module):
         self._probes = probes
         self._last = last
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> object:
         """Show the layer's input to the probes."""
         layer = self._layer[0]
         normed = layer.input_layernorm(hidden_states)
@@ -162,7 +175,7 @@ def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_
     last = max(layers)
     kept: list[Any] = list(language_model.layers[: last + 1])
     for number in layers:
-        attention = getattr(kept[number], "self_attn", None)
+        attention: Any = getattr(kept[number], "self_attn", None)
         if not hasattr(attention, "k_proj") or not hasattr(kept[number], "input_layernorm"):
             raise UnsupportedModelError(
                 f"the decoder layers of {type(language_model).__name__} have no q_proj and k_proj "

@@ -133,7 +133,7 @@ class VisionModel:
         UnsupportedModelError
             If it cannot be watched.
         """
-        chosen: Any = inputs.arguments.get("vision_feature_layer")
+        chosen: int | Sequence[int] | None = inputs.arguments.get("vision_feature_layer")
         if chosen is None:
             chosen = getattr(self.model.config, "vision_feature_layer", -1)
         return scoring_layer(self.tower(inputs.modality), chosen, type(self.model).__name__)
@@ -199,7 +199,7 @@ class VisionModel:
 
     def token_id(self, modality: str) -> int:
         """Return the id of the placeholder token of `modality`."""
-        token_id: Any = getattr(self.model.config, f"{modality}_token_id", None)
+        token_id: int | None = getattr(self.model.config, f"{modality}_token_id", None)
         if token_id is None:
             token_id = getattr(self.model.config, f"{modality}_token_index", -1)
         return int(token_id)
@@ -248,7 +248,7 @@ class VisionModel:
         """
         captured: list[Tensor] = []
 
-        def keep_input(args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        def keep_input(args: tuple[Any, ...], _kwargs: object) -> None:
             captured.append(args[0])
 
         # Features are seen as they enter the projector: what the tower returns may have rows that
@@ -325,7 +325,7 @@ def supported_models() -> dict[str, type[Family]]:
     return {name: family for name, family in FAMILIES.items() if family.in_transformers}
 
 
-def vision_model(model: Any) -> VisionModel:
+def vision_model(model: object) -> VisionModel:
     """Return a model of transformers, or the one inside a wrapper, with its family.
 
     Raises
@@ -336,23 +336,23 @@ def vision_model(model: Any) -> VisionModel:
     from transformers import PreTrainedModel
 
     known = supported_models()
-    model = model_inside(model)
-    config: Any = getattr(model, "config", None)
+    inside = model_inside(model)
+    config: Any = getattr(inside, "config", None)
     model_type = getattr(config, "model_type", None)
     # Whatever else has a config and generates may run something else than its own modules.
-    whole = isinstance(model, PreTrainedModel) and hasattr(model, "generate")
+    whole = isinstance(inside, PreTrainedModel) and hasattr(inside, "generate")
     if model_type is None or not whole:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no vision-language model of transformers with `generate`. "
+            f"{type(inside).__name__} is no vision-language model of transformers with `generate`. "
             "Pass the whole model, for example what "
             "AutoModelForImageTextToText.from_pretrained returned."
         )
     if model_type not in known:
         raise UnsupportedModelError(
-            f"{type(model).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
+            f"{type(inside).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
             f"{', '.join(sorted(known))}."
         )
-    return VisionModel(model, known[model_type](config))
+    return VisionModel(inside, known[model_type](config))
 
 
 def check_method(selector: Selector, model: Any) -> None:

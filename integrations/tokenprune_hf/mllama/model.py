@@ -8,7 +8,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.mllama.method import METHOD
 
 
-def _model_type(model: Any) -> str | None:
+def _model_type(model: object) -> str | None:
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
@@ -46,7 +46,7 @@ def cross_attention_of(model: Any) -> tuple[Any, dict[int, Any]]:
     return inner, {number: decoder.layers[number] for number in numbers}
 
 
-def check_prompt_has_images(model: Any, method: Any) -> None:
+def check_prompt_has_images(model: object, method: object) -> None:
     """Raise for a Llama-3.2-Vision, whose images stand beside the prompt that `prune` shortens.
 
     Parameters
