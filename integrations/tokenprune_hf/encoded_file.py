@@ -104,6 +104,7 @@ def encoded_key(model: Any, needs: Sequence[str], inputs: Mapping[str, Any]) -> 
     device = model.device.type
     if device == "cuda":
         device = torch.cuda.get_device_name(model.device)
+    # Of the needs, those from the prompt are not the encoder's work.
     wanted = sorted(set(needs) & set(ENCODED))
     digest = hashlib.sha256(repr((LAYOUT, encoder_fingerprint(model), device, wanted)).encode())
     for given in of_modalities:
@@ -351,6 +352,7 @@ def _without_origin(config: object) -> object:
 
 def _add(digest: Any, value: object) -> None:
     """Add a tensor with its dtype and shape, or any other argument, to a hash."""
+    # With dtype, shape and number of entries: bytes alone could be those of other arguments.
     if isinstance(value, Tensor):
         digest.update(repr((value.dtype, tuple(value.shape))).encode())
         # As bytes: numpy has no bfloat16.

@@ -60,6 +60,7 @@ class Encoded:
         starts = torch.tensor([0, *image.sizes]).cumsum(0).tolist()
         sizes = [image.sizes[index] for index in indices]
         new_starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        # Items count the rows of the whole batch, so they move with their image.
         items = [
             Item(image.items[index].rows - starts[index] + new_start, image.items[index].tokens)
             for index, new_start in zip(indices, new_starts[:-1], strict=True)

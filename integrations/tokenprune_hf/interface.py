@@ -122,6 +122,7 @@ class Interception:
         # come to `_dispatch` as well.
         configs = {id(module.config): module.config for module in self._modules}
         self._before: list[tuple[Any, str]] = []
+        # Said here: below, the first handler's name would be refused as an unknown implementation.
         for module in self._modules:
             if _ON_MODULE in module.__dict__:
                 raise TokenPruneError(
@@ -161,6 +162,8 @@ class Interception:
             If layers would run a second time when the call is over, or the attention
             implementation has been changed since.
         """
+        # Backward passes run checkpointed layers again, when what the handler knows of the call is
+        # gone.
         if decoder.training and any(
             getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
         ):
@@ -241,6 +244,7 @@ def _dispatch(
             **kwargs,
         )
 
+    # Found at the module and not by the name: one name serves every handler of the process.
     handler: Handler | None = module.__dict__.get(_ON_MODULE)
     if handler is None:
         return plain()  # a module with the same config that is not ours: another tower's

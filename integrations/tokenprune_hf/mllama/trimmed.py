@@ -228,6 +228,7 @@ class TrimmedAttention(Attachment):
             StandIn(self._inner, "forward", self._forward),
         ]
         for number, layer in self._layers.items():
+            # No lambda: a partial of a bound method is bound anew in a copy of the model.
             hook = functools.partial(self._before_layer, number)
             self._attachments.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -250,6 +251,7 @@ class TrimmedAttention(Attachment):
         # `generate` may run inside another one, such as in a logits processor: the outer one's
         # steps need their own again.
         before = thread.prompts, thread.generating
+        # Without any text transformers begins with one token of its own.
         thread.prompts, thread.generating = 1 if text is None else len(text), None
         try:
             return plain(*args, **kwargs)
