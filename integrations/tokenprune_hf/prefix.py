@@ -110,11 +110,11 @@ class _Probe:
         cos, sin = rotary
         # The model's own function, as families pair the numbers of a head in different ways.
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        query = _heads(attention, "q", normed[-self._questions :])
-        key = _heads(attention, "k", normed)
+        query = heads_of(attention, "q", normed[-self._questions :])
+        key = heads_of(attention, "k", normed)
         value_norm = None
         if self._values:
-            value = _heads(attention, "v", normed[self._asked])
+            value = heads_of(attention, "v", normed[self._asked])
             value_norm = value[0].float().abs().sum(dim=-1)
         last = slice(-self._questions, None)
         self.seen[number] = QueryKeys(
@@ -128,7 +128,7 @@ class _Probe:
         )
 
 
-def _heads(attention: _Projections, which: str, states: Tensor) -> Tensor:
+def heads_of(attention: _Projections, which: str, states: Tensor) -> Tensor:
     """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
     projected = getattr(attention, f"{which}_proj")(states[None])
     split = projected.unflatten(-1, (-1, int(attention.head_dim)))

@@ -222,15 +222,15 @@ def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Question]]
     ConfigError
         If they were given under other settings.
     """
-    from tokenprune_eval.evaluation.runner import _machine, versions
     from tokenprune_eval.results.summary import QuestionInfo
+    from tokenprune_eval.shared.machine import machine, versions
 
     infos = []
     for questions in media:
         for question in questions:
             data_set, _, own = question.id.partition("/")
             infos.append(QuestionInfo.of(data_set, replace(question, id=own)))
-    about = {"versions": versions(), "machine": _machine(), "complete": False, "seconds": None}
+    about = {"versions": versions(), "machine": machine(), "complete": False, "seconds": None}
     known = store.begin(settings, about, infos, settings.conditions())
     return [one for one in known.records if (one.condition, one.item) in store.done]
 

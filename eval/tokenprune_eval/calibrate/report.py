@@ -19,9 +19,9 @@ from tokenprune_eval.calibrate.search import Bounds, Decision, Search, steps
 from tokenprune_eval.calibrate.sequential import needed
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Engine
-from tokenprune_eval.evaluation.runner import versions
 from tokenprune_eval.evaluation.settings import FREE, Settings
 from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.shared.machine import versions
 from tokenprune_eval.shared.output import OutputError, write_whole
 from tokenprune_eval.shared.tables import percent, plain_table
 

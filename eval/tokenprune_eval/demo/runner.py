@@ -34,12 +34,12 @@ from tokenprune_eval.demo.results import Results, Row, kept, make_row, said
 from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import Engine
 from tokenprune_eval.evaluation.engines.transformers import TransformersEngine
-from tokenprune_eval.evaluation.runner import Planned, answer_all, versions
+from tokenprune_eval.evaluation.runner import Planned, answer_all
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import ITEMS, RECORDS, RUN, read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 from tokenprune_eval.shared.asking import answer
-from tokenprune_eval.shared.machine import cores, processor
+from tokenprune_eval.shared.machine import cores, processor, versions
 from tokenprune_eval.shared.progress import RunProgress
 
 RESULTS, REPORT = "results.json", "report.html"

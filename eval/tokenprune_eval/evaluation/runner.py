@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import platform
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,12 +32,10 @@ from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import StoredRun, read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Depth, ModalityIndices, Record
 from tokenprune_eval.results.summary import QuestionInfo, Results, summarise
-from tokenprune_eval.shared.machine import cores, processor
+from tokenprune_eval.shared.machine import machine, versions
 
 LOSSES_SHOWN = 20
 """Lost questions of each data set and condition whose kept tokens are noted, for the report."""
-
-_PACKAGES = ("tokenprune-vlm", "torch", "transformers", "vllm", "openai", "numpy", "av", "decord")
 
 
 GIVE_UP = 10
@@ -208,7 +204,7 @@ def answer_all(
             "data": [{"name": one.data.name, "of": one.data.drawn_from} for one in plan],
             "bundled": settings.model == BUNDLED,
             "versions": versions(),
-            "machine": _machine(),
+            "machine": machine(),
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": None,
             "complete": False,
@@ -490,26 +486,3 @@ def _chunks(
                 chunk = []
         if chunk:
             yield chunk
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _machine() -> dict[str, Any]:
-    import torch
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "processor": processor(),
-        "cores": cores(),
-        "gpu": gpu,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
