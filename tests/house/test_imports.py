@@ -46,7 +46,7 @@ STARTS_WITH = {"torch", "numpy"}
 WITH_AN_EXTRA = {"tokenprune.media": {"PIL"}}
 """Rooms of the library that need more, and that no other of its rooms imports at its start."""
 
-MOST_ROOM_CIRCLES = 5
+MOST_ROOM_CIRCLES = 3
 """Circles of rooms, each a package and its own subpackages; lower it when one goes."""
 
 FOLDERS = {
