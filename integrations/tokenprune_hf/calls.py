@@ -133,6 +133,7 @@ class Calls:
                         named.update(cache_argument(self._model, filling.cache))
                     # The encoder has run: what only it reads must not reach the model again.
                     call = shortened.call(named, self._vision.encoder_arguments())
+                    self._vision.will_read(shortened.arguments["position_ids"])
                     nothing_after = shortened.input_ids[:, :0]
                     filling.holding = Holding(shortened.without_media(), nothing_after)
                 elif filling.before is not None:
@@ -163,6 +164,7 @@ class Calls:
         length = shortened.prompt.length
         if shortened.is_prompt_of(input_ids):
             self._call.read = True
+            self._vision.will_read(shortened.arguments["position_ids"])
             kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
             if kwargs.get("attention_mask") is None and cache is None:
                 # Without mask and cache, transformers takes gaps in positions for packed prompts.

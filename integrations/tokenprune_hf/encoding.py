@@ -70,7 +70,12 @@ class Encoded:
             for layer in image.deepstack
         ]
         taken = EncodedModality(
-            torch.cat([rows[index] for index in indices]), sizes, image.stacked, deepstack, items
+            torch.cat([rows[index] for index in indices]),
+            sizes,
+            image.stacked,
+            deepstack,
+            items,
+            kind=image.kind,
         )
         return Encoded({"image": taken}, self.needs)
 
@@ -113,6 +118,7 @@ def join(parts: Sequence[Encoded]) -> Encoded:
                 for item in media.items
             ],
             videos_told=all(media.videos_told for media in batches),
+            kind=batches[0].kind,
         )
     return Encoded(joined, first.needs)
 
@@ -141,7 +147,7 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
     with torch.no_grad():
-        return encode_media(vision_model(model), inputs, needs)
+        return encode_media(vision_model(model, any_type=True), inputs, needs)
 
 
 def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
@@ -206,7 +212,8 @@ class KeptRows:
             # rows one after another anyway, so one picture of all rows serves as well.
             same = len({len(picture) for picture in pictures}) == 1
             pooled = torch.stack(pictures) if same else torch.cat(pictures)[None]
-        output: Any = BaseModelOutputWithPooling(pooler_output=pooled)
+        kind: type[Any] = self.encoded.kind or BaseModelOutputWithPooling
+        output = kind(pooler_output=pooled)
         if self.encoded.deepstack:
             # An attribute and not a field: the class without deepstack has no such field.
             output.deepstack_features = [

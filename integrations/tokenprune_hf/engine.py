@@ -23,7 +23,7 @@ def check_release() -> None:
     warn_untested("transformers", transformers.__version__)
 
 
-_CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values")
 """What forwards call the cache, the newer name first; the older one is being removed."""
 
 
@@ -40,7 +40,7 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     """
     # By items: an output warns when it is asked for a name that it no longer has.
     named = dict(given.items())
-    return next((named[name] for name in _CACHE_NAMES if named.get(name) is not None), None)
+    return next((named[name] for name in CACHE_NAMES if named.get(name) is not None), None)
 
 
 def cache_argument(module: object, cache: object) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def cache_argument(module: object, cache: object) -> dict[str, Any]:
 @functools.cache
 def _cache_name(kind: type) -> str:
     known = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-    return next((name for name in _CACHE_NAMES if name in known), _CACHE_NAMES[-1])
+    return next((name for name in CACHE_NAMES if name in known), CACHE_NAMES[-1])
 
 
 # Encoders -----------------------------------------------------------------------------------------
@@ -78,9 +78,13 @@ def encoder_arguments(
     names = encoder_names(function)
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
     pixels = [name for name in names if name.startswith("pixel_values")]
-    passed = [given.pop(name) for name in pixels if name in given]
-    # Where there are several, the first one is what the others are called by now (Video-LLaVA).
-    return {pixels[0]: passed[0], **given} if passed else None
+    passed = [name for name in pixels if name in given]
+    if not passed:
+        return None
+    if pixels[0] not in given:
+        # The first one is what the others are called by now (Video-LLaVA).
+        given[pixels[0]] = given.pop(passed[0])
+    return given
 
 
 def rows_per_picture(sizes: Sequence[int], pictures: Tensor) -> list[int]:

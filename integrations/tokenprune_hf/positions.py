@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from tokenprune_hf.encoding import Encoded
+from tokenprune_hf.engine import CACHE_NAMES
 from tokenprune_hf.prompt import ShortPrompt
 from tokenprune_hf.vision import VisionModel
 
-_ROPE_ARGUMENTS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-"""What families with M-RoPE read, besides input_ids, to work out positions."""
+_NOT_FOR_POSITIONS = frozenset({"input_ids", "attention_mask", "position_ids", *CACHE_NAMES})
+"""Arguments of a call that are given apart, or say where an earlier call stopped."""
 
 
 def full_positions(
@@ -62,7 +63,12 @@ def full_positions(
     given: Tensor | None = arguments.get("position_ids")
     if given is not None:
         return given.expand(*given.shape[:-2], *input_ids.shape)
-    known = {name: arguments[name] for name in _ROPE_ARGUMENTS if arguments.get(name) is not None}
+    # Models with M-RoPE read sizes of images, token types and whatever else tells where tokens are.
+    known = {
+        name: value
+        for name, value in arguments.items()
+        if value is not None and name not in _NOT_FOR_POSITIONS
+    }
     # Working out positions leaves `rope_deltas` on the inner model, by which calls of other
     # threads, and plain calls after the block, would count. Copies of the two outer modules take
     # that note in their place; all that they hold is the model's own.

@@ -20,6 +20,7 @@ FILL = {
     "position_ids": 0,
     "token_type_ids": 0,
     "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
 }
 """Arguments with one value per prompt token, and what stands in them at padding."""
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import Any, cast, get_args
 
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
 from tokenprune.budget import Budget, Keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError, did_you_mean
@@ -64,8 +67,9 @@ class Pruning(Attachment):
                 f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
-        self._vision = vision_model(self.model)
+        self._vision = vision_model(self.model, any_type=True)
         check_method(selector, self.model)
+        self._vision.check_positions(positions)
         pruner = Pruner(
             self._vision, selector, self._budget, positions, application, proportional_attention
         )
@@ -91,8 +95,10 @@ class Pruning(Attachment):
         calls = self._calls
         if self.proportional_attention:
             calls.proportional = ProportionalAttention(self.model)  # first: it may refuse
-        self._hooks = [
-            self._vision.inner.register_forward_pre_hook(calls.check_inner, with_kwargs=True),
+        inner = self._vision.inner
+        self._hooks: list[RemovableHandle | StandIn] = [
+            # Some models have no inner one: then this is the model that is pruned.
+            *([] if inner is self.model else [_refuse_inner(inner, calls)]),
             *self._vision.hooks(),
             StandIn(self.model, "generate", calls.generate),
             StandIn(self.model, "forward", calls.forward),
@@ -106,6 +112,10 @@ class Pruning(Attachment):
         if self._calls.proportional is not None:
             self._calls.proportional.remove()
             self._calls.proportional = None
+
+
+def _refuse_inner(inner: nn.Module, calls: Calls) -> RemovableHandle:
+    return inner.register_forward_pre_hook(calls.check_inner, with_kwargs=True)
 
 
 def _check_application(application: Application) -> Application:

@@ -6,6 +6,7 @@ selectors look at is watched meanwhile.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.modules import entrance_of, layers_of
@@ -69,6 +71,8 @@ class EncodedModality:
         The images or videos, in prompt order.
     videos_told
         Whether it is sure which pictures are the frames of one video.
+    kind
+        The class of the encoder's output; None for that of most models.
     """
 
     rows: Tensor
@@ -77,6 +81,7 @@ class EncodedModality:
     deepstack: list[Tensor]
     items: list[Item]
     videos_told: bool = True
+    kind: type[Any] | None = None
 
 
 class VisionModel:
@@ -208,7 +213,7 @@ class VisionModel:
         """Return the modalities whose pixels are among a call's arguments."""
         inputs = []
         for modality in ("image", "video"):
-            function = getattr(self.inner, f"get_{modality}_features", None)
+            function = self.encoder(modality)
             if function is None:
                 continue
             given = encoder_arguments(function, arguments)
@@ -217,11 +222,26 @@ class VisionModel:
                 inputs.append(EncoderInputs(modality, given, told))
         return inputs
 
+    def encoder(self, modality: str) -> Any:
+        """Return the method that encodes a modality; None where the model does not take it."""
+        name = f"get_{modality}_features"
+        # Some models have it beside their head and not inside.
+        return getattr(self.inner, name, None) or getattr(self.model, name, None)
+
+    def will_read(self, positions: Tensor) -> None:
+        """Take note of the positions with which a short prompt is read next in this thread."""
+
+    def check_positions(self, positions: Positions) -> None:
+        """Raise if tokens of this model cannot be counted so; those of a family can."""
+
+    def check_needs(self, method: str, needs: Sequence[str]) -> None:
+        """Raise if a method looks at what is not known of this model; of a family, all is known."""
+
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""
         names: set[str] = set() if self.family.tells_videos else {VIDEO_FRAMES}
         for modality in ("image", "video"):
-            function = getattr(self.inner, f"get_{modality}_features", None)
+            function = self.encoder(modality)
             if function is not None:
                 names.update(encoder_names(function))
         return names - {"return_dict"}
@@ -259,9 +279,8 @@ class VisionModel:
             if "cls_attention" in needs:
                 probe = stack.enter_context(watch_attention(self.scoring_layer(inputs)))
             stack.enter_context(watch_input(entrance, keep_input))
-            function = getattr(self.inner, f"get_{inputs.modality}_features")
             # As the model's own forward calls it, once for all images of the batch.
-            output = function(**inputs.arguments, return_dict=True)
+            output = self.encoder(inputs.modality)(**inputs.arguments, return_dict=True)
         if not captured:
             raise PromptError(f"the vision encoder was given no {inputs.modality}.")
         pooled = output.pooler_output
@@ -320,13 +339,26 @@ class VisionModel:
         return items
 
 
+def takes_encoded(kind: type) -> bool:
+    """Say whether a class of models can be handed what its encoder returned."""
+    forward = getattr(kind, "forward", None)
+    return forward is not None and "mm_encoder_outputs" in inspect.signature(forward).parameters
+
+
 def supported_models() -> dict[str, type[Family]]:
     """Return `config.model_type` -> family, for every model that can be pruned."""
     return {name: family for name, family in FAMILIES.items() if family.in_transformers}
 
 
-def vision_model(model: object) -> VisionModel:
+def vision_model(model: object, *, any_type: bool = False) -> VisionModel:
     """Return a model of transformers, or the one inside a wrapper, with its family.
+
+    Parameters
+    ----------
+    model
+        The model.
+    any_type
+        Whether it may be of a type without a family, see `tokenprune_hf.any_model`.
 
     Raises
     ------
@@ -347,12 +379,17 @@ def vision_model(model: object) -> VisionModel:
             "Pass the whole model, for example what "
             "AutoModelForImageTextToText.from_pretrained returned."
         )
-    if model_type not in known:
-        raise UnsupportedModelError(
-            f"{type(inside).__name__} (model_type {model_type!r}) cannot be pruned. Supported: "
-            f"{', '.join(sorted(known))}."
-        )
-    return VisionModel(inside, known[model_type](config))
+    if model_type in known:
+        return VisionModel(inside, known[model_type](config))
+    if any_type and takes_encoded(type(inside)):
+        from tokenprune_hf.any_model import AnyModel  # it is a `VisionModel`
+
+        return AnyModel(inside)
+    others = "" if not any_type else ", and any model whose forward takes mm_encoder_outputs"
+    raise UnsupportedModelError(
+        f"{type(inside).__name__} (model_type {model_type!r}) cannot be pruned"
+        f"{'' if any_type else ' here'}. Supported: {', '.join(sorted(known))}{others}."
+    )
 
 
 def check_method(selector: Selector, model: Any) -> None:
@@ -365,6 +402,8 @@ def check_method(selector: Selector, model: Any) -> None:
     OptionError
         If an option asks for what this model's projector does not allow.
     """
+    vision = vision_model(model, any_type=True)
+    vision.check_needs(selector.name, selector.needs)
     selector.check_model(model.config)
     if "projector" in selector.needs:
-        selector.check_projector(vision_model(model).projector("image"))
+        selector.check_projector(vision.projector("image"))

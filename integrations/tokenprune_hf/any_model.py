@@ -1,0 +1,232 @@
+"""Models of any type: pruned without a family of their own, by what transformers says of all.
+
+Every model whose forward takes ``mm_encoder_outputs`` can be handed the rows that stay, and counts
+its own positions on the unpruned prompt. How rows lie in a picture is not known, nor where the
+tower and the projector are. So an item is what the encoder returns as one entry (an image, a tile,
+or all images of a prompt), it is no picture, and methods that look at embeddings or at nothing run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tokenprune.config import Positions
+from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.families.base import Family
+from tokenprune.tokens import VisualTokens
+from tokenprune_hf.attached import ThreadState
+from tokenprune_hf.encoder_inputs import EncoderInputs
+from tokenprune_hf.vision import EncodedModality, Item, VisionModel
+
+GIVEN = frozenset({"embeddings"})
+"""What there is for selectors to look at."""
+
+_ALIKE = 1e-2
+"""Two rows are one if no number differs by more than this share of the largest: half precision."""
+
+_LAYOUTS = 16
+"""For how many sizes of images the encoder is run once more to find rows that are no picture."""
+
+
+COMPACT_ONLY = {
+    "minimax_m3_vl": "it looks up blocks of columns by a token's position",
+}
+"""Types whose tokens cannot keep the positions of the unpruned prompt, and why."""
+
+
+class AnyFamily(Family):
+    """The family of a model whose type is in no other one."""
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+
+
+class _Expected(ThreadState):
+    """The positions of the short prompt that this thread's call reads next, until it does."""
+
+    positions: Tensor | None = None
+
+
+class AnyModel(VisionModel):
+    """A model of transformers whose type has no family.
+
+    Parameters
+    ----------
+    model
+        The whole model, with its language model head.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, AnyFamily(model.config))
+        self._structure: dict[str, list[Tensor]] = {}
+        self._looked_at: dict[str, set[tuple[int, ...]]] = {}
+        self._expected = _Expected()
+        self._arrived = False
+
+    # Positions ---------------------------------------------------------------------------------
+
+    def check_positions(self, positions: Positions) -> None:
+        """Raise if tokens of this model cannot be counted so.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Saying why.
+        """
+        kind = self.model.config.model_type
+        if positions == "original" and kind in COMPACT_ONLY:
+            raise UnsupportedModelError(
+                f"a model of the type {kind!r} cannot keep tokens at their own positions: "
+                f"{COMPACT_ONLY[kind]}. Use positions='compact'."
+            )
+
+    def will_read(self, positions: Tensor) -> None:
+        """Take note of the positions with which a short prompt is read next in this thread."""
+        self._expected.positions = positions
+
+    def hooks(self) -> list[RemovableHandle]:
+        """Watch that the language model is given the positions that its short prompt has."""
+        decoder: nn.Module = self.model.get_decoder()
+        hook = decoder.register_forward_pre_hook(self._check_arrived, with_kwargs=True)
+        return [*super().hooks(), hook]
+
+    def _check_arrived(
+        self, _decoder: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Raise if the model counts positions itself, whatever it is told.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Saying what to do.
+        """
+        expected, self._expected.positions = self._expected.positions, None
+        if expected is None or self._arrived:  # looked at once: on a GPU it waits for the device
+            return
+        given = kwargs.get("position_ids")
+        # Of several axes the last one tells, and of a batch, the last prompt. Some models count
+        # from 1, which moves all tokens alike.
+        told = None if given is None else given.reshape(-1, given.shape[-1])[-1]
+        wanted = expected.reshape(-1, expected.shape[-1])[-1]
+        if told is None or told.shape != wanted.shape or bool((told - wanted).unique().numel() > 1):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} counts positions itself and does not take those of "
+                "the unpruned prompt. Use positions='compact'."
+            )
+        self._arrived = True
+
+    # Items -------------------------------------------------------------------------------------
+
+    def check_needs(self, method: str, needs: Sequence[str]) -> None:
+        """Raise if a method looks at what is not known of this model.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming what it needs.
+        """
+        unknown = [need for need in needs if need not in GIVEN]
+        if unknown:
+            raise UnsupportedModelError(
+                f"method {method!r} looks at {', '.join(unknown)}, and tokenprune does not know "
+                f"where {type(self.model).__name__} (model_type {self.model.config.model_type!r}) "
+                "has that. Use a method that needs embeddings or nothing, such as information, "
+                "divprune or uniform (see `tokenprune methods`)."
+            )
+
+    def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
+        """Run the vision encoder once; see `VisionModel.encode`."""
+        output, entries = self._run(inputs.modality, inputs.arguments)
+        rows = torch.cat(entries)
+        sizes = [len(entry) for entry in entries]
+        with torch.no_grad():
+            structure = self._is_structure(inputs, rows, sizes)
+            items = self._entries(inputs.modality, rows, sizes, structure)
+        deepstack = [
+            torch.cat(_flat(layer)) for layer in getattr(output, "deepstack_features", None) or []
+        ]
+        stacked = isinstance(output.pooler_output, Tensor)
+        return EncodedModality(rows, sizes, stacked, deepstack, items, kind=type(output))
+
+    def _run(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
+        """Return what the encoder returns, and its rows [n, D] for each entry."""
+        output = self.encoder(modality)(**arguments, return_dict=True)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            raise UnsupportedModelError(
+                f"the encoder of {type(self.model).__name__} returns its rows otherwise than in "
+                "pooler_output, and tokenprune does not know how the model reads them."
+            )
+        entries = _flat(pooled)
+        if not entries:
+            raise PromptError(f"the vision encoder was given no {modality}.")
+        return output, entries
+
+    def _entries(
+        self, modality: str, rows: Tensor, sizes: Sequence[int], structure: Tensor
+    ) -> list[Item]:
+        """Return an item for each entry, of those of its rows that may be dropped."""
+        items = []
+        numbers = torch.arange(len(rows), device=rows.device)
+        of_entries = zip(numbers.split(list(sizes)), structure.split(list(sizes)), strict=True)
+        for number, (in_entry, always) in enumerate(of_entries):
+            dropped = in_entry[~always]
+            if len(dropped):
+                tokens = VisualTokens(
+                    grid=(1, 1, len(dropped)),
+                    is_picture=False,
+                    embeddings=rows[dropped],
+                    label=f"{modality} {number}",
+                )
+                items.append(Item(dropped, tokens))
+        return items
+
+    # Rows that are no part of a picture --------------------------------------------------------
+
+    def _is_structure(self, inputs: EncoderInputs, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return BoolTensor [R], the rows that hold nothing of the pixels: newlines, separators.
+
+        Such a row is the same whatever the picture. The encoder is run once more, on noise, for
+        each new size of images; rows that it returns again are remembered, and looked for in every
+        later call.
+        """
+        known = self._structure.setdefault(inputs.modality, [])
+        looked_at = self._looked_at.setdefault(inputs.modality, set())
+        layout = tuple(sizes)
+        if layout not in looked_at and len(looked_at) < _LAYOUTS:
+            looked_at.add(layout)
+            _, other = self._run(inputs.modality, _of_noise(inputs.arguments))
+            for row in rows[_same(rows, torch.cat(other))]:
+                if not any(bool(_same(row, vector)) for vector in known):
+                    known.append(row.detach().clone())
+        found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for vector in known:
+            found |= _same(rows, vector)
+        return found
+
+
+def _flat(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the rows [n, D] of each entry of whatever container an encoder has."""
+    entries = value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
+    return [entry.reshape(-1, entry.shape[-1]) for entry in entries]
+
+
+def _same(rows: Tensor, others: Tensor) -> Tensor:
+    """Return BoolTensor [...], where rows [..., D] are those of `others`, within half precision."""
+    difference = (rows - others).float().abs().amax(dim=-1)
+    return difference <= _ALIKE * others.float().abs().amax(dim=-1)
+
+
+def _of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an encoder's arguments with other pixels of the same shapes."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(value.shape, generator=generator).to(value)
+        if name.startswith("pixel_values") and isinstance(value, Tensor)
+        else value
+        for name, value in arguments.items()
+    }

@@ -1,0 +1,316 @@
+"""Models without a family of their own, against a calculation by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import tokenprune_hf
+from tests.hf.models import IMAGE, Tiny
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_hf import any_model
+
+tf: Any = transformers  # its config classes are not typed the way they are called
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+TOWER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "mrope_section": [2, 1, 1],
+    "partial_rotary_factor": 1.0,
+}
+GRIDS = torch.tensor([[1, 4, 6], [1, 8, 4]])
+TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A type: how its tiny model is made, what its encoder is given, how many rows are newlines."""
+
+    build: Callable[[], Any]
+    architecture: str
+    media: Callable[[], dict[str, Any]]
+    types: str | None = None
+    newlines: int = 0
+
+
+def glm() -> Any:
+    tower = {"depth": 2, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32}
+    return tf.Glm4vConfig(
+        text_config={**TEXT, "rope_parameters": MROPE},
+        vision_config={**tower, "intermediate_size": 48, "patch_size": 4, "image_size": 32},
+        image_token_id=IMAGE,
+    )
+
+
+def qwen35() -> Any:
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    kinds = ["linear_attention", "full_attention"]
+    tower = {"depth": 2, "hidden_size": 32, "num_heads": 4, "out_hidden_size": 32}
+    return tf.Qwen3_5Config(
+        text_config={**TEXT, **linear, **heads, "layer_types": kinds, "rope_parameters": MROPE},
+        vision_config={**tower, "intermediate_size": 48, "patch_size": 4},
+        image_token_id=IMAGE,
+    )
+
+
+def gridded() -> dict[str, Any]:
+    return {"pixel_values": noise(int(GRIDS.prod(-1).sum()), 96), "image_grid_thw": GRIDS}
+
+
+def mistral() -> Any:
+    return tf.Mistral3Config(
+        text_config={**TEXT, "model_type": "mistral"},
+        vision_config={**TOWER, "model_type": "pixtral", "patch_size": 4, "head_dim": 8},
+        image_token_index=IMAGE,
+    )
+
+
+def paligemma() -> Any:
+    return tf.PaliGemmaConfig(
+        text_config={**TEXT, "model_type": "gemma"},
+        vision_config={**TOWER, "model_type": "siglip_vision_model", "projection_dim": 32},
+        image_token_index=IMAGE,
+        projection_dim=32,
+    )
+
+
+def next_video() -> Any:
+    return tf.LlavaNextVideoConfig(
+        text_config={**TEXT, "model_type": "llama"},
+        vision_config={**TOWER, "model_type": "clip_vision_model", "projection_dim": 16},
+        image_token_index=IMAGE,
+        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    )
+
+
+CASES = {
+    "glm4v": Case(glm, "Glm4vForConditionalGeneration", gridded, "mm_token_type_ids"),
+    "qwen3_5": Case(qwen35, "Qwen3_5ForConditionalGeneration", gridded, "mm_token_type_ids"),
+    "mistral3": Case(
+        mistral,
+        "Mistral3ForConditionalGeneration",
+        lambda: {
+            "pixel_values": noise(2, 3, 32, 24),
+            "image_sizes": torch.tensor([[16, 24], [32, 16]]),
+        },
+    ),
+    "paligemma": Case(
+        paligemma,
+        "PaliGemmaForConditionalGeneration",
+        lambda: {"pixel_values": noise(2, 3, 32, 32)},
+        "token_type_ids",
+    ),
+    "llava_next_video": Case(
+        next_video,
+        "LlavaNextVideoForConditionalGeneration",
+        lambda: {
+            "pixel_values": noise(2, 5, 3, 32, 32),
+            "image_sizes": torch.tensor([[60, 64], [30, 60]]),
+        },
+        newlines=8 + 4,  # one behind each row of tokens of an image that was cut into crops
+    ),
+}
+
+
+def model_of(name: str) -> Any:
+    case = CASES[name]
+    return Tiny(case.build, getattr(transformers, case.architecture)).model()
+
+
+def encoded(model: Any, media: dict[str, Any]) -> list[Tensor]:
+    """Return the rows of each image, out of the model's own encoder."""
+    with torch.no_grad():
+        output = model.model.get_image_features(**media, return_dict=True)
+    return [entry.reshape(-1, entry.shape[-1]) for entry in output.pooler_output]
+
+
+def inputs_of(name: str, model: Any) -> dict[str, Any]:
+    """Return a prompt of text, an image, text, an image and text."""
+    case = CASES[name]
+    media = case.media()
+    ids = [2, 11, 12]
+    for number, rows in enumerate(encoded(model, media)):
+        ids += [IMAGE] * len(rows) + [20 + number, 21, 22]
+    input_ids = torch.tensor([[*ids, 40, 41]])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **media}
+    if case.types is not None:
+        inputs[case.types] = (input_ids == IMAGE).long()
+    return inputs
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**inputs).logits
+    return found[0, -1]
+
+
+def positions_by_hand(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Return the positions that the model hands to its language model on the unpruned prompt."""
+    seen: list[Tensor | None] = []
+    hook = model.get_decoder().register_forward_pre_hook(
+        lambda _module, _args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    logits(model, **inputs)
+    hook.remove()
+    length = inputs["input_ids"].shape[1]
+    return torch.arange(length)[None] if seen[0] is None else seen[0]
+
+
+def by_hand(model: Any, inputs: dict[str, Any], media: dict[str, Any], keep: Tensor) -> Tensor:
+    """Return the logits of the short prompt, BoolTensor [rows] saying which rows stay."""
+    column = torch.ones(inputs["input_ids"].shape[1], dtype=torch.bool)
+    column[inputs["input_ids"][0] == IMAGE] = keep
+    with torch.no_grad():
+        output = copy.copy(model.model.get_image_features(**media, return_dict=True))
+    rows = torch.cat([entry.reshape(-1, entry.shape[-1]) for entry in output.pooler_output])
+    output.pooler_output = (
+        rows[keep][None] if isinstance(output.pooler_output, Tensor) else [rows[keep]]
+    )
+    types = {name: inputs[name][:, column] for name in TYPES if name in inputs}
+    return logits(
+        model,
+        input_ids=inputs["input_ids"][:, column],
+        attention_mask=torch.ones(1, int(column.sum()), dtype=torch.long),
+        position_ids=positions_by_hand(model, inputs)[..., column],
+        mm_encoder_outputs={"image": output},
+        **types,
+    )
+
+
+@pytest.fixture(params=CASES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_dropping_equals_the_calculation_by_hand(name: str) -> None:
+    model = model_of(name)
+    inputs, media = inputs_of(name, model), CASES[name].media()
+    sizes = [len(rows) for rows in encoded(model, media)]
+    plain = logits(model, **inputs)
+    with tokenprune_hf.prune(model, "information", keep=0.5) as pruning:
+        pruned = logits(model, **inputs)
+        selections = pruning.selections
+        generated = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    newlines = CASES[name].newlines
+    assert sum(selection.total for selection in selections) == sum(sizes) - newlines
+    # Rows that are in no selection are the newlines, which are one weight of the model.
+    rows = torch.cat(encoded(model, media))
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    if newlines:
+        keep = (rows == model.model.image_newline).all(dim=-1)
+        assert int(keep.sum()) == newlines
+        keep[~keep] = torch.cat([selection.mask for selection in selections])
+    else:
+        keep = torch.cat([selection.mask for selection in selections])
+    expected = by_hand(model, inputs, media, keep)
+    torch.testing.assert_close(pruned, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pruned, plain, atol=1e-3)
+    assert generated[0, -1] == pruned_choice(model, expected)
+    torch.testing.assert_close(logits(model, **inputs), plain)  # outside the block: as it was
+
+
+def pruned_choice(model: Any, found: Tensor) -> Tensor:
+    """Return the likeliest token of those that `generate` may say."""
+    found = found.clone()
+    found[model.generation_config.suppress_tokens] = float("-inf")
+    return found.argmax()
+
+
+def test_all_tokens_kept_is_the_plain_model(name: str) -> None:
+    model = model_of(name)
+    inputs = inputs_of(name, model)
+    plain = logits(model, **inputs)
+    with tokenprune_hf.prune(model, "uniform", keep=1.0):
+        kept = logits(model, **inputs)
+    torch.testing.assert_close(kept, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_encoded_beforehand_is_the_same(name: str) -> None:
+    model = model_of(name)
+    inputs = inputs_of(name, model)
+    encoded_once = tokenprune_hf.encode(model, needs=("embeddings",), **inputs)
+    with tokenprune_hf.prune(model, "divprune", keep=0.25):
+        pixels = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        media = CASES[name].media()
+        without = {key: value for key, value in inputs.items() if key not in media}
+        sizes = {key: value for key, value in media.items() if not key.startswith("pixel")}
+        again = model.generate(
+            **without, **sizes, encoded=encoded_once, max_new_tokens=3, do_sample=False
+        )
+    assert pixels.tolist() == again.tolist()
+
+
+def test_methods_that_look_at_what_is_not_known_are_refused() -> None:
+    model = model_of("mistral3")
+    for method in ("cls-attention", "zeroth-order", "feature-norm", "flexselect"):
+        with pytest.raises(UnsupportedModelError, match="such as information, divprune or uniform"):
+            tokenprune_hf.prune(model, method, keep=4)
+
+
+def test_a_model_that_counts_positions_itself_is_refused_until_they_are_compact() -> None:
+    model = model_of("mistral3")
+    inputs = inputs_of("mistral3", model)
+
+    def forget(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        length = kwargs["inputs_embeds"].shape[1]
+        return args, {**kwargs, "position_ids": torch.arange(length)[None]}
+
+    hook = model.get_decoder().register_forward_pre_hook(forget, with_kwargs=True)
+    with (
+        tokenprune_hf.prune(model, "uniform", keep=4),
+        pytest.raises(UnsupportedModelError, match="Use positions='compact'"),
+    ):
+        logits(model, **inputs)
+    with tokenprune_hf.prune(model, "uniform", keep=4, positions="compact"):
+        assert logits(model, **inputs).isfinite().all()
+    hook.remove()
+
+
+def test_types_whose_positions_are_looked_up_need_compact_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(any_model.COMPACT_ONLY, "mistral3", "it looks up blocks by position")
+    model = model_of("mistral3")
+    with pytest.raises(UnsupportedModelError, match="looks up blocks by position"):
+        tokenprune_hf.prune(model, "uniform", keep=4)
+    with tokenprune_hf.prune(model, "uniform", keep=4, positions="compact"):
+        assert logits(model, **inputs_of("mistral3", model)).isfinite().all()
+
+
+def test_a_model_that_cannot_be_handed_rows_is_refused() -> None:
+    config = tf.LlamaConfig(**TEXT)
+    with pytest.raises(UnsupportedModelError, match="any model whose forward takes"):
+        tokenprune_hf.prune(tf.LlamaForCausalLM(config), "uniform", keep=4)
