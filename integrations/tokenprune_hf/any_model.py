@@ -8,6 +8,7 @@ or all images of a prompt), it is no picture, and methods that look at embedding
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,7 +22,13 @@ from tokenprune.families.base import Family
 from tokenprune.tokens import VisualTokens
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
-from tokenprune_hf.vision import EncodedModality, Item, VisionModel
+from tokenprune_hf.vision import (
+    EncodedModality,
+    Item,
+    VisionModel,
+    supported_models,
+    whole_model,
+)
 
 GIVEN = frozenset({"embeddings"})
 """What there is for selectors to look at."""
@@ -69,8 +76,8 @@ class AnyModel(VisionModel):
 
     # Positions ---------------------------------------------------------------------------------
 
-    def check_positions(self, positions: Positions) -> None:
-        """Raise if tokens of this model cannot be counted so.
+    def check_reading(self, positions: Positions, proportional_attention: bool) -> None:
+        """Raise if this model cannot read its tokens so.
 
         Raises
         ------
@@ -82,6 +89,11 @@ class AnyModel(VisionModel):
             raise UnsupportedModelError(
                 f"a model of the type {kind!r} cannot keep tokens at their own positions: "
                 f"{COMPACT_ONLY[kind]}. Use positions='compact'."
+            )
+        if proportional_attention:
+            raise UnsupportedModelError(
+                f"a model of the type {kind!r} may have layers that do not attend, and "
+                "proportional attention would count tokens in the others alone. Leave it out."
             )
 
     def will_read(self, positions: Tensor) -> None:
@@ -230,3 +242,25 @@ def _of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in arguments.items()
     }
+
+
+def vision_model_of_any_type(model: object) -> VisionModel:
+    """Return a model of transformers with its family or, where its type has none, without one.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is no model with a language model head and `generate`, or cannot be handed the rows
+        that its encoder returned.
+    """
+    inside = whole_model(model)
+    kind = inside.config.model_type
+    known = supported_models()
+    if kind in known:
+        return VisionModel(inside, known[kind](inside.config))
+    if "mm_encoder_outputs" in inspect.signature(type(inside).forward).parameters:
+        return AnyModel(inside)
+    raise UnsupportedModelError(
+        f"{type(inside).__name__} (model_type {kind!r}) cannot be pruned. Supported: "
+        f"{', '.join(sorted(known))}, and any model whose forward takes mm_encoder_outputs."
+    )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
-from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel, vision_model
+from tokenprune_hf.any_model import vision_model_of_any_type
+from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
     with torch.no_grad():
-        return encode_media(vision_model(model, any_type=True), inputs, needs)
+        return encode_media(vision_model_of_any_type(model), inputs, needs)
 
 
 def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:

@@ -17,6 +17,7 @@ from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError, did_you_mean
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
+from tokenprune_hf.any_model import vision_model_of_any_type
 from tokenprune_hf.attached import Attachment, StandIn, attached
 from tokenprune_hf.calls import Calls
 from tokenprune_hf.mllama.by_name import trim_by_name
@@ -25,7 +26,7 @@ from tokenprune_hf.mllama.model import check_prompt_has_images
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.pruner import Pruner
 from tokenprune_hf.shortened import Application
-from tokenprune_hf.vision import check_method, vision_model
+from tokenprune_hf.vision import check_selector
 
 
 class Pruning(Attachment):
@@ -67,9 +68,9 @@ class Pruning(Attachment):
                 f"proportional_attention={proportional_attention!r} must be True or False."
             )
         self.proportional_attention = proportional_attention
-        self._vision = vision_model(self.model, any_type=True)
-        check_method(selector, self.model)
-        self._vision.check_positions(positions)
+        self._vision = vision_model_of_any_type(self.model)
+        check_selector(selector, self._vision)
+        self._vision.check_reading(positions, proportional_attention)
         pruner = Pruner(
             self._vision, selector, self._budget, positions, application, proportional_attention
         )
@@ -150,8 +151,10 @@ def prune(
     Parameters
     ----------
     model
-        A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`,
-        or a PEFT model, what `torch.compile` returned, or a DistributedDataParallel around one.
+        A vision-language model of transformers: of a family in `tokenprune_hf.supported_models()`
+        or, for methods that look at embeddings or at nothing, of any type whose forward takes
+        ``mm_encoder_outputs``. Or a PEFT model, what `torch.compile` returned, or a
+        DistributedDataParallel around one.
     method
         A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
         `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is

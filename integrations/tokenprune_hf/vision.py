@@ -6,7 +6,6 @@ selectors look at is watched meanwhile.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -231,8 +230,8 @@ class VisionModel:
     def will_read(self, positions: Tensor) -> None:
         """Take note of the positions with which a short prompt is read next in this thread."""
 
-    def check_positions(self, positions: Positions) -> None:
-        """Raise if tokens of this model cannot be counted so; those of a family can."""
+    def check_reading(self, positions: Positions, proportional_attention: bool) -> None:
+        """Raise if this model cannot read its tokens so; one of a family can."""
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of this model; of a family, all is known."""
@@ -339,61 +338,54 @@ class VisionModel:
         return items
 
 
-def takes_encoded(kind: type) -> bool:
-    """Say whether a class of models can be handed what its encoder returned."""
-    forward = getattr(kind, "forward", None)
-    return forward is not None and "mm_encoder_outputs" in inspect.signature(forward).parameters
-
-
 def supported_models() -> dict[str, type[Family]]:
     """Return `config.model_type` -> family, for every model that can be pruned."""
     return {name: family for name, family in FAMILIES.items() if family.in_transformers}
 
 
-def vision_model(model: object, *, any_type: bool = False) -> VisionModel:
+def vision_model(model: object) -> VisionModel:
     """Return a model of transformers, or the one inside a wrapper, with its family.
-
-    Parameters
-    ----------
-    model
-        The model.
-    any_type
-        Whether it may be of a type without a family, see `tokenprune_hf.any_model`.
 
     Raises
     ------
     UnsupportedModelError
         If it is no model with a language model head and `generate`, or of no known family.
     """
+    known = supported_models()
+    inside = whole_model(model)
+    kind = inside.config.model_type
+    if kind not in known:
+        raise UnsupportedModelError(
+            f"{type(inside).__name__} (model_type {kind!r}) is of no family that can be used here. "
+            f"Supported: {', '.join(sorted(known))}."
+        )
+    return VisionModel(inside, known[kind](inside.config))
+
+
+def whole_model(model: object) -> Any:
+    """Return a model of transformers, or the one inside a wrapper.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is no model with a language model head and `generate`.
+    """
     from transformers import PreTrainedModel
 
-    known = supported_models()
     inside = model_inside(model)
-    config: Any = getattr(inside, "config", None)
-    model_type = getattr(config, "model_type", None)
     # Whatever else has a config and generates may run something else than its own modules.
     whole = isinstance(inside, PreTrainedModel) and hasattr(inside, "generate")
-    if model_type is None or not whole:
+    if getattr(getattr(inside, "config", None), "model_type", None) is None or not whole:
         raise UnsupportedModelError(
             f"{type(inside).__name__} is no vision-language model of transformers with `generate`. "
             "Pass the whole model, for example what "
             "AutoModelForImageTextToText.from_pretrained returned."
         )
-    if model_type in known:
-        return VisionModel(inside, known[model_type](config))
-    if any_type and takes_encoded(type(inside)):
-        from tokenprune_hf.any_model import AnyModel  # it is a `VisionModel`
-
-        return AnyModel(inside)
-    others = "" if not any_type else ", and any model whose forward takes mm_encoder_outputs"
-    raise UnsupportedModelError(
-        f"{type(inside).__name__} (model_type {model_type!r}) cannot be pruned"
-        f"{'' if any_type else ' here'}. Supported: {', '.join(sorted(known))}{others}."
-    )
+    return inside
 
 
-def check_method(selector: Selector, model: Any) -> None:
-    """Raise unless the method can serve a model.
+def check_method(selector: Selector, model: object) -> None:
+    """Raise unless the method can serve a model of a known family.
 
     Raises
     ------
@@ -402,8 +394,12 @@ def check_method(selector: Selector, model: Any) -> None:
     OptionError
         If an option asks for what this model's projector does not allow.
     """
-    vision = vision_model(model, any_type=True)
+    check_selector(selector, vision_model(model))
+
+
+def check_selector(selector: Selector, vision: VisionModel) -> None:
+    """Raise unless a selector can serve a model, see `check_method`."""
     vision.check_needs(selector.name, selector.needs)
-    selector.check_model(model.config)
+    selector.check_model(vision.model.config)
     if "projector" in selector.needs:
         selector.check_projector(vision.projector("image"))

@@ -16,6 +16,7 @@ import tokenprune_hf
 from tests.hf.models import IMAGE, Tiny
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf import any_model
+from tokenprune_hf.vision import vision_model
 
 tf: Any = transformers  # its config classes are not typed the way they are called
 
@@ -308,6 +309,17 @@ def test_types_whose_positions_are_looked_up_need_compact_ones(
         tokenprune_hf.prune(model, "uniform", keep=4)
     with tokenprune_hf.prune(model, "uniform", keep=4, positions="compact"):
         assert logits(model, **inputs_of("mistral3", model)).isfinite().all()
+
+
+def test_proportional_attention_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="may have layers that do not attend"):
+        tokenprune_hf.prune(model_of("qwen3_5"), "uniform", 4, proportional_attention=True)
+
+
+def test_commands_that_need_a_family_say_so() -> None:
+    model = model_of("mistral3")
+    with pytest.raises(UnsupportedModelError, match="is of no family that can be used here"):
+        vision_model(model)
 
 
 def test_a_model_that_cannot_be_handed_rows_is_refused() -> None:
