@@ -39,7 +39,6 @@ _ALIKE = 1e-2
 _LAYOUTS = 16
 """For how many sizes of images the encoder is run once more to find rows that are no picture."""
 
-
 COMPACT_ONLY = {
     "minimax_m3_vl": "it looks up blocks of columns by a token's position",
 }
@@ -258,6 +257,11 @@ def vision_model_of_any_type(model: object) -> VisionModel:
     known = supported_models()
     if kind in known:
         return VisionModel(inside, known[kind](inside.config))
+    if inside.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(inside).__name__} (model_type {kind!r}) has an encoder for its text, where "
+            "visual tokens cannot be dropped. Use a model whose language model is a decoder alone."
+        )
     if "mm_encoder_outputs" in inspect.signature(type(inside).forward).parameters:
         return AnyModel(inside)
     raise UnsupportedModelError(

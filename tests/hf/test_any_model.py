@@ -322,6 +322,14 @@ def test_commands_that_need_a_family_say_so() -> None:
         vision_model(model)
 
 
+def test_an_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = tf.BartForConditionalGeneration(tf.BartConfig(**sizes, **heads))
+    with pytest.raises(UnsupportedModelError, match="has an encoder for its text"):
+        tokenprune_hf.prune(model, "uniform", keep=4)
+
+
 def test_a_model_that_cannot_be_handed_rows_is_refused() -> None:
     config = tf.LlamaConfig(**TEXT)
     with pytest.raises(UnsupportedModelError, match="any model whose forward takes"):
