@@ -28,6 +28,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return Lanes(config, log)
 
 
+@pytest.fixture(autouse=True)
+def selectors_registered_here_are_gone_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test, or an example that it runs, registers for its process is no other test's."""
+    from tokenprune import registry
+
+    monkeypatch.setattr(registry, "_here", dict(registry._here))
+
+
 class _Deprecations(logging.Handler):
     """Collects what transformers logs, and does not warn, about deprecated calls."""
 
