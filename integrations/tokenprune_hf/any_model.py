@@ -8,6 +8,7 @@ or all images of a prompt), it is no picture, and methods that look at embedding
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,7 +27,9 @@ from tokenprune_hf.vision import (
     EncodedModality,
     Item,
     VisionModel,
+    entries_of,
     supported_models,
+    vision_model,
     whole_model,
 )
 
@@ -35,9 +38,6 @@ GIVEN = frozenset({"embeddings"})
 
 _ALIKE = 1e-2
 """Two rows are one if no number differs by more than this share of the largest: half precision."""
-
-_LAYOUTS = 16
-"""For how many sizes of images the encoder is run once more to find rows that are no picture."""
 
 COMPACT_ONLY = {
     "minimax_m3_vl": "it looks up blocks of columns by a token's position",
@@ -68,14 +68,15 @@ class AnyModel(VisionModel):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model, AnyFamily(model.config))
-        self._structure: dict[str, list[Tensor]] = {}
-        self._looked_at: dict[str, set[tuple[int, ...]]] = {}
+        self._pictures_of: dict[bytes, list[Tensor]] = {}
         self._expected = _Expected()
         self._arrived = False
 
     # Positions ---------------------------------------------------------------------------------
 
-    def check_reading(self, positions: Positions, proportional_attention: bool) -> None:
+    def check_reading(
+        self, positions: Positions, hides: bool, proportional_attention: bool
+    ) -> None:
         """Raise if this model cannot read its tokens so.
 
         Raises
@@ -89,13 +90,18 @@ class AnyModel(VisionModel):
                 f"a model of the type {kind!r} cannot keep tokens at their own positions: "
                 f"{COMPACT_ONLY[kind]}. Use positions='compact'."
             )
+        if hides:
+            raise UnsupportedModelError(
+                f"a model of the type {kind!r} may have layers that look past the attention mask, "
+                "and tokens would not be hidden from them. Use apply='drop'."
+            )
         if proportional_attention:
             raise UnsupportedModelError(
                 f"a model of the type {kind!r} may have layers that do not attend, and "
                 "proportional attention would count tokens in the others alone. Leave it out."
             )
 
-    def will_read(self, positions: Tensor) -> None:
+    def will_read(self, positions: Tensor | None) -> None:
         """Take note of the positions with which a short prompt is read next in this thread."""
         self._expected.positions = positions
 
@@ -105,6 +111,7 @@ class AnyModel(VisionModel):
         hook = decoder.register_forward_pre_hook(self._check_arrived, with_kwargs=True)
         return [*super().hooks(), hook]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _check_arrived(
         self, _decoder: nn.Module, _args: tuple[object, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -155,11 +162,13 @@ class AnyModel(VisionModel):
         rows = torch.cat(entries)
         sizes = [len(entry) for entry in entries]
         with torch.no_grad():
-            structure = self._is_structure(inputs, rows, sizes)
-            items = self._entries(inputs.modality, rows, sizes, structure)
-        deepstack = [
-            torch.cat(_flat(layer)) for layer in getattr(output, "deepstack_features", None) or []
-        ]
+            items = [
+                Item(of_picture, self._tokens(rows, of_picture, f"{inputs.modality} {number}"))
+                for number, of_picture in enumerate(self._pictures(inputs, rows, sizes))
+                if len(of_picture)
+            ]
+        layers = getattr(output, "deepstack_features", None) or []
+        deepstack = [torch.cat(entries_of(layer)) for layer in layers]
         stacked = isinstance(output.pooler_output, Tensor)
         return EncodedModality(rows, sizes, stacked, deepstack, items, kind=type(output))
 
@@ -172,64 +181,54 @@ class AnyModel(VisionModel):
                 f"the encoder of {type(self.model).__name__} returns its rows otherwise than in "
                 "pooler_output, and tokenprune does not know how the model reads them."
             )
-        entries = _flat(pooled)
+        entries = entries_of(pooled)
         if not entries:
             raise PromptError(f"the vision encoder was given no {modality}.")
         return output, entries
 
-    def _entries(
-        self, modality: str, rows: Tensor, sizes: Sequence[int], structure: Tensor
-    ) -> list[Item]:
-        """Return an item for each entry, of those of its rows that may be dropped."""
-        items = []
-        numbers = torch.arange(len(rows), device=rows.device)
-        of_entries = zip(numbers.split(list(sizes)), structure.split(list(sizes)), strict=True)
-        for number, (in_entry, always) in enumerate(of_entries):
-            dropped = in_entry[~always]
-            if len(dropped):
-                tokens = VisualTokens(
-                    grid=(1, 1, len(dropped)),
-                    is_picture=False,
-                    embeddings=rows[dropped],
-                    label=f"{modality} {number}",
-                )
-                items.append(Item(dropped, tokens))
-        return items
+    def _tokens(self, rows: Tensor, of_picture: Tensor, label: str) -> VisualTokens:
+        grid = (1, 1, len(of_picture))
+        return VisualTokens(grid, embeddings=rows[of_picture], is_picture=False, label=label)
 
     # Rows that are no part of a picture --------------------------------------------------------
 
-    def _is_structure(self, inputs: EncoderInputs, rows: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return BoolTensor [R], the rows that hold nothing of the pixels: newlines, separators.
+    def _pictures(self, inputs: EncoderInputs, rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """Return LongTensors, of each entry the rows that hold something of the pixels.
 
-        Such a row is the same whatever the picture. The encoder is run once more, on noise, for
-        each new size of images; rows that it returns again are remembered, and looked for in every
-        later call.
+        The others (newlines, separators) are the same whatever the picture, so the encoder is run
+        once more, on noise, and what it returns again is one. Which rows these are depends on the
+        sizes of the images alone, and is remembered for them: not on the weights, which may be
+        trained meanwhile, nor on what was encoded before.
         """
-        known = self._structure.setdefault(inputs.modality, [])
-        looked_at = self._looked_at.setdefault(inputs.modality, set())
-        layout = tuple(sizes)
-        if layout not in looked_at and len(looked_at) < _LAYOUTS:
-            looked_at.add(layout)
-            _, other = self._run(inputs.modality, _of_noise(inputs.arguments))
-            for row in rows[_same(rows, torch.cat(other))]:
-                if not any(bool(_same(row, vector)) for vector in known):
-                    known.append(row.detach().clone())
-        found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for vector in known:
-            found |= _same(rows, vector)
-        return found
-
-
-def _flat(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Return the rows [n, D] of each entry of whatever container an encoder has."""
-    entries = value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
-    return [entry.reshape(-1, entry.shape[-1]) for entry in entries]
+        layout = _layout(inputs, sizes)
+        if layout not in self._pictures_of:
+            _, others = self._run(inputs.modality, _of_noise(inputs.arguments))
+            holds_pixels = ~_same(rows, torch.cat(others)).cpu()
+            numbers = torch.arange(len(rows)).split(list(sizes))
+            parts = holds_pixels.split(list(sizes))
+            # At the end, so that another thread finds all of it or nothing.
+            self._pictures_of[layout] = [
+                in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)
+            ]
+        return [of_picture.to(rows.device) for of_picture in self._pictures_of[layout]]
 
 
 def _same(rows: Tensor, others: Tensor) -> Tensor:
     """Return BoolTensor [...], where rows [..., D] are those of `others`, within half precision."""
     difference = (rows - others).float().abs().amax(dim=-1)
     return difference <= _ALIKE * others.float().abs().amax(dim=-1)
+
+
+def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
+    """Return what tells how rows lie: all that an encoder is given but the pixels' values."""
+    digest = hashlib.sha256(repr((inputs.modality, list(sizes))).encode())
+    for name, value in sorted(inputs.arguments.items()):
+        if isinstance(value, Tensor) and name.startswith("pixel_values"):
+            value = value.shape
+        elif isinstance(value, Tensor):
+            value = (value.shape, value.cpu().numpy().tobytes())
+        digest.update(repr((name, value)).encode())
+    return digest.digest()
 
 
 def _of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def vision_model_of_any_type(model: object) -> VisionModel:
     kind = inside.config.model_type
     known = supported_models()
     if kind in known:
-        return VisionModel(inside, known[kind](inside.config))
+        return vision_model(inside)
     if inside.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(inside).__name__} (model_type {kind!r}) has an encoder for its text, where "

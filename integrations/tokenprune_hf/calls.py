@@ -193,6 +193,7 @@ class Calls:
             yield
         finally:
             call.depth -= 1
+            self._vision.will_read(None)
             call.prompt, call.generating, call.read = before
             if proportional is not None:
                 proportional.logs = counted

@@ -70,7 +70,7 @@ class Pruning(Attachment):
         self.proportional_attention = proportional_attention
         self._vision = vision_model_of_any_type(self.model)
         check_selector(selector, self._vision)
-        self._vision.check_reading(positions, proportional_attention)
+        self._vision.check_reading(positions, application == "mask", proportional_attention)
         pruner = Pruner(
             self._vision, selector, self._budget, positions, application, proportional_attention
         )

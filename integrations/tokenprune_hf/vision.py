@@ -227,11 +227,24 @@ class VisionModel:
         # Some models have it beside their head and not inside.
         return getattr(self.inner, name, None) or getattr(self.model, name, None)
 
-    def will_read(self, positions: Tensor) -> None:
-        """Take note of the positions with which a short prompt is read next in this thread."""
+    def will_read(self, positions: Tensor | None) -> None:
+        """Take note of the positions with which a short prompt is read next in this thread.
 
-    def check_reading(self, positions: Positions, proportional_attention: bool) -> None:
-        """Raise if this model cannot read its tokens so; one of a family can."""
+        None once the call is over, whether it read them or not.
+        """
+
+    def check_reading(
+        self, positions: Positions, hides: bool, proportional_attention: bool
+    ) -> None:
+        """Raise if this model cannot read its tokens so; one of a family can.
+
+        Parameters
+        ----------
+        positions, proportional_attention
+            See `tokenprune_hf.prune`.
+        hides
+            Whether tokens stay in the prompt and are hidden (``apply="mask"``).
+        """
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of this model; of a family, all is known."""
@@ -283,11 +296,10 @@ class VisionModel:
         if not captured:
             raise PromptError(f"the vision encoder was given no {inputs.modality}.")
         pooled = output.pooler_output
-        parts = list(pooled)
+        parts = entries_of(pooled)
         rows = torch.cat(parts)
-        deepstack = [
-            torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []
-        ]
+        layers = getattr(output, "deepstack_features", None) or []
+        deepstack = [torch.cat(entries_of(layer)) for layer in layers]
         with torch.no_grad():
             features = captured[0]
             sizes = [len(part) for part in parts]
@@ -336,6 +348,12 @@ class VisionModel:
                 )
             start += medium.rows
         return items
+
+
+def entries_of(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Return the rows [n, D] of each entry of whatever container an encoder returns."""
+    entries = value[None] if isinstance(value, Tensor) and value.ndim == 2 else value
+    return [entry.reshape(-1, entry.shape[-1]) for entry in entries]
 
 
 def supported_models() -> dict[str, type[Family]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,6 +274,89 @@ def test_encoded_beforehand_is_the_same(name: str) -> None:
             **without, **sizes, encoded=encoded_once, max_new_tokens=3, do_sample=False
         )
     assert pixels.tolist() == again.tolist()
+
+
+def test_generating_step_by_step_is_reading_the_prompt_again(name: str) -> None:
+    """Several tokens, several beams: with a cache as without one."""
+    model = model_of(name)
+    inputs = inputs_of(name, model)
+    for beams in (1, 2):
+        how = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+        with tokenprune_hf.prune(model, "divprune", keep=0.25):
+            cached = model.generate(**inputs, **how)
+            again = model.generate(**inputs, **how, use_cache=False)
+        assert cached.tolist() == again.tolist(), beams
+
+
+def test_threads_that_begin_together_get_what_one_gets_alone() -> None:
+    model = model_of("llava_next_video")
+    inputs = inputs_of("llava_next_video", model)
+    with tokenprune_hf.prune(model, "divprune", keep=0.25):
+        alone = logits(model, **inputs)
+    for _ in range(3):
+        barrier = threading.Barrier(4)
+
+        def ask(_number: int, barrier: threading.Barrier = barrier) -> Tensor:
+            barrier.wait()
+            return logits(model, **inputs)
+
+        with (
+            tokenprune_hf.prune(model, "divprune", keep=0.25),
+            ThreadPoolExecutor(4) as threads,
+        ):
+            for found in threads.map(ask, range(4)):
+                torch.testing.assert_close(found, alone)
+
+
+def test_newlines_are_found_after_their_weights_were_changed() -> None:
+    model = model_of("llava_next_video")
+    inputs = inputs_of("llava_next_video", model)
+    with tokenprune_hf.prune(model, "uniform", keep=4) as pruning:
+        logits(model, **inputs)
+        before = [selection.total for selection in pruning.selections]
+        with torch.no_grad():
+            model.model.image_newline.normal_()
+        logits(model, **inputs)
+        assert [selection.total for selection in pruning.selections] == before
+
+
+def test_a_call_that_failed_leaves_nothing_to_the_next_one() -> None:
+    model = model_of("mistral3")
+    inputs = inputs_of("mistral3", model)
+    text = torch.tensor([[2, 11, 12]])
+    plain = logits(model, input_ids=text)
+
+    def fail(_module: Any, _args: Any) -> None:
+        raise MemoryError
+
+    with tokenprune_hf.prune(model, "uniform", keep=4):
+        hook = model.model.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            logits(model, **inputs)
+        hook.remove()
+        torch.testing.assert_close(logits(model, input_ids=text), plain)
+
+
+def test_a_copy_is_pruned_alike_and_plain_again_afterwards() -> None:
+    model = model_of("llava_next_video")
+    inputs = inputs_of("llava_next_video", model)
+    plain = logits(model, **inputs)
+    pruning = tokenprune_hf.apply(model, "divprune", keep=0.25)
+    pruned = logits(model, **inputs)
+    other = copy.deepcopy(model)
+    torch.testing.assert_close(logits(other, **inputs), pruned)
+    tokenprune_hf.remove(other)
+    assert not other.get_decoder()._forward_pre_hooks
+    torch.testing.assert_close(logits(other, **inputs), plain)
+    torch.testing.assert_close(logits(model, **inputs), pruned)
+    tokenprune_hf.remove(model)
+    assert not model.get_decoder()._forward_pre_hooks
+    assert len(pruning.selections) == 2
+
+
+def test_hiding_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="layers that look past the attention mask"):
+        tokenprune_hf.prune(model_of("qwen3_5"), "uniform", 4, apply="mask")
 
 
 def test_methods_that_look_at_what_is_not_known_are_refused() -> None:
