@@ -56,8 +56,9 @@ def load(name: str) -> tuple[Any, Any]:
         kind = hf.AutoConfig.from_pretrained(path).model_type
         if kind not in supported_models():
             raise UnsupportedModelError(
-                f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
-                f"{', '.join(sorted(supported_models()))}."
+                f"{name} is a model of the type {kind!r}, which cannot be pruned here. Supported: "
+                f"{', '.join(sorted(supported_models()))}. Load another vision-language model "
+                "with transformers, and pass it to tokenprune_hf.prune."
             )
         processor = hf.AutoProcessor.from_pretrained(path)
         model = hf.AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
