@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tokenprune_eval.demo.preset import Preset
 
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
-FULL_MINUTES = 8  # on two quiet cores
+FULL_MINUTES = 5  # on two quiet cores
 EXTRA = "demo"
 
 
