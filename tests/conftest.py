@@ -9,7 +9,32 @@ from typing import Any
 
 import pytest
 
+from tests.every_model import ALIKE
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-model",
+        action="store_true",
+        help="also run the models that are pruned like another one (scripts/test-models)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out models like another one, which is run, unless all are asked for."""
+    if config.getoption("--every-model"):
+        return
+    left_out = [item for item in items if ALIKE.keys() & _words(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _words(item: pytest.Item) -> set[str]:
+    """Return the parameters of a test that are text."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return {value for value in parameters.values() if isinstance(value, str)}
 
 
 @pytest.hookimpl(optionalhook=True)
