@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.families.base import Family
+from tokenprune.families.any import AnyFamily
 from tokenprune.tokens import VisualTokens
+from tokenprune.tower.structure import of_noise, same
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
 from tokenprune_hf.vision import (
@@ -33,22 +34,10 @@ from tokenprune_hf.vision import (
     whole_model,
 )
 
-GIVEN = frozenset({"embeddings"})
-"""What there is for selectors to look at."""
-
-_ALIKE = 1e-2
-"""Two rows are one if no number differs by more than this share of the largest: half precision."""
-
 COMPACT_ONLY = {
     "minimax_m3_vl": "it looks up blocks of columns by a token's position",
 }
 """Types whose tokens cannot keep the positions of the unpruned prompt, and why."""
-
-
-class AnyFamily(Family):
-    """The family of a model whose type is in no other one."""
-
-    model_types: ClassVar[tuple[str, ...]] = ()
 
 
 class _Expected(ThreadState):
@@ -139,23 +128,6 @@ class AnyModel(VisionModel):
 
     # Items -------------------------------------------------------------------------------------
 
-    def check_needs(self, method: str, needs: Sequence[str]) -> None:
-        """Raise if a method looks at what is not known of this model.
-
-        Raises
-        ------
-        UnsupportedModelError
-            Naming what it needs.
-        """
-        unknown = [need for need in needs if need not in GIVEN]
-        if unknown:
-            raise UnsupportedModelError(
-                f"method {method!r} looks at {', '.join(unknown)}, and tokenprune does not know "
-                f"where {type(self.model).__name__} (model_type {self.model.config.model_type!r}) "
-                "has that. Use a method that needs embeddings or nothing, such as information, "
-                "divprune or uniform (see `tokenprune methods`)."
-            )
-
     def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once; see `VisionModel.encode`."""
         output, entries = self._run(inputs.modality, inputs.arguments)
@@ -202,8 +174,8 @@ class AnyModel(VisionModel):
         """
         layout = _layout(inputs, sizes)
         if layout not in self._pictures_of:
-            _, others = self._run(inputs.modality, _of_noise(inputs.arguments))
-            holds_pixels = ~_same(rows, torch.cat(others)).cpu()
+            _, others = self._run(inputs.modality, of_noise(inputs.arguments))
+            holds_pixels = ~same(rows, torch.cat(others)).cpu()
             numbers = torch.arange(len(rows)).split(list(sizes))
             parts = holds_pixels.split(list(sizes))
             # At the end, so that another thread finds all of it or nothing.
@@ -211,12 +183,6 @@ class AnyModel(VisionModel):
                 in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)
             ]
         return [of_picture.to(rows.device) for of_picture in self._pictures_of[layout]]
-
-
-def _same(rows: Tensor, others: Tensor) -> Tensor:
-    """Return BoolTensor [...], where rows [..., D] are those of `others`, within half precision."""
-    difference = (rows - others).float().abs().amax(dim=-1)
-    return difference <= _ALIKE * others.float().abs().amax(dim=-1)
 
 
 def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
@@ -229,17 +195,6 @@ def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
             value = (value.shape, value.cpu().numpy().tobytes())
         digest.update(repr((name, value)).encode())
     return digest.digest()
-
-
-def _of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an encoder's arguments with other pixels of the same shapes."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(value.shape, generator=generator).to(value)
-        if name.startswith("pixel_values") and isinstance(value, Tensor)
-        else value
-        for name, value in arguments.items()
-    }
 
 
 def vision_model_of_any_type(model: object) -> VisionModel:

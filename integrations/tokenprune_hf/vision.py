@@ -246,9 +246,6 @@ class VisionModel:
             Whether tokens stay in the prompt and are hidden (``apply="mask"``).
         """
 
-    def check_needs(self, method: str, needs: Sequence[str]) -> None:
-        """Raise if a method looks at what is not known of this model; of a family, all is known."""
-
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""
         names: set[str] = set() if self.family.tells_videos else {VIDEO_FRAMES}
@@ -417,7 +414,7 @@ def check_method(selector: Selector, model: object) -> None:
 
 def check_selector(selector: Selector, vision: VisionModel) -> None:
     """Raise unless a selector can serve a model, see `check_method`."""
-    vision.check_needs(selector.name, selector.needs)
+    vision.family.check_needs(selector.name, selector.needs)
     selector.check_model(vision.model.config)
     if "projector" in selector.needs:
         selector.check_projector(vision.projector("image"))

@@ -1,6 +1,7 @@
 """Which of vLLM's architectures can be pruned, under which names of our own.
 
-Knows no engine: `tokenprune serve` and `tokenprune export` look here before vLLM is imported.
+Those of a family are listed here, and found without vLLM; about any other one vLLM itself is asked
+(`tokenprune_vllm.any_architecture`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ class Architecture:
     name
         What it is called in a config's ``architectures``.
     mrope
-        Whether the model itself counts positions on three axes.
+        Whether the model itself counts positions on three axes; None where its config says so.
+    family
+        Whether it is of a known family: all methods run on it.
     """
 
     name: str
-    mrope: bool = False
+    mrope: bool | None = False
+    family: bool = True
+
+    @property
+    def engine_name(self) -> str:
+        """What vLLM calls it."""
+        return self.name.removeprefix(PREFIX)
 
     @property
     def home(self) -> str:
@@ -54,7 +63,7 @@ _THREE_AXES = (
 ARCHITECTURES: dict[str, Architecture] = {
     name: Architecture(PREFIX + name, name in _THREE_AXES) for name in (*_ONE_AXIS, *_THREE_AXES)
 }
-"""vLLM's name -> ours."""
+"""vLLM's name -> ours, of models of a known family."""
 
 
 def architecture_of(config: dict[str, Any], model: str) -> Architecture:
@@ -72,16 +81,18 @@ def architecture_of(config: dict[str, Any], model: str) -> Architecture:
     UnsupportedModelError
         If there is none.
     """
-    names = config.get("architectures") or []
-    ours = {one.name: one for one in ARCHITECTURES.values()}
+    names = [str(name).removeprefix(PREFIX) for name in config.get("architectures") or []]
+    if not names:
+        raise UnsupportedModelError(
+            f"the config.json of {model} names no architecture, so vLLM does not know its class. "
+            "Add architectures to it."
+        )
     for name in names:
-        found = ARCHITECTURES.get(name) or ours.get(name)
-        if found is not None:
-            return found
-    raise UnsupportedModelError(
-        f"{model} has the architecture {', '.join(names) or '(none in its config.json)'}, which "
-        f"tokenprune cannot prune in vLLM. Supported: {', '.join(sorted(ARCHITECTURES))}."
-    )
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    from tokenprune_vllm.any_architecture import any_architecture
+
+    return any_architecture(names, config, model)
 
 
 def reads_prompt(method: str) -> bool:

@@ -74,6 +74,8 @@ class Chooser:
             name: replace(settings.default, method=name, options=dict(options)).selector()
             for name, options in settings.methods.items()
         }
+        for selector in self._selectors.values():
+            family.check_needs(selector.name, selector.needs)
         needs = {need for selector in self._selectors.values() for need in selector.needs}
         self.attention_name = "none"
         self._attention: nn.Module | None = None
@@ -81,10 +83,10 @@ class Chooser:
             tower = family.tower(model, "image")
             self.attention_name, self._attention = scoring_layer(tower)
             self._has_cls = family.has_cls(tower)
-        projector = family.projector(model)
-        self._entrance = entrance_of(projector)
+        projector = family.projector(model) if family.known else None
+        self._entrance = None if projector is None else entrance_of(projector)
         self._projector: ModelProjector | None = None
-        if "projector" in needs:
+        if projector is not None and "projector" in needs:
             self._projector = _readable(projector, family)
         self._language_model: LanguageModel | None = None
         if "query_attention" in needs:
@@ -149,14 +151,18 @@ class Chooser:
                 selections[index].append(selection)
         return selections
 
-    def _seen(self, items: Sequence[Item], watched: Watched) -> list[tuple[Tensor, Tensor | None]]:
-        """Return features [rows, C] and attention [H, rows] of each item."""
+    def _seen(
+        self, items: Sequence[Item], watched: Watched
+    ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+        """Return features [rows, C] and attention [H, rows] of each item, where they are known."""
         media = [item.ticket.medium for item in items if item.ticket.medium is not None]
         if len(media) < len(items):
             raise ConfigError(
                 "vLLM handed over a caller's own embeddings together with images to encode, which "
                 "tokenprune cannot tell apart. Send them in requests of their own."
             )
+        if self._entrance is None:
+            return [(None, None)] * len(items)
         attention = None
         if self._attention is not None:
             scores = self._family.attention(watched, media, self._has_cls)
@@ -169,7 +175,7 @@ class Chooser:
         item: Item,
         segment: Segment,
         rows: Tensor,
-        features: Tensor,
+        features: Tensor | None,
         attention: Tensor | None,
     ) -> VisualTokens:
         """Return what a selector looks at of one segment of an item."""
@@ -177,7 +183,7 @@ class Chooser:
         tokens = VisualTokens(
             grid=segment.grid or (1, 1, len(in_item)),
             is_picture=segment.grid is not None,
-            features=features[in_item],
+            features=None if features is None else features[in_item],
             # Behind the first D numbers of a row comes what goes into deeper layers.
             embeddings=rows[in_item, : self._width],
             cls_attention=None if attention is None else attention[:, in_item],

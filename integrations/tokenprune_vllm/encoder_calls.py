@@ -88,6 +88,9 @@ class EncoderCall:
         most_rows
             Rows of the encoder in one run.
         """
+        if not all(item.ticket.visual for item in self._items):
+            yield self._items, dict(self._arguments)  # sound: nothing is dropped of it
+            return
         start = rows = 0
         for index, item in enumerate(self._items):
             size = item.ticket.region.total

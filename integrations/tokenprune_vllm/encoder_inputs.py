@@ -9,21 +9,26 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.any import AnyFamily
 from tokenprune.families.base import Family
-from tokenprune.families.registry import family_of_config
+from tokenprune.families.registry import FAMILIES, family_of_config
 from tokenprune.tower.layouts import Medium
 
 Fields = Mapping[str, Any]
 """What vLLM's processor made of one image or video, by name: pixel_values, image_grid_thw, ..."""
 
 
+VISUAL = ("image", "video", "vision_chunk")
+"""vLLM's modalities that are pruned; Kimi-K2.5 calls images and parts of videos chunks."""
+
+
 def family_of(config: Any) -> Family:
-    """Return the family of a model's config, as vLLM loads it.
+    """Return the family of a model's config, as vLLM loads it, or that of any model.
 
     Raises
     ------
     UnsupportedModelError
-        If it is of no known family, or vLLM lays its rows out in a way that is not known here.
+        If vLLM lays its rows out in a way that is not known here.
     """
     tower = getattr(getattr(config, "vision_config", None), "model_type", None)
     if config.model_type == "llava" and tower == "pixtral":
@@ -31,14 +36,32 @@ def family_of(config: Any) -> Family:
             f"this LLaVA has a tower of the kind {tower!r}, whose images have rows of any "
             "length; tokenprune prunes LLaVA with CLIP and SigLIP towers."
         )
-    return family_of_config(config)
+    if config.model_type in FAMILIES:
+        return family_of_config(config)
+    return AnyFamily(config, mrope=has_mrope(config))
 
 
-def medium_of(modality: str, rows: int, fields: Fields) -> Medium:
+def has_mrope(config: Any) -> bool:
+    """Say whether a model counts positions on several axes, whatever we put into its config."""
+    # What `pruning_overrides` adds stands beside the rope parameters, not among them.
+    found: list[Any] = [getattr(config, "rope_parameters", None)]
+    found.append(getattr(config.get_text_config(), "rope_parameters", None))
+    while found:
+        parameters = found.pop()
+        if isinstance(parameters, dict):
+            if parameters.get("mrope_section") or parameters.get("xdrope_section"):
+                return True
+            found += parameters.values()  # one for each kind of layer
+    return False
+
+
+def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Medium:
     """Return one image or video.
 
     Parameters
     ----------
+    family
+        The model's.
     modality
         ``"image"`` or ``"video"``.
     rows
@@ -46,6 +69,8 @@ def medium_of(modality: str, rows: int, fields: Fields) -> Medium:
     fields
         What vLLM's processor made of it.
     """
+    if not family.known:
+        return Medium(modality, rows)
     grid = fields.get(f"{modality}_grid_thw")
     if grid is not None:
         frames, height, width = _numbers(grid)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
+from torch import Tensor
 from vllm import ModelRegistry
+from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from tokenprune_vllm.architectures import ARCHITECTURES, PREFIX
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_vllm.architectures import PREFIX
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.model import PrunedModel
 from tokenprune_vllm.processor import PruningProcessor, UnprunedLimits
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in ARCHITECTURES:
+    if not name.startswith(PREFIX) or name.removeprefix(PREFIX) not in ModelRegistry.models:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _pruned(name.removeprefix(PREFIX))
 
@@ -29,7 +32,14 @@ def __getattr__(name: str) -> Any:
 def _pruned(architecture: str) -> type[Any]:
     """Return vLLM's class of an architecture, pruned."""
     own: Any = ModelRegistry.models[architecture].load_model_cls()
-    factories = own._processor_factory
+    factories = getattr(own, "_processor_factory", None)
+    if factories is None:
+        raise UnsupportedModelError(
+            f"{own.__name__} has no processor of vLLM's, so its prompts cannot be made shorter. "
+            "Serve it with vLLM alone."
+        )
+    if issubclass(own, MultiModalMixin):
+        own = _mixed(OneAxis, own, own.__name__)
     decorate = MULTIMODAL_REGISTRY.register_processor(
         _factory(PruningProcessor, factories.processor),
         info=_factory(UnprunedLimits, factories.info),
@@ -53,6 +63,21 @@ def _factory(mixin: Any, factory: Any) -> Any:
         return _mixed(mixin, own)(*args, **kwargs)
 
     return make
+
+
+class OneAxis:
+    """Mixed in front of vLLM's models that run by a class of transformers.
+
+    They believe the config, which has our `mrope_section` in it so that vLLM asks for positions.
+    """
+
+    overrides: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods of vLLM's that must be there to be overridden."""
+
+    def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run vLLM's forward; positions with one axis go past what makes three of them."""
+        front: Any = super() if positions.ndim > 1 else super(MultiModalMixin, self)
+        return front.forward(input_ids, positions, *args, **kwargs)
 
 
 @functools.cache

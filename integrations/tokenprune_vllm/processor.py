@@ -32,7 +32,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
-from tokenprune_vllm.encoder_inputs import Fields, family_of, medium_of
+from tokenprune_vllm.encoder_inputs import VISUAL, Fields, family_of, medium_of
 from tokenprune_vllm.positions import rotary_length
 from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
@@ -53,7 +53,7 @@ class Ticket:
     Attributes
     ----------
     modality
-        ``"image"`` or ``"video"``.
+        ``"image"``, ``"video"``, or what else vLLM calls it.
     pruning
         Method, budget and options, or None where every row stays.
     region
@@ -72,6 +72,11 @@ class Ticket:
     medium: Medium | None = None
     entries: Mapping[str, int] = field(default_factory=dict)
     shared: Sequence[str] = ()
+
+    @property
+    def visual(self) -> bool:
+        """Whether it is something to see; sound is left as it is."""
+        return self.modality in VISUAL
 
     def pack(self) -> dict[str, Tensor]:
         """Return the fields `TICKET` and `REGION`."""
@@ -244,10 +249,10 @@ class PruningProcessor:
         fields: Fields = {name: element.data for name, element in item.items()}
         medium: Medium | None = None
         segments: Sequence[Segment] = ()
-        if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
-            pruning = None  # the caller's own embeddings: nothing of the encoder to choose by
+        if modality not in VISUAL or isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
+            pruning = None  # sound, or the caller's own embeddings: no encoder to choose by
         else:
-            medium = medium_of(modality, rows, fields)
+            medium = medium_of(self._family, modality, rows, fields)
             segments = self._family.segments(medium)
         region = Region(ids, is_row, tuple(segments))
         ticket = Ticket(modality, pruning, region, medium, *_held_together(item))
@@ -287,6 +292,8 @@ class PruningProcessor:
             self._check_length(len(prompt_ids), dropped)
         self._hand_over_prompt(prompt_ids, placeholders, mm_res)
         for modality, details in found:
+            if modality not in VISUAL:
+                continue
             metrics.count_tokens(modality, details.method, details.before, details.after)
         return prompt_ids, placeholders
 
@@ -415,7 +422,7 @@ class PruningProcessor:
         if known is not None:
             keep = self._server.default.keep
             return {
-                modality: (rows, tokens_kept(keep, rows))
+                modality: (rows, tokens_kept(keep, rows) if modality in VISUAL else rows)
                 for modality, rows in known.items()
                 if rows
             }

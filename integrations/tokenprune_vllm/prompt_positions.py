@@ -26,9 +26,6 @@ from tokenprune_vllm.regions import Region
 EnginePositions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
 """Token ids and vLLM's features -> positions [3, L], and how far the next token is from L."""
 
-_FIELDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "timestamps")
-"""What families with M-RoPE read of an item to work out positions."""
-
 
 def item_positions(
     engine_positions: EnginePositions, ticket: Ticket, fields: Mapping[str, Any]
@@ -45,9 +42,8 @@ def item_positions(
         What the processor made of it.
     """
     known = {
-        name: MultiModalFieldElem(data=fields[name], field=MultiModalBatchedField(keep_on_cpu=True))
-        for name in _FIELDS
-        if name in fields
+        name: MultiModalFieldElem(data=value, field=MultiModalBatchedField(keep_on_cpu=True))
+        for name, value in fields.items()
     }
     region = ticket.region
     feature = MultiModalFeatureSpec(
@@ -83,10 +79,11 @@ def prompt_positions(
     places: list[tuple[PlaceholderRange, Region, int]] = []
     end = 0
     for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
-        region = Ticket.unpack(feature.data[TICKET].data, feature.data[REGION].data).region
-        place = feature.mm_position
+        ticket = Ticket.unpack(feature.data[TICKET].data, feature.data[REGION].data)
+        region, place = ticket.region, feature.mm_position
         unpruned += tokens[end : place.offset]
-        places.append((place, region, len(unpruned)))
+        if ticket.visual:
+            places.append((place, region, len(unpruned)))
         moved = PlaceholderRange(len(unpruned), region.length, region.is_row)
         unpruned_features.append(replace(feature, mm_position=moved))
         unpruned += region.token_ids.tolist()

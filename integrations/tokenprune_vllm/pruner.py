@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.selection import Selection
+from tokenprune.tower.structure import of_noise, same
 from tokenprune_vllm import metrics
 from tokenprune_vllm.choosing import Chooser, logger
 from tokenprune_vllm.encoder_calls import EncoderCall, Item
@@ -52,7 +53,9 @@ class Pruner:
         self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
     ) -> None:
         self._model = model
+        self._family = family
         self._settings = settings
+        self._checked: set[str] = set()
         self.chooser = Chooser(model, family, settings, vllm_config)
         scheduler = vllm_config.scheduler_config
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
@@ -105,8 +108,46 @@ class Pruner:
         for items, of_items in EncoderCall(arguments).runs(self._most_rows):
             with self.chooser.watching() as watched:
                 rows = list(encode(**of_items))
+            self._check_rows(items, rows, encode, of_items)
             kept += self._prune(items, rows, watched)
         return kept
+
+    def _check_rows(
+        self,
+        items: Sequence[Item],
+        rows: list[Tensor],
+        encode: Callable[..., Any],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        """Raise, at the first items of each modality, if a model of any type has rows of structure.
+
+        vLLM's first items are usually its own, with which it measures memory before it serves.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If not every row is a part of a picture.
+        """
+        modality = items[0].ticket.modality
+        if self._family.known or modality in self._checked or not items[0].ticket.visual:
+            return
+        counts = [item.ticket.region.total for item in items]
+        if [len(of_item) for of_item in rows] != counts:
+            raise UnsupportedModelError(
+                f"the encoder of {type(self._model).__name__} returned "
+                f"{[len(of_item) for of_item in rows]} rows for {counts} placeholders: tokenprune "
+                "does not know which of them stand where. Serve the model without tokenprune."
+            )
+        others = list(encode(**of_noise(arguments)))
+        structure = [int(same(*pair).sum()) for pair in zip(rows, others, strict=True)]
+        if any(structure):
+            raise UnsupportedModelError(
+                f"of {counts[0]} rows that the encoder of {type(self._model).__name__} returns for "
+                f"a {modality}, {structure[0]} are the same whatever the pixels are: newlines, "
+                "separators or the like, which must stay, and where they stand is not known in "
+                "vLLM for this model. Serve it without tokenprune, or prune it in transformers."
+            )
+        self._checked.add(modality)
 
     @torch.inference_mode()
     def _prune(self, items: Sequence[Item], rows: list[Tensor], watched: Watched) -> list[Tensor]:
@@ -151,6 +192,8 @@ class Pruner:
             columns = columns[stays]
         if self._offsets is None:
             return kept
+        if not item.ticket.visual:  # its positions are in the prompt's already
+            return nn.functional.pad(kept, (0, self._axes * DIGITS))
         positions = item_positions(self._model.engine_positions, item.ticket, item.fields)
         offsets = positions[: self._axes, columns]
         return torch.cat([kept, to_columns(offsets, kept.dtype).to(kept.device)], dim=1)

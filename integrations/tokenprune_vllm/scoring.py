@@ -81,7 +81,7 @@ def scoring_layer(tower: nn.Module) -> tuple[str, nn.Module]:
 
 
 @contextmanager
-def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]:
+def watch(entrance: nn.Module | None, attention: nn.Module | None) -> Iterator[Watched]:
     """Collect the projector's input and the scoring layer's q and k while the block runs."""
     watched = Watched()
 
@@ -100,7 +100,8 @@ def watch(entrance: nn.Module, attention: nn.Module | None) -> Iterator[Watched]
         watched.scale = float(module.scale)
 
     with ExitStack() as hooks:
-        hooks.callback(entrance.register_forward_pre_hook(keep_features).remove)
+        if entrance is not None:
+            hooks.callback(entrance.register_forward_pre_hook(keep_features).remove)
         if attention is not None:
             handle = attention.register_forward_pre_hook(keep_query_and_key, with_kwargs=True)
             hooks.callback(handle.remove)

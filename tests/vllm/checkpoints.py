@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, tf
+from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, Tiny, tf
 
 WORDS: list[int] = list(range(3, 90))
 """The token ids that random weights may say; all others are placeholders or parts of words."""
@@ -255,6 +255,28 @@ VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if fa
 """Those that take videos."""
 
 
+def _vipllava() -> Any:
+    return tf.VipLlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**TINY["llava"].build().vision_config.to_dict()),
+        text_config=tf.LlamaConfig(**TINY["llava"].build().text_config.to_dict()),
+        image_token_id=IMAGE,
+        image_token_index=IMAGE,
+        vision_feature_layers=[-2, -1],
+    )
+
+
+_OTHERS: dict[str, tuple[Tiny, _Family]] = {
+    # vLLM has no class for it, and runs that of transformers.
+    "vipllava": (Tiny(_vipllava, tf.VipLlavaForConditionalGeneration), _FAMILIES["llava"]),
+}
+
+OTHERS: tuple[str, ...] = tuple(_OTHERS)
+"""Types of no family, which can be saved too."""
+
+_RULES = _FAMILIES | {name: rules for name, (_, rules) in _OTHERS.items()}
+_TINY = TINY | {name: tiny for name, (tiny, _) in _OTHERS.items()}
+
+
 def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     """Write a tiny random checkpoint that both engines load.
 
@@ -278,8 +300,8 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     Path
         The folder.
     """
-    rules = _FAMILIES[family]
-    tiny = TINY[_in_transformers(family)]
+    rules = _RULES[family]
+    tiny = _TINY[_in_transformers(family)]
 
     def build() -> Any:
         config = tiny.build()
@@ -517,7 +539,7 @@ def prompt(family: str, kinds: str, words: int = 3) -> str:
     words
         How many words each ``t`` stands for.
     """
-    rules = _FAMILIES[family]
+    rules = _RULES[family]
     parts: list[str] = []
     for kind in kinds:
         if kind == "t":

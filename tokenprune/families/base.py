@@ -84,6 +84,9 @@ class Family:
     whole_image_last: ClassVar[bool] = False
     """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
 
+    known: ClassVar[bool] = True
+    """Whether it is said here how rows lie, and where tower and projector are."""
+
     in_transformers: ClassVar[bool] = True
     """Whether transformers has the model's class, and not the checkpoint alone."""
 
@@ -93,6 +96,22 @@ class Family:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config: Any = config
+
+    def check_needs(self, method: str, needs: Sequence[str]) -> None:
+        """Raise if a method looks at what is not known of the model.
+
+        Parameters
+        ----------
+        method
+            Its name.
+        needs
+            What it looks at, out of `tokenprune.tokens.INPUTS`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming what it needs.
+        """
 
     # How rows lie ------------------------------------------------------------------------------
 

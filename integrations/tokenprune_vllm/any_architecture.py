@@ -1,0 +1,118 @@
+"""Architectures of no family: whatever vLLM runs that takes images or videos.
+
+vLLM's own class says what it takes; `tokenprune_vllm.models` puts pruning in front of it as of any
+other. vLLM is imported here, where it is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_vllm.architectures import ARCHITECTURES, PREFIX, Architecture
+
+_PLUGINS = "vllm.general_plugins"
+
+_EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
+"""What configs call the number of experts of a layer."""
+
+
+def any_architecture(names: Sequence[str], config: dict[str, Any], model: str) -> Architecture:
+    """Return our architecture for one that is in no family.
+
+    Parameters
+    ----------
+    names
+        vLLM's names, out of the model's config.
+    config
+        The config as plain JSON types.
+    model
+        What to call the model in an error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If vLLM is not there to be asked, does not know it, or it takes no images.
+    """
+    known = ", ".join(sorted(ARCHITECTURES))
+    called = f"{model} has the architecture {', '.join(names)}"
+    try:
+        registry = _registry()
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"{called}, which is none of those that tokenprune knows ({known}), and vLLM cannot be "
+            f"asked about it: {error}. Install vLLM."
+        ) from error
+    found = [name for name in names if name in registry.models]
+    if not found and _in_transformers(names, config):
+        found = [_through_transformers(config)]
+    if not found:
+        raise UnsupportedModelError(
+            f"{called}, which the installed vLLM does not know. Install a release that does, or "
+            f"the plugin that brings it. Of a family: {known}."
+        )
+    info = registry.models[found[0]].inspect_model_cls()
+    if info is None or not info.supports_multimodal or info.supports_multimodal_raw_input_only:
+        raise UnsupportedModelError(
+            f"{called}, which reads no images or videos as tokens, so there is nothing to prune. "
+            "Serve it with vLLM alone."
+        )
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedModelError(
+            f"{called}, which has an encoder for its text, where visual tokens cannot be dropped. "
+            "Serve it with vLLM alone."
+        )
+    return Architecture(PREFIX + found[0], mrope=None, family=False)
+
+
+def every_architecture() -> list[str]:
+    """Return the names of all architectures that vLLM may run with images or sound, ours left out.
+
+    Only those that vLLM lists as multimodal, and those that other plugins brought.
+    """
+    from vllm.model_executor.models import registry
+
+    text = (
+        set(registry._VLLM_MODELS)
+        - set(registry._MULTIMODAL_MODELS)
+        - set(registry._TRANSFORMERS_SUPPORTED_MODELS)
+        - set(registry._TRANSFORMERS_BACKEND_MODELS)
+    )
+    return sorted(
+        name for name in _registry().models if name not in text and not name.startswith(PREFIX)
+    )
+
+
+def _in_transformers(names: Sequence[str], config: dict[str, Any]) -> bool:
+    """Say whether vLLM can run a class of transformers, or the checkpoint's own, in its place."""
+    import transformers
+
+    brings = any(name.startswith("AutoModel") for name in config.get("auto_map") or {})
+    return brings or any(hasattr(transformers, name) for name in names)
+
+
+def _through_transformers(config: dict[str, Any]) -> str:
+    """Return vLLM's name for a model that runs by its class of transformers."""
+    known = dict(config)
+    if not config.get("auto_map"):
+        from transformers import AutoConfig
+
+        # With the defaults that a config.json leaves out.
+        read = AutoConfig.for_model(known.pop("model_type"), **known)
+        known = read.get_text_config().to_dict()
+    parts = [known, *(part for part in known.values() if isinstance(part, dict))]
+    experts = any(int(part.get(name) or 0) for part in parts for name in _EXPERTS)
+    return f"TransformersMultiModal{'MoE' if experts else ''}ForCausalLM"
+
+
+def _registry() -> Any:
+    """Return vLLM's registry of models, with what other plugins bring."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_plugins_by_group
+
+    # vLLM calls plugins in no order, and says that each may be called more than once.
+    for name, register in load_plugins_by_group(_PLUGINS).items():
+        if name != "tokenprune":
+            register()
+    return ModelRegistry
