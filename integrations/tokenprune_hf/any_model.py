@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.families.any import AnyFamily
+from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.tokens import VisualTokens
 from tokenprune.tower.structure import of_noise, same
 from tokenprune_hf.attached import ThreadState
@@ -56,7 +56,12 @@ class AnyModel(VisionModel):
     """
 
     def __init__(self, model: Any) -> None:
-        super().__init__(model, AnyFamily(model.config))
+        taken = inspect.signature(type(model).forward).parameters
+        # A model that is told which tokens are an image's may let them see each other both ways.
+        causal = not {"token_type_ids", "mm_token_type_ids"} & set(taken)
+        # Positions on three axes are asked of the model, and nothing here counts them.
+        causal = causal and not has_mrope(model.config)
+        super().__init__(model, AnyFamily(model.config, causal=causal))
         self._pictures_of: dict[bytes, list[Tensor]] = {}
         self._expected = _Expected()
         self._arrived = False

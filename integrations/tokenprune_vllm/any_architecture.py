@@ -52,6 +52,7 @@ def any_architecture(names: Sequence[str], config: dict[str, Any], model: str) -
             f"{called}, which the installed vLLM does not know. Install a release that does, or "
             f"the plugin that brings it. Of a family: {known}."
         )
+    register_every()  # this process may have loaded our plugin before the one that brought it
     info = registry.models[found[0]].inspect_model_cls()
     if info is None or not info.supports_multimodal or info.supports_multimodal_raw_input_only:
         raise UnsupportedModelError(
@@ -66,22 +67,27 @@ def any_architecture(names: Sequence[str], config: dict[str, Any], model: str) -
     return Architecture(PREFIX + found[0], mrope=None, family=False)
 
 
-def every_architecture() -> list[str]:
-    """Return the names of all architectures that vLLM may run with images or sound, ours left out.
+def register_every() -> None:
+    """Make our names known in this process for all that vLLM may run with images, and plugins too.
 
-    Only those that vLLM lists as multimodal, and those that other plugins brought.
+    Harmless when called again.
     """
     from vllm.model_executor.models import registry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    text = (
-        set(registry._VLLM_MODELS)
-        - set(registry._MULTIMODAL_MODELS)
-        - set(registry._TRANSFORMERS_SUPPORTED_MODELS)
-        - set(registry._TRANSFORMERS_BACKEND_MODELS)
-    )
-    return sorted(
-        name for name in _registry().models if name not in text and not name.startswith(PREFIX)
-    )
+    own = {
+        name
+        for name, (_, class_name) in registry._VLLM_MODELS.items()
+        if name not in registry._MULTIMODAL_MODELS and "MultiModal" not in class_name
+    }
+    known = _registry()
+    for name in [name for name in known.models if name not in own]:
+        architecture = Architecture(PREFIX + name)
+        if name.startswith(PREFIX) or architecture.name in known.models:
+            continue
+        known.register_model(architecture.name, architecture.home)
+        if name in MODELS_CONFIG_MAP:  # settings that vLLM changes for some, by their name
+            MODELS_CONFIG_MAP[architecture.name] = MODELS_CONFIG_MAP[name]
 
 
 def _in_transformers(names: Sequence[str], config: dict[str, Any]) -> bool:

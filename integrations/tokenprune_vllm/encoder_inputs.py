@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.families.any import AnyFamily
+from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.families.base import Family
 from tokenprune.families.registry import FAMILIES, family_of_config
 from tokenprune.tower.layouts import Medium
@@ -22,8 +22,15 @@ VISUAL = ("image", "video", "vision_chunk")
 """vLLM's modalities that are pruned; Kimi-K2.5 calls images and parts of videos chunks."""
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any, causal: bool = False) -> Family:
     """Return the family of a model's config, as vLLM loads it, or that of any model.
+
+    Parameters
+    ----------
+    config
+        The model's.
+    causal
+        Of a model of no family: see `AnyFamily`.
 
     Raises
     ------
@@ -38,21 +45,7 @@ def family_of(config: Any) -> Family:
         )
     if config.model_type in FAMILIES:
         return family_of_config(config)
-    return AnyFamily(config, mrope=has_mrope(config))
-
-
-def has_mrope(config: Any) -> bool:
-    """Say whether a model counts positions on several axes, whatever we put into its config."""
-    # What `pruning_overrides` adds stands beside the rope parameters, not among them.
-    found: list[Any] = [getattr(config, "rope_parameters", None)]
-    found.append(getattr(config.get_text_config(), "rope_parameters", None))
-    while found:
-        parameters = found.pop()
-        if isinstance(parameters, dict):
-            if parameters.get("mrope_section") or parameters.get("xdrope_section"):
-                return True
-            found += parameters.values()  # one for each kind of layer
-    return False
+    return AnyFamily(config, has_mrope(config), causal)
 
 
 def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Medium:

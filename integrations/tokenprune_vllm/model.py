@@ -31,7 +31,7 @@ class PrunedModel:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
         settings = ServerSettings.from_config(config)
-        family = family_of(config)
+        family = family_of(config, causal=not vllm_config.model_config.is_mm_prefix_lm)
         check_engine(vllm_config, settings)
         with room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]

@@ -8,19 +8,13 @@ from __future__ import annotations
 
 from tokenprune.releases import warn_untested
 from tokenprune_vllm import metrics
-from tokenprune_vllm.any_architecture import every_architecture
-from tokenprune_vllm.architectures import PREFIX, Architecture
+from tokenprune_vllm.any_architecture import register_every
 
 
 def register() -> None:
     """Register every architecture; harmless when called again. Warns of an untested vLLM."""
-    from vllm import ModelRegistry, __version__
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from vllm import __version__
 
     warn_untested("vllm", __version__)
     metrics.prepare()
-    for name in every_architecture():
-        architecture = Architecture(PREFIX + name)
-        ModelRegistry.register_model(architecture.name, architecture.home)
-        if name in MODELS_CONFIG_MAP:  # settings that vLLM changes for some, by their name
-            MODELS_CONFIG_MAP[architecture.name] = MODELS_CONFIG_MAP[name]
+    register_every()

@@ -268,7 +268,16 @@ def _vipllava() -> Any:
 _OTHERS: dict[str, tuple[Tiny, _Family]] = {
     # vLLM has no class for it, and runs that of transformers.
     "vipllava": (Tiny(_vipllava, tf.VipLlavaForConditionalGeneration), _FAMILIES["llava"]),
+    # Of a plugin of somebody else: tests/vllm/plugin.
+    "own_llava": (TINY["llava"], _FAMILIES["llava"]),
+    "own_vl": (TINY["qwen2_vl"], _FAMILIES["qwen2_vl"]),
 }
+
+_OWN: dict[str, str] = {
+    "own_llava": "OwnLlava",
+    "own_vl": "OwnVL",
+}
+"""Type -> architecture of a plugin."""
 
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
 """Types of no family, which can be saved too."""
@@ -336,6 +345,10 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 for name, tensor in load_file(weights).items()
             }
             save_file(named, weights, {"format": "pt"})
+        if family in _OWN:
+            config = json.loads((folder / "config.json").read_text())
+            config |= {"model_type": family, "architectures": [_OWN[family]]}
+            (folder / "config.json").write_text(json.dumps(config))
         processor = rules.processor(tokenizer, model.config)
         processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)

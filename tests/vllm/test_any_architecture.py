@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.vllm import checkpoints
 from tests.vllm.checkpoints import OTHERS, WORDS
 from tests.vllm.engines import answer, greedy, kept
-from tests.vllm.test_families import Case, Pair, reference, start
+from tests.vllm.test_families import Case, Pair, Reference, reference, start
 
 METHODS = ("divprune", "uniform", "random", "information")
+READERS = {"own_llava": ("flexselect", "relevant-information")}
+PLUGIN = Path(__file__).parent / "plugin"
 
 
-def cases() -> list[Case]:
+def cases(name: str) -> list[Case]:
     """Return requests whose media are all different, so that no cache knows them."""
-    return [
+    found = [
         Case("it", (0,), {"method": "divprune"}),
         Case("titi", (1, 2), {"method": "divprune", "keep": 0.3}),
         Case("tit", (5,), {"method": "uniform"}),
@@ -26,6 +30,28 @@ def cases() -> list[Case]:
         Case("tit", (8,), {"method": "divprune", "keep": 1.0}),
         Case("ttt", ()),
     ]
+    if name in READERS:
+        found += [
+            Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
+            Case("tit", (14,), {"method": "relevant-information"}),
+        ]
+    if name == "own_vl":
+        found += [
+            Case("vt", (0,), {"method": "divprune"}),
+            Case("tivtvt", (13, 10, 12), {"method": "information", "keep": 0.3}),
+            Case("vt", (4,), {"off": True}),
+        ]
+    return found
+
+
+def in_transformers(name: str, folder: Path) -> Reference:
+    """Load the model in transformers, where the plugin's types have the weights of known ones."""
+    known = {"own_llava": "llava", "own_vl": "qwen2_vl"}.get(name)
+    if known is None:
+        return reference(name, folder)
+    hf = reference(known, checkpoints.save(known, folder.with_name("known")))
+    hf.model.config.model_type = name
+    return hf
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -34,14 +60,20 @@ def pair(
 ) -> Iterator[Pair]:
     name = request.param
     folder = checkpoints.save(name, tmp_path_factory.mktemp(name) / "model")
-    with start(name, folder, METHODS[0], request_methods=METHODS[1:]) as llm:
-        yield Pair(name, llm, reference(name, folder))
+    methods = METHODS[1:] + READERS.get(name, ())
+    with pytest.MonkeyPatch.context() as patch:
+        if name.startswith("own"):
+            patch.syspath_prepend(str(PLUGIN))
+            patch.setenv("PYTHONPATH", str(PLUGIN), prepend=os.pathsep)
+        videos = {"limit_mm_per_prompt": {"image": 2, "video": 2}} if name == "own_vl" else {}
+        with start(name, folder, METHODS[0], request_methods=methods, **videos) as llm:
+            yield Pair(name, llm, in_transformers(name, folder))
 
 
 def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
     kept(pair.llm)
     expected = []
-    for case in cases():
+    for case in cases(pair.family):
         tokens, indices = pair.hf.ask(case)
         (answered,) = answer(pair.llm, [pair.request(case)], greedy(words=WORDS))
         chosen = [segment for item in kept(pair.llm) for segment in item]
@@ -50,5 +82,7 @@ def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
         expected.append(tokens)
     pair.llm.reset_prefix_cache()
     pair.llm.llm_engine.reset_encoder_cache()
-    together = answer(pair.llm, [pair.request(case) for case in cases()], greedy(words=WORDS))
+    together = answer(
+        pair.llm, [pair.request(case) for case in cases(pair.family)], greedy(words=WORDS)
+    )
     assert together == expected

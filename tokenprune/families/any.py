@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family, ModelConfig
 from tokenprune.tower.layouts import Medium, Segment
+
+
+def has_mrope(config: Any) -> bool:
+    """Say whether a model counts positions on several axes, by the rotary embeddings' parameters.
+
+    Parameters
+    ----------
+    config
+        Of transformers' kind; what stands beside those parameters is not looked at.
+    """
+    found: list[Any] = [getattr(config, "rope_parameters", None)]
+    found.append(getattr(config.get_text_config(), "rope_parameters", None))
+    while found:
+        parameters = found.pop()
+        if isinstance(parameters, dict):
+            if parameters.get("mrope_section") or parameters.get("xdrope_section"):
+                return True
+            found += parameters.values()  # one for each kind of layer
+    return False
 
 
 class AnyFamily(Family):
@@ -21,16 +40,26 @@ class AnyFamily(Family):
         The model's.
     mrope
         Whether the model itself counts positions on three axes.
+    causal
+        Whether each of its tokens sees the tokens in front of it and no others, images' too.
+
+    Attributes
+    ----------
+    given
+        What there is for selectors to look at.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[bool] = False
-    given: ClassVar[frozenset[str]] = frozenset({"embeddings"})
 
-    def __init__(self, config: ModelConfig, mrope: bool = False) -> None:
+    def __init__(self, config: ModelConfig, mrope: bool = False, causal: bool = False) -> None:
         super().__init__(config)
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
+        self.given = {"embeddings", "question"}
+        if causal and not mrope:
+            # The prompt that the first layers read is counted token by token.
+            self.given.add("query_attention")
 
     def segments(self, medium: Medium) -> Sequence[Segment]:
         """Return all rows of an image or video together; how they lie is not known."""

@@ -1,0 +1,34 @@
+"""A plugin of somebody else: two types that nobody knows, by other names LLaVA and Qwen2-VL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+tf: Any = transformers  # its classes are not typed
+
+
+class OwnLlavaConfig(tf.LlavaConfig):  # type: ignore[misc]  # not typed
+    """Positions with one axis."""
+
+    model_type = "own_llava"
+
+
+class OwnVLConfig(tf.Qwen2VLConfig):  # type: ignore[misc]
+    """Positions with three axes, videos."""
+
+    model_type = "own_vl"
+
+
+def register() -> None:
+    """Make the types known, as vLLM's plugins do."""
+    from vllm import ModelRegistry
+
+    models = "vllm.model_executor.models"
+    for config, name, home in (
+        (OwnLlavaConfig, "OwnLlava", f"{models}.llava:LlavaForConditionalGeneration"),
+        (OwnVLConfig, "OwnVL", f"{models}.qwen2_vl:Qwen2VLForConditionalGeneration"),
+    ):
+        tf.AutoConfig.register(config.model_type, config, exist_ok=True)
+        ModelRegistry.register_model(name, home)
