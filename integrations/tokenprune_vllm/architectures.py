@@ -1,15 +1,13 @@
 """Which of vLLM's architectures can be pruned, under which names of our own.
 
 Those of a family are listed here, and found without vLLM; about any other one vLLM itself is asked
-(`tokenprune_vllm.any_architecture`).
+(`tokenprune_vllm.lookup`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
 from tokenprune.tokens import FROM_PROMPT
 
@@ -41,6 +39,21 @@ class Architecture:
         return self.name.removeprefix(PREFIX)
 
     @property
+    def level(self) -> str:
+        """How well it is supported, in a sentence."""
+        if self.family:
+            return f"{self.engine_name} is of a known family: every method runs on it."
+        if self.engine_name.startswith("TransformersMultiModal"):
+            through = "vLLM runs this model by its class of transformers. "
+        else:
+            through = ""
+        return (
+            f"{through}{self.engine_name} is of no known family: methods that look at embeddings, "
+            "at the question or at nothing run on it, and an image or video is pruned as one row "
+            "of tokens."
+        )
+
+    @property
     def home(self) -> str:
         """``module:class``, where vLLM finds it."""
         return f"tokenprune_vllm.models:{self.name}"
@@ -64,35 +77,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     name: Architecture(PREFIX + name, name in _THREE_AXES) for name in (*_ONE_AXIS, *_THREE_AXES)
 }
 """vLLM's name -> ours, of models of a known family."""
-
-
-def architecture_of(config: dict[str, Any], model: str) -> Architecture:
-    """Return our architecture for a model's config.json.
-
-    Parameters
-    ----------
-    config
-        The config as plain JSON types.
-    model
-        What to call the model in an error.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If there is none.
-    """
-    names = [str(name).removeprefix(PREFIX) for name in config.get("architectures") or []]
-    if not names:
-        raise UnsupportedModelError(
-            f"the config.json of {model} names no architecture, so vLLM does not know its class. "
-            "Add architectures to it."
-        )
-    for name in names:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
-    from tokenprune_vllm.any_architecture import any_architecture
-
-    return any_architecture(names, config, model)
 
 
 def reads_prompt(method: str) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.families.any import GIVEN, check_given
 from tokenprune.providers import model_path
 from tokenprune.registry import find
-from tokenprune_vllm.architectures import architecture_of
+from tokenprune_vllm.lookup import architecture_of
 from tokenprune_vllm.settings import KEY, ServerSettings
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
@@ -107,7 +108,9 @@ def pruning_overrides(
         request_methods = {name: {} for name in request_methods}
     settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
     for name in settings.methods:
-        find(name)  # raises where there is none of that name
+        needs = find(name).needs  # raises where there is none of that name
+        if not architecture.family:
+            check_given(name, needs, GIVEN, architecture.engine_name)
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}
     if pruning.positions == "original" and not architecture.mrope:
         # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune_vllm.encoder_inputs import family_of
+from tokenprune_vllm.positions import check_tables
 from tokenprune_vllm.processor import largest_items
 from tokenprune_vllm.pruner import Pruner
 from tokenprune_vllm.refusals import check_engine, room_for_positions
@@ -35,6 +36,8 @@ class PrunedModel:
         check_engine(vllm_config, settings)
         with room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        if not family.known and settings.default.positions == "original":
+            check_tables(self.get_language_model(), config.get_text_config())  # type: ignore[attr-defined]
         self._pruner = Pruner(self, family, settings, vllm_config)
         self._pruner.say(largest_items(vllm_config.model_config))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tokenprune.releases import warn_untested
 from tokenprune_vllm import metrics
-from tokenprune_vllm.any_architecture import register_every
+from tokenprune_vllm.lookup import register_every
 
 
 def register() -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from tokenprune.errors import UnsupportedModelError
 
 _BASE = 256
 DIGITS = 3
@@ -101,6 +103,24 @@ def rope_type(text_config: Any) -> str:
     return str(parameters.get("rope_type", "default"))
 
 
+def known_positions(text_config: Any) -> int:
+    """Return how many positions a language model was trained with.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If its config does not say.
+    """
+    known = getattr(text_config, "max_position_embeddings", None)
+    if known is None:
+        raise UnsupportedModelError(
+            f"the language model's config ({text_config.model_type!r}) says no "
+            "max_position_embeddings, so it is not known how far tokens may stand from each other. "
+            "Use positions='compact'."
+        )
+    return int(known)
+
+
 def rotary_length(text_config: Any) -> int:
     """Return how many positions the rotary tables of a pruned model have.
 
@@ -109,4 +129,24 @@ def rotary_length(text_config: Any) -> int:
     if rope_type(text_config) == "yarn":
         parameters = text_config.rope_parameters
         return int(parameters["original_max_position_embeddings"] * parameters["factor"])
-    return 2 * int(text_config.max_position_embeddings)
+    return 2 * known_positions(text_config)
+
+
+def check_tables(language_model: nn.Module, text_config: Any) -> None:
+    """Raise if a rotary table is shorter than the positions that pruned prompts may have.
+
+    An engine that looks up behind its end reads whatever lies there.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the module.
+    """
+    needed = rotary_length(text_config)
+    for name, module in language_model.named_modules():
+        table = getattr(module, "cos_sin_cache", None)
+        if isinstance(table, Tensor) and len(table) < needed:
+            raise UnsupportedModelError(
+                f"the rotary table of {name} has {len(table)} positions, and kept tokens that stay "
+                f"at their own may need {needed}. Use positions='compact'."
+            )

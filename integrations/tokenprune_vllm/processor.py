@@ -33,7 +33,7 @@ from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_inputs import VISUAL, Fields, family_of, medium_of
-from tokenprune_vllm.positions import rotary_length
+from tokenprune_vllm.positions import known_positions, rotary_length
 from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
 
@@ -364,7 +364,7 @@ class PruningProcessor:
         frames = getattr(selector, "frames_per_set", 1)
         largest = max(_most_at_once(segment, frames) for segment in region.segments)
         tokens = len(before) + len(region.text()) + largest + len(after)
-        known = int(self._text_config.max_position_embeddings)
+        known = known_positions(self._text_config)
         if self._server.default.positions == "original":
             known = rotary_length(self._text_config)
         if tokens > known:
@@ -382,7 +382,7 @@ class PruningProcessor:
         RequestError
             Saying how long it is before pruning.
         """
-        known = int(self._text_config.max_position_embeddings)
+        known = known_positions(self._text_config)
         longest = int(self.info.ctx.model_config.max_model_len)
         # What is generated follows the unpruned prompt's end, up to max_model_len tokens in all.
         if tokens + dropped > known or dropped + longest > rotary_length(self._text_config):

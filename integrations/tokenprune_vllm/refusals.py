@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
-from tokenprune_vllm.positions import rope_type
+from tokenprune_vllm.positions import known_positions, rope_type
 from tokenprune_vllm.settings import ServerSettings
 
 _WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
@@ -114,7 +114,7 @@ def room_for_positions(config: Any, settings: ServerSettings) -> Iterator[None]:
             "length of the prompt, so kept tokens cannot stay at their own positions in vLLM. Use "
             "positions='compact'."
         )
-    known = text.max_position_embeddings
+    known = known_positions(text)
     text.max_position_embeddings = 2 * known
     try:
         yield

@@ -78,8 +78,19 @@ def add_pruning(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start the server in the place of this process."""
     command = server_command(arguments)
+    print(f"tokenprune: {level_of(arguments)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def level_of(arguments: argparse.Namespace) -> str:
+    """Say how well the model is supported, in a sentence."""
+    from tokenprune_vllm.engine import read_config
+    from tokenprune_vllm.lookup import architecture_of
+
+    revision = _value(arguments.more, "--revision")
+    config = read_config(model_path(arguments.model), revision)
+    return architecture_of(config, arguments.model).level
 
 
 def server_command(arguments: argparse.Namespace) -> list[str]:

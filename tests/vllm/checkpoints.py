@@ -270,11 +270,13 @@ _OTHERS: dict[str, tuple[Tiny, _Family]] = {
     "vipllava": (Tiny(_vipllava, tf.VipLlavaForConditionalGeneration), _FAMILIES["llava"]),
     # Of a plugin of somebody else: tests/vllm/plugin.
     "own_llava": (TINY["llava"], _FAMILIES["llava"]),
+    "own_llava_next": (TINY["llava_next"], _FAMILIES["llava_next"]),
     "own_vl": (TINY["qwen2_vl"], _FAMILIES["qwen2_vl"]),
 }
 
 _OWN: dict[str, str] = {
     "own_llava": "OwnLlava",
+    "own_llava_next": "OwnNext",
     "own_vl": "OwnVL",
 }
 """Type -> architecture of a plugin."""

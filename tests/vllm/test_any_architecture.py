@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from tests.vllm import checkpoints
 from tests.vllm.checkpoints import OTHERS, WORDS
@@ -44,6 +46,15 @@ def cases(name: str) -> list[Case]:
     return found
 
 
+@contextmanager
+def plugin_installed() -> Iterator[None]:
+    """Let Python find the plugin, here and in the engine's processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(PLUGIN))
+        patch.setenv("PYTHONPATH", str(PLUGIN), prepend=os.pathsep)
+        yield
+
+
 def in_transformers(name: str, folder: Path) -> Reference:
     """Load the model in transformers, where the plugin's types have the weights of known ones."""
     known = {"own_llava": "llava", "own_vl": "qwen2_vl"}.get(name)
@@ -54,17 +65,14 @@ def in_transformers(name: str, folder: Path) -> Reference:
     return hf
 
 
-@pytest.fixture(scope="module", params=OTHERS)
+@pytest.fixture(scope="module", params=[name for name in OTHERS if name != "own_llava_next"])
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     name = request.param
     folder = checkpoints.save(name, tmp_path_factory.mktemp(name) / "model")
     methods = METHODS[1:] + READERS.get(name, ())
-    with pytest.MonkeyPatch.context() as patch:
-        if name.startswith("own"):
-            patch.syspath_prepend(str(PLUGIN))
-            patch.setenv("PYTHONPATH", str(PLUGIN), prepend=os.pathsep)
+    with plugin_installed():
         videos = {"limit_mm_per_prompt": {"image": 2, "video": 2}} if name == "own_vl" else {}
         with start(name, folder, METHODS[0], request_methods=methods, **videos) as llm:
             yield Pair(name, llm, in_transformers(name, folder))
@@ -86,3 +94,14 @@ def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
         pair.llm, [pair.request(case) for case in cases(pair.family)], greedy(words=WORDS)
     )
     assert together == expected
+
+
+def test_rows_that_are_newlines_are_found_and_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoints.save("own_llava_next", tmp_path / "model")
+    with plugin_installed(), start("own_llava_next", folder, "uniform", request_methods=()) as llm:
+        pair = Pair("own_llava_next", llm, Reference("own_llava_next", None, None))
+        with pytest.raises(EngineDeadError):
+            answer(llm, [pair.request(Case("it", (0,)))], greedy())
+    assert "are the same whatever the pixels are" in capfd.readouterr().out

@@ -56,10 +56,28 @@ def test_engine_args_refuse(
         tokenprune_vllm.engine_args(**arguments)
 
 
-def test_a_model_of_no_family_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["MllamaForConditionalGeneration"]}')
-    with pytest.raises(UnsupportedModelError, match="Supported: InternVLChatModel, "):
-        tokenprune_vllm.engine_args(tmp_path, "cls-attention", 4)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "names no architecture"),
+        ({"architectures": ["Nobody"]}, "installed vLLM does not know"),
+        (
+            {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama"},
+            "installed vLLM does not know",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "reads no images or videos"),
+        (
+            {"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True},
+            "has an encoder for its text",
+        ),
+    ],
+)
+def test_models_that_cannot_be_pruned_are_refused(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=message):
+        tokenprune_vllm.engine_args(tmp_path, "uniform", 4)
 
 
 def test_a_vllm_told_not_to_load_the_plugin(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:

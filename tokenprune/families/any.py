@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +31,36 @@ def has_mrope(config: Any) -> bool:
     return False
 
 
+GIVEN = frozenset({"embeddings", "question", "query_attention"})
+"""The most that selectors may look at in a model of no family."""
+
+
+def check_given(method: str, needs: Sequence[str], given: Collection[str], model: str) -> None:
+    """Raise if a method looks at what is not given.
+
+    Parameters
+    ----------
+    method, needs
+        See `Family.check_needs`.
+    given
+        What there is to look at.
+    model
+        What to call the model in the error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming what the method needs.
+    """
+    unknown = [need for need in needs if need not in given]
+    if unknown:
+        raise UnsupportedModelError(
+            f"method {method!r} looks at {', '.join(unknown)}, and tokenprune does not know where "
+            f"{model} has that. Use a method that needs embeddings or nothing, such as "
+            "information, divprune or uniform (see `tokenprune methods`)."
+        )
+
+
 class AnyFamily(Family):
     """A model whose rows are known, and neither how they lie nor what they were made of.
 
@@ -56,7 +86,7 @@ class AnyFamily(Family):
         super().__init__(config)
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
-        self.given = {"embeddings", "question"}
+        self.given = {"embeddings", "question"}  # of `GIVEN`
         if causal and not mrope:
             # The prompt that the first layers read is counted token by token.
             self.given.add("query_attention")
@@ -67,11 +97,4 @@ class AnyFamily(Family):
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of the model; see `Family.check_needs`."""
-        unknown = [need for need in needs if need not in self.given]
-        if unknown:
-            raise UnsupportedModelError(
-                f"method {method!r} looks at {', '.join(unknown)}, and tokenprune does not know "
-                f"where a model of the type {self.config.model_type!r} has that. Use a method that "
-                "needs embeddings or nothing, such as information, divprune or uniform (see "
-                "`tokenprune methods`)."
-            )
+        check_given(method, needs, self.given, f"a model of the type {self.config.model_type!r}")

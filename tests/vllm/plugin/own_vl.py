@@ -1,4 +1,4 @@
-"""A plugin of somebody else: two types that nobody knows, by other names LLaVA and Qwen2-VL."""
+"""A plugin of somebody else: types that nobody knows, by other names known ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ class OwnLlavaConfig(tf.LlavaConfig):  # type: ignore[misc]  # not typed
     model_type = "own_llava"
 
 
+class OwnNextConfig(tf.LlavaNextConfig):  # type: ignore[misc]
+    """Rows that are newlines."""
+
+    model_type = "own_llava_next"
+
+
 class OwnVLConfig(tf.Qwen2VLConfig):  # type: ignore[misc]
     """Positions with three axes, videos."""
 
@@ -28,6 +34,7 @@ def register() -> None:
     models = "vllm.model_executor.models"
     for config, name, home in (
         (OwnLlavaConfig, "OwnLlava", f"{models}.llava:LlavaForConditionalGeneration"),
+        (OwnNextConfig, "OwnNext", f"{models}.llava_next:LlavaNextForConditionalGeneration"),
         (OwnVLConfig, "OwnVL", f"{models}.qwen2_vl:Qwen2VLForConditionalGeneration"),
     ):
         tf.AutoConfig.register(config.model_type, config, exist_ok=True)

@@ -1,11 +1,12 @@
-"""Architectures of no family: whatever vLLM runs that takes images or videos.
+"""Which of our architectures a model has: one of a family, or one for whatever vLLM runs.
 
-vLLM's own class says what it takes; `tokenprune_vllm.models` puts pruning in front of it as of any
-other. vLLM is imported here, where it is asked.
+About those of no family vLLM is asked, which is imported here then; its own class says what it
+takes, and `tokenprune_vllm.models` puts pruning in front of it as of any other.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,34 @@ _EXPERTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_exp
 """What configs call the number of experts of a layer."""
 
 
-def any_architecture(names: Sequence[str], config: dict[str, Any], model: str) -> Architecture:
+def architecture_of(config: dict[str, Any], model: str) -> Architecture:
+    """Return our architecture for a model's config.json.
+
+    Parameters
+    ----------
+    config
+        The config as plain JSON types.
+    model
+        What to call the model in an error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If there is none.
+    """
+    names = [str(name).removeprefix(PREFIX) for name in config.get("architectures") or []]
+    if not names:
+        raise UnsupportedModelError(
+            f"the config.json of {model} names no architecture, so vLLM does not know its class. "
+            "Add architectures to it."
+        )
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    return _of_no_family(names, config, model)
+
+
+def _of_no_family(names: Sequence[str], config: dict[str, Any], model: str) -> Architecture:
     """Return our architecture for one that is in no family.
 
     Parameters
@@ -94,8 +122,12 @@ def _in_transformers(names: Sequence[str], config: dict[str, Any]) -> bool:
     """Say whether vLLM can run a class of transformers, or the checkpoint's own, in its place."""
     import transformers
 
-    brings = any(name.startswith("AutoModel") for name in config.get("auto_map") or {})
-    return brings or any(hasattr(transformers, name) for name in names)
+    if any(name.startswith("AutoModel") for name in config.get("auto_map") or {}):
+        return True
+    # Those that can be handed rows: others read images in a way of their own (cross-attention).
+    found = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    takes = [inspect.signature(model.forward).parameters for model in found]
+    return "model_type" in config and any("mm_encoder_outputs" in taken for taken in takes)
 
 
 def _through_transformers(config: dict[str, Any]) -> str:
