@@ -6,6 +6,7 @@ Those of a family are listed here, and found without vLLM; about any other one v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokenprune.registry import find
@@ -77,6 +78,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     name: Architecture(PREFIX + name, name in _THREE_AXES) for name in (*_ONE_AXIS, *_THREE_AXES)
 }
 """vLLM's name -> ours, of models of a known family."""
+
+
+def is_of_family(names: Sequence[str]) -> bool:
+    """Say whether one of a config's ``architectures`` is of a known family."""
+    return any(name.removeprefix(PREFIX) in ARCHITECTURES for name in names)
 
 
 def reads_prompt(method: str) -> bool:

@@ -13,6 +13,7 @@ from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.families.base import Family
 from tokenprune.families.registry import FAMILIES, family_of_config
 from tokenprune.tower.layouts import Medium
+from tokenprune_vllm.architectures import is_of_family
 
 Fields = Mapping[str, Any]
 """What vLLM's processor made of one image or video, by name: pixel_values, image_grid_thw, ..."""
@@ -43,7 +44,8 @@ def family_of(config: Any, causal: bool = False) -> Family:
             f"this LLaVA has a tower of the kind {tower!r}, whose images have rows of any "
             "length; tokenprune prunes LLaVA with CLIP and SigLIP towers."
         )
-    if config.model_type in FAMILIES:
+    # A type of a known family may run by another class, whose modules have other places.
+    if config.model_type in FAMILIES and is_of_family(config.architectures or []):
         return family_of_config(config)
     return AnyFamily(config, has_mrope(config), causal)
 
