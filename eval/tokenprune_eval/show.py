@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from tokenprune.budget import Keep
+    from tokenprune.config import Positions
     from tokenprune.selection import Selection
     from tokenprune.selectors.base import Selector
     from tokenprune_eval.shared.left_out import LeftOut
@@ -95,6 +96,65 @@ class Shown:
         return text
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of what methods keep of an image.
+
+    Attributes
+    ----------
+    seen
+        float64 [H, W, 3], 0 to 1: the image as the encoder saw it.
+    shown
+        What each method did.
+    question
+        What was asked, or None.
+    plain
+        The answer with all tokens, or None.
+    left_out
+        Of methods that could not be drawn, the reasons.
+    """
+
+    seen: Pixels
+    shown: Sequence[Shown]
+    question: str | None
+    plain: str | None
+    left_out: Sequence[str] = ()
+
+    def save(self, out: Path | str) -> None:
+        """Write it as a file.
+
+        Parameters
+        ----------
+        out
+            Its name, which ends in .png, .pdf or .svg.
+
+        Raises
+        ------
+        ConfigError, OutputError
+            If a file of that name cannot be written.
+        """
+        from tokenprune_eval.shared.output import write_whole
+
+        out = Path(out)
+        _check_out(out)
+        write_whole(out, self.content(out.suffix.lower()))
+
+    def content(self, suffix: str) -> bytes:
+        """Return the bytes of a file of the kind `suffix`, for example ``".svg"``."""
+        return _draw(self.seen, self.shown, self.question, self.plain, suffix)
+
+    def _repr_png_(self) -> bytes:
+        return self.content(".png")
+
+    def __str__(self) -> str:
+        """Return how many tokens each method keeps, and what the model says with them."""
+        lines = [] if self.plain is None else [f"unpruned: {self.plain}"]
+        for one in self.shown:
+            answer = "" if one.answer is None else f": {one.answer}"
+            lines.append(f"{one.method}, {one.caption()}{answer}")
+        return "\n".join(lines)
+
+
 def configure(parser: Parser) -> None:
     """Add the arguments."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="an image file")
@@ -133,31 +193,59 @@ def run(arguments: argparse.Namespace) -> int:
     _check_out(arguments.out)
 
     from tokenprune.media.images import load_image
-    from tokenprune_eval.shared.left_out import LeftOut
+    from tokenprune_hf.loading import load
 
     image = load_image(arguments.image)
-    # Methods are the items here: one that this model cannot serve leaves the others.
-    said: list[str] = []
-    left_out = LeftOut(said.append, ends=(MissingPackageError, OutputError))
-    picture, shown, plain = _look(
-        image, arguments.model, arguments.question, selectors, keep, arguments.positions, left_out
-    )
-    for text in said:
+    model, processor = load(arguments.model or BUNDLED)
+    drawn = _look(model, processor, image, arguments.question, selectors, keep, arguments.positions)
+    for text in drawn.left_out:
         print(f"tokenprune show: {text}", file=sys.stderr)
-
-    from tokenprune_eval.shared.output import write_whole
-
-    write_whole(
-        arguments.out,
-        _draw(picture, shown, arguments.question, plain, arguments.out.suffix.lower()),
-    )
-    if plain is not None:
-        print(f"unpruned: {plain}")
-    for one in shown:
-        answer = "" if one.answer is None else f": {one.answer}"
-        print(f"{one.method}, {one.caption()}{answer}")
+    drawn.save(arguments.out)
+    print(drawn)
     print(arguments.out)
     return 0
+
+
+def picture(
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    methods: Sequence[str | Selector] = ("zeroth-order", "cls-attention", "divprune"),
+    keep: Keep = 0.25,
+    *,
+    question: str | None = None,
+    positions: Positions = "original",
+) -> Drawn:
+    """Return an image, the methods' score maps and the tokens they keep, as a picture.
+
+    A notebook shows it by itself.
+
+    Parameters
+    ----------
+    model, processor
+        A vision-language model of transformers, and its processor.
+    image
+        The image.
+    methods
+        Names, or selectors with options of their own; one column each.
+    keep
+        Budget of the image: a number of tokens (int) or a fraction (float).
+    question
+        Answered with all tokens and with those kept; None asks nothing.
+    positions
+        Of kept tokens, see `tokenprune_hf.prune`.
+
+    Raises
+    ------
+    TokensError
+        If it is not known how the tokens lie in the image.
+    UnsupportedModelError, OptionError, ConfigError
+        If no method can be drawn.
+    """
+    from tokenprune.registry import build
+
+    selectors = [build(one, {}) if isinstance(one, str) else one for one in methods]
+    return _look(model, processor, image, question, selectors, keep, positions)
 
 
 def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
@@ -185,23 +273,26 @@ def _check_out(out: Path) -> None:
 
 
 def _look(
+    model: Any,
+    processor: Any,
     image: Image.Image,
-    model_name: str | None,
     question: str | None,
     selectors: Sequence[Selector],
     keep: Keep,
-    positions: Any,
-    left_out: LeftOut,
-) -> tuple[Pixels, list[Shown], str | None]:
+    positions: Positions,
+) -> Drawn:
     """Return the picture the encoder saw, what each method did, and the unpruned answer."""
     import torch
 
     import tokenprune_hf
     from tokenprune.selecting import select_many
-    from tokenprune_hf.loading import ask, load
+    from tokenprune_eval.shared.left_out import LeftOut
+    from tokenprune_hf.loading import ask
     from tokenprune_hf.vision import vision_model
 
-    model, processor = load(model_name or BUNDLED)
+    # Methods are the items here: one that this model cannot serve leaves the others.
+    said: list[str] = []
+    left_out = LeftOut(said.append, ends=(MissingPackageError, OutputError))
     inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)
@@ -229,7 +320,7 @@ def _look(
                 others = tuple(one for place, one in enumerate(selections) if place != whole)
                 shown.append(Shown(selector.name, selections[whole], others, answer))
     left_out.check("method", len(shown))
-    return _seen(inputs, processor, image, whole), shown, plain
+    return Drawn(_seen(inputs, processor, image, whole), shown, question, plain, said)
 
 
 def _encode(

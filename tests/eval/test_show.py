@@ -19,11 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import tokenprune_hf
 from tests.hf.models import END, IMAGE, PAD, START, TINY, VIDEO
 from tokenprune.cli import main
+from tokenprune.errors import ConfigError
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
 from tokenprune_eval import show
 from tokenprune_eval.bundled.scenes import load_scenes
-from tokenprune_hf.loading import ask
+from tokenprune_hf.loading import ask, load
 
 tf: Any = transformers  # its processors are not typed the way they are called
 
@@ -345,3 +346,21 @@ def test_an_encoder_without_attention_leaves_methods_that_need_none(
     assert printed.err == (
         "tokenprune show: cls-attention is left out: the vision tower has no q_proj to watch.\n"
     )
+
+
+def test_the_picture_from_python_is_the_one_of_the_command(tmp_path: Path) -> None:
+    scene = load_scenes()[0]
+    out = tmp_path / "command.png"
+    methods = ["zeroth-order", "uniform"]
+    assert (
+        main(["show", str(scene.image), "--method", *methods, "--keep", "9", "-o", str(out)]) == 0
+    )
+    model, processor = load("bundled")
+    drawn = show.picture(model, processor, Image.open(scene.image), methods, 9)
+    assert str(drawn) == "zeroth-order, 9 of 64 tokens\nuniform, 9 of 64 tokens"
+    assert [len(one.whole) for one in drawn.shown] == [9, 9]
+    drawn.save(tmp_path / "python.png")
+    for content in (tmp_path / "python.png", io.BytesIO(drawn._repr_png_())):
+        assert np.array_equal(np.asarray(Image.open(content)), np.asarray(Image.open(out)))
+    with pytest.raises(ConfigError, match="'.txt' cannot be written"):
+        drawn.save(tmp_path / "python.txt")
