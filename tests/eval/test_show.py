@@ -362,5 +362,5 @@ def test_the_picture_from_python_is_the_one_of_the_command(tmp_path: Path) -> No
     drawn.save(tmp_path / "python.png")
     for content in (tmp_path / "python.png", io.BytesIO(drawn._repr_png_())):
         assert np.array_equal(np.asarray(Image.open(content)), np.asarray(Image.open(out)))
-    with pytest.raises(ConfigError, match="'.txt' cannot be written"):
+    with pytest.raises(ConfigError, match=r"'\.txt' cannot be written"):
         drawn.save(tmp_path / "python.txt")
