@@ -287,8 +287,8 @@ def _look(
     import tokenprune_hf
     from tokenprune.selecting import select_many
     from tokenprune_eval.shared.left_out import LeftOut
+    from tokenprune_hf.any_model import vision_model_of_any_type
     from tokenprune_hf.loading import ask
-    from tokenprune_hf.vision import vision_model
 
     # Methods are the items here: one that this model cannot serve leaves the others.
     said: list[str] = []
@@ -297,7 +297,7 @@ def _look(
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)
         items = [item.tokens for item in encoded.modalities["image"].items]
-        whole = len(items) - 1 if vision_model(model).family.whole_image_last else 0
+        whole = len(items) - 1 if vision_model_of_any_type(model).family.whole_image_last else 0
         if not items[whole].is_picture:
             raise TokensError(
                 f"{items[whole].label}: how its {items[whole].total} tokens lie in the picture is "
@@ -328,7 +328,7 @@ def _encode(
 ) -> tuple[Encoded, list[Selector]]:
     """Return the encoded image, and the methods that this model has all for that they look at."""
     import tokenprune_hf
-    from tokenprune_hf.vision import check_method
+    from tokenprune_hf.any_model import check_method
 
     def encode(of: Sequence[Selector]) -> Encoded:
         needs = sorted({need for one in of for need in one.needs})

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.any import AnyFamily, has_mrope
+from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
 from tokenprune.tower.structure import of_noise, same
 from tokenprune_hf.attached import ThreadState
@@ -28,6 +29,7 @@ from tokenprune_hf.vision import (
     EncodedModality,
     Item,
     VisionModel,
+    check_selector,
     entries_of,
     supported_models,
     vision_model,
@@ -226,4 +228,39 @@ def vision_model_of_any_type(model: object) -> VisionModel:
     raise UnsupportedModelError(
         f"{type(inside).__name__} (model_type {kind!r}) cannot be pruned. Supported: "
         f"{', '.join(sorted(known))}, and any model whose forward takes mm_encoder_outputs."
+    )
+
+
+def check_method(selector: Selector, model: object) -> None:
+    """Raise unless the method can serve a model of transformers, see `check_selector`."""
+    check_selector(selector, vision_model_of_any_type(model))
+
+
+def check_type(config: Any, name: str) -> None:
+    """Raise unless models of a config's type can be pruned, before their weights are read.
+
+    Parameters
+    ----------
+    config
+        As transformers read it.
+    name
+        What to call the model in the error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If they cannot.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as CLASSES
+
+    kind = config.model_type
+    known = supported_models()
+    found: Any = CLASSES.get(type(config), None)
+    taken = () if found is None else inspect.signature(found.forward).parameters
+    if kind in known or ("mm_encoder_outputs" in taken and not config.is_encoder_decoder):
+        return
+    raise UnsupportedModelError(
+        f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
+        f"{', '.join(sorted(known))}, and the other types of AutoModelForImageTextToText whose "
+        "forward takes mm_encoder_outputs."
     )

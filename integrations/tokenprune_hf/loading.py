@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
+from tokenprune.errors import InputFileError, TokenPruneError, reason_of
 from tokenprune.media.video import Video
 from tokenprune.providers import model_path
+from tokenprune_hf.any_model import check_type
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
-from tokenprune_hf.vision import supported_models
 
 _FPS = 2.0
 """Frames per second of frames that come without their times: the rate at which most video models
@@ -53,13 +53,7 @@ def load(name: str) -> tuple[Any, Any]:
     hf.utils.logging.disable_progress_bar()
     hf.utils.logging.set_verbosity_error()
     try:
-        kind = hf.AutoConfig.from_pretrained(path).model_type
-        if kind not in supported_models():
-            raise UnsupportedModelError(
-                f"{name} is a model of the type {kind!r}, which cannot be pruned here. Supported: "
-                f"{', '.join(sorted(supported_models()))}. Load another vision-language model "
-                "with transformers, and pass it to tokenprune_hf.prune."
-            )
+        check_type(hf.AutoConfig.from_pretrained(path), name)
         processor = hf.AutoProcessor.from_pretrained(path)
         model = hf.AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
     except TokenPruneError:

@@ -399,8 +399,8 @@ def whole_model(model: object) -> Any:
     return inside
 
 
-def check_method(selector: Selector, model: object) -> None:
-    """Raise unless the method can serve a model of a known family.
+def check_selector(selector: Selector, vision: VisionModel) -> None:
+    """Raise unless a selector can serve a model.
 
     Raises
     ------
@@ -409,11 +409,6 @@ def check_method(selector: Selector, model: object) -> None:
     OptionError
         If an option asks for what this model's projector does not allow.
     """
-    check_selector(selector, vision_model(model))
-
-
-def check_selector(selector: Selector, vision: VisionModel) -> None:
-    """Raise unless a selector can serve a model, see `check_method`."""
     vision.family.check_needs(selector.name, selector.needs)
     selector.check_model(vision.model.config)
     if "projector" in selector.needs:

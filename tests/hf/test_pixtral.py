@@ -14,7 +14,6 @@ import tokenprune_hf
 from tests.hf.by_hand import full_attention_maps, greedy
 from tests.hf.models import BOS, EOS, IMAGE, PAD
 from tokenprune.errors import TokensError
-from tokenprune_eval.shared.left_out import LeftOut
 from tokenprune_hf.encoded_file import load_encoded, save_encoded
 from tokenprune_hf.layout import image_spans_of
 
@@ -236,7 +235,6 @@ def test_a_cls_token_among_the_features_stays() -> None:
 def test_show_refuses_what_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
-    from tokenprune.registry import build
     from tokenprune_eval import show
 
     model = siglip()
@@ -251,8 +249,7 @@ def test_show_refuses_what_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> Non
         attention_mask=torch.ones_like(ids),
         pixel_values=torch.randn(1, 3, 24, 24),
     )
-    monkeypatch.setattr("tokenprune_hf.loading.load", lambda _name: (model, None))
     monkeypatch.setattr("tokenprune_hf.loading.ask", lambda *_args, **_kwargs: inputs)
     picture = Image.new("RGB", (24, 24))
     with pytest.raises(TokensError, match=r"image 0: how its 35 tokens lie .* cannot be drawn"):
-        show._look(picture, "any", None, [build("uniform", {})], 5, "original", LeftOut(print))
+        show.picture(model, None, picture, ["uniform"], 5)

@@ -18,7 +18,6 @@ from tokenprune.errors import (
     ConfigError,
     InputFileError,
     TokenPruneError,
-    UnsupportedModelError,
     reason_of,
 )
 from tokenprune.media.packages import VIDEO
@@ -256,19 +255,15 @@ def _check_for_transformers(settings: Settings) -> None:
         check_dominance,
         check_proportional_attention,
     )
+    from tokenprune_hf.any_model import check_method, check_type, vision_model_of_any_type
     from tokenprune_hf.encoder_inputs import EncoderInputs
-    from tokenprune_hf.vision import check_method, supported_models, vision_model
 
     name = model_path(settings.model)
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # what is wrong with a checkpoint can show in any way
         raise _unloadable(settings.model, error) from None
-    if config.model_type not in supported_models():
-        raise UnsupportedModelError(
-            f"{settings.model} is a model of the type {config.model_type!r}, which cannot be "
-            f"pruned. Supported: {', '.join(sorted(supported_models()))}."
-        )
+    check_type(config, settings.model)
     models: Any = AutoModelForImageTextToText
     with torch.device("meta"):  # the modules without their weights
         model = models.from_config(config)
@@ -276,7 +271,7 @@ def _check_for_transformers(settings: Settings) -> None:
         selector = settings.pruning(condition).selector()
         check_method(selector, model)
         if "cls_attention" in selector.needs:
-            vision_model(model).scoring_layer(EncoderInputs("image"))
+            vision_model_of_any_type(model).scoring_layer(EncoderInputs("image"))
     if settings.proportional_attention:
         check_proportional_attention(model)
     if settings.dominance:

@@ -51,6 +51,7 @@ from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
 from tokenprune_eval.shared.left_out import free_memory
 from tokenprune_eval.shared.output import OutputError
+from tokenprune_hf.any_model import check_method, vision_model_of_any_type
 from tokenprune_hf.encoded_file import (
     encoded_key,
     encoder_fingerprint,
@@ -63,7 +64,7 @@ from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
 from tokenprune_hf.proportional import ProportionalAttention
-from tokenprune_hf.vision import ENCODED, check_method, vision_model
+from tokenprune_hf.vision import ENCODED
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""
@@ -290,7 +291,7 @@ class TransformersEngine:
         message = {"role": "user", "content": said}
         prompt = self.processor.apply_chat_template([message], add_generation_prompt=True)
         inputs = dict(self.processor(text=[prompt], images=content, return_tensors="pt"))
-        if not vision_model(self.model).family.tells_videos:
+        if not vision_model_of_any_type(self.model).family.tells_videos:
             # Else they may be the frames of a video, which methods that read the question refuse.
             inputs[VIDEO_FRAMES] = [1] * inputs["pixel_values"].shape[:-3].numel()
         return inputs
@@ -607,7 +608,7 @@ def _check_cache(folder: Path) -> None:
 
 def _all_needs(model: Any) -> set[str]:
     """Return what the encoder can give to selectors, on this model."""
-    vision = vision_model(model)
+    vision = vision_model_of_any_type(model)
     try:
         vision.scoring_layer(EncoderInputs("image"))
     except UnsupportedModelError:
