@@ -7,6 +7,7 @@ from __future__ import annotations
 
 ALIKE: dict[str, str] = {
     "qwen3_vl_moe": "qwen3_vl",
+    "qwen3_5_moe": "qwen3_5",
     "smolvlm": "idefics3",
 }
 """Name of a tiny model (`tests.hf.models.TINY`, `tests.vllm.checkpoints.FAMILIES`) -> the other."""

@@ -32,6 +32,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
     did_you_mean,
 )
+from tokenprune.families.registry import attending_layers
 from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
@@ -532,7 +533,8 @@ def _attention_modules(
             f"reason: {error}"
         ) from error
     depth = len(decoder)
-    wanted = list(range(depth)) if layers is None else list(layers)
+    attending = attending_layers(vision.model.config.get_text_config())
+    wanted = attending if layers is None else list(layers)
     allowed = all(type(one) is int and 0 <= one < depth for one in wanted)
     if not wanted or not allowed:
         raise ConfigError(
@@ -608,7 +610,7 @@ def measure_dominance(
     model
         A vision-language model of transformers of a family in `tokenprune_hf.supported_models()`.
     layers
-        Which decoder layers, from 0; None for all. See `depth_layers`.
+        Which decoder layers, from 0; None for all that attend to tokens. See `depth_layers`.
     text
         ``"all"``: every token of the prompt that is neither visual nor padding is text.
         ``"question"``: only those behind the last visual token are, the end of the chat template

@@ -36,9 +36,9 @@ def decoder_of(model: object) -> Any:
     layers = getattr(decoder, "layers", [])
     if not len(layers) or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(
-            f"the decoder {type(decoder).__name__} of {type(model).__name__} has no layers with "
-            "self_attn, so its attention cannot be reached. Use a model with a decoder of the "
-            "Llama or Qwen kind."
+            f"the decoder {type(decoder).__name__} of {type(model).__name__} has layers without "
+            "self_attn, such as those that keep a state in place of keys, which no mask reaches. "
+            "Use a model whose layers all attend to tokens, as those of Llama and Qwen3 do."
         )
     return decoder
 

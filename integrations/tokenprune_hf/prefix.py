@@ -81,6 +81,10 @@ class _Projections(Protocol):
     head_dim: int
     scaling: float
 
+    @property
+    def config(self) -> Any:
+        """The language model's config."""
+
 
 class _Probe:
     """Takes q and k of one prompt out of each watched layer.
@@ -131,7 +135,13 @@ class _Probe:
 def heads_of(attention: _Projections, which: str, states: Tensor) -> Tensor:
     """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
     projected = getattr(attention, f"{which}_proj")(states[None])
-    split = projected.unflatten(-1, (-1, int(attention.head_dim)))
+    width = int(attention.head_dim)
+    if which == "q":
+        # Qwen3.5 projects to q and to a gate on the head's output, head by head, q first.
+        split = projected.unflatten(-1, (int(attention.config.num_attention_heads), -1))
+        split = split[..., :width]
+    else:
+        split = projected.unflatten(-1, (-1, width))
     norm = getattr(attention, f"{which}_norm", None)
     if norm is not None:
         split = norm(split)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.families.registry import reference_layer
+from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader, SetPrompts
@@ -127,7 +127,11 @@ class DecoderLayers:
         config = self.vision.model.config
         text_config = config.get_text_config()
         return reference_layer(
-            config.model_type, text_config.num_hidden_layers, text_config.hidden_size, asked
+            config.model_type,
+            text_config.num_hidden_layers,
+            text_config.hidden_size,
+            asked,
+            attending_layers(text_config),
         )
 
     def embed(self, ids: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.modules import entrance_of, layers_of
-from tokenprune.families.registry import FAMILIES
+from tokenprune.families.registry import FAMILIES, attending_layers
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Medium
@@ -236,7 +236,7 @@ class VisionModel:
     def check_reading(
         self, positions: Positions, hides: bool, proportional_attention: bool
     ) -> None:
-        """Raise if this model cannot read its tokens so; one of a family can.
+        """Raise if this model cannot read its tokens so; most of a family can.
 
         Parameters
         ----------
@@ -244,7 +244,29 @@ class VisionModel:
             See `tokenprune_hf.prune`.
         hides
             Whether tokens stay in the prompt and are hidden (``apply="mask"``).
+
+        Raises
+        ------
+        UnsupportedModelError
+            Saying why.
         """
+        text = self.model.config.get_text_config()
+        without = int(text.num_hidden_layers) - len(attending_layers(text))
+        if not without:
+            return
+        name = (
+            f"{without} of the {text.num_hidden_layers} layers of {type(self.model).__name__}'s "
+            "language model do not attend to tokens, but keep a state of all that they were given"
+        )
+        if hides:
+            raise UnsupportedModelError(
+                f"{name}: no attention mask hides a token from them. Use apply='drop'."
+            )
+        if proportional_attention:
+            raise UnsupportedModelError(
+                f"{name}: a token cannot count for several there, and proportional attention "
+                "would hold in the other layers alone. Leave it out."
+            )
 
     def encoder_arguments(self) -> set[str]:
         """Return the names of all arguments that only the vision encoders read."""

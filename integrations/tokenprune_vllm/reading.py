@@ -2,23 +2,26 @@
 
 The engine's layers run as they are, with the weights they have, on one prompt at a time. Only what
 looks into the paged KV cache is left aside meanwhile: plain causal attention stands in its place.
+Layers that keep a state in place of keys get one of their own (`own_states`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
-from tokenprune.families.registry import reference_layer
+from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.reader import SetPrompts
+from tokenprune_vllm.own_states import own_states
 
 
 class LanguageModel:
@@ -47,14 +50,20 @@ class LanguageModel:
         self._config = family.config
         self._text_config = family.config.get_text_config()
         self.width = int(self._text_config.hidden_size)
-        for layer in self._layers or [None]:
+        self._stateful: dict[int, Any] = {
+            number: layer.linear_attn
+            for number, layer in enumerate(self._layers)
+            if isinstance(getattr(layer, "linear_attn", None), MambaBase)
+        }
+        attending = [one for n, one in enumerate(self._layers) if n not in self._stateful]
+        for layer in attending or [None]:
             attention: Any = getattr(layer, "self_attn", None)
             parts = ("qkv_proj", "o_proj", "rotary_emb", "attn", "scaling", "head_dim")
             if not all(hasattr(attention, part) for part in parts):
                 raise UnsupportedModelError(
                     f"the language model {type(whole).__name__} has layers of a kind that cannot "
-                    "be read with the question in vLLM; those of Llama, Qwen2 and Qwen3 can. Use "
-                    "flexselect-lite, or a method that needs no language model."
+                    "be read with the question in vLLM; those of Llama, Qwen2, Qwen3 and Qwen3.5 "
+                    "can. Use flexselect-lite, or a method that needs no language model."
                 )
             if getattr(attention.attn, "sliding_window", None) is not None:
                 raise UnsupportedModelError(
@@ -65,7 +74,13 @@ class LanguageModel:
 
     def reference_layer(self, asked: int | None) -> int:
         """Return the layer to read, from 0."""
-        return reference_layer(self._config.model_type, len(self._layers), self.width, asked)
+        return reference_layer(
+            self._config.model_type,
+            len(self._layers),
+            self.width,
+            asked,
+            attending_layers(self._text_config),
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D]."""
@@ -142,11 +157,15 @@ class LanguageModel:
         """
         # vLLM's layers pass the residual on apart, for a norm that adds it in one kernel.
         residual = None
-        for index, layer in enumerate(self._layers[:number]):
-            with _in_place_of(layer.self_attn, _Causal(layer.self_attn)):
-                states, residual = layer(positions, states, residual)
-            if index < len(deeper):
-                states = states + deeper[index]
+        stateful = [layer for index, layer in self._stateful.items() if index < number]
+        with own_states(stateful, len(states), self._vllm_config, states.device):
+            for index, layer in enumerate(self._layers[:number]):
+                with self._attending_plainly(index):
+                    states, residual = layer(
+                        positions=positions, hidden_states=states, residual=residual
+                    )
+                if index < len(deeper):
+                    states = states + deeper[index]
         layer = self._layers[number]
         hidden = states if residual is None else states + residual
         taking = _Taking(layer.self_attn)
@@ -155,6 +174,13 @@ class LanguageModel:
             layer.self_attn(positions=positions, hidden_states=layer.input_layernorm(hidden))
         query, key, value = taking.taken
         return query, key, value, hidden, float(layer.self_attn.scaling)
+
+    def _attending_plainly(self, number: int) -> AbstractContextManager[None]:
+        """Let a layer attend without the paged cache; one that keeps a state does not attend."""
+        if number in self._stateful:
+            return nullcontext()
+        attention = self._layers[number].self_attn
+        return _in_place_of(attention, _Causal(attention))
 
 
 class _Taking(nn.Module):

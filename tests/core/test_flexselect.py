@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -21,7 +22,7 @@ from tokenprune.errors import (
     TokensError,
     UnsupportedModelError,
 )
-from tokenprune.families.registry import reference_layer
+from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys, Reduction, question_scores
 from tokenprune.question.prompt import ItemPrompt, positions_on_axes
 from tokenprune.selectors.frame_sets import frame_sets, shares
@@ -238,6 +239,26 @@ def test_reference_layers() -> None:
     assert reference_layer("llava", 1, 8) == 0
     with pytest.raises(UnsupportedModelError, match="0 to 27"):
         reference_layer("qwen2_5_vl", 28, 3584, 28)
+
+
+def test_the_reference_layer_attends() -> None:
+    linear = SimpleNamespace(
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+        * 8,
+        num_hidden_layers=32,
+    )
+    attending = attending_layers(linear)
+    assert attending == [3, 7, 11, 15, 19, 23, 27, 31]
+    assert attending_layers(SimpleNamespace(num_hidden_layers=3)) == [0, 1, 2]
+    windows = ["sliding_attention", "full_attention"]
+    assert attending_layers(SimpleNamespace(num_hidden_layers=2, layer_types=windows)) == [0, 1]
+    assert reference_layer("qwen3_5", 32, 4096, None, attending) == 23  # 22 does not
+    assert reference_layer("qwen3_5", 32, 4096, 7, attending) == 7
+    assert reference_layer("qwen3_5", 10, 4096, None, [6, 8]) == 8  # as near as 6, and later
+    with pytest.raises(UnsupportedModelError, match=r"layer=8 .* does not attend .* 3, 7, 11"):
+        reference_layer("qwen3_5", 32, 4096, 8, attending)
+    with pytest.raises(UnsupportedModelError, match="none of the 2 layers"):
+        reference_layer("qwen3_5", 2, 4096, None, [])
 
 
 def test_published_budgets() -> None:

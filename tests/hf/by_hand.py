@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.hf.models import IMAGE, VIDEO
+from tests.hf.models import IMAGE, STATEFUL, VIDEO
 
 
 @contextmanager
@@ -191,7 +191,8 @@ def greedy(
                 extra["deepstack_visual_embeds"] = [
                     torch.stack(layer) for layer in zip(*deep_rows, strict=True)
                 ]
-            extra["attention_mask"] = _mask(name, blocks)
+            if name not in STATEFUL:  # there it is causal anyway, and other layers read none
+                extra["attention_mask"] = _mask(name, blocks)
             output = language_model(
                 inputs_embeds=hidden[None],
                 position_ids=place[..., None, :] if place.ndim > 1 else place[None],

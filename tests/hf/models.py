@@ -218,6 +218,45 @@ def _qwen3_vl_moe() -> Any:
     return _qwen3_vl(tf.Qwen3VLMoeConfig, **experts)
 
 
+_LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+"""Three layers that keep a state, and one that attends; every other number of a head is rotated."""
+
+
+def _qwen3_5(kind: Any = tf.Qwen3_5Config, **text: Any) -> Any:
+    config = _qwen3_vl().to_dict()
+    rope = {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    vision = {**config["vision_config"], "model_type": kind.sub_configs["vision_config"].model_type}
+    vision.pop("deepstack_visual_indexes")
+    vision.pop("rope_parameters", None)
+    return kind(
+        vision_config=vision,
+        text_config={
+            **_QWEN_TEXT,
+            **_LINEAR,
+            "head_dim": 8,
+            "rope_parameters": {**_QWEN_TEXT["rope_parameters"], **rope},
+            **text,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
+def _qwen3_5_moe() -> Any:
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+    experts |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+    return _qwen3_5(tf.Qwen3_5MoeConfig, **experts)
+
+
 def _idefics3() -> Any:
     return tf.Idefics3Config(
         vision_config={
@@ -345,11 +384,18 @@ TINY: dict[str, Tiny] = {
     "qwen3_vl_moe": Tiny(
         _qwen3_vl_moe, tf.Qwen3VLMoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO
     ),
+    "qwen3_5": Tiny(_qwen3_5, tf.Qwen3_5ForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "qwen3_5_moe": Tiny(
+        _qwen3_5_moe, tf.Qwen3_5MoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO
+    ),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
 }
 """Every supported `model_type` and its tiny model."""
+
+STATEFUL = ("qwen3_5", "qwen3_5_moe")
+"""Those some of whose layers keep a state in place of keys."""
 
 
 def checkpoint_gradients(model: Any) -> None:

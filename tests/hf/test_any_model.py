@@ -17,6 +17,7 @@ from torch import Tensor
 import tokenprune_hf
 from tests.hf.models import IMAGE, Tiny
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.registry import FAMILIES
 from tokenprune_hf import any_model
 from tokenprune_hf.vision import vision_model
 
@@ -146,6 +147,13 @@ CASES = {
         newlines=8 + 4,  # one behind each row of tokens of an image that was cut into crops
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def no_family_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that have a family are pruned without it here: their kinds are what is tried."""
+    for name in CASES:
+        monkeypatch.delitem(FAMILIES, name, raising=False)
 
 
 def model_of(name: str) -> Any:

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`hidden_state` is deprecated.*MllamaVisionEncoderLayer:FutureWarning"
 )
 MODELS = ["llava", "qwen2_5_vl"]
+WITH_A_STATE = [*MODELS, "qwen3_5"]  # whose cache transformers itself does not cut back
 MORE = torch.tensor([[31, 32, 33]])
 
 
@@ -82,7 +83,8 @@ def saved(cache: Any) -> Any:
 def moved(cache: Any) -> Any:
     """What offloading does: the same cache, its tensors new ones."""
     for layer in cache.layers:
-        layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+        if hasattr(layer, "keys"):
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     return cache
 
 
@@ -96,7 +98,7 @@ SAME_ROWS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("way", SAME_ROWS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_A_STATE)
 def test_copies_go_on_as_the_cache_itself(name: str, way: str, positions: Positions) -> None:
     model, inputs = setting(name, ["titt", "tit"])
     rows = torch.arange(2)
@@ -107,7 +109,7 @@ def test_copies_go_on_as_the_cache_itself(name: str, way: str, positions: Positi
         assert go_on(model, talk, SAME_ROWS[way](cache_of(first))) == right
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_A_STATE)
 def test_another_block_goes_on_and_no_block_refuses(name: str) -> None:
     model, inputs = setting(name, ["tit"])
     rows = torch.arange(1)
@@ -163,7 +165,7 @@ def test_rows_that_were_moved_repeated_or_left_out(name: str) -> None:
             go_on(model, talk, moved_apart)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITH_A_STATE)
 def test_several_sequences_of_a_prompt(name: str) -> None:
     model, inputs = setting(name, ["titt", "tit"])
     rows = torch.tensor([0, 0, 1, 1])

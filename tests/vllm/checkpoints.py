@@ -65,6 +65,8 @@ class _Family:
         Whether the tokenizer starts every text with BOS.
     named
         Special tokens that the processor wants to find as attributes of the tokenizer.
+    dtype
+        In which the weights are saved, and both engines calculate.
     """
 
     tokens: tuple[str, str, str, str]
@@ -74,6 +76,7 @@ class _Family:
     changes: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
     named: dict[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 def _square(config: Any) -> dict[str, int]:
@@ -209,6 +212,29 @@ _QWEN3 = _qwen(
 )
 
 
+_QWEN3_5 = _qwen(
+    "Qwen3VLProcessor",
+    "Qwen3VLVideoProcessor",
+    "out_hidden_size",
+    mrope_section=[3, 3, 2],
+    mrope_interleaved=True,
+    partial_rotary_factor=0.5,
+)
+_QWEN3_5 = replace(
+    _QWEN3_5,
+    changes={
+        **_QWEN3_5.changes,
+        "text_config": {
+            **_QWEN3_5.changes["text_config"],
+            # The only ones that vLLM's layers of linear attention take on a CPU.
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+        },
+    },
+    dtype="bfloat16",
+)
+
+
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family(
         tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
@@ -246,6 +272,15 @@ _FAMILIES: dict[str, _Family] = {
     ),
     "qwen3_vl": _QWEN3,
     "qwen3_vl_moe": _QWEN3,
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": replace(
+        _QWEN3_5,
+        changes={
+            **_QWEN3_5.changes,
+            # All of them: rounding decides which of two experts that are rated alike is asked.
+            "text_config": {**_QWEN3_5.changes["text_config"], "num_experts_per_tok": 4},
+        },
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
@@ -253,6 +288,9 @@ FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 
 VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if family.video)
 """Those that take videos."""
+
+DTYPES: dict[str, str] = {name: family.dtype for name, family in _FAMILIES.items()}
+"""In which each is saved, and both engines calculate."""
 
 
 def _vipllava() -> Any:
@@ -320,7 +358,7 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
             _change(config, change)
         return config
 
-    model = replace(tiny, build=build).model(seed)
+    model = replace(tiny, build=build).model(seed).to(getattr(torch, rules.dtype))
     model.generation_config.suppress_tokens = sorted(set(range(_VOCABULARY)) - set(WORDS))
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"

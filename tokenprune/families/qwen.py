@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: packed towers, 2x2 mergers, positions with three axes."""
+"""Qwen2-VL to Qwen3.5: packed towers, 2x2 mergers, positions with three axes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from tokenprune.tower.layouts import (
 
 
 class Qwen2VL(Family):
-    """Qwen2-VL and Qwen3-VL: each token is a 2x2 group of patches.
+    """Qwen2-VL, Qwen3-VL and Qwen3.5 (Qwen3.6 too): each token is a 2x2 group of patches.
 
-    Attention is scored in the last block, which sees whole frames in all three models. Source:
+    Attention is scored in the last block, which sees whole frames in all of them. Source:
     HoloV's Qwen path (methods of the field score there): last layer, mean over heads and queries,
     averaged over the patches of a token.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = (
+        "qwen2_vl",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "qwen3_5",
+        "qwen3_5_moe",
+    )
     mrope: ClassVar[bool] = True
 
     @property

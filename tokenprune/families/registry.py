@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
@@ -46,13 +47,40 @@ def family_of_config(config: Any) -> Family:
     return FAMILIES[name](config)
 
 
-def reference_layer(model_type: str, layers: int, width: int, asked: int | None = None) -> int:
+_ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")
+"""How configs of transformers name layers with softmax attention in `layer_types`."""
+
+
+def attending_layers(text_config: Any) -> list[int]:
+    """Return the layers of a language model that attend to tokens, from 0.
+
+    The others (linear attention, convolutions) keep a state in place of keys: it has seen all
+    tokens before, and how much it took from each cannot be read from it.
+
+    Parameters
+    ----------
+    text_config
+        The language model's config.
+    """
+    kinds = getattr(text_config, "layer_types", None)
+    if not kinds:
+        return list(range(int(text_config.num_hidden_layers)))
+    return [number for number, kind in enumerate(kinds) if kind in _ATTENDING]
+
+
+def reference_layer(
+    model_type: str,
+    layers: int,
+    width: int,
+    asked: int | None = None,
+    attending: Sequence[int] | None = None,
+) -> int:
     """Return the layer whose attention ranks visual tokens.
 
     Source: FlexSelect (arXiv 2506.00993), the released scripts' layers for the models named
     there (`Family.reference_layers`). Other models have no published one: the layer at seven
-    tenths of the depth is taken, the middle of what is published; ``tokenprune find-layer``
-    measures a better one.
+    tenths of the depth is taken, the middle of what is published, or the nearest one that
+    attends, the later of two; ``tokenprune find-layer`` measures a better one.
 
     Parameters
     ----------
@@ -62,19 +90,35 @@ def reference_layer(model_type: str, layers: int, width: int, asked: int | None 
         Number of decoder layers and hidden size of its language model.
     asked
         The layer that the user asked for, counted from 0, or None.
+    attending
+        What `attending_layers` returns; None for all layers.
 
     Raises
     ------
     UnsupportedModelError
-        If the model has no such layer.
+        If the model has no such layer, or it does not attend.
     """
+    known = range(layers) if attending is None else attending
+    if not known:
+        raise UnsupportedModelError(
+            f"none of the {layers} layers of this model's language model attends to tokens, so "
+            "nothing can rank them. Use a method that needs no language model (see `tokenprune "
+            "methods`)."
+        )
     if asked is None:
         family = FAMILIES.get(model_type)
         published = {} if family is None else family.reference_layers
-        return published.get((layers, width), min(layers * 7 // 10, layers - 1))
+        wanted = published.get((layers, width), min(layers * 7 // 10, layers - 1))
+        return min(known, key=lambda number: (abs(number - wanted), -number))
     if not 0 <= asked < layers:
         raise UnsupportedModelError(
             f"layer={asked} is no layer of this model's language model, which has {layers}: 0 to "
             f"{layers - 1}. `tokenprune find-layer` measures which one to take."
+        )
+    if asked not in known:
+        raise UnsupportedModelError(
+            f"layer={asked} of this model's language model does not attend to tokens: it keeps a "
+            f"state of all before, which cannot rank them. Layers {', '.join(map(str, known))} "
+            "attend; `tokenprune find-layer` measures which one to take."
         )
     return asked

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenprune.errors import OptionError
-from tokenprune.families.registry import reference_layer
+from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.selectors.frame_sets import FrameSets
 
 
@@ -32,6 +32,12 @@ class LayerReading(FrameSets):
             )
 
     def check_model(self, config: Any) -> None:
-        """Raise unless the language model has the layer."""
+        """Raise unless the language model has the layer, and it attends."""
         text = config.get_text_config()
-        reference_layer(config.model_type, text.num_hidden_layers, text.hidden_size, self.layer)
+        reference_layer(
+            config.model_type,
+            text.num_hidden_layers,
+            text.hidden_size,
+            self.layer,
+            attending_layers(text),
+        )

@@ -29,6 +29,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
     did_you_mean,
 )
+from tokenprune.families.registry import attending_layers
 from tokenprune.media.video import Video
 from tokenprune.question.attention import Reduction, question_scores
 from tokenprune.question.reader import PromptReader
@@ -288,15 +289,15 @@ def _full_attention_layers(vision: VisionModel) -> tuple[int, ...]:
     layers = list(vision.language_model().layers)
     full = tuple(
         number
-        for number, layer in enumerate(layers)
-        if (attention := getattr(layer, "self_attn", None)) is None
+        for number in attending_layers(vision.model.config.get_text_config())
+        if (attention := getattr(layers[number], "self_attn", None)) is None
         or sliding_window(attention) is None
     )
     if not full:
         raise UnsupportedModelError(
             f"all {len(layers)} decoder layers of {type(vision.model).__name__} have a sliding "
-            "window, so none of them can rank a video. Use flexselect-lite, or a method that needs "
-            "no language model (see `tokenprune methods`)."
+            "window or a state in place of keys, so none of them can rank a video. Use "
+            "flexselect-lite, or a method that needs no language model (see `tokenprune methods`)."
         )
     return full
 

@@ -1,0 +1,64 @@
+"""Models with layers that keep a state (linear attention): what they are asked for, and refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tokenprune_hf
+from tests.hf.by_hand import item_rows
+from tests.hf.models import IMAGE, STATEFUL, TINY, VIDEO, prompt
+from tests.hf.test_flexselect import attention_by_hand, encoder_rows
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_hf.layout import decoder_of
+
+
+@pytest.mark.parametrize("layer", [None, 3])
+@pytest.mark.parametrize("modality", ["image", "video"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_the_layer_that_attends_ranks_tokens(name: str, modality: str, layer: int | None) -> None:
+    """Its map, by the engine's own eager attention, behind three layers that keep a state."""
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, ["tit" if modality == "image" else "tvt"])
+    with torch.no_grad():
+        rows, sizes = encoder_rows(model, inputs, modality)
+        with tokenprune_hf.prune(model, "flexselect", 5, layer=layer) as pruning:
+            model(**inputs)
+        ids = inputs["input_ids"][0]
+        place = (ids == (IMAGE if modality == "image" else VIDEO)).nonzero()[:, 0].tolist()
+        (item,) = item_rows(name, inputs, modality, sizes)
+        columns = list(range(len(ids)))
+        (attention,) = attention_by_hand(
+            model, name, inputs, columns, dict(zip(place, rows, strict=True))
+        )
+    questions = len(ids) - 1 - place[-1]
+    scores = attention[:, -questions:][..., [place[row] for row in item]].amax((0, 1))
+    (selection,) = pruning.selections
+    assert selection.scores is not None
+    torch.testing.assert_close(selection.scores, scores, atol=1e-6, rtol=1e-4)
+    best = torch.sort(scores, descending=True, stable=True).indices[:5].sort().values
+    assert torch.equal(selection.kept, best)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"apply": "mask"}, "3 of the 4 layers of Qwen3_5.* no attention mask hides"),
+        ({"proportional_attention": True}, "3 of the 4 layers .* count for several"),
+    ],
+)
+def test_what_a_state_cannot_do_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tokenprune_hf.prune(TINY["qwen3_5"].model(), "uniform", 4, **options)
+
+
+def test_a_layer_that_does_not_attend_ranks_nothing() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layer=1 .* does not attend .* Layers 3 "):
+        tokenprune_hf.prune(TINY["qwen3_5"].model(), "flexselect", 4, layer=1)
+
+
+def test_masks_reach_no_layer_with_a_state() -> None:
+    with pytest.raises(UnsupportedModelError, match="layers without self_attn"):
+        decoder_of(TINY["qwen3_5"].model())
