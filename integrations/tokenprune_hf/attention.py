@@ -127,6 +127,8 @@ class SeenAttention:
         rotary = sys.modules[type(self.module).__module__]
         if "fused" in self.projected:  # [P, 3 * H * d] of all pictures
             query, key, _ = self.projected["fused"].unflatten(-1, (3, heads, -1)).unbind(-3)
+            if hasattr(self.module, "q_norm"):
+                query, key = self.module.q_norm(query), self.module.k_norm(key)
             cos, sin = self.arguments["position_embeddings"]
             query, key = rotary.apply_rotary_pos_emb_vision(query, key, cos, sin)
             return query.transpose(0, 1)[None], key.transpose(0, 1)[None]

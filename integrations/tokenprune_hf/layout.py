@@ -112,7 +112,10 @@ def image_spans_of(
     vision = vision_model(model)
     ids = input_ids.cpu()
     result: list[list[ImageSpan]] = [[] for _ in ids]
-    for modality in ("image", "video"):
+    modalities = ["image", "video"]
+    if vision.family.videos_as_images:  # a call has one kind of them, whose grid it brings
+        modalities = ["video" if arguments.get("video_grid_thw") is not None else "image"]
+    for modality in modalities:
         places = ids == vision.token_id(modality)
         runs = [(row, span) for row, flags in enumerate(places) for span in image_spans(flags)]
         total = sum(len(span) for _, span in runs)

@@ -40,8 +40,14 @@ def find_placeholders(
     Raises
     ------
     PromptError
-        If there are not as many placeholders as rows.
+        If there are not as many placeholders as rows, or images cannot be told from videos.
     """
+    if vision.family.videos_as_images and len(encoded.modalities) > 1:
+        raise PromptError(
+            f"{type(vision.model).__name__} has the same placeholder for images and videos, and "
+            "takes no call with both of them in transformers. Pass images and videos in calls of "
+            "their own, or serve the model with vLLM, which takes both."
+        )
     placeholders = {}
     for modality, media in encoded.modalities.items():
         places = (input_ids == vision.token_id(modality)).nonzero()

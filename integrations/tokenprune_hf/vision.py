@@ -203,6 +203,8 @@ class VisionModel:
 
     def token_id(self, modality: str) -> int:
         """Return the id of the placeholder token of `modality`."""
+        if self.family.videos_as_images:
+            modality = "image"
         token_id: int | None = getattr(self.model.config, f"{modality}_token_id", None)
         if token_id is None:
             token_id = getattr(self.model.config, f"{modality}_token_index", -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.hf.models import IMAGE, STATEFUL, VIDEO
+from tests.hf.models import APART, IMAGE, STATEFUL, VIDEO
 
 
 @contextmanager
@@ -155,7 +155,10 @@ def greedy(
     language_model = inner.language_model if hasattr(inner, "language_model") else inner.text_model
     used = {"image": 0, "video": 0}
     answers = []
-    for sample, ids in enumerate(inputs["input_ids"].tolist()):
+    prompts = inputs["input_ids"]
+    if name in APART and inputs.get("video_grid_thw") is not None:
+        prompts = prompts.masked_fill(inputs["mm_token_type_ids"] == 2, VIDEO)
+    for sample, ids in enumerate(prompts.tolist()):
         embeds, where, visual, blocks = [], [], [], []
         deep_rows: list[list[Tensor]] = []
         block = 0

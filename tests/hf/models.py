@@ -257,6 +257,47 @@ def _qwen3_5_moe() -> Any:
     return _qwen3_5(tf.Qwen3_5MoeConfig, **experts)
 
 
+def _glm4v(kind: Any = tf.Glm4vConfig, **text: Any) -> Any:
+    rope = {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}
+    return kind(
+        vision_config={
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "out_hidden_size": 32,
+            "num_heads": 4,
+            "patch_size": 4,
+            "image_size": 32,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        text_config={
+            **_TEXT,
+            "rope_parameters": {**_QWEN_TEXT["rope_parameters"], **rope},
+            **text,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=START,
+        image_end_token_id=END,
+        video_start_token_id=94,
+        video_end_token_id=95,
+    )
+
+
+def _glm4v_moe() -> Any:
+    experts: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2}
+    return _glm4v(tf.Glm4vMoeConfig, moe_intermediate_size=24, **experts)
+
+
+def _glm46v() -> Any:
+    return _glm4v(tf.Glm46VConfig)
+
+
+def _glm_ocr() -> Any:
+    return _glm4v(tf.GlmOcrConfig)
+
+
 def _idefics3() -> Any:
     return tf.Idefics3Config(
         vision_config={
@@ -388,14 +429,26 @@ TINY: dict[str, Tiny] = {
     "qwen3_5_moe": Tiny(
         _qwen3_5_moe, tf.Qwen3_5MoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO
     ),
+    "glm4v": Tiny(_glm4v, tf.Glm4vForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "glm4v_moe": Tiny(_glm4v_moe, tf.Glm4vMoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "glm46v": Tiny(_glm46v, tf.Glm46VForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "glm_ocr": Tiny(_glm_ocr, tf.GlmOcrForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
 }
 """Every supported `model_type` and its tiny model."""
 
+APART = tuple(name for name in TINY if name.startswith("glm"))
+"""Those that take no call with both images and videos."""
+
 STATEFUL = ("qwen3_5", "qwen3_5_moe")
 """Those some of whose layers keep a state in place of keys."""
+
+
+def mixing(name: str, samples: list[str]) -> list[str]:
+    """Return samples of images and videos; of videos alone where no call takes both."""
+    return [sample.replace("i", "v") for sample in samples] if name in APART else samples
 
 
 def checkpoint_gradients(model: Any) -> None:
@@ -449,22 +502,26 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
         [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     )
     kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-    if "Qwen" in tiny.architecture.__name__:
+    if tiny.architecture.__name__.startswith(("Qwen", "Glm")):
         inputs["mm_token_type_ids"] = kinds
+    if tiny.architecture.__name__.startswith("Glm"):  # frames look like images in the prompt
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(kinds == 2, IMAGE)
     if "Gemma" in tiny.architecture.__name__:
         inputs["token_type_ids"] = (kinds == 1).long()
     return inputs
 
 
 def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
-    if not tiny.architecture.__name__.startswith("Qwen3"):
+    name = tiny.architecture.__name__
+    if not name.startswith(("Qwen3", "Glm")):
         return [VIDEO] * size
-    # Qwen3-VL writes the time in front of each frame.
+    # Qwen3-VL writes the time in front of each frame, GLM-4V behind it.
     grid = [
         row for row in inputs["video_grid_thw"].tolist() if row[0] * row[1] * row[2] == 4 * size
     ]
     frames = grid[0][0]
     row: list[int] = []
     for frame in range(frames):
-        row += [10 + frame, *[VIDEO] * (size // frames)]
+        own = [VIDEO] * (size // frames)
+        row += [START, *own, END, 10 + frame] if name.startswith("Glm") else [10 + frame, *own]
     return row

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
-from tests.hf.models import TINY, prompt
+from tests.hf.models import APART, TINY, mixing, prompt
+from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
 from tokenprune_hf.vision import vision_model
 
@@ -18,7 +19,7 @@ IMAGE_BATCH = ["titit", "ttit", "it"]
 VIDEO_BATCH = ["tvtit", "titvt"]
 
 CASES = [(name, IMAGE_BATCH) for name in TINY] + [
-    (name, VIDEO_BATCH) for name, tiny in TINY.items() if tiny.video is not None
+    (name, mixing(name, VIDEO_BATCH)) for name, tiny in TINY.items() if tiny.video is not None
 ]
 
 
@@ -130,6 +131,18 @@ def _one_prompt(
     return alone
 
 
+@pytest.mark.parametrize("name", APART)
+def test_images_beside_videos_are_refused_where_the_model_takes_no_such_call(name: str) -> None:
+    model, inputs = TINY[name].model(), prompt(TINY[name], ["tivt"])
+    with pytest.raises(ValueError, match="do not match"), torch.no_grad():
+        model(**inputs)
+    with (
+        pytest.raises(PromptError, match="same placeholder for images and videos"),
+        tokenprune_hf.prune(model, "uniform", 4),
+    ):
+        model(**inputs)
+
+
 def received(maps: Tensor) -> Tensor:
     """[B, H, P, P] -> [B, P]: what each key gets, mean over heads and queries."""
     return maps.mean(dim=(1, 2))
@@ -159,7 +172,7 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
     with full_attention_maps(tower) as maps:
         encode(model, inputs, "image")
     layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
     # LLaVA's feature is the output of the last layer but one
     scoring = {"llava": 1, "llava_next": 1, "video_llava": 1}.get(name, len(maps) - 1)

@@ -39,7 +39,7 @@ def attention_by_hand(
             embeddings[0, place] = row_of[column]
             visual[0, place] = True
     arguments: dict[str, Any] = {"position_ids": torch.arange(len(columns))[None]}
-    if name.startswith("qwen"):
+    if name.startswith(("qwen", "glm")):
         kind = 1 if bool((ids == IMAGE).any()) else 2
         key = "image_grid_thw" if kind == 1 else "video_grid_thw"
         _, height, width = (inputs[key][0] // 2).tolist()

@@ -15,13 +15,16 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.layout import decoder_of
 
 
-@pytest.mark.parametrize("layer", [None, 3])
-@pytest.mark.parametrize("modality", ["image", "video"])
-@pytest.mark.parametrize("name", STATEFUL)
-def test_the_layer_that_attends_ranks_tokens(name: str, modality: str, layer: int | None) -> None:
-    """Its map, by the engine's own eager attention, behind three layers that keep a state."""
+CASES = [(name, modality) for name in STATEFUL for modality in ("image", "video")]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(("name", "modality"), [*CASES, ("glm4v", "image"), ("glm_ocr", "image")])
+def test_the_layer_that_attends_ranks_tokens(name: str, modality: str, named: bool) -> None:
+    """The last one's map, by the engine's own eager attention, behind layers that keep a state."""
     tiny = TINY[name]
     model, inputs = tiny.model(), prompt(tiny, ["tit" if modality == "image" else "tvt"])
+    layer = model.config.get_text_config().num_hidden_layers - 1 if named else None
     with torch.no_grad():
         rows, sizes = encoder_rows(model, inputs, modality)
         with tokenprune_hf.prune(model, "flexselect", 5, layer=layer) as pruning:
@@ -30,9 +33,9 @@ def test_the_layer_that_attends_ranks_tokens(name: str, modality: str, layer: in
         place = (ids == (IMAGE if modality == "image" else VIDEO)).nonzero()[:, 0].tolist()
         (item,) = item_rows(name, inputs, modality, sizes)
         columns = list(range(len(ids)))
-        (attention,) = attention_by_hand(
+        attention = attention_by_hand(
             model, name, inputs, columns, dict(zip(place, rows, strict=True))
-        )
+        )[-1]
     questions = len(ids) - 1 - place[-1]
     scores = attention[:, -questions:][..., [place[row] for row in item]].amax((0, 1))
     (selection,) = pruning.selections

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tokenprune_hf
-from tests.hf.models import STATEFUL, TINY, prompt
+from tests.hf.models import STATEFUL, TINY, mixing, prompt
 from tokenprune import PruningConfig
 from tokenprune.config import Positions
 from tokenprune.errors import ConfigError, LayoutError
@@ -23,7 +23,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 def setting(name: str) -> tuple[Any, dict[str, Any]]:
     tiny = TINY[name]
     samples = ["tittvt", "vt"] if tiny.video else ["titit", "it"]
-    return tiny.model(), prompt(tiny, samples)
+    return tiny.model(), prompt(tiny, mixing(name, samples))
 
 
 @pytest.mark.parametrize("positions", ["original", "compact"])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.core.test_representation import counted
-from tests.hf.models import IMAGE, STATEFUL, TINY, checkpoint_gradients, prompt
+from tests.hf.models import IMAGE, STATEFUL, TINY, checkpoint_gradients, mixing, prompt
 from tokenprune.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import decoder_of
@@ -23,7 +23,7 @@ NAMES = [name for name in TINY if name not in ("gemma3", *STATEFUL)]
 def setting(name: str) -> tuple[Any, dict[str, Any]]:
     tiny = TINY[name]
     samples = ["tittvt", "vt"] if tiny.video else ["titit", "it"]
-    return tiny.model(), prompt(tiny, samples)
+    return tiny.model(), prompt(tiny, mixing(name, samples))
 
 
 def words(logits: Tensor) -> Tensor:

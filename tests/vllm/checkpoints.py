@@ -65,6 +65,8 @@ class _Family:
         Whether the tokenizer starts every text with BOS.
     named
         Special tokens that the processor wants to find as attributes of the tokenizer.
+    more
+        Further special tokens, by id.
     dtype
         In which the weights are saved, and both engines calculate.
     """
@@ -76,6 +78,7 @@ class _Family:
     changes: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
     named: dict[str, str] = field(default_factory=dict)
+    more: dict[int, str] = field(default_factory=dict)
     dtype: str = "float32"
 
 
@@ -235,6 +238,44 @@ _QWEN3_5 = replace(
 )
 
 
+def _glm(processor: str, images: str, videos: str, **text: Any) -> _Family:
+    def make(tokenizer: Any, config: Any) -> Any:
+        vision = config.vision_config
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2
+        arguments = {
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+        size = {"shortest_edge": 8 * token, "longest_edge": 1024 * token}
+        return getattr(tf, processor)(
+            getattr(tf, images)(size=size, **arguments),
+            tokenizer,
+            getattr(tf, videos)(size=size, **arguments),
+        )
+
+    rope = {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+    return _Family(
+        tokens=("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+        image="<|begin_of_image|><|image|><|end_of_image|>",
+        video="<|begin_of_video|><|video|><|end_of_video|>",
+        processor=make,
+        more={190: "<|begin_of_video|>", 191: "<|end_of_video|>"},
+        changes={
+            "video_start_token_id": 190,
+            "video_end_token_id": 191,
+            "text_config": {"rope_parameters": rope, **text},
+            "vision_config": {"out_hidden_size": _TEXT["hidden_size"]},
+        },
+    )
+
+
+_GLM4V = _glm("Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor")
+_GLM46V = _glm("Glm46VProcessor", "Glm46VImageProcessor", "Glm46VVideoProcessor")
+
+
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family(
         tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
@@ -281,6 +322,13 @@ _FAMILIES: dict[str, _Family] = {
             "text_config": {**_QWEN3_5.changes["text_config"], "num_experts_per_tok": 4},
         },
     ),
+}
+
+_FAMILIES |= {
+    "glm4v": _GLM4V,
+    "glm4v_moe": _GLM4V,
+    "glm46v": _GLM46V,
+    "glm_ocr": _GLM46V,
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
@@ -421,6 +469,7 @@ def _tokenizer(family: _Family) -> Any:
     texts = {index: f"w{index}" for index in WORDS} | special
     characters = string.digits + string.ascii_letters + string.punctuation
     texts.update(enumerate(characters, _CHARACTERS))
+    texts |= family.more
     vocabulary = {text: index for index, text in texts.items()}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[_UNKNOWN]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -429,7 +478,7 @@ def _tokenizer(family: _Family) -> Any:
             pre_tokenizers.Split(Regex(r"w[0-9]+|\S"), behavior="isolated"),
         ]
     )
-    tokenizer.add_special_tokens(list(special.values()))
+    tokenizer.add_special_tokens([*special.values(), *family.more.values()])
     if family.begins:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
@@ -450,7 +499,7 @@ def _tokenizer(family: _Family) -> Any:
         eos_token=special[EOS],
         bos_token=special[BOS],
         unk_token=special[_UNKNOWN],
-        extra_special_tokens=family.named or list(family.tokens),
+        extra_special_tokens=family.named or [*family.tokens, *family.more.values()],
         chat_template=template,
     )
 

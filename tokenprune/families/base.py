@@ -78,6 +78,9 @@ class Family:
     videos_by_frame: ClassVar[bool] = False
     """Whether the encoder returns frames and does not say which of them are one video's."""
 
+    videos_as_images: ClassVar[bool] = False
+    """Whether a video's frames have an image's placeholders in the prompt."""
+
     images_see_all: ClassVar[bool] = False
     """Whether the tokens of an image see the whole of it, also what comes behind them."""
 

@@ -97,8 +97,8 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
         norm = getattr(projector, "layer_norm", None)
     elif isinstance(projector, nn.Sequential):  # InternVL in its own format
         norm, first, activation, second = projector
-    else:  # Idefics3, SmolVLM
-        first = projector.proj
+    else:  # Idefics3, SmolVLM; others have further layers beside it
+        (first,) = projector.children()
     first = plain(first)
     return MLPProjector(
         first=first,

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
+from tokenprune.families.glm import Glm4V
 from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import Gemma3, Idefics3, InternVL, InternVLChat
@@ -22,6 +23,7 @@ FAMILIES: dict[str, type[Family]] = {
         InternVLChat,
         Qwen2VL,
         Qwen25VL,
+        Glm4V,
         Idefics3,
         Gemma3,
     )
