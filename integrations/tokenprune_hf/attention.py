@@ -125,8 +125,14 @@ class SeenAttention:
         heads = int(self.module.num_heads)
         # The family's own rotary function: its convention is not ours to repeat.
         rotary = sys.modules[type(self.module).__module__]
-        if "fused" in self.projected:  # [P, 3 * H * d] of all pictures
-            query, key, _ = self.projected["fused"].unflatten(-1, (3, heads, -1)).unbind(-3)
+        # Of a packed tower all pictures' patches come in one sequence: [P, 3 * H * d], or apart.
+        packed = None
+        if "fused" in self.projected:
+            packed = self.projected["fused"].unflatten(-1, (3, heads, -1)).unbind(-3)
+        elif self.projected["query"].ndim == 2:
+            packed = [self.projected[name].unflatten(-1, (heads, -1)) for name in ("query", "key")]
+        if packed is not None:
+            query, key = packed[:2]
             if hasattr(self.module, "q_norm"):
                 query, key = self.module.q_norm(query), self.module.k_norm(key)
             cos, sin = self.arguments["position_embeddings"]

@@ -322,7 +322,7 @@ class VisionModel:
         layers = getattr(output, "deepstack_features", None) or []
         deepstack = [torch.cat(entries_of(layer)) for layer in layers]
         with torch.no_grad():
-            features = captured[0]
+            features = torch.cat(captured) if self.family.packed else captured[0]
             sizes = [len(part) for part in parts]
             if not self.family.tells_videos:
                 sizes = rows_per_picture(sizes, features)

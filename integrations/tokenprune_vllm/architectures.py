@@ -77,6 +77,7 @@ _THREE_AXES = (
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -50,7 +50,8 @@ def item_positions(
         data=MultiModalKwargsItem(known),
         modality=ticket.modality,
         identifier="",
-        mm_position=PlaceholderRange(offset=0, length=region.length),
+        # Some models find each frame of a video by where its rows are.
+        mm_position=PlaceholderRange(0, region.length, region.is_row),
     )
     positions, _ = engine_positions(region.token_ids.tolist(), [feature])
     return positions

@@ -40,8 +40,9 @@ class Watched:
     ----------
     seen_features
         The projector's input, once for each of its runs, each [..., C].
-    query, key
-        [B, H, P, d] of the scoring layer, this rank's heads; empty where no method asked.
+    seen_queries, seen_keys
+        [B, H, P, d] of the scoring layer, this rank's heads, once for each of its runs; none where
+        no method asked.
     scale
         The factor on q kᵀ.
     mask
@@ -49,10 +50,20 @@ class Watched:
     """
 
     seen_features: list[Tensor] = field(default_factory=list)
-    query: Tensor = field(default_factory=lambda: torch.empty(0))
-    key: Tensor = field(default_factory=lambda: torch.empty(0))
+    seen_queries: list[Tensor] = field(default_factory=list)
+    seen_keys: list[Tensor] = field(default_factory=list)
     scale: float = 1.0
     mask: Tensor | None = None
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, P, d] of all items; those that a packed tower ran one by one lie end to end."""
+        return torch.cat(self.seen_queries, dim=2)
+
+    @property
+    def key(self) -> Tensor:
+        """[B, H, P, d], likewise."""
+        return torch.cat(self.seen_keys, dim=2)
 
     @property
     def features(self) -> Tensor:
@@ -93,10 +104,8 @@ def watch(entrance: nn.Module | None, attention: nn.Module | None) -> Iterator[W
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
         heads = (module.num_heads, module.head_size)
-        watched.query, watched.key = (
-            (seen if seen.ndim == 4 else seen.unflatten(-1, heads)).transpose(1, 2)
-            for seen in (query, key)
-        )
+        for seen, kept in ((query, watched.seen_queries), (key, watched.seen_keys)):
+            kept.append((seen if seen.ndim == 4 else seen.unflatten(-1, heads)).transpose(1, 2))
         watched.scale = float(module.scale)
 
     with ExitStack() as hooks:
@@ -113,7 +122,11 @@ def entrance_of(projector: Any) -> nn.Module:
 
     vLLM's mergers are marked for torch.compile, and such modules do not run their hooks.
     """
-    module: nn.Module = getattr(projector, "ln_q", getattr(projector, "norm", projector))
+    for name in ("ln_q", "norm", "pre_norm"):
+        if hasattr(projector, name):
+            inside: nn.Module = getattr(projector, name)
+            return inside
+    module: nn.Module = projector
     return module
 
 

@@ -73,6 +73,8 @@ class Tiny:
                     parameter.normal_(0.0, 0.2)
                 elif "norm" not in name and "lambda" not in name:
                     parameter.normal_(0.0, 0.1)
+                elif "visual.vision_model.post_layernorm.weight" in name:
+                    parameter.normal_(1.0, 0.2)  # else all features would be of one length
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         # Random weights would "say" placeholders, which no processor lets through.
@@ -298,6 +300,25 @@ def _glm_ocr() -> Any:
     return _glm4v(tf.GlmOcrConfig)
 
 
+def _paddleocr_vl() -> Any:
+    return tf.PaddleOCRVLConfig(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 24,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+        },
+        text_config={**_QWEN_TEXT, "head_dim": 8},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+
+
 def _idefics3() -> Any:
     return tf.Idefics3Config(
         vision_config={
@@ -401,6 +422,13 @@ if "pixel_values" not in inspect.signature(tf.VideoLlavaModel.get_image_features
 _QWEN_IMAGE = _packed("pixel_values", "image_grid_thw", [[1, 8, 12], [1, 12, 8]])
 _QWEN_VIDEO = _packed("pixel_values_videos", "video_grid_thw", [[3, 8, 8], [2, 4, 8]])
 
+
+def _patches(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    arguments, tokens = _QWEN_IMAGE(count)
+    patches = len(arguments["pixel_values"])
+    return {**arguments, "pixel_values": pixels(patches, 3, 4, 4)}, tokens
+
+
 TINY: dict[str, Tiny] = {
     "llava": Tiny(_llava, tf.LlavaForConditionalGeneration, _plain("pixel_values", 24, 36)),
     "llava_next": Tiny(_llava_next, tf.LlavaNextForConditionalGeneration, _crops),
@@ -433,6 +461,7 @@ TINY: dict[str, Tiny] = {
     "glm4v_moe": Tiny(_glm4v_moe, tf.Glm4vMoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "glm46v": Tiny(_glm46v, tf.Glm46VForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "glm_ocr": Tiny(_glm_ocr, tf.GlmOcrForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "paddleocr_vl": Tiny(_paddleocr_vl, tf.PaddleOCRVLForConditionalGeneration, _patches),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
@@ -502,7 +531,7 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
         [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     )
     kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-    if tiny.architecture.__name__.startswith(("Qwen", "Glm")):
+    if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle")):
         inputs["mm_token_type_ids"] = kinds
     if tiny.architecture.__name__.startswith("Glm"):  # frames look like images in the prompt
         inputs["input_ids"] = inputs["input_ids"].masked_fill(kinds == 2, IMAGE)

@@ -14,7 +14,6 @@ from tests.hf.test_flexselect import attention_by_hand, encoder_rows
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.layout import decoder_of
 
-
 CASES = [(name, modality) for name in STATEFUL for modality in ("image", "video")]
 
 

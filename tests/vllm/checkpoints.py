@@ -272,8 +272,30 @@ def _glm(processor: str, images: str, videos: str, **text: Any) -> _Family:
     )
 
 
-_GLM4V = _glm("Glm4vProcessor", "Glm4vImageProcessor", "Glm4vVideoProcessor")
-_GLM46V = _glm("Glm46VProcessor", "Glm46VImageProcessor", "Glm46VVideoProcessor")
+_GLM4V = _glm(
+    "Glm4vProcessor",
+    "Glm4vImageProcessor",
+    "Glm4vVideoProcessor",
+    attention_bias=True,  # vLLM reads what published configs say; transformers always has one
+)
+_GLM_OCR = _glm(
+    "Glm46VProcessor",
+    "Glm46VImageProcessor",
+    "Glm46VVideoProcessor",
+    # transformers has the projector three times as wide as the model, and vLLM as wide as this.
+    intermediate_size=3 * _TEXT["hidden_size"],
+)
+
+
+def _paddleocr_vl(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    images = tf.PaddleOCRVLImageProcessor(
+        size={"shortest_edge": 4 * token, "longest_edge": 512 * token},
+        patch_size=vision.patch_size,
+        merge_size=vision.spatial_merge_size,
+    )
+    return tf.PaddleOCRVLProcessor(images, tokenizer)
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -326,9 +348,27 @@ _FAMILIES: dict[str, _Family] = {
 
 _FAMILIES |= {
     "glm4v": _GLM4V,
-    "glm4v_moe": _GLM4V,
-    "glm46v": _GLM46V,
-    "glm_ocr": _GLM46V,
+    "glm4v_moe": replace(
+        _GLM4V,
+        changes={
+            **_GLM4V.changes,
+            # Published configs say it.
+            "text_config": {**_GLM4V.changes["text_config"], "use_qk_norm": False},
+        },
+    ),
+    "glm_ocr": _GLM_OCR,
+    "paddleocr_vl": _Family(
+        tokens=("<|IMAGE_PLACEHOLDER|>", "<|video|>", "<|IMAGE_START|>", "<|IMAGE_END|>"),
+        image="<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
+        processor=_paddleocr_vl,
+        changes={
+            "text_config": {"rope_parameters": {"mrope_section": [4, 6, 6]}},
+            # A table of one position: the engines resample larger ones differently, transformers
+            # with aligned corners and vLLM without.
+            "vision_config": {"image_size": 4},
+        },
+        named={"image_token": "<|IMAGE_PLACEHOLDER|>"},
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)

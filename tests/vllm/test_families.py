@@ -21,12 +21,18 @@ import torch
 import transformers
 
 import tokenprune_hf
+from tests.hf.models import APART
 from tests.vllm import checkpoints
 from tests.vllm.checkpoints import DTYPES, FAMILIES, VIDEOS, WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.selection import Selection
 
 tf: Any = transformers  # its auto classes are not typed
+
+# So does transformers' processor of GLM-4V read the tensors that vLLM asks it for.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
 
 METHODS = (
     "cls-attention",
@@ -110,6 +116,9 @@ def cases(family: str) -> list[Case]:
             Case("tvt", (16,), {"method": "relevant-information"}),
             Case("tivtvt", (13, 10, 12), {"method": "flexselect", "keep": 9}),
         ]
+    if family in APART:  # where transformers takes no call of both kinds, and vLLM one video
+        found = [case for case in found if "i" not in case.kinds or "v" not in case.kinds]
+        found = [case for case in found if case.kinds.count("v") < 2]
     return found
 
 
@@ -229,7 +238,7 @@ def reference(family: str, folder: Path, **options: Any) -> Reference:
 
 def start(family: str, folder: Path, method: str = METHODS[0], **options: Any) -> Any:
     """Start the engine on a family's checkpoint."""
-    videos = {"video": 2} if family in VIDEOS else {}
+    videos = {"video": 1 if family in APART else 2} if family in VIDEOS else {}
     return engine(
         folder,
         method,

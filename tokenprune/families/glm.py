@@ -1,4 +1,4 @@
-"""GLM-4.1V to 4.6V and GLM-OCR: as Qwen2-VL, but a convolution merges patches before the projector."""
+"""GLM-4.1V to 4.6V and GLM-OCR: as Qwen2-VL, with a convolution in front of the projector."""
 
 from __future__ import annotations
 

@@ -16,7 +16,14 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.tower.projectors import MLPProjector
 
 _TOWERS = ("vision_tower", "visual", "vision_model", "image_tower")
-_PROJECTORS = ("multi_modal_projector", "visual.merger", "connector.modality_projection", "mlp1")
+_PROJECTORS = (
+    "multi_modal_projector",
+    "visual.merger",
+    "connector.modality_projection",
+    "mlp1",
+    "mlp_AR",
+    "projector",
+)
 
 Plain = Callable[[Any], Any]
 """Returns a linear layer with its whole weight, where an engine has a class of its own for it."""
@@ -60,8 +67,13 @@ def _find(model: Any, paths: Sequence[str], what: str) -> nn.Module:
 
 def entrance_of(projector: Any) -> nn.Module:
     """Return the module whose input is the tokens' features: the projector, or a part of it."""
-    # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens.
-    module: nn.Module = getattr(projector, "mm_soft_emb_norm", projector)
+    # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens. PaddleOCR-VL
+    # merges patches behind the norm, which is given one picture after another.
+    for name in ("mm_soft_emb_norm", "pre_norm"):
+        if hasattr(projector, name):
+            inside: nn.Module = getattr(projector, name)
+            return inside
+    module: nn.Module = projector
     return module
 
 
@@ -92,9 +104,9 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     elif hasattr(projector, "ln_q"):  # Qwen2-VL, Qwen2.5-VL
         first, activation, second = projector.mlp
         norm = projector.ln_q
-    elif hasattr(projector, "linear_1"):  # LLaVA; InternVL with a norm in front
+    elif hasattr(projector, "linear_1"):  # LLaVA; InternVL, PaddleOCR-VL with a norm in front
         first, activation, second = projector.linear_1, projector.act, projector.linear_2
-        norm = getattr(projector, "layer_norm", None)
+        norm = getattr(projector, "layer_norm", getattr(projector, "pre_norm", None))
     elif isinstance(projector, nn.Sequential):  # InternVL in its own format
         norm, first, activation, second = projector
     else:  # Idefics3, SmolVLM; others have further layers beside it

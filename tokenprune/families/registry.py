@@ -9,6 +9,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.glm import Glm4V
 from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
+from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import Gemma3, Idefics3, InternVL, InternVLChat
 
@@ -24,6 +25,7 @@ FAMILIES: dict[str, type[Family]] = {
         Qwen2VL,
         Qwen25VL,
         Glm4V,
+        PaddleOCRVL,
         Idefics3,
         Gemma3,
     )
