@@ -51,7 +51,8 @@ def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Mod
         chosen = max(chosen, key=lambda index: index % (len(layers) + 1))
     # hidden_states has one entry more than there are layers: entry 0 is the embedding.
     layer = layers[chosen % (len(layers) + 1) - 1]
-    found = getattr(layer, "self_attn", None) or getattr(layer, "attention", None)
+    names = ("self_attn", "attention", "attn")
+    found = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
     if found is None or not hasattr(found, "q_proj"):
         raise UnsupportedModelError(
             f"the vision tower {type(tower).__name__} of {model} has no q_proj and k_proj to "
@@ -66,6 +67,7 @@ def _layers(tower: object) -> Sequence[Any]:
         getattr(tower, "encoder", None)
         or getattr(getattr(tower, "vision_model", None), "encoder", None)
         or getattr(tower, "transformer", None)
+        or tower
     )
     for name in ("layers", "layer"):
         layers = getattr(encoder, name, None)

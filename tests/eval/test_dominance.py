@@ -115,8 +115,11 @@ def assert_close(left: Sums, right: Sums) -> None:
     )
 
 
+UNREAD = ("gemma3", "kimi_k25")  # images both ways; queries and keys behind a bottleneck (MLA)
+
+
 @pytest.mark.parametrize("text", ["all", "question"])
-@pytest.mark.parametrize("name", [name for name in TINY if name != "gemma3"])
+@pytest.mark.parametrize("name", [name for name in TINY if name not in UNREAD])
 def test_equals_the_full_attention_maps(name: str, text: TextTokens) -> None:
     model, inputs = tiny_model(name), prompt(TINY[name], ["tit", "titt"])
     assert model.config.get_text_config()._attn_implementation == "sdpa"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 
 tf: Any = transformers  # its config classes are not typed the way they are called
@@ -319,6 +320,42 @@ def _paddleocr_vl() -> Any:
     )
 
 
+def _kimi_k25() -> Any:
+    return tf.Kimi_K25Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "patch_size": 4,
+            "pos_emb_height": 6,
+            "pos_emb_width": 6,
+        },
+        text_config={
+            **_TEXT,
+            "model_type": "deepseek_v3",
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+        projection_hidden_size=32,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=False,
+    )
+
+
 def _idefics3() -> Any:
     return tf.Idefics3Config(
         vision_config={
@@ -429,6 +466,17 @@ def _patches(count: int) -> tuple[dict[str, Tensor], list[int]]:
     return {**arguments, "pixel_values": pixels(patches, 3, 4, 4)}, tokens
 
 
+def _chunks(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Chunks of a video, of which Kimi-K2.5 takes the mean over frames."""
+    arguments, _ = _QWEN_VIDEO(count)
+    patches, grid = len(arguments["pixel_values_videos"]), arguments["video_grid_thw"]
+    arguments["pixel_values_videos"] = pixels(patches, 3, 4, 4)
+    return arguments, (grid[:, 1:].prod(dim=1) // 4).tolist()
+
+
+# Until then it cannot encode chunks of several frames.
+_KIMI_VIDEO = _chunks if Version(transformers.__version__) >= Version("5.24") else None
+
 TINY: dict[str, Tiny] = {
     "llava": Tiny(_llava, tf.LlavaForConditionalGeneration, _plain("pixel_values", 24, 36)),
     "llava_next": Tiny(_llava_next, tf.LlavaNextForConditionalGeneration, _crops),
@@ -462,6 +510,7 @@ TINY: dict[str, Tiny] = {
     "glm46v": Tiny(_glm46v, tf.Glm46VForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "glm_ocr": Tiny(_glm_ocr, tf.GlmOcrForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "paddleocr_vl": Tiny(_paddleocr_vl, tf.PaddleOCRVLForConditionalGeneration, _patches),
+    "kimi_k25": Tiny(_kimi_k25, tf.Kimi_K25ForConditionalGeneration, _patches, _KIMI_VIDEO),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),

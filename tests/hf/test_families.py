@@ -172,7 +172,7 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
     with full_attention_maps(tower) as maps:
         encode(model, inputs, "image")
     layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}
-    if name.startswith(("qwen", "glm", "paddle")):
+    if name.startswith(("qwen", "glm", "paddle", "kimi")):
         return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
     # LLaVA's feature is the output of the last layer but one
     scoring = {"llava": 1, "llava_next": 1, "video_llava": 1}.get(name, len(maps) - 1)
@@ -217,7 +217,7 @@ def _packed_scores(
     last = maps[-len(grids) :]
     for weights, (_, height, width) in zip(last, grids, strict=True):
         patches = received(weights)[0]
-        if name == "paddleocr_vl":  # the only tower that leaves patches in raster order
+        if name in ("paddleocr_vl", "kimi_k25"):  # towers with patches in raster order
             patches = patches.view(height // 2, 2, width // 2, 2).transpose(1, 2)
         tokens = patches.reshape(-1, 4).mean(dim=1)
         rows, columns = height // 2, width // 2

@@ -61,6 +61,15 @@ def test_a_layer_that_does_not_attend_ranks_nothing() -> None:
         tokenprune_hf.prune(TINY["qwen3_5"].model(), "flexselect", 4, layer=1)
 
 
+def test_a_decoder_with_latent_keys_is_not_read() -> None:
+    model, inputs = TINY["kimi_k25"].model(), prompt(TINY["kimi_k25"], ["tit"])
+    with (
+        pytest.raises(UnsupportedModelError, match="no q_proj and k_proj"),
+        tokenprune_hf.prune(model, "flexselect", 4),
+    ):
+        model(**inputs)
+
+
 def test_masks_reach_no_layer_with_a_state() -> None:
     with pytest.raises(UnsupportedModelError, match="layers without self_attn"):
         decoder_of(TINY["qwen3_5"].model())

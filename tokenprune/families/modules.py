@@ -23,6 +23,7 @@ _PROJECTORS = (
     "mlp1",
     "mlp_AR",
     "projector",
+    "mm_projector",
 )
 
 Plain = Callable[[Any], Any]
@@ -107,6 +108,9 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     elif hasattr(projector, "linear_1"):  # LLaVA; InternVL, PaddleOCR-VL with a norm in front
         first, activation, second = projector.linear_1, projector.act, projector.linear_2
         norm = getattr(projector, "layer_norm", getattr(projector, "pre_norm", None))
+    elif hasattr(projector, "in_proj"):  # Kimi-K2.5
+        first, activation, second = projector.in_proj, projector.act, projector.out_proj
+        norm = projector.pre_norm
     elif isinstance(projector, nn.Sequential):  # InternVL in its own format
         norm, first, activation, second = projector
     else:  # Idefics3, SmolVLM; others have further layers beside it

@@ -23,8 +23,8 @@ class PaddleOCRVL(Qwen2VL):
     ) -> list[tuple[Tensor, Tensor | None]]:
         """Return features and attention, the patches of a token laid one after another first."""
         parts = [order_of_windows(frames_of(medium), self.merged) for medium in media]
-        starts = torch.tensor([0, *map(len, parts)]).cumsum(0)
-        order = torch.cat([part + start for part, start in zip(parts, starts, strict=False)])
+        starts = torch.tensor([0, *map(len, parts[:-1])]).cumsum(0)
+        order = torch.cat([part + start for part, start in zip(parts, starts, strict=True)])
         order = order.to(features.device)
         by_token = features.reshape(len(order), -1)[order]
         return super().rows_of(

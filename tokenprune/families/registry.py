@@ -8,6 +8,7 @@ from typing import Any
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.glm import Glm4V
+from tokenprune.families.kimi import KimiK25
 from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
@@ -26,6 +27,7 @@ FAMILIES: dict[str, type[Family]] = {
         Qwen25VL,
         Glm4V,
         PaddleOCRVL,
+        KimiK25,
         Idefics3,
         Gemma3,
     )
