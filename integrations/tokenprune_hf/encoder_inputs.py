@@ -13,6 +13,9 @@ from tokenprune.families.base import Family
 from tokenprune.families.llava import LlavaNext
 from tokenprune.tower.layouts import Grid, Medium, Sides
 
+_TARGET_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
+"""What MiniCPM-V calls the rows and columns of patches of each picture."""
+
 VIDEO_FRAMES = "video_frames"
 """The argument in which a caller says which pictures are the frames of one video."""
 
@@ -89,6 +92,9 @@ def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[
     grids = arguments.get(f"{modality}_grid_thw")
     if grids is not None:
         return [Medium(modality, 0, grid=_grid(grid)) for grid in grids.tolist()]
+    patches = arguments.get(_TARGET_SIZES[modality])
+    if patches is not None:
+        return [Medium(modality, 0, grid=(1, *_sides(sides))) for sides in patches.tolist()]
     pixels = inputs.pixels
     sides = _sides(pixels.shape[-2:])
     if not family.tells_videos:

@@ -18,6 +18,7 @@ class Adapter(nn.Module):
     def __init__(self, base: nn.Linear, rank: int = 3) -> None:
         super().__init__()
         self.base_layer = base
+        self.in_features = base.in_features
         like: dict[str, Any] = {"dtype": base.weight.dtype}
         generator = torch.Generator().manual_seed(5)
         down = torch.randn(rank, base.in_features, generator=generator).to(**like)

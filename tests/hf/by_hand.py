@@ -98,8 +98,11 @@ def encode(
 ) -> tuple[Tensor, list[int], list[Tensor]]:
     """Return all rows [R, D] of a modality, their number per encoder output, and deep features."""
     names = {
-        "image": ("pixel_values", "pixel_values_images", "image_sizes", "image_grid_thw"),
-        "video": ("pixel_values_videos", "video_grid_thw"),
+        "image": (
+            *("pixel_values", "pixel_values_images"),
+            *("image_sizes", "image_grid_thw", "target_sizes"),
+        ),
+        "video": ("pixel_values_videos", "video_grid_thw", "target_sizes_videos"),
     }[modality]
     arguments = {key: inputs[key] for key in names if key in inputs}
     if not any(key.startswith("pixel") for key in arguments):
@@ -194,8 +197,10 @@ def greedy(
                 extra["deepstack_visual_embeds"] = [
                     torch.stack(layer) for layer in zip(*deep_rows, strict=True)
                 ]
-            if name not in STATEFUL:  # there it is causal anyway, and other layers read none
-                extra["attention_mask"] = _mask(name, blocks)
+            # Layers that keep a state read no more of a mask than which tokens are padding.
+            stateful = name in STATEFUL
+            ones = torch.ones(1, len(hidden), dtype=torch.long)
+            extra["attention_mask"] = ones if stateful else _mask(name, blocks)
             output = language_model(
                 inputs_embeds=hidden[None],
                 position_ids=place[..., None, :] if place.ndim > 1 else place[None],

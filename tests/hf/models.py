@@ -356,6 +356,25 @@ def _kimi_k25() -> Any:
     )
 
 
+def _minicpmv4_6() -> Any:
+    text = {**_TEXT, **_LINEAR, "head_dim": 8, "model_type": "qwen3_5_text"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    return tf.MiniCPMV4_6Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 24,
+            "patch_size": 4,
+        },
+        text_config={**text, "rope_parameters": {**rope, "mrope_section": [1, 1, 0]}},
+        insert_layer_id=1,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+
+
 def _idefics3() -> Any:
     return tf.Idefics3Config(
         vision_config={
@@ -477,6 +496,19 @@ def _chunks(count: int) -> tuple[dict[str, Tensor], list[int]]:
 # Until then it cannot encode chunks of several frames.
 _KIMI_VIDEO = _chunks if Version(transformers.__version__) >= Version("5.24") else None
 
+
+def _navit(pixel_name: str, sizes_name: str) -> Any:
+    """Pictures of 16 x 24 patches and so on, in one row of patches; 16 patches make a token."""
+
+    def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
+        sizes = torch.tensor([[16, 24], [24, 16], [8, 16]])[torch.arange(count) % 3]
+        patches = int(sizes.prod(dim=1).sum())
+        arguments = {pixel_name: pixels(1, 3, 4, 4 * patches), sizes_name: sizes}
+        return arguments, (sizes.prod(dim=1) // 16).tolist()
+
+    return make
+
+
 TINY: dict[str, Tiny] = {
     "llava": Tiny(_llava, tf.LlavaForConditionalGeneration, _plain("pixel_values", 24, 36)),
     "llava_next": Tiny(_llava_next, tf.LlavaNextForConditionalGeneration, _crops),
@@ -511,6 +543,12 @@ TINY: dict[str, Tiny] = {
     "glm_ocr": Tiny(_glm_ocr, tf.GlmOcrForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "paddleocr_vl": Tiny(_paddleocr_vl, tf.PaddleOCRVLForConditionalGeneration, _patches),
     "kimi_k25": Tiny(_kimi_k25, tf.Kimi_K25ForConditionalGeneration, _patches, _KIMI_VIDEO),
+    "minicpmv4_6": Tiny(
+        _minicpmv4_6,
+        tf.MiniCPMV4_6ForConditionalGeneration,
+        _navit("pixel_values", "target_sizes"),
+        _navit("pixel_values_videos", "target_sizes_videos"),
+    ),
     "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
     "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
@@ -520,7 +558,7 @@ TINY: dict[str, Tiny] = {
 APART = tuple(name for name in TINY if name.startswith("glm"))
 """Those that take no call with both images and videos."""
 
-STATEFUL = ("qwen3_5", "qwen3_5_moe")
+STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
 """Those some of whose layers keep a state in place of keys."""
 
 

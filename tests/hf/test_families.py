@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
-from tests.hf.models import APART, TINY, mixing, prompt
-from tokenprune.errors import PromptError
+from tests.hf.models import APART, IMAGE, TINY, mixing, prompt
+from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.selection import Selection
 from tokenprune_hf.vision import vision_model
 
@@ -120,7 +120,12 @@ def _one_prompt(
         for key in keys:
             if key not in inputs:
                 continue
-            if grid in inputs:  # patches of all images lie one after another
+            sizes = {"i": "target_sizes", "v": "target_sizes_videos"}[kind]
+            if sizes in inputs:  # MiniCPM-V lays all patches side by side
+                edges = [0, *(4 * inputs[sizes].prod(dim=1)).cumsum(0).tolist()]
+                alone[key] = inputs[key][..., edges[first] : edges[last]]
+                alone[sizes] = inputs[sizes][first:last]
+            elif grid in inputs:  # patches of all images lie one after another
                 edges = [0, *inputs[grid].prod(dim=1).cumsum(0).tolist()]
                 alone[key] = inputs[key][edges[first] : edges[last]]
                 alone[grid] = inputs[grid][first:last]
@@ -174,6 +179,9 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
     layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}
     if name.startswith(("qwen", "glm", "paddle", "kimi")):
         return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
+    if name == "minicpmv4_6":  # its last layers see 2 x 2 patches as one, its tokens 2 x 2 of those
+        grids = [[1, *(size // 2).tolist()] for size in inputs["target_sizes"]]
+        return _packed_scores(name, model, maps, grids)
     # LLaVA's feature is the output of the last layer but one
     scoring = {"llava": 1, "llava_next": 1, "video_llava": 1}.get(name, len(maps) - 1)
     assert len(maps) == layers.get(name, len(maps))
@@ -217,7 +225,11 @@ def _packed_scores(
     last = maps[-len(grids) :]
     for weights, (_, height, width) in zip(last, grids, strict=True):
         patches = received(weights)[0]
-        if name in ("paddleocr_vl", "kimi_k25"):  # towers with patches in raster order
+        if name in (
+            "paddleocr_vl",
+            "kimi_k25",
+            "minicpmv4_6",
+        ):  # towers with patches in raster order
             patches = patches.view(height // 2, 2, width // 2, 2).transpose(1, 2)
         tokens = patches.reshape(-1, 4).mean(dim=1)
         rows, columns = height // 2, width // 2
@@ -257,6 +269,26 @@ def test_attention_scores_equal_the_full_maps(name: str) -> None:
         torch.testing.assert_close(selection.scores, scores)
         best = torch.sort(scores, descending=True, stable=True).indices[:5].sort().values
         assert torch.equal(selection.kept, best)
+
+
+def test_minicpm_with_more_tokens_for_each_image() -> None:
+    tiny = TINY["minicpmv4_6"]
+    model, inputs = tiny.model(), prompt(tiny, ["tit"])
+    row = [2, 5, 6, *[IMAGE] * 96, 7, 8]
+    longer = {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row)).long()}
+    inputs |= longer
+    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 5):  # noqa: SIM117
+        with pytest.raises(UnsupportedModelError, match="96"):
+            model(**inputs, downsample_mode="4x")
+    model.config.downsample_mode = "4x"
+    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 5) as pruning:
+        model(**inputs)
+        with full_attention_maps(vision_model(model).tower("image")) as maps:
+            encode(model, inputs, "image")
+    (selection,) = pruning.selections
+    (scores,) = _packed_scores("minicpmv4_6", model, maps, [[1, 16, 24]])
+    assert selection.grid == (1, 8, 12)
+    torch.testing.assert_close(selection.scores, scores)
 
 
 @pytest.mark.parametrize(("name", "samples"), CASES)

@@ -10,6 +10,7 @@ from tokenprune.families.base import Family
 from tokenprune.families.glm import Glm4V
 from tokenprune.families.kimi import KimiK25
 from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
+from tokenprune.families.minicpm import MiniCPMV46
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import Gemma3, Idefics3, InternVL, InternVLChat
@@ -28,6 +29,7 @@ FAMILIES: dict[str, type[Family]] = {
         Glm4V,
         PaddleOCRVL,
         KimiK25,
+        MiniCPMV46,
         Idefics3,
         Gemma3,
     )
