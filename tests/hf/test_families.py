@@ -22,6 +22,8 @@ CASES = [(name, IMAGE_BATCH) for name in TINY] + [
     (name, mixing(name, VIDEO_BATCH)) for name, tiny in TINY.items() if tiny.video is not None
 ]
 
+GRIDDED = [name for name in TINY if name.startswith(("qwen", "glm", "paddle", "kimi", "minicpm"))]
+
 
 def by_modality(samples: list[str], items_of: dict[str, list[int]], chosen: list[Selection]) -> Any:
     """Sort selections, which come in prompt order, into images and videos."""
@@ -146,6 +148,24 @@ def test_images_beside_videos_are_refused_where_the_model_takes_no_such_call(nam
         tokenprune_hf.prune(model, "uniform", 4),
     ):
         model(**inputs)
+
+
+@pytest.mark.parametrize(("name", "samples"), [case for case in CASES if case[0] in GRIDDED])
+def test_grids_are_those_of_the_inputs(name: str, samples: list[str]) -> None:
+    tiny = TINY[name]
+    model, inputs = tiny.model(), prompt(tiny, samples)
+    encoded = tokenprune_hf.encode(model, **inputs)
+    for modality, media in encoded.modalities.items():
+        if name == "minicpmv4_6":
+            sizes = inputs["target_sizes" if modality == "image" else "target_sizes_videos"]
+            expected = [(1, height // 4, width // 4) for height, width in sizes.tolist()]
+        else:
+            expected = [
+                (1 if name == "kimi_k25" else frames, height // 2, width // 2)
+                for frames, height, width in inputs[f"{modality}_grid_thw"].tolist()
+            ]
+        assert [item.tokens.grid for item in media.items] == expected
+        assert all(item.tokens.is_picture for item in media.items)
 
 
 def received(maps: Tensor) -> Tensor:
