@@ -365,7 +365,8 @@ def _seen(inputs: Any, processor: Any, image: Image.Image, whole: int) -> Pixels
     import numpy as np
 
     pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))
-    if pixels is None or pixels.ndim < 4:
+    packed = {"image_grid_thw", "target_sizes"} & set(inputs)
+    if pixels is None or pixels.ndim < 4 or packed:
         # Packed patches (Qwen-VL): the image as it is, resized to a multiple of the patch.
         return np.asarray(image.convert("RGB"), dtype=np.float64) / 255
     crop = pixels.flatten(0, -4)[whole].float().cpu().numpy().transpose(1, 2, 0)

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import tokenprune_hf
 from tests.hf.models import END, IMAGE, PAD, START, TINY, VIDEO
+from tests.vllm import checkpoints
 from tokenprune.cli import main
 from tokenprune.errors import ConfigError
 from tokenprune.registry import build
@@ -165,7 +166,13 @@ def _processor(family: str) -> Any:
 
 @pytest.mark.parametrize(
     ("family", "others", "aspect"),
-    [("llava", 0, 1.0), ("llava_next", 2, 1.0), ("internvl", 2, 1.0), ("qwen2_vl", 0, 2.0)],
+    [
+        ("llava", 0, 1.0),
+        ("llava_next", 2, 1.0),
+        ("internvl", 2, 1.0),
+        ("qwen2_vl", 0, 2.0),
+        ("paddleocr_vl", 0, 2.0),
+    ],
 )
 def test_other_families_show_the_whole_image(
     tmp_path: Path,
@@ -176,8 +183,11 @@ def test_other_families_show_the_whole_image(
     aspect: float,
 ) -> None:
     """A left half in red and a right half in blue are still so in what is drawn as the whole."""
-    TINY[family].model().save_pretrained(tmp_path / "model")
-    _processor(family).save_pretrained(tmp_path / "model")
+    if family == "paddleocr_vl":
+        checkpoints.save(family, tmp_path / "model")
+    else:
+        TINY[family].model().save_pretrained(tmp_path / "model")
+        _processor(family).save_pretrained(tmp_path / "model")
     image = Image.new("RGB", (96, 48), (230, 20, 20))
     image.paste((20, 20, 230), (48, 0, 96, 48))
     image.save(tmp_path / "halves.png")
