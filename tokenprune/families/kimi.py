@@ -52,7 +52,8 @@ class KimiK25(Qwen2VL):
         """Return [..., patches of a frame], each token's one after another."""
         grid = frames_of(medium)
         order = order_of_windows(grid, self.merged).to(attention.device)
-        return attention[..., order].unflatten(-1, (grid[0], -1)).mean(dim=-2)
+        merged: Tensor = attention[..., order].unflatten(-1, (grid[0], -1)).mean(dim=-2)
+        return merged
 
     def _token_grid(self, medium: Medium) -> Grid:
         return (1, *self.token_sides(medium))

@@ -71,7 +71,8 @@ class MiniCPMV46(Qwen2VL):
         frames, rows, columns = frames_of(medium)
         places = frames, rows // self.inside, columns // self.inside
         order = order_of_windows(places, self.last).to(attention.device)
-        return attention[..., order].unflatten(-1, (-1, self.last**2)).mean(dim=-1)
+        scores: Tensor = attention[..., order].unflatten(-1, (-1, self.last**2)).mean(dim=-1)
+        return scores
 
     def projector(self, model: Any) -> nn.Module:
         """Return the last part of the merger, which is all of it in published models."""
@@ -80,4 +81,5 @@ class MiniCPMV46(Qwen2VL):
 
     def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
         """Call the projector on tokens, which come out in one dimension."""
-        return run(features).unflatten(0, features.shape[:-1])
+        projected: Tensor = run(features).unflatten(0, features.shape[:-1])
+        return projected
