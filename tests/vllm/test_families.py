@@ -303,6 +303,15 @@ def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
         else:
             assert chosen == indices, case
         assert answered == tokens, case
+    if pair.family in APART:  # what vLLM takes in one prompt, transformers is asked in two
+        asked = {"method": "divprune", "keep": 0.4}
+        expected = [
+            indices
+            for case in (Case("tit", (20,), asked), Case("tvt", (21,), asked))
+            for indices in pair.hf.ask(case)[1]
+        ]
+        answer(pair.llm, [pair.request(Case("tivt", (20, 21), asked))], greedy(words=WORDS))
+        assert [segment for item in kept(pair.llm) for segment in item] == expected
 
 
 def test_caches_never_mix_budgets_or_methods(pair: Pair) -> None:
