@@ -22,11 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "every_model: run by scripts/test-models alone")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out models like another one, which is run, unless all are asked for."""
     if config.getoption("--every-model"):
         return
-    left_out = [item for item in items if ALIKE.keys() & _words(item)]
+    left_out = [
+        item
+        for item in items
+        if ALIKE.keys() & _words(item) or item.get_closest_marker("every_model")
+    ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
 

@@ -1,16 +1,20 @@
 """Models of any type: pruned without a family of their own, by what transformers says of all.
 
 Every model whose forward takes ``mm_encoder_outputs`` can be handed the rows that stay, and counts
-its own positions on the unpruned prompt. How rows lie in a picture is not known, nor where the
-tower and the projector are. So an item is what the encoder returns as one entry (an image, a tile,
-or all images of a prompt), it is no picture, and methods that look at embeddings or at nothing run.
+its own positions on the unpruned prompt. Where the tower and the projector are is not known, nor
+how rows lie in a picture, unless the inputs tell a grid. So an item is what the encoder returns as
+one entry (an image, a tile, or all images of a prompt), and methods that look at embeddings or at
+nothing run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,10 +26,12 @@ from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
+from tokenprune.tower.layouts import Grid
 from tokenprune.tower.structure import of_noise, same
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
 from tokenprune_hf.vision import (
+    Container,
     EncodedModality,
     Item,
     VisionModel,
@@ -40,6 +46,35 @@ COMPACT_ONLY = {
     "minimax_m3_vl": "it looks up blocks of columns by a token's position",
 }
 """Types whose tokens cannot keep the positions of the unpruned prompt, and why."""
+
+_OWN_GENERATE = (
+    "its `generate` encodes the images itself and hands neither rows nor positions on; an image is "
+    "32 tokens as it is"
+)
+REFUSED = {
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _OWN_GENERATE),
+    "diffusion_gemma": "it writes blocks of text at once, with a `generate` of its own",
+}
+"""Types that take rows and cannot be pruned all the same, and why."""
+
+ROWS_ELSEWHERE = {
+    "fuyu": Container(field="last_hidden_state"),
+    "llama4": Container(field="last_hidden_state"),
+}
+"""Types whose forward reads another field of the encoder's output than ``pooler_output``."""
+
+PROJECTED_LATER = {"llama4": "multi_modal_projector"}
+"""Types whose forward projects the rows, and the module that does."""
+
+LINE_ENDS = {"apertus1p5": None, "chameleon": None, "emu3": "<|extra_200|>"}
+"""Types whose rows are embeddings of codes, and the token that ends a line, in `vocabulary_map`.
+
+Noise may have the codes of a picture, so it does not tell which rows are structure.
+"""
+
+
+_PATCHES = "image_patches"
+"""What Fuyu's pixel values were called until transformers 5.23."""
 
 
 class _Expected(ThreadState):
@@ -135,39 +170,149 @@ class AnyModel(VisionModel):
 
     # Items -------------------------------------------------------------------------------------
 
+    def encoder_inputs(self, arguments: dict[str, Any]) -> list[EncoderInputs]:
+        """Return the modalities whose pixels are among a call's arguments.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If images are given under a name that is not known, and would be read unpruned.
+        """
+        if arguments.get(_PATCHES) is not None:
+            arguments = {**arguments, "pixel_values": arguments[_PATCHES]}
+        found = super().encoder_inputs(arguments)
+        input_ids: Tensor | None = arguments.get("input_ids")
+        for inputs in found:
+            if input_ids is not None:
+                inputs.placeholders = input_ids == self.token_id(inputs.modality)
+        unknown = [name for name, value in arguments.items() if _may_be_pixels(name, value)]
+        if not found and unknown:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} is given {', '.join(unknown)}, and tokenprune does "
+                "not know which encoder reads that."
+            )
+        return found
+
+    def encoder_arguments(self) -> set[str]:
+        """Return the names of all arguments that only the vision encoders read."""
+        return super().encoder_arguments() | {_PATCHES}
+
     def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once; see `VisionModel.encode`."""
         output, entries = self._run(inputs.modality, inputs.arguments)
         rows = torch.cat(entries)
-        sizes = [len(entry) for entry in entries]
+        container = self._container(output)
+        sizes = self._sizes(inputs, entries)
         with torch.no_grad():
+            grids = self._grids(inputs, sizes)
             items = [
-                Item(of_picture, self._tokens(rows, of_picture, f"{inputs.modality} {number}"))
-                for number, of_picture in enumerate(self._pictures(inputs, rows, sizes))
-                if len(of_picture)
+                Item(own, self._tokens(rows, own, grid, f"{inputs.modality} {number}"))
+                for number, (own, grid) in enumerate(
+                    zip(self._pictures(inputs, rows, sizes), grids, strict=True)
+                )
+                if len(own)
             ]
+        if not items:
+            raise UnsupportedModelError(
+                f"the encoder of {type(self.model).__name__} returns the same {len(rows)} rows for "
+                "any picture, and none of them may be dropped. Load its trained weights."
+            )
         layers = getattr(output, "deepstack_features", None) or []
+        if container.layers:
+            layers = [features for _, features in layers]
         deepstack = [torch.cat(entries_of(layer)) for layer in layers]
-        stacked = isinstance(output.pooler_output, Tensor)
-        return EncodedModality(rows, sizes, stacked, deepstack, items, kind=type(output))
+        stacked = isinstance(_rows_in(output, container), Tensor)
+        return EncodedModality(rows, sizes, stacked, deepstack, items, container=container)
 
     def _run(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
         """Return what the encoder returns, and its rows [n, D] for each entry."""
         output = self.encoder(modality)(**arguments, return_dict=True)
-        pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
-            raise UnsupportedModelError(
-                f"the encoder of {type(self.model).__name__} returns its rows otherwise than in "
-                "pooler_output, and tokenprune does not know how the model reads them."
-            )
-        entries = entries_of(pooled)
+        entries = entries_of(_rows_in(output, self._container(output)))
         if not entries:
             raise PromptError(f"the vision encoder was given no {modality}.")
         return output, entries
 
-    def _tokens(self, rows: Tensor, of_picture: Tensor, label: str) -> VisualTokens:
-        grid = (1, 1, len(of_picture))
-        return VisualTokens(grid, embeddings=rows[of_picture], is_picture=False, label=label)
+    def _container(self, output: Any) -> Container:
+        """Return where an output of the encoder has the rows that the model reads.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If that is not known.
+        """
+        kind = self.model.config.model_type
+        if kind in ROWS_ELSEWHERE:
+            return replace(ROWS_ELSEWHERE[kind], kind=type(output))
+        if getattr(output, "pooler_output", None) is not None:
+            return Container(type(output))
+        layers = getattr(output, "deepstack_features", None)
+        if layers and all(isinstance(layer, tuple) for layer in layers):
+            # Rows for several layers of the decoder, the first of which reads them as its tokens.
+            return Container(type(output), layers=tuple(number for number, _ in layers))
+        raise UnsupportedModelError(
+            f"the encoder of {type(self.model).__name__} returns its rows otherwise than in "
+            "pooler_output, and tokenprune does not know how the model reads them."
+        )
+
+    def _sizes(self, inputs: EncoderInputs, entries: Sequence[Tensor]) -> list[int]:
+        """Return the rows of each item: of an entry or, where an entry is one row, of an image.
+
+        Raises
+        ------
+        PromptError
+            If the prompt is not there to say which rows are an image's.
+        """
+        sizes = [len(entry) for entry in entries]
+        total = sum(sizes)
+        places = inputs.placeholders
+        if set(sizes) == {1}:
+            found = [] if places is None else _runs(places)
+            if sum(found) != total:
+                raise PromptError(
+                    f"{type(self.model).__name__} does not say which rows are one "
+                    f"{inputs.modality}'s, and the prompt has {sum(found)} placeholders for "
+                    f"{total} rows. Pass input_ids and pixel values of one and the same processor "
+                    "call."
+                )
+            return found
+        # An entry may hold the images of several prompts, and what stays of one would hang on the
+        # others.
+        edges = {0, *itertools.accumulate(sizes)}
+        if places is not None and len(places) > 1:
+            ends = places.sum(dim=1).cumsum(0).tolist()
+            edges.update(ends if ends[-1] == total else [])
+        return [end - start for start, end in itertools.pairwise(sorted(edges))]
+
+    def _grids(self, inputs: EncoderInputs, sizes: Sequence[int]) -> list[Grid | None]:
+        """Return frames, rows and columns of each entry's tokens, where the inputs tell them."""
+        told: Tensor | None = inputs.arguments.get(f"{inputs.modality}_grid_thw")
+        vision = getattr(self.model.config, "vision_config", None)
+        merge: int | None = getattr(vision, "spatial_merge_size", None)
+        if told is None or merge is None or len(told) != len(sizes):
+            return [None] * len(sizes)
+        patches = told.tolist()
+        merged = [(frames, height // merge, width // merge) for frames, height, width in patches]
+        # Rows besides, or fewer of them (frames that were averaged), lie in a way not told.
+        return [
+            grid if math.prod(grid) == size and math.prod(patched) == size * merge**2 else None
+            for grid, patched, size in zip(merged, patches, sizes, strict=True)
+        ]
+
+    def _tokens(
+        self, rows: Tensor, of_picture: Tensor, grid: Grid | None, label: str
+    ) -> VisualTokens:
+        if grid is not None and math.prod(grid) != len(of_picture):
+            grid = None  # some rows are structure
+        embeddings = rows[of_picture]
+        later = PROJECTED_LATER.get(self.model.config.model_type)
+        if later is not None:
+            embeddings = getattr(self.inner, later)(embeddings)
+        return VisualTokens(
+            grid or (1, 1, len(of_picture)),
+            embeddings=embeddings,
+            is_picture=grid is not None,
+            label=label,
+        )
 
     # Rows that are no part of a picture --------------------------------------------------------
 
@@ -179,17 +324,53 @@ class AnyModel(VisionModel):
         sizes of the images alone, and is remembered for them: not on the weights, which may be
         trained meanwhile, nor on what was encoded before.
         """
+        numbers = torch.arange(len(rows)).split(list(sizes))
+        kind = self.model.config.model_type
+        if kind in LINE_ENDS:
+            is_code = ~self._ends_line(rows, LINE_ENDS[kind]).cpu()
+            parts = is_code.split(list(sizes))
+            found = [part[own] for part, own in zip(numbers, parts, strict=True)]
+            return [of_picture.to(rows.device) for of_picture in found]
         layout = _layout(inputs, sizes)
         if layout not in self._pictures_of:
             _, others = self._run(inputs.modality, of_noise(inputs.arguments))
             holds_pixels = ~same(rows, torch.cat(others)).cpu()
-            numbers = torch.arange(len(rows)).split(list(sizes))
             parts = holds_pixels.split(list(sizes))
             # At the end, so that another thread finds all of it or nothing.
             self._pictures_of[layout] = [
                 in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)
             ]
         return [of_picture.to(rows.device) for of_picture in self._pictures_of[layout]]
+
+    def _ends_line(self, rows: Tensor, token: str | None) -> Tensor:
+        """Return BoolTensor [R], where rows are the embedding of the token that ends a line."""
+        if token is None:
+            return torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        token_id = self.model.config.vocabulary_map[token]
+        ids = torch.tensor(token_id, device=rows.device)
+        line_end: Tensor = self.model.get_input_embeddings()(ids)
+        return (rows == line_end).all(dim=-1)
+
+
+def _may_be_pixels(name: str, value: object) -> bool:
+    """Say whether an argument of a call seems to be an image or a video."""
+    numbers = isinstance(value, Tensor) and value.ndim > 1 and value.is_floating_point()
+    return numbers and any(word in name for word in ("image", "pixel", "video"))
+
+
+def _rows_in(output: Any, container: Container) -> Any:
+    """Return what holds the rows that the decoder's first layer reads."""
+    if container.layers:
+        return output.deepstack_features[0][1]
+    return getattr(output, container.field)
+
+
+def _runs(placeholders: Tensor) -> list[int]:
+    """Return how many True stand side by side in BoolTensor [B, L], row by row."""
+    apart = nn.functional.pad(placeholders, (0, 1)).flatten()
+    ones, counts = torch.unique_consecutive(apart, return_counts=True)
+    runs: list[int] = counts[ones].tolist()
+    return runs
 
 
 def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
@@ -202,6 +383,35 @@ def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
             value = (value.shape, value.cpu().numpy().tobytes())
         digest.update(repr((name, value)).encode())
     return digest.digest()
+
+
+def why_refused(architecture: type, config: Any) -> str | None:
+    """Return why models of a class without a family cannot be pruned; None where they can.
+
+    Parameters
+    ----------
+    architecture
+        A class of transformers.
+    config
+        A config of its kind.
+    """
+    if config.model_type in REFUSED:
+        return REFUSED[config.model_type]
+    forward: Any = architecture.forward  # type: ignore[attr-defined]
+    takes_rows = "mm_encoder_outputs" in inspect.signature(forward).parameters
+    said = getattr(architecture, "input_modalities", ())
+    reads = (said,) if isinstance(said, str) else tuple(said)
+    # A class that does not say what it reads says text.
+    sees = bool({"image", "video"} & set(reads)) or hasattr(config, "vision_config")
+    if reads and not sees and not takes_rows:
+        return f"it reads {' and '.join(reads)} and no images"
+    if config.is_encoder_decoder:
+        return "it has an encoder for its text, where visual tokens cannot be dropped"
+    if hasattr(config, "thinker_config"):
+        return "it is several models in one. Pass the one that reads images, its `thinker`"
+    if not takes_rows:
+        return "its forward takes no rows of an encoder (mm_encoder_outputs)"
+    return None
 
 
 def vision_model_of_any_type(model: object) -> VisionModel:
@@ -218,16 +428,13 @@ def vision_model_of_any_type(model: object) -> VisionModel:
     known = supported_models()
     if kind in known:
         return vision_model(inside)
-    if inside.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{type(inside).__name__} (model_type {kind!r}) has an encoder for its text, where "
-            "visual tokens cannot be dropped. Use a model whose language model is a decoder alone."
-        )
-    if "mm_encoder_outputs" in inspect.signature(type(inside).forward).parameters:
+    reason = why_refused(type(inside), inside.config)
+    if reason is None:
         return AnyModel(inside)
     raise UnsupportedModelError(
-        f"{type(inside).__name__} (model_type {kind!r}) cannot be pruned. Supported: "
-        f"{', '.join(sorted(known))}, and any model whose forward takes mm_encoder_outputs."
+        f"{type(inside).__name__} (model_type {kind!r}) cannot be pruned: {reason}. Supported: "
+        f"{', '.join(sorted(known))}, and any model with a decoder alone whose forward takes "
+        "mm_encoder_outputs."
     )
 
 
@@ -256,11 +463,14 @@ def check_type(config: Any, name: str) -> None:
     kind = config.model_type
     known = supported_models()
     found: Any = CLASSES.get(type(config), None)
-    taken = () if found is None else inspect.signature(found.forward).parameters
-    if kind in known or ("mm_encoder_outputs" in taken and not config.is_encoder_decoder):
+    if found is None:
+        reason: str | None = "it is no model of images and text that transformers knows"
+    else:
+        reason = why_refused(found, config)
+    if kind in known or reason is None:
         return
     raise UnsupportedModelError(
-        f"{name} is a model of the type {kind!r}, which cannot be pruned. Supported: "
+        f"{name} is a model of the type {kind!r}, which cannot be pruned: {reason}. Supported: "
         f"{', '.join(sorted(known))}, and the other types of AutoModelForImageTextToText whose "
         "forward takes mm_encoder_outputs."
     )

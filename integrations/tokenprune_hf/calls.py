@@ -47,6 +47,9 @@ class _Call(ThreadState):
         Whether `generate` is, whose steps are prepared already.
     prompt
         The pruned prompt that the steps of `generate` read; None where it has no images.
+    known
+        The pruned prompt that the running `generate` reads or goes on from; None where there is
+        none.
     read
         Whether a step has read it.
     chosen
@@ -56,6 +59,7 @@ class _Call(ThreadState):
     depth: int = 0
     generating: bool = False
     prompt: Shortened | None = None
+    known: Shortened | None = None
     read: bool = False
     chosen: Chosen | None = None
 
@@ -153,6 +157,12 @@ class Calls:
         and searches may begin with several steps that do.
         """
         shortened, input_ids = self._call.prompt, kwargs.get("input_ids")
+        known = self._call.known
+        if known is not None and "position_ids" in kwargs and kwargs["position_ids"] is None:
+            # Some models take the positions out of their steps, to count the cache instead.
+            tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
+            past = cache_length(cache_of(kwargs))
+            kwargs["position_ids"] = known.positions_of(past, tokens.shape[1], len(tokens))
         if shortened is None:
             return kwargs
         if input_ids is None:
@@ -165,7 +175,9 @@ class Calls:
         if shortened.is_prompt_of(input_ids):
             self._call.read = True
             self._vision.will_read(shortened.arguments["position_ids"])
-            kwargs["mm_encoder_outputs"] = shortened.encoder_outputs(len(input_ids))
+            # `generate` may have encoded what is neither image nor video (audio).
+            others = kwargs.get("mm_encoder_outputs") or {}
+            kwargs["mm_encoder_outputs"] = others | shortened.encoder_outputs(len(input_ids))
             if kwargs.get("attention_mask") is None and cache is None:
                 # Without mask and cache, transformers takes gaps in positions for packed prompts.
                 kwargs["attention_mask"] = torch.ones_like(input_ids)
@@ -185,16 +197,16 @@ class Calls:
         call, proportional = self._call, self.proportional
         # The other one's state is put back at the end: a logits processor of `generate` may call
         # the model, and the steps that follow are the outer call's again.
-        before = call.prompt, call.generating, call.read
+        before = call.prompt, call.known, call.generating, call.read
         counted = None if proportional is None else proportional.logs
-        call.prompt, call.generating, call.read = None, False, False
+        call.prompt, call.known, call.generating, call.read = None, None, False, False
         call.depth += 1
         try:
             yield
         finally:
             call.depth -= 1
             self._vision.will_read(None)
-            call.prompt, call.generating, call.read = before
+            call.prompt, call.known, call.generating, call.read = before
             if proportional is not None:
                 proportional.logs = counted
 
@@ -232,7 +244,7 @@ class Calls:
                 known = _prompt_and_after(filling.before)
                 call = known.prompt.continued_prompt(kwargs, known.after)
             else:
-                return self._run(plain, kwargs, None)
+                return self._run(plain, kwargs, None, None)
             self._count_keys(known.prompt)
             input_ids: Tensor = kwargs["input_ids"]
             short_length = call["input_ids"].shape[1]
@@ -242,7 +254,7 @@ class Calls:
                 call["streamer"] = FullPromptStreamer(call["streamer"], input_ids)
             beams = setting(call, "num_beams", self._model) or 1
 
-            output = self._run(plain, call, shortened)
+            output = self._run(plain, call, shortened, known.prompt)
             more = None if isinstance(output, Tensor) else cast(_GenerateOutput, output)
             sequences = cast(Tensor, output) if more is None else more.sequences
             # More than one with `num_return_sequences`: those of a prompt stand together.
@@ -259,9 +271,13 @@ class Calls:
             return more
 
     def _run(
-        self, plain: Callable[..., object], kwargs: dict[str, Any], shortened: Shortened | None
+        self,
+        plain: Callable[..., object],
+        kwargs: dict[str, Any],
+        shortened: Shortened | None,
+        known: Shortened | None,
     ) -> object:
-        """Run the model's own `generate`, whose steps read `shortened`.
+        """Run the model's own `generate`, whose steps read `shortened` or go on from `known`.
 
         Raises
         ------
@@ -271,7 +287,7 @@ class Calls:
             If pruning was taken off while it ran, and the answer needed it.
         """
         call = self._call
-        call.prompt, call.generating, call.read = shortened, True, False
+        call.prompt, call.known, call.generating, call.read = shortened, known, True, False
         output = plain(**kwargs)
         if shortened is None:
             return output

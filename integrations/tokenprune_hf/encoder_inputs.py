@@ -32,11 +32,14 @@ class EncoderInputs:
         Arguments of ``get_image_features`` or ``get_video_features``.
     video_frames
         How many of the pictures, in order, make one video each, where the inputs do not tell.
+    placeholders
+        BoolTensor [B, L], where the prompts have the modality's, for models without a family.
     """
 
     modality: str
     arguments: dict[str, Any] = field(default_factory=dict)
     video_frames: Sequence[int] | None = None
+    placeholders: Tensor | None = None
 
     @property
     def pixels(self) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,13 +70,12 @@ class Encoded:
             torch.cat([layer.split(image.sizes)[index] for index in indices])
             for layer in image.deepstack
         ]
-        taken = EncodedModality(
-            torch.cat([rows[index] for index in indices]),
-            sizes,
-            image.stacked,
-            deepstack,
-            items,
-            kind=image.kind,
+        taken = replace(
+            image,
+            rows=torch.cat([rows[index] for index in indices]),
+            sizes=sizes,
+            deepstack=deepstack,
+            items=items,
         )
         return Encoded({"image": taken}, self.needs)
 
@@ -108,10 +107,10 @@ def join(parts: Sequence[Encoded]) -> Encoded:
         batches = [part.modalities[modality] for part in parts]
         starts = itertools.accumulate((len(media.rows) for media in batches), initial=0)
         layers = zip(*(media.deepstack for media in batches), strict=True)
-        joined[modality] = EncodedModality(
+        joined[modality] = replace(
+            batches[0],
             rows=torch.cat([media.rows for media in batches]),
             sizes=[size for media in batches for size in media.sizes],
-            stacked=batches[0].stacked,
             deepstack=[torch.cat(layer) for layer in layers],
             items=[
                 Item(item.rows + start, item.tokens)
@@ -119,7 +118,6 @@ def join(parts: Sequence[Encoded]) -> Encoded:
                 for item in media.items
             ],
             videos_told=all(media.videos_told for media in batches),
-            kind=batches[0].kind,
         )
     return Encoded(joined, first.needs)
 
@@ -204,8 +202,6 @@ class KeptRows:
         repeats
             How often `generate` repeats each prompt (beams, returned sequences).
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
         pictures = self._pictures(self.encoded.rows, per_sample, repeats)
         pooled: Any = pictures
         if self.encoded.stacked:
@@ -213,14 +209,8 @@ class KeptRows:
             # rows one after another anyway, so one picture of all rows serves as well.
             same = len({len(picture) for picture in pictures}) == 1
             pooled = torch.stack(pictures) if same else torch.cat(pictures)[None]
-        kind: type[Any] = self.encoded.kind or BaseModelOutputWithPooling
-        output = kind(pooler_output=pooled)
-        if self.encoded.deepstack:
-            # An attribute and not a field: the class without deepstack has no such field.
-            output.deepstack_features = [
-                self._pictures(layer, per_sample, repeats) for layer in self.encoded.deepstack
-            ]
-        return output
+        deepstack = [self._pictures(layer, per_sample, repeats) for layer in self.encoded.deepstack]
+        return self.encoded.container.output(pooled, deepstack)
 
     def _pictures(self, rows: Tensor, per_sample: Sequence[int], repeats: int) -> list[Tensor]:
         """Return what stays of rows [R, D], one tensor a picture; each prompt's repeated in a row.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tokenprune.errors import InputFileError, TokenPruneError, reason_of
+from tokenprune.errors import InputFileError, TokenPruneError, UnsupportedModelError, reason_of
 from tokenprune.media.video import Video
 from tokenprune.providers import model_path
 from tokenprune_hf.any_model import check_type
@@ -53,12 +53,19 @@ def load(name: str) -> tuple[Any, Any]:
     hf.utils.logging.disable_progress_bar()
     hf.utils.logging.set_verbosity_error()
     try:
-        check_type(hf.AutoConfig.from_pretrained(path), name)
-        processor = hf.AutoProcessor.from_pretrained(path)
-        model = hf.AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+        check_type(hf.AutoConfig.from_pretrained(path, trust_remote_code=False), name)
+        processor = hf.AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        model = hf.AutoModelForImageTextToText.from_pretrained(
+            path, dtype="auto", trust_remote_code=False
+        )
     except TokenPruneError:
         raise
     except Exception as error:  # what is wrong with a checkpoint can show in any way
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"the model {name} brings code of its own, which tokenprune does not run. If you "
+                "trust it, load the model with transformers and pass it to tokenprune_hf.prune."
+            ) from None
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise InputFileError(
             f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "

@@ -85,7 +85,13 @@ def full_positions(
 
 
 def original_positions(
-    full: Tensor, prompt: ShortPrompt, mask: Tensor, short_mask: Tensor, *, published: bool
+    full: Tensor,
+    prompt: ShortPrompt,
+    mask: Tensor,
+    short_mask: Tensor,
+    *,
+    published: bool,
+    masks_axis: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the positions of the full prompt at what is left of it.
 
@@ -101,6 +107,8 @@ def original_positions(
         [B, S], 0 where there is padding or a hidden token.
     published
         Whether they were counted as the papers of M-RoPE count, and are not the caller's.
+    masks_axis
+        Whether the first axis turns no head; see `VisionModel.has_masks_axis`.
 
     Returns
     -------
@@ -116,9 +124,9 @@ def original_positions(
         # Behind everything, on every axis, as both engines go on from a cache.
         highest = full.masked_fill(mask == 0, -1)[-3:].amax(dim=(0, -1))
         following[-3:] = highest + 1
-    if full.ndim == 3 and len(full) == 4:
-        # The first of four axes is read by the engine's masks alone, which take gaps in it for the
-        # borders of packed prompts. So it counts the short prompt, whatever the other three say.
+    if masks_axis:
+        # The first axis is read by the engine's masks alone, which take gaps in it for the borders
+        # of packed prompts. So it counts the short prompt, whatever the other axes say.
         counted = _counted(short_mask)
         short[0] = counted
         following[0] = counted.amax(dim=-1) + 1

@@ -14,14 +14,10 @@ from torch import Tensor
 
 from tokenprune.errors import PromptError
 
-FILL = {
-    "attention_mask": 0,
-    "labels": -100,
-    "position_ids": 0,
-    "token_type_ids": 0,
-    "mm_token_type_ids": 0,
-    "moe_mm_token_type_ids": 0,
-}
+TYPE_IDS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+"""Arguments that say of each prompt token what it is."""
+
+FILL = {"attention_mask": 0, "labels": -100, "position_ids": 0, **dict.fromkeys(TYPE_IDS, 0)}
 """Arguments with one value per prompt token, and what stands in them at padding."""
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune_hf.encoding import KeptRows
-from tokenprune_hf.prompt import ShortPrompt
+from tokenprune_hf.prompt import TYPE_IDS, ShortPrompt
 
 Application = Literal["drop", "mask"]
 """What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
@@ -148,6 +148,22 @@ class Shortened:
         steps = torch.arange(since, since + count, device=following.device)
         return following[..., None] + steps
 
+    def positions_of(self, past: int, count: int, batch: int) -> Tensor:
+        """Return the positions [..., batch, count] of any tokens, of the prompt or after it.
+
+        Parameters
+        ----------
+        past
+            How many tokens of the short prompt, and after it, stand in front of the first of them.
+        count, batch
+            See `positions_after`.
+        """
+        own = self.arguments["position_ids"]
+        prompts = own.repeat_interleave(batch // own.shape[-2], dim=-2)
+        new = max(past + count - self.prompt.length, 0)
+        every = torch.cat([prompts, self.positions_after(0, new, batch)], dim=-1)
+        return every[..., past : past + count]
+
     @property
     def ends_with_dropped(self) -> bool:
         """Whether some prompt's last token was dropped, so that its position is not in the end."""
@@ -252,7 +268,7 @@ class Shortened:
         # `generate` is given the whole conversation and leaves out of it what the cache holds: by
         # number of tokens, so the prompt in front has to be the short one here too.
         result = dict(arguments)
-        for name in ("input_ids", "token_type_ids", "mm_token_type_ids"):
+        for name in ("input_ids", *TYPE_IDS):
             if isinstance(arguments.get(name), Tensor) and name in self.arguments:
                 rest = arguments[name][:, length:]
                 result[name] = torch.cat([self.arguments[name], rest], dim=1)

@@ -147,7 +147,14 @@ def shorten_prompt(
     short_mask = short["attention_mask"]
     if positions == "original":
         published = vision.mrope and arguments.get("position_ids") is None
-        numbered = original_positions(full, prompt, mask, short_mask, published=published)
+        numbered = original_positions(
+            full,
+            prompt,
+            mask,
+            short_mask,
+            published=published,
+            masks_axis=vision.has_masks_axis(full),
+        )
     else:
         numbered = compact_positions(full, short_mask)
     short["position_ids"], following = numbered

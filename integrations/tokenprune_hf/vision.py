@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.families.any import rope_axes
 from tokenprune.families.base import Family
 from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES, attending_layers
@@ -53,6 +54,40 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Container:
+    """Where the output of an encoder has its rows.
+
+    Attributes
+    ----------
+    kind
+        The output's class; None for that of most models.
+    field
+        The attribute that holds the rows.
+    layers
+        The decoder's layers that deepstack features are for, where the output names them.
+    """
+
+    kind: type[Any] | None = None
+    field: str = "pooler_output"
+    layers: tuple[int, ...] = ()
+
+    def output(self, rows: Any, deepstack: list[Any]) -> Any:
+        """Return an output of the encoder with these rows and these features for deeper layers."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        kind: type[Any] = self.kind or BaseModelOutputWithPooling
+        # Some outputs cannot be made without what a forward does not read.
+        required = [each.name for each in fields(kind) if each.default is MISSING]
+        output = kind(**dict.fromkeys(required), **{self.field: rows})
+        if self.layers:
+            deepstack = list(zip(self.layers, deepstack, strict=True))
+        if deepstack or hasattr(output, "deepstack_features"):
+            # An attribute and not a field: the class without deepstack has no such field.
+            output.deepstack_features = deepstack
+        return output
+
+
+@dataclass(frozen=True)
 class EncodedModality:
     """What the encoder returned for all images, or all videos, of a batch of prompts.
 
@@ -70,8 +105,8 @@ class EncodedModality:
         The images or videos, in prompt order.
     videos_told
         Whether it is sure which pictures are the frames of one video.
-    kind
-        The class of the encoder's output; None for that of most models.
+    container
+        Where the encoder's output has its rows.
     """
 
     rows: Tensor
@@ -80,7 +115,7 @@ class EncodedModality:
     deepstack: list[Tensor]
     items: list[Item]
     videos_told: bool = True
-    kind: type[Any] | None = None
+    container: Container = Container()
 
 
 class VisionModel:
@@ -173,6 +208,13 @@ class VisionModel:
     def frame_interval(self, modality: str) -> int:
         """Return how many steps of the first axis lie between frames whose times are not known."""
         return self.family.frame_interval(modality)
+
+    def has_masks_axis(self, positions: Tensor) -> bool:
+        """Say whether positions [..., B, L] have an axis more, in front, than heads are turned by.
+
+        transformers puts the number of each token in front of time, row and column.
+        """
+        return positions.ndim == 3 and len(positions) > (rope_axes(self.model.config) or 3)
 
     def check_videos_told(self, media: EncodedModality, places: Tensor) -> None:
         """Raise where a method ranks whole videos and nobody said which pictures make one.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.hf.models import IMAGE, Tiny
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.registry import FAMILIES
 from tokenprune_hf import any_model
+from tokenprune_hf.loading import load
 from tokenprune_hf.vision import vision_model
 
 tf: Any = transformers  # its config classes are not typed the way they are called
@@ -421,15 +424,106 @@ def test_commands_that_need_a_family_say_so() -> None:
         vision_model(model)
 
 
+def refusal(model: Any) -> str:
+    """Return what `prune` says of a model."""
+    with pytest.raises(UnsupportedModelError) as refused:
+        tokenprune_hf.prune(model, "uniform", keep=4)
+    return str(refused.value)
+
+
 def test_an_encoder_decoder_is_refused() -> None:
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    model = tf.BartForConditionalGeneration(tf.BartConfig(**sizes, **heads))
-    with pytest.raises(UnsupportedModelError, match="has an encoder for its text"):
-        tokenprune_hf.prune(model, "uniform", keep=4)
+    text = tf.BartConfig(**sizes, **heads)
+    vision = tf.ViTConfig(**{name: TOWER[name] for name in TOWER if name != "num_channels"})
+    pair = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+    said = refusal(tf.VisionEncoderDecoderModel(pair))
+    assert "it has an encoder for its text, where visual tokens cannot be dropped" in said
 
 
-def test_a_model_that_cannot_be_handed_rows_is_refused() -> None:
-    config = tf.LlamaConfig(**TEXT)
-    with pytest.raises(UnsupportedModelError, match="any model whose forward takes"):
-        tokenprune_hf.prune(tf.LlamaForCausalLM(config), "uniform", keep=4)
+def test_an_audio_model_is_refused() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = tf.WhisperConfig(**sizes, **heads, pad_token_id=0, decoder_start_token_id=2)
+    said = refusal(tf.WhisperForConditionalGeneration(config))
+    assert "it reads audio and text and no images" in said
+
+
+def test_a_text_model_is_refused() -> None:
+    said = refusal(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)))
+    assert "it reads text and no images" in said
+    assert "any model with a decoder alone whose forward takes mm_encoder_outputs" in said
+
+
+class NobodysConfig(tf.LlavaConfig):  # type: ignore[misc]  # not typed
+    """Of a type that nobody knows."""
+
+    model_type = "nobodys"
+
+
+class Nobodys(tf.LlavaForConditionalGeneration):  # type: ignore[misc]  # not typed
+    """Somebody's own class, which takes rows."""
+
+    config_class = NobodysConfig
+
+
+class Wordless(Nobodys):
+    """Somebody's own class, which takes no rows."""
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        return super().forward(input_ids, **kwargs)
+
+
+def nobodys(architecture: type = Nobodys) -> Any:
+    tower = {**TOWER, "model_type": "clip_vision_model", "projection_dim": 16}
+    text = {**TEXT, "model_type": "llama"}
+
+    def config() -> Any:
+        return NobodysConfig(text_config=text, vision_config=tower, image_token_index=IMAGE)
+
+    return Tiny(config, architecture).model()
+
+
+def test_a_type_that_nobody_knows_is_pruned_if_it_takes_rows() -> None:
+    model = nobodys()
+    ids = torch.tensor([[2, 11, *[IMAGE] * 16, 12]])
+    with tokenprune_hf.prune(model, "uniform", keep=4) as pruning:
+        logits(model, input_ids=ids, pixel_values=noise(1, 3, 32, 32))
+    assert [len(selection.kept) for selection in pruning.selections] == [4]
+
+
+def test_a_type_that_nobody_knows_is_refused_if_it_takes_none() -> None:
+    said = refusal(nobodys(Wordless))
+    assert "its forward takes no rows of an encoder (mm_encoder_outputs)" in said
+
+
+def test_images_under_a_name_that_is_not_known_are_refused() -> None:
+    """They would be read unpruned."""
+    model = nobodys()
+    ids = torch.tensor([[2, 11, *[IMAGE] * 16, 12]])
+    with (
+        tokenprune_hf.prune(model, "uniform", keep=4),
+        pytest.raises(UnsupportedModelError, match="is given image_patches_of_mine, and"),
+    ):
+        logits(model, input_ids=ids, image_patches_of_mine=noise(1, 3, 32, 32))
+
+
+def test_an_encoder_that_does_not_look_is_refused() -> None:
+    """All of its rows would be taken for structure, and none be dropped."""
+    model = nobodys()
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_1.weight.zero_()
+    ids = torch.tensor([[2, 11, *[IMAGE] * 16, 12]])
+    with (
+        tokenprune_hf.prune(model, "uniform", keep=4),
+        pytest.raises(UnsupportedModelError, match="the same 16 rows for any picture"),
+    ):
+        logits(model, input_ids=ids, pixel_values=noise(1, 3, 32, 32))
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    own = {"AutoConfig": "mine.Config", "AutoModelForImageTextToText": "mine.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": own}))
+    (tmp_path / "mine.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(UnsupportedModelError, match="brings code of its own, which tokenprune"):
+        load(str(tmp_path))

@@ -12,8 +12,10 @@ from tokenprune.families.base import Family, ModelConfig
 from tokenprune.tower.layouts import Medium, Segment
 
 
-def has_mrope(config: Any) -> bool:
-    """Say whether a model counts positions on several axes, by the rotary embeddings' parameters.
+def rope_axes(config: Any) -> int:
+    """Return on how many axes a model counts positions, by the rotary embeddings' parameters.
+
+    0 where they do not say, which is one axis.
 
     Parameters
     ----------
@@ -25,10 +27,16 @@ def has_mrope(config: Any) -> bool:
     while found:
         parameters = found.pop()
         if isinstance(parameters, dict):
-            if parameters.get("mrope_section") or parameters.get("xdrope_section"):
-                return True
+            sections = parameters.get("mrope_section") or parameters.get("xdrope_section")
+            if sections:
+                return len(sections)
             found += parameters.values()  # one for each kind of layer
-    return False
+    return 0
+
+
+def has_mrope(config: Any) -> bool:
+    """Say whether a model counts positions on several axes; see `rope_axes`."""
+    return rope_axes(config) > 1
 
 
 GIVEN = frozenset({"embeddings", "question", "query_attention"})

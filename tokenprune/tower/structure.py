@@ -26,7 +26,8 @@ def of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return an encoder's arguments with other pixels of the same shapes.
 
     Pixels are what has two dimensions or more and is no whole number, or one of a byte; all else
-    (sizes, grids, masks) stays.
+    (sizes, grids, masks) stays. So do pictures [B, n, 3, H, W] that are zero and only pad a
+    prompt's to `n`: models tell them by that, and return no rows for them.
     """
     generator = torch.Generator().manual_seed(0)
     return {name: _noise(value, generator) for name, value in arguments.items()}
@@ -41,4 +42,7 @@ def _noise(value: Any, generator: torch.Generator) -> Any:
         return torch.randint(0, 256, value.shape, generator=generator).to(value)
     if not value.is_floating_point():
         return value
-    return torch.randn(value.shape, generator=generator).to(value)
+    noise = torch.randn(value.shape, generator=generator).to(value)
+    if value.ndim == 5 and value.shape[2] == 3:
+        noise = noise * (value != 0).flatten(2).any(dim=-1)[..., None, None, None]
+    return noise

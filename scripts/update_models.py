@@ -1,0 +1,255 @@
+#!/usr/bin/env python
+"""Write what was checked of which models into tokenprune/families/checked.json and docs/models.md.
+
+    scripts/test-models --junitxml=models.xml
+    PYTHONPATH=.venv-transformers/5.24.0 scripts/test-models --junitxml=models-5.24.0.xml
+    PYTHONPATH=.venv-transformers/5.24.0 .venv/bin/python scripts/update_models.py models*.xml
+
+Results are merged: what is in no file given stays as it was. The types that the page lists are
+those of the transformers with which this runs; with an older one than before, the list stays.
+Without files, the page alone is written anew. Nothing is tested here.
+
+A test says what it checks by properties (pytest's `record_property`): ``transformers`` with a
+`model_type`, or ``vllm`` with an architecture, and ``release`` of the engine. One that passed
+checked it, or its refusal where it recorded ``refused``; see `ABOUT` for what else may be said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from tokenprune.families.registry import FAMILIES
+
+ROOT = Path(__file__).parents[1]
+CHECKED = ROOT / "tokenprune" / "families" / "checked.json"
+PAGE = ROOT / "docs" / "models.md"
+ENGINES = ("transformers", "vllm")
+ABOUT = ("refused", "fault", "positions", "attention", "stays", "videos")
+"""Properties that are kept besides: why it is refused, why the engine itself fails, how positions
+are counted, what layers do but attend to every token before, rows that always stay, whether videos
+were tested too."""
+
+OWN_FUNCTION = {
+    "mllama": "pruned by its own function, [trimmed-attention.md](trimmed-attention.md)"
+}
+Entry = dict[str, Any]
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def results(path: Path) -> Iterator[tuple[bool, dict[str, str]]]:
+    """Return whether each test of a JUnit file that names a model passed, and what it says."""
+    for case in ElementTree.parse(path).iter("testcase"):
+        said = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+        failed = any(case.find(kind) is not None for kind in ("failure", "error", "skipped"))
+        if set(said) & set(ENGINES):
+            yield not failed, said
+
+
+def merge(checked: dict[str, Any], found: Sequence[tuple[bool, Mapping[str, str]]]) -> None:
+    """Put results into what was known: a model that failed once is no longer checked.
+
+    Parameters
+    ----------
+    checked
+        The content of checked.json, which is changed.
+    found
+        What `results` returned.
+    """
+    seen: set[tuple[str, str, str]] = set()
+    broken = {_model(said) for passed, said in found if not passed}
+    for _, said in found:
+        engine, name, release = model = _model(said)
+        entry: Entry = checked[engine].setdefault(name, {})
+        if model not in seen:  # what an earlier run found of this release is out of date
+            for about in ("checked", *(about for about in ABOUT[:2])):
+                _forget(entry, about, release)
+            seen.add(model)
+        if model in broken:
+            continue
+        for about in ABOUT[:2]:
+            if about in said:
+                entry.setdefault(about, {})[release] = said[about]
+        if not set(said) & set(ABOUT[:2]):
+            entry["checked"] = sorted({*entry.get("checked", []), release}, key=_version)
+        entry |= {about: said[about] for about in ABOUT[2:] if about in said}
+
+
+def _model(said: Mapping[str, str]) -> tuple[str, str, str]:
+    engine = next(engine for engine in ENGINES if engine in said)
+    return engine, said[engine], said["release"]
+
+
+def _forget(entry: Entry, about: str, release: str) -> None:
+    known = entry.get(about)
+    if isinstance(known, list) and release in known:
+        known.remove(release)
+    elif isinstance(known, dict):
+        known.pop(release, None)
+    if not known:
+        entry.pop(about, None)
+
+
+def _version(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+def list_types(checked: dict[str, Any]) -> None:
+    """Note every type of the installed transformers whose models read images or videos."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    if _version(transformers.__version__) < _version(checked["listed"]):
+        return
+    checked["listed"] = transformers.__version__
+    mappings = [
+        getattr(auto, name, {})
+        for name in ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "MODEL_FOR_MULTIMODAL_LM_MAPPING")
+    ]
+    for mapping in mappings:
+        for config, architecture in mapping.items():
+            reads = set(getattr(architecture, "input_modalities", ()))
+            if mapping is mappings[0] or {"image", "video"} & reads:
+                entry = checked["transformers"].setdefault(config.model_type, {})
+                entry["class"] = architecture.__name__
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def first_class(kind: str) -> bool:
+    """Say whether a type has a family that is used in transformers."""
+    return kind in FAMILIES and FAMILIES[kind].in_transformers
+
+
+def level(kind: str, entry: Entry) -> str:
+    """Return what transformers' models of a type can do."""
+    if kind in OWN_FUNCTION:
+        return OWN_FUNCTION[kind]
+    if first_class(kind):
+        return "first class"
+    if "checked" in entry:
+        return "checked"
+    if "refused" in entry:
+        return "refused: " + entry["refused"][max(entry["refused"], key=_version)]
+    return "generic, not tested"
+
+
+def notes(entry: Entry) -> str:
+    """Return what is particular to a type."""
+    fault = entry.get("fault", {})
+    parts = [
+        entry.get("attention", ""),
+        entry.get("stays", ""),
+        *(f"{release} fails itself: {why}" for release, why in sorted(fault.items())),
+    ]
+    return "; ".join(part for part in parts if part)
+
+
+def in_vllm(entry: Entry, vllm: Mapping[str, Entry]) -> str:
+    """Return the level of a type's class in vLLM, where that has one of the same name."""
+    return vllm_level(vllm.get(entry.get("class", ""), {}))
+
+
+def vllm_level(entry: Entry) -> str:
+    """Return what vLLM's models of an architecture can do, or nothing where that is not known."""
+    if "refused" in entry:
+        return "refused: " + entry["refused"][max(entry["refused"], key=_version)]
+    return "checked" if "checked" in entry else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of Markdown."""
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def types_table(checked: Mapping[str, Any]) -> str:
+    """Return a row for each type of transformers."""
+    rows = [
+        [
+            f"`{kind}`",
+            level(kind, entry),
+            ", ".join(entry.get("checked", [])),
+            entry.get("videos", ""),
+            entry.get("positions", ""),
+            notes(entry),
+            in_vllm(entry, checked["vllm"]),
+        ]
+        for kind, entry in sorted(checked["transformers"].items())
+    ]
+    header = ["type", "transformers", "checked under", "videos", "positions", "particular", "vLLM"]
+    return table(header, rows)
+
+
+def architectures_table(checked: Mapping[str, Any]) -> str:
+    """Return a row for each architecture of vLLM that was tested."""
+    rows = [
+        [f"`{name}`", vllm_level(entry), ", ".join(entry.get("checked", [])), notes(entry)]
+        for name, entry in sorted(checked["vllm"].items())
+    ]
+    return table(["architecture", "vLLM", "checked under", "particular"], rows)
+
+
+def page(checked: Mapping[str, Any]) -> str:
+    """Return docs/models.md."""
+    levels = [level(kind, entry) for kind, entry in checked["transformers"].items()]
+    of_own = sum(word == "first class" for word in levels)
+    with_hand = sum("checked" in entry for entry in checked["transformers"].values())
+    refused = sum(word.startswith("refused") for word in levels)
+    untested = sum(word.startswith("generic") for word in levels)
+    parts = [
+        "# Models",
+        "Written by `scripts/update_models.py` from the results of `scripts/test-models` of "
+        f"{checked['date']}; not to be edited. The types are those of transformers "
+        f"{checked['listed']} whose models read images or videos and text.",
+        f"Of {len(levels)} types {with_hand} were checked without a family against a calculation "
+        f"by hand, and {of_own} have a family of their own. {refused} are refused, and {untested} "
+        "were not tested.",
+        "- **first class**: the type has a family. Every method works, the grid of each picture is "
+        "known, and tests compare it with a calculation by hand.\n"
+        "- **checked**: pruned [without a family](transformers.md#models-of-any-other-type), with "
+        "methods that look at embeddings or at nothing. On a tiny model with random weights, a "
+        "test compares the logits of a pruned prompt and the tokens of `generate` with a "
+        "calculation by hand, `keep=1.0` with the plain model, batches with single prompts, and "
+        "conversations that go on from a cache with such that are read again. Videos were tested "
+        "where the table says so.\n"
+        "- **generic, not tested**: pruned likewise, but no test runs it.\n"
+        "- **refused**: an error says why.",
+        "**Positions** are those that the decoder reads on the unpruned prompt; kept tokens keep "
+        "theirs. **Particular** are layers that do otherwise than attend to every token before. In "
+        "those that have a window or a state over all tokens, or that look tokens up in blocks, a "
+        "dropped token is not the same as a hidden one: they read the short prompt. Rows of the "
+        "encoder that are no part of a picture always stay.",
+        "## transformers",
+        types_table(checked),
+    ]
+    if checked["vllm"]:
+        parts += ["## vLLM", architectures_table(checked)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Merge the files into checked.json and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("results", type=Path, nargs="*", help="JUnit files of scripts/test-models")
+    arguments = parser.parse_args()
+    checked = json.loads(CHECKED.read_text("utf-8"))
+    for path in arguments.results:
+        merge(checked, list(results(path)))
+    if arguments.results:
+        list_types(checked)
+        checked["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+        CHECKED.write_text(json.dumps(checked, indent=1, sort_keys=True) + "\n", "utf-8")
+    PAGE.write_text(page(checked), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
