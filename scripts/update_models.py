@@ -4,6 +4,7 @@
     scripts/test-models --junitxml=models.xml
     PYTHONPATH=.venv-transformers/5.24.0 scripts/test-models --junitxml=models-5.24.0.xml
     PYTHONPATH=.venv-transformers/5.24.0 .venv/bin/python scripts/update_models.py models*.xml
+    .venv/bin/python scripts/update_models.py --vllm
 
 Results are merged: what is in no file given stays as it was. The types that the page lists are
 those of the transformers with which this runs; with an older one than before, the list stays.
@@ -17,27 +18,25 @@ checked it, or its refusal where it recorded ``refused``; see `ABOUT` for what e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tokenprune.families.registry import FAMILIES
+from tokenprune.families.checked import ENGINES, FILE, in_vllm, level, notes, version_of
 
 ROOT = Path(__file__).parents[1]
-CHECKED = ROOT / "tokenprune" / "families" / "checked.json"
+CHECKED = ROOT / "tokenprune" / "families" / FILE
 PAGE = ROOT / "docs" / "models.md"
-ENGINES = ("transformers", "vllm")
 ABOUT = ("refused", "fault", "positions", "attention", "stays", "videos")
 """Properties that are kept besides: why it is refused, why the engine itself fails, how positions
 are counted, what layers do but attend to every token before, rows that always stay, whether videos
 were tested too."""
 
-OWN_FUNCTION = {
-    "mllama": "pruned by its own function, [trimmed-attention.md](trimmed-attention.md)"
-}
 Entry = dict[str, Any]
 
 
@@ -78,7 +77,7 @@ def merge(checked: dict[str, Any], found: Sequence[tuple[bool, Mapping[str, str]
             if about in said:
                 entry.setdefault(about, {})[release] = said[about]
         if not set(said) & set(ABOUT[:2]):
-            entry["checked"] = sorted({*entry.get("checked", []), release}, key=_version)
+            entry["checked"] = sorted({*entry.get("checked", []), release}, key=version_of)
         entry |= {about: said[about] for about in ABOUT[2:] if about in said}
 
 
@@ -97,16 +96,12 @@ def _forget(entry: Entry, about: str, release: str) -> None:
         entry.pop(about, None)
 
 
-def _version(release: str) -> list[int]:
-    return [int(part) for part in release.split(".")]
-
-
 def list_types(checked: dict[str, Any]) -> None:
     """Note every type of the installed transformers whose models read images or videos."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    if _version(transformers.__version__) < _version(checked["listed"]):
+    if version_of(transformers.__version__) < version_of(checked["listed"]):
         return
     checked["listed"] = transformers.__version__
     mappings = [
@@ -121,48 +116,47 @@ def list_types(checked: dict[str, Any]) -> None:
                 entry["class"] = architecture.__name__
 
 
+def list_architectures(checked: dict[str, Any]) -> None:
+    """Note every architecture of the installed vLLM that reads images or videos."""
+    from vllm import ModelRegistry, __version__
+    from vllm.model_executor.models import registry
+
+    from tokenprune_vllm.architectures import ARCHITECTURES
+
+    known: dict[str, Entry] = checked["vllm"]
+    checked["listed_vllm"] = __version__
+    for name in registry._MULTIMODAL_MODELS:
+        if not _sees(ModelRegistry.models[name]):
+            known.pop(name, None)
+            continue
+        entry = known.setdefault(name, {})
+        entry.pop("family", None)
+        if name in ARCHITECTURES:
+            entry["family"] = True
+
+
+def _sees(model: Any) -> bool:
+    """Say whether a class of vLLM's reads images or videos: its source, or its bases', names them.
+
+    vLLM tells that by a config alone.
+    """
+    modules = {model.module_name}
+    with contextlib.suppress(ImportError):  # it wants a GPU, or a package that is not there
+        modules |= {base.__module__ for base in model.load_model_cls().__mro__}
+    for module in modules:
+        where = importlib.util.find_spec(module)
+        if ".models." not in module or where is None or where.origin is None:
+            continue
+        file = Path(where.origin)
+        files = file.parent.rglob("*.py") if file.name == "__init__.py" else [file]
+        text = "".join(one.read_text("utf-8") for one in files)
+        # Every model's interface speaks of images.
+        if file.name != "interfaces.py" and ("pixel_values" in text or '"image"' in text):
+            return True
+    return False
+
+
 # Writing ------------------------------------------------------------------------------------------
-
-
-def first_class(kind: str) -> bool:
-    """Say whether a type has a family that is used in transformers."""
-    return kind in FAMILIES and FAMILIES[kind].in_transformers
-
-
-def level(kind: str, entry: Entry) -> str:
-    """Return what transformers' models of a type can do."""
-    if kind in OWN_FUNCTION:
-        return OWN_FUNCTION[kind]
-    if first_class(kind):
-        return "first class"
-    if "checked" in entry:
-        return "checked"
-    if "refused" in entry:
-        return "refused: " + entry["refused"][max(entry["refused"], key=_version)]
-    return "generic, not tested"
-
-
-def notes(entry: Entry) -> str:
-    """Return what is particular to a type."""
-    fault = entry.get("fault", {})
-    parts = [
-        entry.get("attention", ""),
-        entry.get("stays", ""),
-        *(f"{release} fails itself: {why}" for release, why in sorted(fault.items())),
-    ]
-    return "; ".join(part for part in parts if part)
-
-
-def in_vllm(entry: Entry, vllm: Mapping[str, Entry]) -> str:
-    """Return the level of a type's class in vLLM, where that has one of the same name."""
-    return vllm_level(vllm.get(entry.get("class", ""), {}))
-
-
-def vllm_level(entry: Entry) -> str:
-    """Return what vLLM's models of an architecture can do, or nothing where that is not known."""
-    if "refused" in entry:
-        return "refused: " + entry["refused"][max(entry["refused"], key=_version)]
-    return "checked" if "checked" in entry else ""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -176,7 +170,7 @@ def types_table(checked: Mapping[str, Any]) -> str:
     rows = [
         [
             f"`{kind}`",
-            level(kind, entry),
+            level("transformers", kind, entry),
             ", ".join(entry.get("checked", [])),
             entry.get("videos", ""),
             entry.get("positions", ""),
@@ -192,7 +186,7 @@ def types_table(checked: Mapping[str, Any]) -> str:
 def architectures_table(checked: Mapping[str, Any]) -> str:
     """Return a row for each architecture of vLLM that was tested."""
     rows = [
-        [f"`{name}`", vllm_level(entry), ", ".join(entry.get("checked", [])), notes(entry)]
+        [f"`{name}`", level("vllm", name, entry), ", ".join(entry.get("checked", [])), notes(entry)]
         for name, entry in sorted(checked["vllm"].items())
     ]
     return table(["architecture", "vLLM", "checked under", "particular"], rows)
@@ -200,7 +194,7 @@ def architectures_table(checked: Mapping[str, Any]) -> str:
 
 def page(checked: Mapping[str, Any]) -> str:
     """Return docs/models.md."""
-    levels = [level(kind, entry) for kind, entry in checked["transformers"].items()]
+    levels = [level("transformers", kind, entry) for kind, entry in checked["transformers"].items()]
     of_own = sum(word == "first class" for word in levels)
     with_hand = sum("checked" in entry for entry in checked["transformers"].values())
     refused = sum(word.startswith("refused") for word in levels)
@@ -232,7 +226,17 @@ def page(checked: Mapping[str, Any]) -> str:
         types_table(checked),
     ]
     if checked["vllm"]:
-        parts += ["## vLLM", architectures_table(checked)]
+        of_vllm = checked["vllm"].values()
+        parts += [
+            "## vLLM",
+            f"The {len(of_vllm)} architectures of vLLM {checked['listed_vllm']} that read images "
+            f"or videos, and those that ran by their class of transformers. "
+            f"{sum(bool(entry.get('family')) for entry in of_vllm)} are first class: tests compare "
+            "kept tokens and answers in vLLM's engine with transformers. "
+            f"{sum('checked' in entry and not entry.get('family') for entry in of_vllm)} more "
+            "were checked [without a family](serving.md#any-other-architecture) in the same way.",
+            architectures_table(checked),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -240,12 +244,18 @@ def main() -> None:
     """Merge the files into checked.json and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*", help="JUnit files of scripts/test-models")
+    parser.add_argument(
+        "--vllm", action="store_true", help="list the architectures of the installed vLLM anew"
+    )
     arguments = parser.parse_args()
     checked = json.loads(CHECKED.read_text("utf-8"))
+    if arguments.vllm:
+        list_architectures(checked)
     for path in arguments.results:
         merge(checked, list(results(path)))
     if arguments.results:
         list_types(checked)
+    if arguments.results or arguments.vllm:
         checked["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         CHECKED.write_text(json.dumps(checked, indent=1, sort_keys=True) + "\n", "utf-8")
     PAGE.write_text(page(checked), "utf-8")

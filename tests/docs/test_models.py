@@ -71,6 +71,7 @@ def test_results_are_merged(tmp_path: Path) -> None:
     known: dict[str, Any] = {
         "date": "2026-01-01",
         "listed": "5.24.0",
+        "listed_vllm": "0.32.0",
         "transformers": {
             "aria": {"checked": ["5.19.0"], "class": "AriaForConditionalGeneration"},
             "fuyu": {"checked": ["5.19.0", "5.24.0"]},
@@ -99,7 +100,7 @@ def test_results_are_merged(tmp_path: Path) -> None:
 def test_the_script_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "models.xml"
     file.write_text(JUNIT)
-    start = {"date": "", "listed": "0.0.0", "transformers": {}, "vllm": {}}
+    start = {"date": "", "listed": "0.0.0", "listed_vllm": "", "transformers": {}, "vllm": {}}
     monkeypatch.setattr(SCRIPT, "CHECKED", tmp_path / "checked.json")
     monkeypatch.setattr(SCRIPT, "PAGE", tmp_path / "models.md")
     SCRIPT.CHECKED.write_text(json.dumps(start))
