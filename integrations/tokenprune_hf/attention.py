@@ -124,7 +124,8 @@ class SeenAttention:
     def _query_and_key(self) -> tuple[Tensor, Tensor]:
         if not self.projected:
             raise RuntimeError("the scoring layer did not run while it was watched")
-        heads = int(self.module.num_heads)
+        known = getattr(self.module, "num_heads", None)
+        heads = int(self.module.config.num_attention_heads if known is None else known)
         # The family's own rotary function: its convention is not ours to repeat.
         rotary = sys.modules[type(self.module).__module__]
         # Of a packed tower all pictures' patches come in one sequence: [P, 3 * H * d], or apart.
@@ -140,6 +141,14 @@ class SeenAttention:
             cos, sin = self.arguments["position_embeddings"]
             query, key = rotary.apply_rotary_pos_emb_vision(query, key, cos, sin)
             return query.transpose(0, 1)[None], key.transpose(0, 1)[None]
+        if hasattr(rotary, "apply_multidimensional_rope"):  # Gemma 4, whose norms are given heads
+            cos, sin = self.arguments["position_embeddings"]
+            places = self.arguments["position_ids"]
+            query, key = (
+                rotary.apply_multidimensional_rope(self.projected[name], cos, sin, places)
+                for name in ("query", "key")
+            )
+            return query.transpose(1, 2), key.transpose(1, 2)
         query, key = (
             self.projected[name].unflatten(-1, (heads, -1)).transpose(1, 2).float()
             for name in ("query", "key")

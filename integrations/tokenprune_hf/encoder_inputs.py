@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenprune.errors import PromptError
 from tokenprune.families.base import Family
 from tokenprune.families.llava import LlavaNext
-from tokenprune.tower.layouts import Grid, Medium, Sides
+from tokenprune.tower.layouts import Grid, Medium, Sides, grids_by_position
 
 _TARGET_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 """What MiniCPM-V calls the rows and columns of patches of each picture."""
@@ -98,6 +98,14 @@ def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[
     patches = arguments.get(_TARGET_SIZES[modality])
     if patches is not None:
         return [Medium(modality, 0, grid=(1, *_sides(sides))) for sides in patches.tolist()]
+    by_patch = arguments.get(f"{modality}_position_ids")
+    if by_patch is not None:
+        frames = arguments.get("num_frames_per_video") if modality == "video" else None
+        pictures = [1] * len(by_patch) if frames is None else [int(count) for count in frames]
+        return [Medium(modality, 0, grid=grid) for grid in grids_by_position(by_patch, pictures)]
+    shapes = arguments.get("spatial_shapes")
+    if shapes is not None:
+        return [Medium(modality, 0, shapes=(_sides(shape),)) for shape in shapes.tolist()]
     pixels = inputs.pixels
     sides = _sides(pixels.shape[-2:])
     if not family.tells_videos:

@@ -77,12 +77,13 @@ def own_mask(
         tokens of an image see all of it, as far as the layer's window goes.
     """
     mask: Mask = Causal(layout.length)
-    if both_ways and layout.images and vision_model(model).family.images_see_all:
+    window = sliding_window(attention)
+    sees_all = vision_model(model).family.images_see_all(window is not None)
+    if both_ways and layout.images and sees_all:
         # Class 0 is text, which sees nothing that stands behind it; an image sees itself alone.
         table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
         table[0, 0] = False
         mask = mask | Classes(layout.image_of + 1, table[None])
-    window = sliding_window(attention)
     return mask if window is None else mask & Window(layout.length, window)
 
 

@@ -248,9 +248,9 @@ class Sparse(Attachment):
                 f"{list(input_ids.shape)}. Pass the mask that the processor returned, and no "
                 "static cache."
             )
-        # Gemma 3 makes its mask see images both ways only where token types come with the call.
-        types = named.get("token_type_ids")
-        both_ways = types is not None and bool((types == 1).any())
+        # Gemma makes its mask see images both ways only where token types come with the call.
+        types = named.get("token_type_ids", named.get("mm_token_type_ids"))
+        both_ways = types is not None and bool((types > 0).any())
         samples = []
         for row, images in enumerate(spans):
             # Layouts count without padding, which stands at one end of the row.

@@ -185,7 +185,7 @@ class VisionModel:
         UnsupportedModelError
             If its first layers cannot be run on a prompt as if it was causal.
         """
-        if self.family.images_see_all:
+        if self.family.images_see_all(True):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} lets an image's tokens see each other in both "
                 "directions, and flexselect does not read that. Use flexselect-lite, or a method "
@@ -364,7 +364,9 @@ class VisionModel:
         layers = getattr(output, "deepstack_features", None) or []
         deepstack = [torch.cat(entries_of(layer)) for layer in layers]
         with torch.no_grad():
-            features = torch.cat(captured) if self.family.packed else captured[0]
+            features = captured[0]
+            if self.family.packed and len(captured) > 1:  # one picture after the other
+                features = torch.cat([one.flatten(0, -2) for one in captured])
             sizes = [len(part) for part in parts]
             if not self.family.tells_videos:
                 sizes = rows_per_picture(sizes, features)

@@ -66,6 +66,12 @@ _ONE_AXIS = (
     "LlavaOnevisionForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "InternVLChatModel",
+    "Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

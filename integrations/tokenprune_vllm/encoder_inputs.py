@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.families.base import Family
 from tokenprune.families.registry import FAMILIES, family_of_config
-from tokenprune.tower.layouts import Medium
+from tokenprune.tower.layouts import Medium, grids_by_position
 from tokenprune_vllm.architectures import is_of_family
 
 Fields = Mapping[str, Any]
@@ -21,6 +20,9 @@ Fields = Mapping[str, Any]
 
 VISUAL = ("image", "video", "vision_chunk")
 """vLLM's modalities that are pruned; Kimi-K2.5 calls images and parts of videos chunks."""
+
+_POSITIONS = {"image": "pixel_position_ids", "video": "pixel_position_ids_videos"}
+"""Where Gemma 4's processor says which patch stands where."""
 
 
 def family_of(config: Any, causal: bool = False) -> Family:
@@ -32,18 +34,7 @@ def family_of(config: Any, causal: bool = False) -> Family:
         The model's.
     causal
         Of a model of no family: see `AnyFamily`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If vLLM lays its rows out in a way that is not known here.
     """
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if config.model_type == "llava" and tower == "pixtral":
-        raise UnsupportedModelError(
-            f"this LLaVA has a tower of the kind {tower!r}, whose images have rows of any "
-            "length; tokenprune prunes LLaVA with CLIP and SigLIP towers."
-        )
     # A type of a known family may run by another class, whose modules have other places.
     if config.model_type in FAMILIES and is_of_family(config.architectures or []):
         return family_of_config(config)
@@ -70,6 +61,14 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
     if grid is not None:
         frames, height, width = _numbers(grid)
         return Medium(modality, rows, grid=(frames, height, width))
+    shapes = fields.get("spatial_shapes")  # LFM2-VL
+    if shapes is not None:
+        return Medium(modality, rows, len(shapes), shapes=tuple(map(tuple, shapes.tolist())))
+    positions = fields.get(_POSITIONS.get(modality, ""))
+    if positions is not None:
+        pictures = positions if positions.ndim == 3 else positions[None]
+        (grid,) = grids_by_position(pictures, [len(pictures)])
+        return Medium(modality, rows, grid=grid)
     pixels = next(
         (
             value

@@ -46,10 +46,16 @@ class LanguageModel:
         self._vllm_config = vllm_config
         whole = model.get_language_model()
         self._embed = whole.embed_input_ids
-        self._layers: list[Any] = list(getattr(getattr(whole, "model", None), "layers", ()))
+        self._layers: list[Any] = list(getattr(getattr(whole, "model", whole), "layers", ()))
         self._config = family.config
         self._text_config = family.config.get_text_config()
         self.width = int(self._text_config.hidden_size)
+        if family.images_see_all(True):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} lets an image's tokens see each other in both directions, "
+                "and such layers are not read with the question in vLLM. Use flexselect-lite, or a "
+                "method that needs no language model."
+            )
         self._stateful: dict[int, Any] = {
             number: layer.linear_attn
             for number, layer in enumerate(self._layers)

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.families import modules
 from tokenprune.tower.plain_weights import why_altered
 
 
@@ -126,7 +127,7 @@ def entrance_of(projector: Any) -> nn.Module:
         if hasattr(projector, name):
             inside: nn.Module = getattr(projector, name)
             return inside
-    module: nn.Module = projector
+    module: nn.Module = modules.entrance_of(projector)
     return module
 
 

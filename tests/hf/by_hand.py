@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.hf.models import APART, IMAGE, STATEFUL, VIDEO
+from tests.hf.models import APART, IMAGE, PAD, STATEFUL, VIDEO
 
 
 @contextmanager
@@ -28,7 +28,12 @@ def full_attention_maps(tower: Any) -> Iterator[list[Tensor]]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        weights = (query.float() @ key.float().transpose(-1, -2) * scale).softmax(dim=-1)
+        weights = query.float() @ key.float().transpose(-1, -2) * scale
+        if attention_mask is not None:  # pictures padded to one length
+            if attention_mask.dtype == torch.bool:
+                attention_mask = torch.zeros_like(weights).masked_fill(~attention_mask, -torch.inf)
+            weights = weights + attention_mask
+        weights = weights.softmax(dim=-1)
         maps.append(weights)
         return (weights @ value.float()).to(value).transpose(1, 2), None
 
@@ -71,6 +76,14 @@ def item_rows(
             [start + 37 * frame + 1 + token for frame in range(4) for token in range(36)]
             for start in starts[:-1:4]
         ]
+    if name == "gemma4" and modality == "video":  # every frame of a video is an item
+        return [
+            list(range(start + frame * size // frames, start + (frame + 1) * size // frames))
+            for start, size, frames in zip(
+                starts[:-1], sizes, inputs["num_frames_per_video"].tolist(), strict=True
+            )
+            for frame in range(frames)
+        ]
     if name in ("idefics3", "smolvlm"):  # tiles of 16 tokens, whatever the encoder put together
         return [list(range(start, start + 16)) for start in range(0, sum(sizes), 16)]
     return [
@@ -101,8 +114,12 @@ def encode(
         "image": (
             *("pixel_values", "pixel_values_images"),
             *("image_sizes", "image_grid_thw", "target_sizes"),
+            *("image_position_ids", "spatial_shapes", "pixel_attention_mask"),
         ),
-        "video": ("pixel_values_videos", "video_grid_thw", "target_sizes_videos"),
+        "video": (
+            *("pixel_values_videos", "video_grid_thw", "target_sizes_videos"),
+            *("video_position_ids", "num_frames_per_video"),
+        ),
     }[modality]
     arguments = {key: inputs[key] for key in names if key in inputs}
     if not any(key.startswith("pixel") for key in arguments):
@@ -163,6 +180,7 @@ def greedy(
         prompts = prompts.masked_fill(inputs["mm_token_type_ids"] == 2, VIDEO)
     for sample, ids in enumerate(prompts.tolist()):
         embeds, where, visual, blocks = [], [], [], []
+        ids_read: list[int] = []
         deep_rows: list[list[Tensor]] = []
         block = 0
         real = [column for column, one in enumerate(inputs["attention_mask"][sample]) if one]
@@ -180,6 +198,7 @@ def greedy(
                     continue
                 embeds.append(rows[kind][row])
                 deep_rows.append([layer[row] for layer in deep[kind]])
+            ids_read.append(PAD if kind else token)
             visual.append(kind is not None)
             blocks.append(-1 if kind is None else block)
             where.append(column)
@@ -201,6 +220,11 @@ def greedy(
             stateful = name in STATEFUL
             ones = torch.ones(1, len(hidden), dtype=torch.long)
             extra["attention_mask"] = ones if stateful else _mask(name, blocks)
+            if name == "gemma4":
+                # Layers have embeddings of their own for text, and that of padding for the rest.
+                read = torch.tensor(ids_read)[None]
+                words = model.get_input_embeddings()(read)
+                extra["per_layer_inputs"] = language_model.get_per_layer_inputs(read, words)
             output = language_model(
                 inputs_embeds=hidden[None],
                 position_ids=place[..., None, :] if place.ndim > 1 else place[None],
@@ -215,6 +239,7 @@ def greedy(
             place = torch.cat([place, torch.full((*place.shape[:-1], 1), following)], dim=-1)
             following += 1
             visual.append(False)
+            ids_read.append(answer[-1])
             blocks.append(-1)
         answers.append(answer)
     return answers
@@ -260,11 +285,16 @@ def _mask(name: str, blocks: list[int]) -> Any:
     """Return a 4-D mask: causal, and in Gemma 3 both ways inside an image."""
     length = len(blocks)
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
-    if name == "gemma3":
+    causal = allowed.clone()
+    if name in ("gemma3", "gemma4"):
         block = torch.tensor(blocks)
         allowed |= (block[:, None] == block) & (block >= 0)
-    mask = torch.zeros(length, length).masked_fill(~allowed, torch.finfo(torch.float32).min)
-    four = mask[None, None]
+    four, one_way = (
+        torch.zeros(length, length).masked_fill(~one, torch.finfo(torch.float32).min)[None, None]
+        for one in (allowed, causal)
+    )
+    if name == "gemma4":  # layers that see everything do not see images both ways
+        return {"full_attention": one_way, "sliding_attention": four}
     if name == "gemma3":
         # The sliding window of the tiny model is longer than any prompt here.
         return {"full_attention": four, "sliding_attention": four}

@@ -56,6 +56,8 @@ class Tiny:
         The model's class.
     image, video
         (number) -> (encoder arguments, placeholders of each); None where not supported.
+    uneven
+        The norm behind the tower, if what comes out of it would be of one length otherwise.
     """
 
     build: Callable[[], Any]
@@ -63,6 +65,7 @@ class Tiny:
     image: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
     video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+    uneven: str = ""
 
     def model(self, seed: int = 0) -> Any:
         """Return the model in float32 and eval mode, with weights large enough to matter."""
@@ -72,6 +75,8 @@ class Tiny:
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     parameter.normal_(0.0, 0.2)
+                elif self.uneven and self.uneven in name:
+                    parameter.uniform_(0.5, 1.5)
                 elif "norm" not in name and "lambda" not in name:
                     parameter.normal_(0.0, 0.1)
                 elif "visual.vision_model.post_layernorm.weight" in name:
@@ -418,6 +423,38 @@ def _gemma3() -> Any:
     )
 
 
+def _gemma4() -> Any:
+    return tf.Gemma4Config(
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "patch_size": 4,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 64,
+        },
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "global_head_dim": 32,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 96,
+            "use_bidirectional_attention": "vision",
+        },
+        audio_config=None,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        boi_token_id=START,
+        eoi_token_id=END,
+        audio_token_id=95,
+    )
+
+
 def _plain(name: str, size: int, tokens: int) -> Any:
     def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
         return {name: pixels(count, 3, size, size)}, [tokens] * count
@@ -458,6 +495,130 @@ def _packed(name: str, grid_name: str, grids: list[list[int]]) -> Any:
         )
 
     return make
+
+
+def _lfm2_vl() -> Any:
+    return tf.Lfm2VlConfig(
+        vision_config={
+            "model_type": "siglip2_vision_model",
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "patch_size": 4,
+            "num_patches": 64,
+            "vision_use_head": False,
+        },
+        text_config={
+            **_TEXT,
+            "model_type": "lfm2",
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_ff_dim": 48,
+            "block_auto_adjust_ff_dim": False,
+            "conv_L_cache": 3,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        image_token_id=IMAGE,
+        projector_hidden_size=40,
+        downsample_factor=2,
+    )
+
+
+def _spatial(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    shapes = torch.tensor([[4, 6], [8, 4], [6, 6]])[torch.arange(count) % 3]
+    real = torch.arange(40) < shapes.prod(dim=1, keepdim=True)
+    values = pixels(count, 40, 48) * real[..., None]
+    return (
+        {
+            "pixel_values": values,
+            "spatial_shapes": shapes,
+            "pixel_attention_mask": real.long(),
+        },
+        (shapes.prod(dim=1) // 4).tolist(),
+    )
+
+
+def _pixtral() -> Any:
+    return tf.PixtralVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=64,
+        patch_size=4,
+    )
+
+
+def _llava_of_pixtral() -> Any:
+    return tf.LlavaConfig(
+        vision_config=_pixtral(),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def _mistral3() -> Any:
+    return tf.Mistral3Config(
+        vision_config=_pixtral(),
+        text_config=tf.MistralConfig(**_TEXT, head_dim=8, sliding_window=None),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+    )
+
+
+def _sized(token: int) -> Any:
+    """Images of sides of their own, of so many pixels a token."""
+
+    def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
+        sizes = torch.tensor([[24, 32], [16, 24], [32, 16]])[torch.arange(count) % 3]
+        values = torch.zeros(count, 3, 32, 32)
+        for picture, (height, width) in enumerate(sizes.tolist()):
+            values[picture, :, :height, :width] = pixels(3, height, width, seed=picture)
+        tokens = (sizes.prod(dim=1) // token).tolist()
+        return {"pixel_values": values, "image_sizes": sizes}, tokens
+
+    return make
+
+
+def _padded_patches(grids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Return pictures of rows x columns patches, padded to 112, and each patch's (x, y)."""
+    places = torch.full((len(grids), 112, 2), -1)
+    for picture, (rows, columns) in enumerate(grids):
+        for patch in range(rows * columns):
+            places[picture, patch] = torch.tensor([patch % columns, patch // columns])
+    values = torch.rand(len(grids), 112, 48, generator=torch.Generator().manual_seed(7))
+    return values * (places[..., :1] >= 0), places
+
+
+def _gemma4_images(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    grids = [[[8, 12], [12, 8], [4, 10]][index % 3] for index in range(count)]
+    values, places = _padded_patches(grids)
+    return (
+        {"pixel_values": values, "image_position_ids": places},
+        [rows * columns // 4 for rows, columns in grids],
+    )
+
+
+def _gemma4_videos(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    frames = [[3, 2][index % 2] for index in range(count)]
+    sides = [[[4, 8], [6, 6]][index % 2] for index in range(count)]
+    values, places = _padded_patches(
+        [side for side, number in zip(sides, frames, strict=True) for _ in range(number)]
+    )
+    return (
+        {
+            "pixel_values_videos": values,
+            "video_position_ids": places,
+            "num_frames_per_video": torch.tensor(frames),
+        },
+        [
+            number * rows * columns // 4
+            for number, (rows, columns) in zip(frames, sides, strict=True)
+        ],
+    )
 
 
 def _frames(size: int, frames: int, tokens: int) -> Any:
@@ -549,16 +710,28 @@ TINY: dict[str, Tiny] = {
         _navit("pixel_values", "target_sizes"),
         _navit("pixel_values_videos", "target_sizes_videos"),
     ),
-    "idefics3": Tiny(_idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles),
-    "smolvlm": Tiny(_smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles),
+    "idefics3": Tiny(
+        _idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles, uneven="post_layernorm"
+    ),
+    "smolvlm": Tiny(
+        _smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles, uneven="post_layernorm"
+    ),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
+    "lfm2_vl": Tiny(_lfm2_vl, tf.Lfm2VlForConditionalGeneration, _spatial),
+    "mistral3": Tiny(_mistral3, tf.Mistral3ForConditionalGeneration, _sized(64)),
+    "pixtral": Tiny(_llava_of_pixtral, tf.LlavaForConditionalGeneration, _sized(16)),
+    "gemma4": Tiny(_gemma4, tf.Gemma4ForConditionalGeneration, _gemma4_images, _gemma4_videos),
 }
-"""Every supported `model_type` and its tiny model."""
+"""Every supported `model_type` and its tiny model; "pixtral" is LLaVA with that tower."""
+
+
+SLIDING: tuple[str, ...] = ("gemma3", "gemma4")
+"""Those whose language model has layers that see a window of tokens only, and images both ways."""
 
 APART = tuple(name for name in TINY if name.startswith("glm"))
 """Those that take no call with both images and videos."""
 
-STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6")
+STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl")
 """Those some of whose layers keep a state in place of keys."""
 
 
@@ -618,17 +791,24 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
         [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     )
     kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-    if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle")):
+    if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle", "Gemma4")):
         inputs["mm_token_type_ids"] = kinds
     if tiny.architecture.__name__.startswith("Glm"):  # frames look like images in the prompt
         inputs["input_ids"] = inputs["input_ids"].masked_fill(kinds == 2, IMAGE)
-    if "Gemma" in tiny.architecture.__name__:
+    if "Gemma3" in tiny.architecture.__name__:
         inputs["token_type_ids"] = (kinds == 1).long()
     return inputs
 
 
 def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
     name = tiny.architecture.__name__
+    row: list[int]
+    if "num_frames_per_video" in inputs:  # Gemma 4 writes the time, and marks around each frame
+        frames = next(number for number, total in ((3, 24), (2, 18)) if total == size)
+        row = []
+        for frame in range(frames):
+            row += [10 + frame, START, *[VIDEO] * (size // frames), END]
+        return row
     if not name.startswith(("Qwen3", "Glm")):
         return [VIDEO] * size
     # Qwen3-VL writes the time in front of each frame, GLM-4V behind it.
@@ -636,7 +816,7 @@ def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
         row for row in inputs["video_grid_thw"].tolist() if row[0] * row[1] * row[2] == 4 * size
     ]
     frames = grid[0][0]
-    row: list[int] = []
+    row = []
     for frame in range(frames):
         own = [VIDEO] * (size // frames)
         row += [START, *own, END, 10 + frame] if name.startswith("Glm") else [10 + frame, *own]

@@ -97,11 +97,11 @@ def gridded() -> dict[str, Any]:
     return {"pixel_values": noise(int(GRIDS.prod(-1).sum()), 96), "image_grid_thw": GRIDS}
 
 
-def mistral() -> Any:
-    return tf.Mistral3Config(
-        text_config={**TEXT, "model_type": "mistral"},
+def lighton() -> Any:
+    return tf.LightOnOcrConfig(
+        text_config={**TEXT, "model_type": "qwen3"},
         vision_config={**TOWER, "model_type": "pixtral", "patch_size": 4, "head_dim": 8},
-        image_token_index=IMAGE,
+        image_token_id=IMAGE,
     )
 
 
@@ -126,9 +126,9 @@ def next_video() -> Any:
 CASES = {
     "glm4v": Case(glm, "Glm4vForConditionalGeneration", gridded, "mm_token_type_ids"),
     "qwen3_5": Case(qwen35, "Qwen3_5ForConditionalGeneration", gridded, "mm_token_type_ids"),
-    "mistral3": Case(
-        mistral,
-        "Mistral3ForConditionalGeneration",
+    "lighton_ocr": Case(
+        lighton,
+        "LightOnOcrForConditionalGeneration",
         lambda: {
             "pixel_values": noise(2, 3, 32, 24),
             "image_sizes": torch.tensor([[16, 24], [32, 16]]),
@@ -332,8 +332,8 @@ def test_newlines_are_found_after_their_weights_were_changed() -> None:
 
 
 def test_a_call_that_failed_leaves_nothing_to_the_next_one() -> None:
-    model = model_of("mistral3")
-    inputs = inputs_of("mistral3", model)
+    model = model_of("lighton_ocr")
+    inputs = inputs_of("lighton_ocr", model)
     text = torch.tensor([[2, 11, 12]])
     plain = logits(model, input_ids=text)
 
@@ -371,7 +371,7 @@ def test_hiding_is_refused() -> None:
 
 
 def test_methods_that_look_at_what_is_not_known_are_refused() -> None:
-    model = model_of("mistral3")
+    model = model_of("lighton_ocr")
     for method in ("cls-attention", "zeroth-order", "feature-norm"):
         with pytest.raises(UnsupportedModelError, match="such as information, divprune or uniform"):
             tokenprune_hf.prune(model, method, keep=4)
@@ -384,8 +384,8 @@ def test_the_question_is_not_read_with_what_is_not_counted_or_seen_in_order(name
 
 
 def test_a_model_that_counts_positions_itself_is_refused_until_they_are_compact() -> None:
-    model = model_of("mistral3")
-    inputs = inputs_of("mistral3", model)
+    model = model_of("lighton_ocr")
+    inputs = inputs_of("lighton_ocr", model)
 
     def forget(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         length = kwargs["inputs_embeds"].shape[1]
@@ -405,12 +405,12 @@ def test_a_model_that_counts_positions_itself_is_refused_until_they_are_compact(
 def test_types_whose_positions_are_looked_up_need_compact_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(any_model.COMPACT_ONLY, "mistral3", "it looks up blocks by position")
-    model = model_of("mistral3")
+    monkeypatch.setitem(any_model.COMPACT_ONLY, "lighton_ocr", "it looks up blocks by position")
+    model = model_of("lighton_ocr")
     with pytest.raises(UnsupportedModelError, match="looks up blocks by position"):
         tokenprune_hf.prune(model, "uniform", keep=4)
     with tokenprune_hf.prune(model, "uniform", keep=4, positions="compact"):
-        assert logits(model, **inputs_of("mistral3", model)).isfinite().all()
+        assert logits(model, **inputs_of("lighton_ocr", model)).isfinite().all()
 
 
 def test_proportional_attention_is_refused() -> None:
@@ -419,7 +419,7 @@ def test_proportional_attention_is_refused() -> None:
 
 
 def test_commands_that_need_a_family_say_so() -> None:
-    model = model_of("mistral3")
+    model = model_of("lighton_ocr")
     with pytest.raises(UnsupportedModelError, match="is of no family that can be used here"):
         vision_model(model)
 

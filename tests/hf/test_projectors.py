@@ -27,8 +27,8 @@ def selections(model: Any, inputs: dict[str, Any], method: str, **options: Any) 
     return pruning.selections
 
 
-READABLE = [name for name in TINY if not name.startswith("glm")]
-"""GLM's projector has a gate, so that it is called and not read."""
+READABLE = [name for name in TINY if not name.startswith("glm") and name != "mistral3"]
+"""GLM's projector has a gate, and Mistral 3's a linear layer for patches: they are called."""
 
 
 def samples(name: str) -> list[str]:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.core.test_representation import counted
-from tests.hf.models import IMAGE, STATEFUL, TINY, checkpoint_gradients, mixing, prompt
+from tests.hf.models import IMAGE, SLIDING, STATEFUL, TINY, checkpoint_gradients, mixing, prompt
 from tokenprune.errors import ConfigError, PromptError, UnsupportedModelError
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import decoder_of
 from tokenprune_hf.shortened import Application
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-NAMES = [name for name in TINY if name not in ("gemma3", *STATEFUL)]
+NAMES = [name for name in TINY if name not in (*SLIDING, *STATEFUL)]
 
 
 def setting(name: str) -> tuple[Any, dict[str, Any]]:

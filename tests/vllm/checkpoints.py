@@ -186,6 +186,71 @@ def _qwen(processor: str, videos: str, width: str, **rope: Any) -> _Family:
     )
 
 
+def _gemma3(tokenizer: Any, config: Any) -> Any:
+    images = tf.Gemma3ImageProcessor(size=_square(config))
+    return tf.Gemma3Processor(images, tokenizer, image_seq_length=config.mm_tokens_per_image)
+
+
+def _gemma4(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    sizes = {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling_kernel_size}
+    return tf.Gemma4Processor(
+        tf.Gemma4AudioFeatureExtractor(),
+        tf.Gemma4ImageProcessor(max_soft_tokens=vision.default_output_length, **sizes),
+        tokenizer,
+        tf.Gemma4VideoProcessor(do_sample_frames=False, **sizes),
+        image_seq_length=vision.default_output_length,
+    )
+
+
+def _idefics3(tokenizer: Any, config: Any) -> Any:
+    side = config.vision_config.image_size
+    images = tf.Idefics3ImageProcessor(
+        size={"longest_edge": 2 * side}, max_image_size={"longest_edge": side}
+    )
+    tokens = (side // config.vision_config.patch_size // config.scale_factor) ** 2
+    return tf.Idefics3Processor(images, tokenizer, image_seq_len=tokens)
+
+
+def _lfm2_vl(tokenizer: Any, config: Any) -> Any:
+    images = tf.Lfm2VlImageProcessor(
+        encoder_patch_size=config.vision_config.patch_size,
+        downsample_factor=config.downsample_factor,
+        tile_size=32,
+        min_tiles=2,
+        max_tiles=_TILES,
+        min_image_tokens=9,
+        max_image_tokens=24,
+        max_num_patches=96,
+        max_pixels_tolerance=1.5,
+        do_image_splitting=True,
+        use_thumbnail=True,
+    )
+    return tf.Lfm2VlProcessor(images, tokenizer)
+
+
+def _mistral3(tokenizer: Any, config: Any) -> Any:
+    patch, merged = config.vision_config.patch_size, getattr(config, "spatial_merge_size", 1)
+    images = tf.PixtralImageProcessor(
+        size={"longest_edge": config.vision_config.image_size},
+        patch_size={"height": patch * merged, "width": patch * merged},
+    )
+    return tf.PixtralProcessor(images, tokenizer, patch_size=patch, spatial_merge_size=merged)
+
+
+_PIXTRAL = _Family(
+    tokens=("[IMG]", "<|video|>", "[IMG_BREAK]", "[IMG_END]"),
+    image="[IMG]",
+    processor=_mistral3,
+    begins=True,
+)
+
+
+def _more(*texts: str) -> dict[int, str]:
+    """Return special tokens behind all others, by id."""
+    return dict(enumerate(texts, _VOCABULARY))
+
+
 _INTERNVL = _Family(
     tokens=("<IMG_CONTEXT>", "<video>", "<img>", "</img>"),
     image="<IMG_CONTEXT>",
@@ -369,10 +434,91 @@ _FAMILIES |= {
         },
         named={"image_token": "<|IMAGE_PLACEHOLDER|>"},
     ),
+    "gemma3": _Family(
+        tokens=("<image_soft_token>", "<|video|>", "<start_of_image>", "<end_of_image>"),
+        image="<start_of_image>",
+        processor=_gemma3,
+        begins=True,
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+        # vLLM makes one token of newlines that touch: the space between crops must be one too.
+        more=_more(" ", "\n", "\n\n", "\n\n\n", "\n\n\n\n"),
+    ),
+    "gemma4": _Family(
+        tokens=("<|image|>", "<|video|>", "<|image>", "<image|>"),
+        image="<|image|>",
+        video="<|video|>",
+        processor=_gemma4,
+        # The fewest tokens that its image processor knows; a published config says 280.
+        changes={
+            "vision_config": {"default_output_length": 70},
+            "text_config": {"vocab_size_per_layer_input": _VOCABULARY + 3},
+        },
+        # vLLM leaves BOS out where there is a chat template, which says it.
+        named={
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
+        more=_more("<|audio|>", "<|audio>", "<audio|>"),
+    ),
+    "idefics3": _Family(
+        tokens=("<image>", "<|video|>", "<fake_token_around_image>", "<end_of_utterance>"),
+        image="<image>",
+        processor=_idefics3,
+        begins=True,
+        more=_more(
+            "<global-img>",
+            *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+            "\n",
+        ),
+    ),
+    "lfm2_vl": _Family(
+        tokens=("<image>", "<|video|>", "<|image_start|>", "<|image_end|>"),
+        image="<image>",
+        processor=_lfm2_vl,
+        changes={
+            # What published configs say and transformers does not ask for.
+            "text_config": {
+                "architectures": ["Lfm2ForCausalLM"],
+                "conv_dim": _TEXT["hidden_size"],
+                "block_dim": _TEXT["hidden_size"],
+            }
+        },
+        more=_more(
+            "<|img_thumbnail|>",
+            *(
+                f"<|img_row_{row}_col_{column}|>"
+                for row in range(1, _TILES + 1)
+                for column in range(1, _TILES + 1)
+            ),
+        ),
+    ),
+    "mistral3": replace(
+        _PIXTRAL, changes={"text_config": {"architectures": ["MistralForCausalLM"]}}
+    ),
+    "pixtral": _PIXTRAL,
 }
 
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """Every family that can be saved."""
+
+CALLED_WITH: dict[str, dict[str, Any]] = {
+    # The processor takes these from the call alone, whatever its folder says.
+    "gemma3": {
+        "do_pan_and_scan": True,
+        "pan_and_scan_min_crop_size": 16,
+        "pan_and_scan_max_num_crops": 2,
+        "pan_and_scan_min_ratio_to_activate": 1.2,
+    },
+}
+"""What both engines call a family's processor with."""
 
 VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if family.video)
 """Those that take videos."""
@@ -440,14 +586,17 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     rules = _RULES[family]
     tiny = _TINY[_in_transformers(family)]
 
+    vocabulary = max(_VOCABULARY, *(index + 1 for index in (0, *rules.more)))
+    more = {"vocab_size": vocabulary}
+
     def build() -> Any:
         config = tiny.build()
-        for change in ({"text_config": _TEXT}, rules.changes, changes):
+        for change in ({"text_config": _TEXT}, {"text_config": more}, rules.changes, changes):
             _change(config, change)
         return config
 
     model = replace(tiny, build=build).model(seed).to(getattr(torch, rules.dtype))
-    model.generation_config.suppress_tokens = sorted(set(range(_VOCABULARY)) - set(WORDS))
+    model.generation_config.suppress_tokens = sorted(set(range(vocabulary)) - set(WORDS))
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"
     tokenizer = _tokenizer(rules)
@@ -465,11 +614,11 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 for name, tensor in load_file(weights).items()
             }
             save_file(turned, weights, {"format": "pt"})
-        if "llava" in family:
+        if "llava" in family or family in ("gemma3", "lfm2_vl"):
             # transformers leaves a part of the name out that vLLM, like the published
             # checkpoints, has.
             named = {
-                re.sub(r"^vision_tower\.", "vision_tower.vision_model.", name): tensor
+                re.sub(r"\bvision_tower\.", "vision_tower.vision_model.", name): tensor
                 for name, tensor in load_file(weights).items()
             }
             save_file(named, weights, {"format": "pt"})
@@ -485,7 +634,8 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 def _change(config: Any, changes: dict[str, Any]) -> None:
     for name, value in changes.items():
-        before = getattr(config, name, None)
+        # Gemma 4's config refuses to be asked for what its layers may have each in its own way.
+        before = vars(config).get(name)
         if isinstance(value, dict) and isinstance(before, dict):
             setattr(config, name, before | value)
         elif isinstance(value, dict) and before is not None:
@@ -788,7 +938,10 @@ def hf_inputs(
             "video_metadata": [metadata(len(frames)) for frames in videos],
         }
     text = prompt(_in_transformers(family), kinds, words)
+    arguments.update(CALLED_WITH.get(family, {}) if images else {})
     inputs = processor(text=[text], return_tensors="pt", **arguments)
+    if family == "idefics3" and images:
+        inputs["video_frames"] = [1] * inputs["pixel_values"].shape[1]  # tiles, and no video's
     if family.startswith("internvl"):
         # transformers gives this model a video as images; it has to be told.
         own_images, own_videos = iter(images), iter(videos)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+import torch
 
 
 class Recording:
@@ -63,3 +66,59 @@ class Recording:
             if hasattr(module, "cos_sin_cache")
         ]
         return int(max(lengths))
+
+    def put_heads_together(self) -> None:
+        """Give rotary embeddings q and k as [n, H * d]: vLLM's CPU kernel is wrong on [n, H, d].
+
+        LFM2 calls it so, and therefore gives wrong answers on a CPU, pruned or not.
+        """
+        for module in self.model_runner.get_model().modules():
+            if hasattr(module, "cos_sin_cache"):
+                module.register_forward_pre_hook(
+                    lambda _module, given: (given[0], *(one.flatten(1) for one in given[1:]))
+                )
+
+    def see_both_ways(self) -> None:
+        """Let images see what vLLM's kernels for GPUs let them see, which those for CPUs do not.
+
+        Prompts have to be read in one step: what came in an earlier one is not looked at again.
+        """
+        from vllm.v1.attention.backends import cpu_attn
+
+        builder: Any = cpu_attn.CPUAttentionMetadataBuilder
+        layer: Any = cpu_attn.CPUAttentionBackendImpl
+        build, forward = builder.build, layer.forward
+
+        def with_ranges(own: Any, prefix: int, common: Any, fast_build: bool = False) -> Any:
+            made = build(own, prefix, common, fast_build)
+            # Gemma 4 takes it off the layers that see everything.
+            made.mm_prefix_range = common.mm_req_doc_ranges
+            return made
+
+        def both_ways(
+            own: Any, module: Any, q: Any, k: Any, v: Any, cache: Any, made: Any, **more: Any
+        ) -> Any:
+            output = forward(own, module, q, k, v, cache, made, **more)
+            edges = [] if made is None else made.query_start_loc.tolist()
+            for request, (start, end) in enumerate(itertools.pairwise(edges)):
+                length = int(made.seq_lens[request])
+                ranges = (made.mm_prefix_range or {}).get(request)
+                if ranges and end - start > 1:
+                    assert end - start == length, "the prompt was read in several steps"
+                    mask = _sees(length, ranges, own.sliding_window)
+                    query, key, value = (one[start:end].transpose(0, 1)[None] for one in (q, k, v))
+                    found = torch.nn.functional.scaled_dot_product_attention(
+                        query, key, value, attn_mask=mask, scale=own.scale, enable_gqa=True
+                    )
+                    output[start:end] = found[0].transpose(0, 1)
+            return output
+
+        builder.build, layer.forward = with_ranges, both_ways
+
+
+def _sees(length: int, ranges: list[tuple[int, int]], window: int) -> torch.Tensor:
+    """Return [L, L]: causal, both ways in each range (its last token included), in the window."""
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    for first, last in ranges:
+        mask[first : last + 1, first : last + 1] = True
+    return mask if window <= 0 else mask & torch.ones_like(mask).triu(1 - window)

@@ -20,10 +20,11 @@ import pytest
 import torch
 import transformers
 
+import tokenprune
 import tokenprune_hf
 from tests.hf.models import APART
 from tests.vllm import checkpoints
-from tests.vllm.checkpoints import DTYPES, FAMILIES, VIDEOS, WORDS
+from tests.vllm.checkpoints import CALLED_WITH, DTYPES, FAMILIES, VIDEOS, WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.selection import Selection
 
@@ -45,11 +46,26 @@ METHODS = (
     "flexselect",
     "relevant-information",
 )
+UNREAD = ("gemma3", "gemma4", "lfm2_vl")  # whose language model no method reads
+UNWATCHED = ("gemma4",)  # whose tower vLLM takes from transformers: its attention is not seen
+# vLLM's kernels for CPUs let no image see what comes behind, in no model, pruned or not: so the
+# model of transformers is not told here where images are (`test_images_that_see_both_ways` is).
+BOTH_WAYS = ("gemma3", "gemma4")
 KEEP = 5
 EXACT = [family for family in FAMILIES if DTYPES[family] == "float32"]
 ROUNDED = [family for family in FAMILIES if family not in EXACT]
 NEAR = 0.15  # of the logits' standard deviation: what rounding to bfloat16 makes of equal ones
-LONGEST = {"llava": 96, "llava_onevision": 512, "qwen2_5_vl": 128}  # tokens with the answer
+LONGEST = {
+    "llava": 96,
+    "llava_onevision": 512,
+    "qwen2_5_vl": 128,
+    "gemma3": 512,
+    "gemma4": 1024,
+    "idefics3": 512,
+    "lfm2_vl": 512,
+    "mistral3": 512,
+    "pixtral": 1024,
+}  # tokens with the answer
 PREEMPTED = ("llava", "qwen2_5_vl")  # whose cache these prompts overfill, one of each kind of RoPE
 STEP = 20  # tokens a step: less than any unpruned image, and than many a pruned one
 
@@ -119,7 +135,15 @@ def cases(family: str) -> list[Case]:
     if family in APART:  # where transformers takes no call of both kinds, and vLLM one video
         found = [case for case in found if "i" not in case.kinds or "v" not in case.kinds]
         found = [case for case in found if case.kinds.count("v") < 2]
-    return found
+    return [case for case in found if case.asked.get("method") in (None, *methods_of(family))]
+
+
+def methods_of(family: str) -> list[str]:
+    """Return the methods that the engine is started with, the default first."""
+    methods = tokenprune.methods()
+    refused = {"query_attention"} if family in UNREAD else set()
+    refused |= {"cls_attention"} if family in UNWATCHED else set()
+    return [name for name in METHODS if not refused & set(methods[name].needs)]
 
 
 def again(family: str) -> list[Case]:
@@ -148,16 +172,34 @@ class Reference:
     positions: Any = "original"
     options: dict[str, Any] = field(default_factory=dict)
     seen: list[torch.Tensor] = field(default_factory=list)
+    both_ways: bool = False
+
+    def inputs(self, case: Case) -> Any:
+        """Return what the model is called with."""
+        images, videos = case.media()
+        inputs = checkpoints.hf_inputs(self.family, self.processor, case.kinds, images, videos)
+        if self.family in BOTH_WAYS and not self.both_ways:
+            inputs.pop("token_type_ids", None)
+            inputs.pop("mm_token_type_ids", None)
+        return inputs.to(self.model.dtype)
+
+    def first(self, case: Case) -> tuple[int, torch.Tensor]:
+        """Return the likeliest first token, and its log-probability among all tokens."""
+        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        if asked.pop("off", False):
+            asked["keep"] = 1.0
+        with torch.no_grad(), tokenprune_hf.prune(self.model, **asked):
+            scores = self.model(**self.inputs(case)).logits[0, -1].log_softmax(dim=-1)
+        token = max(WORDS, key=lambda word: float(scores[word]))
+        return token, scores[token]
 
     def ask(self, case: Case) -> tuple[list[int], list[list[int]]]:
         """Return generated tokens, and kept indices of each item."""
-        images, videos = case.media()
-        inputs = checkpoints.hf_inputs(self.family, self.processor, case.kinds, images, videos)
-        inputs = inputs.to(self.model.dtype)
+        inputs = self.inputs(case)
         length = inputs["input_ids"].shape[1]
         options = {"max_new_tokens": 8, "do_sample": False}
-        asked = {"method": METHODS[0], "keep": KEEP, **case.asked}
-        if asked.pop("off", False) or not (images or videos):
+        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        if asked.pop("off", False) or not case.pictures:
             inputs.pop("video_frames", None)  # the plain model does not know it
             return self.model.generate(**inputs, **options)[0, length:].tolist(), []
         asked |= self.options
@@ -196,7 +238,7 @@ class Reference:
         if "mm_token_type_ids" in inputs:
             kinds = [inputs["mm_token_type_ids"], torch.zeros_like(more)]
             longer["mm_token_type_ids"] = torch.cat(kinds, dim=1)
-        asked = {"method": METHODS[0], "keep": KEEP, **case.asked}
+        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
         own: list[Selection] = []
         with torch.no_grad():
             if asked.pop("off", False) or not (images or videos):
@@ -236,25 +278,30 @@ def reference(family: str, folder: Path, **options: Any) -> Reference:
     return Reference(family, model, checkpoints.hf_processor(family, folder))
 
 
-def start(family: str, folder: Path, method: str = METHODS[0], **options: Any) -> Any:
-    """Start the engine on a family's checkpoint."""
+def start(family: str, folder: Path, method: str | None = None, **options: Any) -> Any:
+    """Start the engine on a family's checkpoint, with the first method that it takes."""
+    method = method or methods_of(family)[0]
     videos = {"video": 1 if family in APART else 2} if family in VIDEOS else {}
     return engine(
         folder,
         method,
         **{
             "keep": KEEP,
-            "request_methods": METHODS[1:],
-            "max_num_batched_tokens": STEP,
+            "request_methods": methods_of(family)[1:],
+            # vLLM takes an image without tiles for LFM2-VL's largest, and refuses larger ones.
+            "max_num_batched_tokens": 96 if family == "lfm2_vl" else STEP,
             "max_num_seqs": 8,
             # A cache that one or two prompts fill: requests push each other out and come back.
             "max_model_len": LONGEST.get(family, 256),
             "block_size": 32,
-            "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 + 2,
+            # Sliding layers have blocks of their own.
+            "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 * (1 + (family in UNREAD))
+            + 2,
             "disable_log_stats": False,
             "limit_mm_per_prompt": {"image": 2, **videos},
             "trust_remote_code": family == "internvl_chat",
             "dtype": DTYPES[family],
+            "mm_processor_kwargs": CALLED_WITH.get(family),
             **options,
         },
     )
@@ -289,6 +336,8 @@ def pair(
     family = request.param
     folder = checkpoints.save(family, tmp_path_factory.mktemp(family) / "model")
     with start(family, folder) as llm:
+        if family == "lfm2_vl":
+            llm.collective_rpc("put_heads_together")
         yield Pair(family, llm, reference(family, folder))
 
 
@@ -385,6 +434,33 @@ def test_what_is_rounded_is_kept_and_generated_nearly_alike(family: str, tmp_pat
             ]
             far.append(hf.rates(asked[index], answered, moved)[1])
     assert sum(away > NEAR for away in far) > len(far) / 3, far
+
+
+@pytest.mark.parametrize("family", BOTH_WAYS)
+def test_images_that_see_both_ways(family: str, tmp_path: Path) -> None:
+    """vLLM tells its kernels where images are in the pruned prompt, each run of kept tokens one."""
+    folder = checkpoints.save(family, tmp_path / "model")
+    hf = reference(family, folder)
+    # One token that is kept alone sees itself either way.
+    asked = [case for case in cases(family) if case.pictures and case.asked.get("keep") != 1]
+    one_way = [hf.first(case) for case in asked]
+    (folder / "generation_config.json").unlink()  # vLLM's Gemma 4 suppresses logits by it
+    hf.both_ways = True
+    both_ways = [hf.first(case) for case in asked]
+    assert all((a[1] - b[1]).abs() > 3e-5 for a, b in zip(one_way, both_ways, strict=True))
+    with start(
+        family,
+        folder,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        disable_chunked_mm_input=True,
+    ) as llm:
+        llm.collective_rpc("see_both_ways")
+        for case, (token, expected) in zip(asked, both_ways, strict=True):
+            made = [request(family, case)]
+            (output,) = llm.generate(made, greedy(1, [token], logprobs=0), use_tqdm=False)
+            found = output.outputs[0].logprobs[0][token].logprob
+            assert found == pytest.approx(float(expected), abs=1e-5), case
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])

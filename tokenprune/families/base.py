@@ -81,9 +81,6 @@ class Family:
     videos_as_images: ClassVar[bool] = False
     """Whether a video's frames have an image's placeholders in the prompt."""
 
-    images_see_all: ClassVar[bool] = False
-    """Whether the tokens of an image see the whole of it, also what comes behind them."""
-
     whole_image_last: ClassVar[bool] = False
     """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
 
@@ -117,6 +114,16 @@ class Family:
         """
 
     # How rows lie ------------------------------------------------------------------------------
+
+    def images_see_all(self, sliding: bool) -> bool:
+        """Say whether an image's tokens see the whole of it, also what comes behind them.
+
+        Parameters
+        ----------
+        sliding
+            In layers of the language model that see a window of tokens, or in the others.
+        """
+        return False
 
     @property
     def packed(self) -> bool:

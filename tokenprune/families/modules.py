@@ -24,6 +24,7 @@ _PROJECTORS = (
     "mlp_AR",
     "projector",
     "mm_projector",
+    "embed_vision",
 )
 
 Plain = Callable[[Any], Any]
@@ -53,13 +54,15 @@ def find_projector(model: Any) -> nn.Module:
 
 
 def _find(model: Any, paths: Sequence[str], what: str) -> nn.Module:
-    for path in paths:
-        found: Any = model
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if found is not None:
-            module: nn.Module = found
-            return module
+    # vLLM's Idefics3 has them in a model inside, as transformers' models do.
+    for holder in (model, getattr(model, "model", None)):
+        for path in paths:
+            found: Any = holder
+            for name in path.split("."):
+                found = getattr(found, name, None)
+            if found is not None:
+                module: nn.Module = found
+                return module
     raise UnsupportedModelError(
         f"{type(model).__name__} has no {what} where tokenprune looks ({', '.join(paths)}). Use a "
         "method that needs embeddings only (see `tokenprune methods`)."
@@ -68,13 +71,14 @@ def _find(model: Any, paths: Sequence[str], what: str) -> nn.Module:
 
 def entrance_of(projector: Any) -> nn.Module:
     """Return the module whose input is the tokens' features: the projector, or a part of it."""
-    # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens. PaddleOCR-VL
-    # merges patches behind the norm, which is given one picture after another.
-    for name in ("mm_soft_emb_norm", "pre_norm"):
-        if hasattr(projector, name):
-            inside: nn.Module = getattr(projector, name)
-            return inside
-    module: nn.Module = projector
+    # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens. Gemma 4 calls
+    # its projector by name, and the norm by place. PaddleOCR-VL merges patches behind the norm, and
+    # LFM2-VL inside, where both are given one picture after another.
+    names = ["mm_soft_emb_norm", "embedding_pre_projection_norm", "pre_norm"]
+    if hasattr(projector, "pixel_unshuffle") or hasattr(projector, "forward_from_unshuffled"):
+        names += ["layer_norm", "linear_1"]
+    found = (getattr(projector, name, None) for name in names)
+    module: nn.Module = next((part for part in found if part is not None), projector)
     return module
 
 
@@ -96,9 +100,13 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
         If it is made of other layers than the projectors that are known here.
     """
     norm = activation = second = None
+    if hasattr(projector, "patch_merger"):
+        raise LookupError("it puts patches together in a layer of its own")
     if hasattr(projector, "mm_input_projection_weight"):  # Gemma 3: a bare parameter, transposed
         first: Any = SimpleNamespace(weight=projector.mm_input_projection_weight.mT, bias=None)
         norm = projector.mm_soft_emb_norm
+    elif hasattr(projector, "embedding_projection"):  # Gemma 4
+        first, norm = projector.embedding_projection, projector.embedding_pre_projection_norm
     elif hasattr(projector, "linear_fc1"):  # Qwen3-VL
         first, activation, second = projector.linear_fc1, projector.act_fn, projector.linear_fc2
         norm = projector.norm
@@ -127,4 +135,5 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
 
 def _parts(norm: Any, first: Any) -> int:
     """Return how many equal parts of a linear layer's input are normalised each on its own."""
-    return int(first.weight.shape[1]) // int(norm.weight.numel())
+    gain = getattr(norm, "weight", None)  # Gemma 4's norm has none
+    return 1 if gain is None else int(first.weight.shape[1]) // int(gain.numel())

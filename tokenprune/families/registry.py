@@ -11,6 +11,7 @@ from tokenprune.families.glm import Glm4V
 from tokenprune.families.kimi import KimiK25
 from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
 from tokenprune.families.minicpm import MiniCPMV46
+from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import Gemma3, Idefics3, InternVL, InternVLChat
@@ -32,6 +33,9 @@ FAMILIES: dict[str, type[Family]] = {
         MiniCPMV46,
         Idefics3,
         Gemma3,
+        Gemma4,
+        Lfm2VL,
+        Mistral3,
     )
     for name in family.model_types
 }

@@ -89,7 +89,10 @@ class Gemma3(Tiles):
     """Gemma 3: average pooling, then RMS norm, then one linear layer."""
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3",)
-    images_see_all: ClassVar[bool] = True
+
+    def images_see_all(self, sliding: bool) -> bool:
+        """Say that they do, in all layers."""
+        return True
 
     @property
     def merged(self) -> int:

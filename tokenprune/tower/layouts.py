@@ -7,6 +7,7 @@ many rows there are; where the numbers do not fit, the model is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class Medium:
         Frames, rows and columns of patches, where the inputs say so.
     aspect_ratio
         The limit on a map of crops that a call asks for in place of the config's (OneVision).
+    shapes
+        Rows and columns of patches of each picture, where they differ and the inputs say so.
     """
 
     modality: str
@@ -52,12 +55,16 @@ class Medium:
     size: Sides | None = None
     grid: Grid | None = None
     aspect_ratio: str | None = None
+    shapes: tuple[Sides, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("pixels", "size", "grid"):  # JSON makes lists of them
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        if self.shapes is not None:
+            sides = tuple((int(rows), int(columns)) for rows, columns in self.shapes)
+            object.__setattr__(self, "shapes", sides)
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,24 @@ def per_picture(medium: Medium, grid: Sides, label: str) -> list[Segment]:
             torch.arange(number * tokens, (number + 1) * tokens), (1, *grid), f"{label} {number}"
         )
         for number in range(medium.pictures)
+    ]
+
+
+def grids_by_position(positions: Tensor, pictures: Sequence[int]) -> list[Grid]:
+    """Return the grid of each image or video whose patches are told by their positions.
+
+    Parameters
+    ----------
+    positions
+        [P, N, 2], column and row of each patch of each picture; padding is below 0.
+    pictures
+        How many of the pictures, in order, each image or video has.
+    """
+    sides = (positions.amax(dim=1) + 1).tolist()  # one wait for the device, not one for each
+    starts = itertools.accumulate(pictures, initial=0)
+    return [
+        (count, int(sides[start][1]), int(sides[start][0]))
+        for start, count in zip(starts, pictures, strict=False)  # the last start is the end
     ]
 
 
