@@ -142,7 +142,8 @@ def heads_of(attention: _Projections, which: str, states: Tensor) -> Tensor:
         split = split[..., :width]
     else:
         split = projected.unflatten(-1, (-1, width))
-    norm = getattr(attention, f"{which}_norm", None)
+    # LFM2 calls them q_layernorm and k_layernorm.
+    norm = getattr(attention, f"{which}_norm", getattr(attention, f"{which}_layernorm", None))
     if norm is not None:
         split = norm(split)
     heads: Tensor = split.transpose(1, 2)
