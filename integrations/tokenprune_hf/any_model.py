@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.families.any import AnyFamily, has_mrope
+from tokenprune.families.any import AnyFamily, has_mrope, told_grid
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
 from tokenprune.tower.layouts import Grid
@@ -286,16 +286,11 @@ class AnyModel(VisionModel):
     def _grids(self, inputs: EncoderInputs, sizes: Sequence[int]) -> list[Grid | None]:
         """Return frames, rows and columns of each entry's tokens, where the inputs tell them."""
         told: Tensor | None = inputs.arguments.get(f"{inputs.modality}_grid_thw")
-        vision = getattr(self.model.config, "vision_config", None)
-        merge: int | None = getattr(vision, "spatial_merge_size", None)
-        if told is None or merge is None or len(told) != len(sizes):
+        if told is None or len(told) != len(sizes):
             return [None] * len(sizes)
-        patches = told.tolist()
-        merged = [(frames, height // merge, width // merge) for frames, height, width in patches]
-        # Rows besides, or fewer of them (frames that were averaged), lie in a way not told.
         return [
-            grid if math.prod(grid) == size and math.prod(patched) == size * merge**2 else None
-            for grid, patched, size in zip(merged, patches, sizes, strict=True)
+            told_grid(self.model.config, patches, size)
+            for patches, size in zip(told.tolist(), sizes, strict=True)
         ]
 
     def _tokens(

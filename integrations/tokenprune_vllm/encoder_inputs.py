@@ -55,12 +55,12 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
     fields
         What vLLM's processor made of it.
     """
+    grid = fields.get(f"{modality}_grid_thw")
+    if isinstance(grid, Tensor) and grid.numel() == 3:
+        frames, height, width = _numbers(grid.flatten())
+        return Medium(modality, rows, grid=(frames, height, width))
     if not family.known:
         return Medium(modality, rows)
-    grid = fields.get(f"{modality}_grid_thw")
-    if grid is not None:
-        frames, height, width = _numbers(grid)
-        return Medium(modality, rows, grid=(frames, height, width))
     shapes = fields.get("spatial_shapes")  # LFM2-VL
     if shapes is not None:
         return Medium(modality, rows, len(shapes), shapes=tuple(map(tuple, shapes.tolist())))

@@ -33,7 +33,7 @@ class PrunedModel:
         config = vllm_config.model_config.hf_config
         settings = ServerSettings.from_config(config)
         family = family_of(config, causal=not vllm_config.model_config.is_mm_prefix_lm)
-        check_engine(vllm_config, settings)
+        check_engine(vllm_config, settings, family.known)
         with room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if not family.known and settings.default.positions == "original":
@@ -55,9 +55,11 @@ class PrunedModel:
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
         """Embed a batch; the rows' positions are taken off and kept for `forward`."""
-        rows = self._pruner.take_positions(multimodal_embeddings, is_multimodal, len(input_ids))
+        input_ids, rows, is_row = self._pruner.take_columns(
+            input_ids, multimodal_embeddings, is_multimodal
+        )
         embedded: Tensor = super().embed_input_ids(  # type: ignore[misc]
-            input_ids, rows, is_multimodal=is_multimodal
+            input_ids, rows, is_multimodal=is_row
         )
         return embedded
 

@@ -8,6 +8,7 @@ and bfloat16 knows whole numbers up to 256 only: a number travels as digits to t
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModelError
 
 _BASE = 256
+_POSITIONS = re.compile(
+    r"^(?!.*(vision|visual|image|audio|tower|former)).*\b(wpe|embed_positions)$"
+)
+"""Names of tables of learned positions, those of towers left out."""
+
 DIGITS = 3
 """Columns for each axis: offsets below 256 ** 3."""
 
@@ -133,9 +139,10 @@ def rotary_length(text_config: Any) -> int:
 
 
 def check_tables(language_model: nn.Module, text_config: Any) -> None:
-    """Raise if a rotary table is shorter than the positions that pruned prompts may have.
+    """Raise if positions are looked up in a table that has not all that pruned prompts may have.
 
-    An engine that looks up behind its end reads whatever lies there.
+    An engine that looks up behind the end of a rotary table reads whatever lies there. A learned
+    one cannot be made longer.
 
     Raises
     ------
@@ -144,6 +151,11 @@ def check_tables(language_model: nn.Module, text_config: Any) -> None:
     """
     needed = rotary_length(text_config)
     for name, module in language_model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
+            raise UnsupportedModelError(
+                f"positions are learned in this language model ({name}): there are none behind the "
+                "longest prompt for tokens that stay at their own. Use positions='compact'."
+            )
         table = getattr(module, "cos_sin_cache", None)
         if isinstance(table, Tensor) and len(table) < needed:
             raise UnsupportedModelError(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_rank
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
@@ -25,6 +25,9 @@ from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_
 from tokenprune_vllm.prompt_positions import item_positions, prompt_positions
 from tokenprune_vllm.scoring import Watched
 from tokenprune_vllm.settings import ServerSettings
+
+_NOISES = 4
+"""Most times that an encoder is run on noise: rows that are codes may be the same by chance."""
 
 
 class Pruner:
@@ -62,6 +65,9 @@ class Pruner:
         self._most_rows = int(
             max(scheduler.max_num_batched_tokens, scheduler.max_num_encoder_input_tokens)
         )
+        # What else a model of no family makes of ids (embeddings of each layer, experts by
+        # modality) is its own: text among rows travels as ids, for the model to embed it.
+        self._carries_ids = not family.known
         self.mrope = family.mrope
         self._axes = 3 if family.mrope else 1
         self._offsets: PositionOffsets | None = None
@@ -138,8 +144,16 @@ class Pruner:
                 f"{[len(of_item) for of_item in rows]} rows for {counts} placeholders: tokenprune "
                 "does not know which of them stand where. Serve the model without tokenprune."
             )
-        others = list(encode(**of_noise(arguments)))
-        structure = [int(same(*pair).sum()) for pair in zip(rows, others, strict=True)]
+        alike = [torch.ones(len(of_item), dtype=torch.bool) for of_item in rows]
+        for seed in range(_NOISES):
+            others = encode(**of_noise(arguments, seed))
+            alike = [
+                before & same(*pair).cpu()
+                for before, *pair in zip(alike, rows, others, strict=True)
+            ]
+            if not any(bool(of_item.any()) for of_item in alike):
+                break
+        structure = [int(of_item.sum()) for of_item in alike]
         if any(structure):
             raise UnsupportedModelError(
                 f"of {counts[0]} rows that the encoder of {type(self._model).__name__} returns for "
@@ -182,21 +196,44 @@ class Pruner:
             in_prompt[columns] = stays
             filled = rows.new_zeros(region.length, rows.shape[1])
             filled[columns.to(rows.device)] = rows
-            filled[:, : self._width][(~region.is_row).to(rows.device)] = self._embed_text(
-                region.text().to(rows.device)
-            )
+            if not self._carries_ids:
+                filled[:, : self._width][(~region.is_row).to(rows.device)] = self._embed_text(
+                    region.text().to(rows.device)
+                )
             kept = filled[in_prompt.to(rows.device)]
             columns = in_prompt.nonzero()[:, 0]
+            ids = torch.where(region.is_row, 0, region.token_ids + 1)[columns]
         else:
             kept = rows[stays.nonzero()[:, 0].to(rows.device)]
             columns = columns[stays]
-        if self._offsets is None:
-            return kept
-        if not item.ticket.visual:  # its positions are in the prompt's already
-            return nn.functional.pad(kept, (0, self._axes * DIGITS))
-        positions = item_positions(self._model.engine_positions, item.ticket, item.fields)
-        offsets = positions[: self._axes, columns]
-        return torch.cat([kept, to_columns(offsets, kept.dtype).to(kept.device)], dim=1)
+            ids = torch.zeros_like(columns)
+        return self._with_columns(item, kept, columns, ids)
+
+    def _with_columns(self, item: Item, kept: Tensor, columns: Tensor, ids: Tensor) -> Tensor:
+        """Return rows with what travels behind them: their positions, and ids of text.
+
+        Parameters
+        ----------
+        item
+            Whose rows they are.
+        kept
+            [n, D].
+        columns
+            LongTensor [n], where each stands in the item's region.
+        ids
+            LongTensor [n], 0 for a row, and of text its id + 1.
+        """
+        behind: list[Tensor] = []
+        if self._offsets is not None:
+            if item.ticket.visual:
+                positions = item_positions(self._model.engine_positions, item.ticket, item.fields)
+                offsets = positions[: self._axes, columns]
+            else:  # sound, whose positions are in the prompt's already
+                offsets = columns.new_zeros(self._axes, len(columns))
+            behind.append(to_columns(offsets, kept.dtype))
+        if self._carries_ids:
+            behind.append(to_columns(ids[None], kept.dtype))
+        return torch.cat([kept, *(one.to(kept.device) for one in behind)], dim=1)
 
     def _embed_text(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._model.get_language_model().embed_input_ids(ids)
@@ -204,17 +241,54 @@ class Pruner:
 
     # Positions ---------------------------------------------------------------------------------
 
-    def take_positions(self, rows: Any, is_row: Tensor | None, tokens: int) -> Any:
-        """Take the position columns off the rows of a batch, and remember them for `positions`."""
-        if self._offsets is None:
-            return rows
+    def take_columns(
+        self, input_ids: Tensor, rows: Any, is_row: Tensor | None
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        """Take off what travels behind the rows of a batch; remember positions for `positions`.
+
+        Parameters
+        ----------
+        input_ids
+            [tokens] of the batch.
+        rows
+            Of each item in the batch, with their columns.
+        is_row
+            BoolTensor [tokens], where they go.
+
+        Returns
+        -------
+        input_ids, rows, is_row
+            What the model is to embed. Text that came as rows is text again.
+        """
         if rows is None or len(rows) == 0:
-            self._offsets.write(None, None, tokens)
-            return rows
-        columns = self._axes * DIGITS
-        offsets = from_columns(torch.cat([of_item[:, -columns:] for of_item in rows]))
-        self._offsets.write(offsets, is_row, tokens)
-        return [of_item[:, :-columns] for of_item in rows]
+            if self._offsets is not None:
+                self._offsets.write(None, None, len(input_ids))
+            return input_ids, rows, is_row
+        if self._carries_ids:
+            ids = [from_columns(of_item[:, -DIGITS:])[0] for of_item in rows]
+            rows = [of_item[:, :-DIGITS] for of_item in rows]
+        if self._offsets is not None:
+            columns = self._axes * DIGITS
+            offsets = from_columns(torch.cat([of_item[:, -columns:] for of_item in rows]))
+            self._offsets.write(offsets, is_row, len(input_ids))
+            rows = [of_item[:, :-columns] for of_item in rows]
+        if self._carries_ids and is_row is not None:
+            return self._text_again(input_ids, rows, is_row, ids)
+        return input_ids, rows, is_row
+
+    def _text_again(
+        self, input_ids: Tensor, rows: list[Tensor], is_row: Tensor, ids: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        is_text = torch.cat(ids).to(is_row.device) > 0
+        if not bool(is_text.any()):
+            return input_ids, rows, is_row
+        text = is_row.clone()
+        text[is_row] = is_text
+        own = torch.cat(ids)
+        input_ids = input_ids.clone()
+        input_ids[text.to(input_ids.device)] = (own[own > 0] - 1).to(input_ids)
+        rows = [of_item[of_text == 0] for of_item, of_text in zip(rows, ids, strict=True)]
+        return input_ids, [of_item for of_item in rows if len(of_item)], is_row & ~text
 
     def positions(self, positions: Tensor) -> Tensor:
         """Return the positions with which vLLM's forward is called."""

@@ -9,14 +9,23 @@ from typing import Any
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
 from tokenprune_vllm.positions import known_positions, rope_type
-from tokenprune_vllm.settings import ServerSettings
+from tokenprune_vllm.settings import INTERLEAVED, ServerSettings
 
 _WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
 """Ways to guess the next tokens from the text alone; others read positions of their own."""
 
 
-def check_engine(vllm_config: Any, settings: ServerSettings) -> None:
+def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True) -> None:
     """Refuse settings of vLLM that do not go together with pruning.
+
+    Parameters
+    ----------
+    vllm_config
+        vLLM's.
+    settings
+        The server's.
+    known
+        Whether the model is of a family.
 
     Raises
     ------
@@ -41,6 +50,10 @@ def check_engine(vllm_config: Any, settings: ServerSettings) -> None:
         (
             bool(multimodal.video_pruning_rate),
             "--video-pruning-rate (vLLM's own pruning of videos)",
+        ),
+        (
+            bool((multimodal.mm_processor_kwargs or {}).get(INTERLEAVED)),
+            f"{INTERLEAVED} (the sound of a video stands among its tokens)",
         ),
         (
             multimodal.mm_encoder_tp_mode == "data",
@@ -76,11 +89,12 @@ def check_engine(vllm_config: Any, settings: ServerSettings) -> None:
             "--pipeline-parallel-size above 1 with --positions original",
         ),
         (
-            original
+            # They would be given the columns that travel behind rows.
+            (original or not known)
             and speculative is not None
             and speculative.method not in _WITHOUT_HIDDEN_STATES,
             f"--speculative-config with method {getattr(speculative, 'method', None)!r} and "
-            "--positions original",
+            + ("--positions original" if known else "a model of no known family"),
         ),
     ]
     refused = [setting for applies, setting in table if applies]

@@ -23,6 +23,9 @@ from tokenprune_vllm.architectures import reads_prompt
 KEY = "tokenprune"
 """Where the configuration lies in the model's config, and in a request's mm_processor_kwargs."""
 
+INTERLEAVED = "use_audio_in_video"
+"""What requests to omni models may ask of their processor."""
+
 
 class RequestError(TokenPruneError, ValueError):
     """A request asks for a pruning that is not offered; vLLM answers it with HTTP 400."""
@@ -144,6 +147,11 @@ class ServerSettings:
                     f"mm_processor_kwargs holds {', '.join(other)}. This server lets requests set "
                     f"{KEY!r} there and nothing else."
                 )
+        if mm_processor_kwargs.get(INTERLEAVED):
+            raise RequestError(
+                f"{INTERLEAVED} puts the sound of a video among its tokens, which tokenprune does "
+                "not prune. Leave it out, and send the sound as audio of its own."
+            )
         asked = mm_processor_kwargs.get(KEY)
         if asked is None:
             return RequestSettings(self.default)

@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, Tiny, tf
+from tests.vllm.other_types import OTHER_TYPES
 
 WORDS: list[int] = list(range(3, 90))
 """The token ids that random weights may say; all others are placeholders or parts of words."""
@@ -111,6 +112,12 @@ def _llava_next(tokenizer: Any, config: Any) -> Any:
         image_grid_pinpoints=config.image_grid_pinpoints,
     )
     return tf.LlavaNextProcessor(images, tokenizer, **_clip(config))
+
+
+def _internvl_whole(tokenizer: Any, config: Any) -> Any:
+    processor = _internvl(tokenizer, config)
+    processor.image_processor.max_patches = 1
+    return processor
 
 
 def _llava_onevision(tokenizer: Any, config: Any) -> Any:
@@ -523,9 +530,6 @@ CALLED_WITH: dict[str, dict[str, Any]] = {
 VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if family.video)
 """Those that take videos."""
 
-DTYPES: dict[str, str] = {name: family.dtype for name, family in _FAMILIES.items()}
-"""In which each is saved, and both engines calculate."""
-
 
 def _vipllava() -> Any:
     return tf.VipLlavaConfig(
@@ -544,20 +548,38 @@ _OTHERS: dict[str, tuple[Tiny, _Family]] = {
     "own_llava": (TINY["llava"], _FAMILIES["llava"]),
     "own_llava_next": (TINY["llava_next"], _FAMILIES["llava_next"]),
     "own_vl": (TINY["qwen2_vl"], _FAMILIES["qwen2_vl"]),
+    "interns1": (TINY["internvl"], replace(_INTERNVL, processor=_internvl_whole)),
+    "skywork_chat": (TINY["internvl"], _FAMILIES["internvl_chat"]),
+    "h2ovl_chat": (TINY["internvl"], _FAMILIES["internvl_chat"]),
+    **{name: (other.tiny(name), _Family(**other.folder)) for name, other in OTHER_TYPES.items()},
 }
 
-_OWN: dict[str, str] = {
-    "own_llava": "OwnLlava",
-    "own_llava_next": "OwnNext",
-    "own_vl": "OwnVL",
+_ONE_TILE = {"max_dynamic_patch": 1}
+
+LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (known, {"model_type": name, "architectures": [architecture], **more})
+    for name, known, architecture, more in (
+        ("own_llava", "llava", "OwnLlava", {}),
+        ("own_llava_next", "llava_next", "OwnNext", {}),
+        ("own_vl", "qwen2_vl", "OwnVL", {}),
+        ("skywork_chat", "internvl_chat", "SkyworkR1VChatModel", _ONE_TILE),
+        ("h2ovl_chat", "internvl_chat", "H2OVLChatModel", {**_ONE_TILE, "use_msac": False}),
+    )
 }
-"""Type -> architecture of a plugin."""
+LIKE["interns1"] = ("internvl", {"architectures": ["InternS1ForConditionalGeneration"]})
+"""Type -> family that has its weights, and what its config says otherwise."""
+
+CHATS = ("internvl_chat", "skywork_chat", "h2ovl_chat")
+"""Types in the original format of InternVL, which vLLM loads with ``trust_remote_code``."""
 
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
 """Types of no family, which can be saved too."""
 
 _RULES = _FAMILIES | {name: rules for name, (_, rules) in _OTHERS.items()}
 _TINY = TINY | {name: tiny for name, (tiny, _) in _OTHERS.items()}
+
+DTYPES: dict[str, str] = {name: rules.dtype for name, rules in _RULES.items()}
+"""In which each is saved, and both engines calculate."""
 
 
 def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
@@ -591,7 +613,9 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
 
     def build() -> Any:
         config = tiny.build()
-        for change in ({"text_config": _TEXT}, {"text_config": more}, rules.changes, changes):
+        # Those of other types come as wide as they have to be.
+        wide = {} if family in OTHER_TYPES else {"text_config": _TEXT | more}
+        for change in (wide, rules.changes, changes):
             _change(config, change)
         return config
 
@@ -600,10 +624,11 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     model.save_pretrained(folder)
     weights = folder / "model.safetensors"
     tokenizer = _tokenizer(rules)
-    if family == "internvl_chat":
+    if family in CHATS:
         save_file(dict(_original(load_file(weights))), weights, {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(_original_config(model.config), indent=2))
-        (folder / "configuration_internvl_chat.py").write_text(_CONFIGURATION)
+        code = _CONFIGURATION.replace('"internvl_chat"', f'"{family}"')
+        (folder / "configuration_internvl_chat.py").write_text(code)
         tokenizer.save_pretrained(folder)
     else:
         if family == "qwen3_vl_moe":
@@ -622,13 +647,14 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 for name, tensor in load_file(weights).items()
             }
             save_file(named, weights, {"format": "pt"})
-        if family in _OWN:
-            config = json.loads((folder / "config.json").read_text())
-            config |= {"model_type": family, "architectures": [_OWN[family]]}
-            (folder / "config.json").write_text(json.dumps(config))
+        if family in OTHER_TYPES:
+            OTHER_TYPES[family].place(folder, weights)
         processor = rules.processor(tokenizer, model.config)
         processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)
+    if family in LIKE:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | LIKE[family][1]))
     return folder
 
 
@@ -645,7 +671,7 @@ def _change(config: Any, changes: dict[str, Any]) -> None:
 
 
 def _in_transformers(family: str) -> str:
-    return "internvl" if family == "internvl_chat" else family
+    return "internvl" if family in CHATS else family
 
 
 def _tokenizer(family: _Family) -> Any:
@@ -939,6 +965,8 @@ def hf_inputs(
         }
     text = prompt(_in_transformers(family), kinds, words)
     arguments.update(CALLED_WITH.get(family, {}) if images else {})
+    if family in OTHER_TYPES:
+        arguments |= OTHER_TYPES[family].called_with
     inputs = processor(text=[text], return_tensors="pt", **arguments)
     if family == "idefics3" and images:
         inputs["video_frames"] = [1] * inputs["pixel_values"].shape[1]  # tiles, and no video's

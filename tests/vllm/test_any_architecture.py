@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import vllm
+from vllm.model_executor.models import registry
 from vllm.v1.engine.exceptions import EngineDeadError
 
+import tokenprune_vllm
 from tests.vllm import checkpoints
-from tests.vllm.checkpoints import OTHERS, WORDS
+from tests.vllm.checkpoints import LIKE, OTHERS, WORDS
 from tests.vllm.engines import answer, greedy, kept
+from tests.vllm.other_types import ONE_IMAGE
 from tests.vllm.test_families import Case, Pair, Reference, reference, start
+from tokenprune.errors import UnsupportedModelError
 
 METHODS = ("divprune", "uniform", "random", "information")
 READERS = {"own_llava": ("flexselect", "relevant-information")}
 PLUGIN = Path(__file__).parent / "plugin"
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker", "tokenprune_vllm.models"])
+
+NEWLINES = ("own_llava_next", "granite4_vision")
+"""Types that have rows which are the same whatever the pixels are."""
+FOUR_AXES = ("hunyuan_vl",)
+SERVED = [name for name in OTHERS if name not in (*NEWLINES, *FOUR_AXES)]
+PLUGINS = [name for name in SERVED if name.startswith("own_") or name == "vipllava"]
+"""Served by an engine's own processes, as users serve models."""
+NATIVE = [name for name in SERVED if name not in PLUGINS]
 
 
 def cases(name: str) -> list[Case]:
@@ -37,6 +58,8 @@ def cases(name: str) -> list[Case]:
             Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
             Case("tit", (14,), {"method": "relevant-information"}),
         ]
+    if name in ONE_IMAGE:
+        return [case for case in found if len(case.pictures) < 2]
     if name == "own_vl":
         found += [
             Case("vt", (0,), {"method": "divprune"}),
@@ -57,15 +80,44 @@ def plugin_installed() -> Iterator[None]:
 
 def in_transformers(name: str, folder: Path) -> Reference:
     """Load the model in transformers, where the plugin's types have the weights of known ones."""
-    known = {"own_llava": "llava", "own_vl": "qwen2_vl"}.get(name)
-    if known is None:
+    if name not in LIKE:
         return reference(name, folder)
+    known = LIKE[name][0]
     hf = reference(known, checkpoints.save(known, folder.with_name("known")))
     hf.model.config.model_type = name
+    if "internvl" in known:  # in transformers every tile is an item of its own
+        hf.processor.image_processor.max_patches = 1
+        hf.family = name
     return hf
 
 
-@pytest.fixture(scope="module", params=[name for name in OTHERS if name != "own_llava_next"])
+def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a process of its own, in which its engine runs, too.
+
+    An engine in a process that has everything imported starts in a few seconds. Where it runs a
+    class of transformers it changes that class, so the process is not the test's.
+    """
+    with ProcessPoolExecutor(1, mp_context=_PROCESSES) as executor:
+        executor.submit(function, *arguments).result()
+
+
+def start_here(name: str, folder: Path, method: str, methods: Sequence[str]) -> Any:
+    """Start the engine in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    registry._run_in_subprocess = lambda function: function()
+    return start(
+        name,
+        folder,
+        method,
+        request_methods=methods,
+        distributed_executor_backend="uni",
+        limit_mm_per_prompt={"image": 2, "video": 0, "audio": 0},
+        max_model_len=512,
+        num_gpu_blocks_override=64,  # sliding layers have blocks of their own
+    )
+
+
+@pytest.fixture(scope="module", params=PLUGINS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
@@ -78,11 +130,54 @@ def pair(
             yield Pair(name, llm, in_transformers(name, folder))
 
 
+def architecture_in(folder: Path) -> str:
+    """Return vLLM's name of a folder's model."""
+    return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+
+
+def record(record_property: Callable[[str, object], None], architecture: str, **more: str) -> None:
+    """Say what a test checks, for docs/models.md."""
+    record_property("vllm", architecture)
+    record_property("release", vllm.__version__)
+    for name, value in more.items():
+        record_property(name, value)
+
+
 def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
+    check(pair, answers_of(pair.hf, pair.family))
+
+
+@pytest.mark.every_model
+@pytest.mark.parametrize("name", NATIVE)
+def test_architectures_of_vllm(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = checkpoints.save(name, tmp_path / "model")
+    record(record_property, architecture_in(folder))
+    in_a_process(serve_and_check, name, folder)
+
+
+def serve_and_check(name: str, folder: Path) -> None:
+    """Compare the two engines in this process."""
+    hf = in_transformers(name, folder)
+    expected = answers_of(hf, name)  # before vLLM changes the model's class
+    with start_here(name, folder, METHODS[0], METHODS[1:]) as llm:
+        check(Pair(name, llm, hf), expected)
+
+
+Answers = list[tuple[Case, list[int], list[list[int]]]]
+
+
+def answers_of(hf: Reference, name: str) -> Answers:
+    """Return what transformers generates, and keeps, for each of `cases`."""
+    return [(case, *hf.ask(case)) for case in cases(name)]
+
+
+def check(pair: Pair, answers: Answers) -> None:
+    """Compare the requests of `cases`, one after the other and together."""
     kept(pair.llm)
     expected = []
-    for case in cases(pair.family):
-        tokens, indices = pair.hf.ask(case)
+    for case, tokens, indices in answers:
         (answered,) = answer(pair.llm, [pair.request(case)], greedy(words=WORDS))
         chosen = [segment for item in kept(pair.llm) for segment in item]
         assert chosen == ([] if case.whole else indices), case
@@ -105,3 +200,79 @@ def test_rows_that_are_newlines_are_found_and_refused(
         with pytest.raises(EngineDeadError):
             answer(llm, [pair.request(Case("it", (0,)))], greedy())
     assert "are the same whatever the pixels are" in capfd.readouterr().out
+
+
+@pytest.mark.every_model
+def test_an_architecture_with_newlines_is_refused(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = checkpoints.save("granite4_vision", tmp_path / "model")
+    why = "its newlines among rows must stay, and where they stand is not known"
+    record(record_property, architecture_in(folder), refused=why)
+    with pytest.raises(UnsupportedModelError, match="are the same whatever the pixels are"):
+        in_a_process(ask_once, "granite4_vision", folder)
+
+
+def ask_once(name: str, folder: Path) -> None:
+    """Ask about one image in this process."""
+    with start_here(name, folder, "uniform", ()) as llm:
+        pair = Pair(name, llm, Reference(name, None, None))
+        answer(llm, [pair.request(Case("it", (0,)))], greedy())
+
+
+def test_positions_with_four_axes_are_refused_before_the_server_starts(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = checkpoints.save("hunyuan_vl", tmp_path / "model")
+    record(record_property, architecture_in(folder), refused="its positions have four axes")
+    with pytest.raises(UnsupportedModelError, match="positions have 4 axes"):
+        tokenprune_vllm.engine_args(folder, "uniform", 5)
+
+
+@pytest.mark.every_model
+def test_text_among_rows_is_embedded_by_the_model_itself(tmp_path: Path) -> None:
+    """Nobody knows before the choice where it will stand; an image of three tiles, by hand."""
+    folder = checkpoints.save("cohere2_vision", tmp_path / "model")
+    in_a_process(compare_tiles, folder)
+
+
+def compare_tiles(folder: Path) -> None:
+    """Compare the engine's answers about several tiles with `by_hand`."""
+    name = "cohere2_vision"
+    hf = reference(name, folder)
+    hf.processor.image_processor.max_patches = 2
+    hf.processor.save_pretrained(folder)
+    with start_here(name, folder, "divprune", ()) as llm:
+        pair = Pair(name, llm, hf)
+        kept(llm)
+        for case in (Case("tit", (0,)), Case("tit", (3,), {"keep": 0.4})):
+            (answered,) = answer(llm, [pair.request(case)], greedy(words=WORDS))
+            ((chosen,),) = kept(llm)
+            inputs = checkpoints.hf_inputs(name, hf.processor, case.kinds, case.media()[0])
+            assert answered == by_hand(hf.model, inputs, chosen), case
+
+
+def by_hand(model: Any, inputs: Any, chosen: list[int]) -> list[int]:
+    """Return the greedy tokens after a prompt of which only these rows are read."""
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    with torch.no_grad():
+        rows = model.model.get_image_features(pixels, return_dict=True).pooler_output
+        rows = torch.cat([one.flatten(0, -2) for one in rows])
+        embedded = model.get_input_embeddings()(ids)
+        is_row = ids == model.config.image_token_id
+        embedded[is_row] = rows
+        stays = ~is_row
+        columns = is_row[0].nonzero()[:, 0]
+        assert columns[-1] - columns[0] + 1 > len(columns), "no text stands among the rows"
+        stays[0, columns[chosen]] = True
+        embedded, positions = embedded[stays][None], stays[0].nonzero()[:, 0][None]
+        words = []
+        for _ in range(8):
+            scores = model(inputs_embeds=embedded, position_ids=positions).logits[0, -1]
+            words.append(max(WORDS, key=lambda word: float(scores[word])))
+            behind = ids.shape[1] + len(words) - 1
+            embedded = torch.cat(
+                [embedded, model.get_input_embeddings()(torch.tensor([words[-1:]]))], 1
+            )
+            positions = torch.cat([positions, torch.tensor([[behind]])], 1)
+    return words

@@ -24,7 +24,7 @@ import tokenprune
 import tokenprune_hf
 from tests.hf.models import APART
 from tests.vllm import checkpoints
-from tests.vllm.checkpoints import CALLED_WITH, DTYPES, FAMILIES, VIDEOS, WORDS
+from tests.vllm.checkpoints import CALLED_WITH, CHATS, DTYPES, FAMILIES, VIDEOS, WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.selection import Selection
 
@@ -299,7 +299,7 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
             + 2,
             "disable_log_stats": False,
             "limit_mm_per_prompt": {"image": 2, **videos},
-            "trust_remote_code": family == "internvl_chat",
+            "trust_remote_code": family in CHATS,
             "dtype": DTYPES[family],
             "mm_processor_kwargs": CALLED_WITH.get(family),
             **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import torch
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family, ModelConfig
-from tokenprune.tower.layouts import Medium, Segment
+from tokenprune.tower.layouts import Grid, Medium, Segment
 
 
 def rope_axes(config: Any) -> int:
@@ -69,8 +70,29 @@ def check_given(method: str, needs: Sequence[str], given: Collection[str], model
         )
 
 
+def told_grid(config: Any, patches: Sequence[int], rows: int) -> Grid | None:
+    """Return frames, rows and columns of a picture's tokens, by those of its patches.
+
+    Parameters
+    ----------
+    config
+        The model's.
+    patches
+        Frames, and rows and columns of patches, as processors say them (``image_grid_thw``).
+    rows
+        How many the encoder returns for it. Where it returns others besides, or fewer (frames that
+        were averaged), they lie in a way not told, and there is no grid.
+    """
+    merge: int | None = getattr(getattr(config, "vision_config", None), "spatial_merge_size", None)
+    if merge is None:
+        return None
+    frames, height, width = patches
+    grid = frames, height // merge, width // merge
+    return grid if math.prod(grid) == rows and math.prod(patches) == rows * merge**2 else None
+
+
 class AnyFamily(Family):
-    """A model whose rows are known, and neither how they lie nor what they were made of.
+    """A model whose rows are known, and seldom how they lie, nor what they were made of.
 
     Parameters
     ----------
@@ -100,8 +122,9 @@ class AnyFamily(Family):
             self.given.add("query_attention")
 
     def segments(self, medium: Medium) -> Sequence[Segment]:
-        """Return all rows of an image or video together; how they lie is not known."""
-        return [Segment(torch.arange(medium.rows), None)]
+        """Return all rows of an image or video together, with a grid where the inputs tell one."""
+        grid = medium.grid and told_grid(self.config, medium.grid, medium.rows)
+        return [Segment(torch.arange(medium.rows), grid)]
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of the model; see `Family.check_needs`."""

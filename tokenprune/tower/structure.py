@@ -22,14 +22,14 @@ def same(rows: Tensor, others: Tensor) -> Tensor:
     return difference <= _ALIKE * others.float().abs().amax(dim=-1)
 
 
-def of_noise(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def of_noise(arguments: Mapping[str, Any], seed: int = 0) -> dict[str, Any]:
     """Return an encoder's arguments with other pixels of the same shapes.
 
     Pixels are what has two dimensions or more and is no whole number, or one of a byte; all else
     (sizes, grids, masks) stays. So do pictures [B, n, 3, H, W] that are zero and only pad a
     prompt's to `n`: models tell them by that, and return no rows for them.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return {name: _noise(value, generator) for name, value in arguments.items()}
 
 

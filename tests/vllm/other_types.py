@@ -1,0 +1,329 @@
+"""Types of transformers that are of no family, as folders that both engines load.
+
+Configs and weights are those of ``tests/hf/type_table.py``, a little wider; what is added for each
+type is its processor. `tests.vllm.checkpoints` writes the folders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.hf import small_configs, types
+from tests.hf.models import Tiny
+from tests.hf.type_table import TYPES
+
+tf: Any = transformers  # its classes are not typed
+
+WIDTH = 64
+
+_WIDE: dict[str, Any] = {
+    "vocab_size": 192,
+    # vLLM's attention on a CPU takes heads of 32, 64, 80 ... and no smaller ones.
+    "hidden_size": WIDTH,
+    "head_dim": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "sliding_window": 512,
+    **dict.fromkeys(
+        (
+            "out_hidden_size",
+            "text_hidden_size",
+            "projection_dim",
+            "projector_hidden_size",
+            "projection_hidden_size",
+        ),
+        WIDTH,
+    ),
+}
+"""`tests.hf.small_configs.SMALL`, where vLLM needs other numbers."""
+
+MORE = (190, 191)
+"""Token ids that are free for further special tokens."""
+
+
+@contextmanager
+def _wide() -> Iterator[None]:
+    with mock.patch.dict(small_configs.SMALL, _WIDE):
+        yield
+
+
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `under` with `over` on top, dicts inside dicts merged alike."""
+    both = {
+        name: merged(under[name], value)
+        for name, value in over.items()
+        if isinstance(value, dict) and isinstance(under.get(name), dict)
+    }
+    return {**under, **over, **both}
+
+
+@dataclasses.dataclass(frozen=True)
+class OtherType:
+    """What is particular to a type: see `tests.vllm.checkpoints` for what is not said here.
+
+    Attributes
+    ----------
+    folder
+        How its folder and prompts differ, as arguments of a family's.
+    over
+        Fields of its config, on top of those of `TYPES`.
+    called_with
+        What transformers' processor has to be told in a call.
+    renamed
+        Patterns of names of weights, and what published checkpoints, which vLLM reads, say.
+    copied_to
+        The folder inside in which vLLM looks for weights.
+    architecture
+        What vLLM calls it, where that is not the name of transformers' class.
+    """
+
+    folder: dict[str, Any]
+    over: dict[str, Any] = dataclasses.field(default_factory=dict)
+    called_with: dict[str, Any] = dataclasses.field(default_factory=dict)
+    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
+    copied_to: str | None = None
+    architecture: str | None = None
+
+    def tiny(self, kind: str) -> Tiny:
+        """Return how its model is made."""
+
+        def build() -> Any:
+            with _wide():
+                return small_configs.small_config(kind, merged(TYPES[kind].over, self.over))
+
+        return Tiny(build, types.architecture_of(kind))
+
+    def place(self, folder: Path, weights: Path) -> None:
+        """Give weights the names, and the place, in which vLLM looks for them."""
+        tensors = load_file(weights)
+        for pattern, name in self.renamed.items():
+            tensors = {re.sub(pattern, name, own): tensor for own, tensor in tensors.items()}
+        if self.architecture is not None:
+            config = json.loads((folder / "config.json").read_text())
+            config["architectures"] = [self.architecture]
+            (folder / "config.json").write_text(json.dumps(config))
+        if self.copied_to is not None:
+            (folder / self.copied_to).mkdir()
+            weights = folder / self.copied_to / weights.name
+        if self.renamed or self.copied_to is not None:
+            save_file(tensors, weights, {"format": "pt"})
+
+
+def _folder(
+    processor: Callable[[Any, Any], Any],
+    image: str,
+    tokens: tuple[str, str, str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what a family's folder is made with; by default `image` is the placeholder itself."""
+    tokens = tokens or (image, "<|video|>", "<|start|>", "<|end|>")
+    return {"processor": processor, "image": image, "tokens": tokens, **more}
+
+
+# Packed patches of any size ----------------------------------------------------------------------
+
+
+def _grids(
+    name: str, images: str = "Qwen2VL", videos: str = "Qwen2VL", *, video: Any = None, **more: Any
+) -> Callable[[Any, Any], Any]:
+    """Return what makes the processor `name` with image and video processors of these names."""
+
+    def make(tokenizer: Any, config: Any) -> Any:
+        vision = config.vision_config
+        merge = getattr(vision, "spatial_merge_size", 2)
+        token = (vision.patch_size * merge) ** 2
+        arguments = {
+            "size": {"shortest_edge": 4 * token, "longest_edge": 256 * token},
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": getattr(vision, "temporal_patch_size", 1),
+            "merge_size": merge,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            **more,
+        }
+        return getattr(tf, f"{name}Processor")(
+            image_processor=getattr(tf, f"{images}ImageProcessor")(**arguments),
+            tokenizer=tokenizer,
+            video_processor=getattr(tf, f"{videos}VideoProcessor")(
+                **{**arguments, **(video or {})}
+            ),
+        )
+
+    return make
+
+
+_PADS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+_PAD = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+# Images of one size ------------------------------------------------------------------------------
+
+
+def _size(config: Any) -> dict[str, int]:
+    side = config.vision_config.image_size
+    side = side if isinstance(side, int) else side[0]
+    return {"height": side, "width": side}
+
+
+_TOWER = {r"^(model\.)?vision_tower\.": r"\1vision_tower.vision_model."}
+"""transformers leaves a part of the name out that vLLM, like the published checkpoints, has."""
+
+
+def _aria(tokenizer: Any, config: Any) -> Any:
+    side = config.vision_config.image_size  # one of two that it knows
+    images = tf.AriaImageProcessor(max_image_size=side, min_image_size=side, split_image=False)
+    return tf.AriaProcessor(images, tokenizer, size_conversion={side: 16})
+
+
+def _cohere2_vision(tokenizer: Any, config: Any) -> Any:
+    images = tf.Cohere2VisionImageProcessor(size=_size(config), patch_size=4, max_patches=1)
+    return tf.Cohere2VisionProcessor(images, tokenizer)
+
+
+def _aya_vision(tokenizer: Any, config: Any) -> Any:
+    images = tf.GotOcr2ImageProcessor(
+        size=_size(config), crop_to_patches=True, min_patches=1, max_patches=1
+    )
+    vision = config.vision_config
+    return tf.AyaVisionProcessor(
+        images,
+        tokenizer,
+        patch_size=vision.patch_size,
+        img_size=vision.image_size,
+        downsample_factor=config.downsample_factor,
+    )
+
+
+def _lighton_ocr(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    patch = {"height": vision.patch_size, "width": vision.patch_size}
+    images = tf.PixtralImageProcessor(size={"longest_edge": 64}, patch_size=patch)
+    return tf.LightOnOcrProcessor(
+        images,
+        tokenizer,
+        patch_size=vision.patch_size,
+        spatial_merge_size=config.spatial_merge_size,
+    )
+
+
+def _granite4_vision(tokenizer: Any, config: Any) -> Any:
+    images = tf.LlavaNextImageProcessor(
+        size={"shortest_edge": 32},
+        crop_size={"height": 32, "width": 32},
+        image_grid_pinpoints=config.image_grid_pinpoints,
+    )
+    return tf.Granite4VisionProcessor(
+        images,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="full",
+        downsample_rate=config.downsample_rate,
+    )
+
+
+ONE_IMAGE = ("video_llama_3",)
+"""Types of which vLLM runs one image at a time: it hands the encoder what is said of all images
+together with the pixels of one."""
+
+OTHER_TYPES: dict[str, OtherType] = {
+    "cosmos3_omni": OtherType(
+        _folder(_grids("Qwen3VL", videos="Qwen3VL"), _PAD, _PADS),
+        {
+            "text_config": {
+                # transformers interleaves whatever the config says, vLLM when it says so.
+                "rope_parameters": {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+            }
+        },
+        renamed={r"^model\.(language_model|visual)\.": ""},
+        copied_to="transformer",
+        architecture="Cosmos3ForConditionalGeneration",
+    ),
+    "hyperclovax_vision_v2": OtherType(_folder(_grids("HyperCLOVAXVisionV2"), _PAD, _PADS)),
+    "video_llama_3": OtherType(
+        _folder(_grids("VideoLlama3", "VideoLlama3", "VideoLlama3"), _PAD, _PADS)
+    ),
+    "glmga": OtherType(
+        _folder(
+            _grids("Glm46V", "Glm46V", "Glm46V"),
+            "<|begin_of_image|><|image|><|end_of_image|>",
+            ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
+            more=dict(zip(MORE, ("<|begin_of_video|>", "<|end_of_video|>"), strict=True)),
+        ),
+        {
+            "text_config": {
+                "rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}
+            }
+        },
+    ),
+    "aya_vision": OtherType(
+        _folder(
+            _aya_vision,
+            "<image>",
+            ("<|IMG_PATCH|>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>"),
+            more=dict(zip(MORE, ("TILE", "TILE_GLOBAL"), strict=True)),
+        )
+    ),
+    "cohere2_vision": OtherType(
+        _folder(
+            _cohere2_vision,
+            "<image>",
+            ("<image>", "<line>", "<boi>", "<eoi>"),
+            named={
+                "image_token": "<image>",
+                "boi_token": "<boi>",
+                "eoi_token": "<eoi>",
+                "img_line_break_token": "<line>",
+            },
+        ),
+        renamed=_TOWER,
+    ),
+    "lighton_ocr": OtherType(
+        _folder(
+            _lighton_ocr,
+            "<image>",
+            ("<image>", "<|video|>", "<break>", "<end>"),
+            named={
+                "image_token": "<image>",
+                "image_break_token": "<break>",
+                "image_end_token": "<end>",
+            },
+        )
+    ),
+    "granite4_vision": OtherType(
+        _folder(_granite4_vision, "<image>"),
+        {"qformer_config": {"intermediate_size": 3072, "num_hidden_layers": 1}},
+        renamed=_TOWER,
+    ),
+    "hunyuan_vl": OtherType(
+        _folder(
+            _grids("HunYuanVL", "HunYuanVL", video={}),
+            "<start><image><end>",
+            ("<image>", "<video>", "<start>", "<end>"),
+            named={
+                "image_token": "<image>",
+                "image_start_token": "<start>",
+                "image_end_token": "<end>",
+            },
+        ),
+        {"text_config": {"head_dim": 32, "rope_parameters": {"mrope_section": [4, 4, 4, 4]}}},
+    ),
+    "aria": OtherType(
+        _folder(_aria, "<image>", named={"image_token": "<image>"}),
+        {
+            "vision_config": {"image_size": 980, "patch_size": 140},
+            "projector_patch_to_query_dict": {49: 16},
+            "max_value_projector_patch_to_query_dict": 16,
+        },
+    ),
+}
+"""Type -> what is particular to it; their layouts, positions and attention are those of others."""
