@@ -64,6 +64,7 @@ def engine_args(
     InputFileError
         If the model has no config.json that can be read.
     """
+    check_model_impl(engine.get("model_impl"))
     path = model_path(model)
     overrides = pruning_overrides(
         read_config(path, engine.get("revision")),
@@ -159,6 +160,27 @@ def check_plugin() -> None:
         raise ConfigError(
             f"VLLM_PLUGINS={allowed!r} keeps vLLM from loading the plugin. Add {_PLUGIN!r} to it, "
             "or unset it."
+        )
+
+
+def check_model_impl(asked: str | None) -> None:
+    """Raise if vLLM is told to run another class than ours, which would run unpruned.
+
+    Parameters
+    ----------
+    asked
+        vLLM's ``--model-impl``.
+
+    Raises
+    ------
+    ConfigError
+        Saying what to do instead.
+    """
+    if asked not in (None, "auto", "vllm"):
+        raise ConfigError(
+            f"--model-impl {asked} makes vLLM run another class than the one that prunes, and the "
+            "server would run unpruned. Leave it out: models for which vLLM has no class of its "
+            "own run by that of transformers anyway."
         )
 
 

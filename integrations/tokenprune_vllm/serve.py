@@ -102,11 +102,18 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         For whatever cannot be served pruned, before anything is started.
     """
     from tokenprune.config import PruningConfig
-    from tokenprune_vllm.engine import check_plugin, merge, pruning_overrides, read_config
+    from tokenprune_vllm.engine import (
+        check_model_impl,
+        check_plugin,
+        merge,
+        pruning_overrides,
+        read_config,
+    )
     from tokenprune_vllm.settings import KEY
 
     check_plugin()
     overrides, more = _take_overrides(arguments.more)
+    check_model_impl(_value(more, "--model-impl"))
     if arguments.request_method and not arguments.allow_request_keep:
         raise ConfigError("--request-method needs --allow-request-keep: requests ask for nothing.")
     trusts = "--trust-request-mm-kwargs" in more

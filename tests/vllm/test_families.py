@@ -11,7 +11,7 @@ request is asked again when they know it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import vllm
 
 import tokenprune
 import tokenprune_hf
@@ -27,6 +28,7 @@ from tests.vllm import checkpoints
 from tests.vllm.checkpoints import CALLED_WITH, CHATS, DTYPES, FAMILIES, VIDEOS, WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.selection import Selection
+from tokenprune_vllm.architectures import PREFIX
 
 tf: Any = transformers  # its auto classes are not typed
 
@@ -341,7 +343,12 @@ def pair(
         yield Pair(family, llm, reference(family, folder))
 
 
-def test_the_same_tokens_are_kept_and_generated(pair: Pair) -> None:
+def test_the_same_tokens_are_kept_and_generated(
+    pair: Pair, record_property: Callable[[str, object], None]
+) -> None:
+    config = pair.llm.llm_engine.vllm_config.model_config.hf_config
+    record_property("vllm", config.architectures[0].removeprefix(PREFIX))
+    record_property("release", vllm.__version__)
     kept(pair.llm)
     for case in cases(pair.family):
         tokens, indices = pair.hf.ask(case)

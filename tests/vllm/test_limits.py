@@ -45,6 +45,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"options": {"depth": 3}}, OptionError, "depth"),
         ({"request_methods": ["nothing"]}, UnknownMethodError, "nothing"),
         ({"hf_overrides": print}, ConfigError, "must be a dict"),
+        ({"model_impl": "transformers"}, ConfigError, "would run unpruned"),
         ({"model": "/nowhere"}, InputFileError, "config.json"),
     ],
 )
@@ -100,6 +101,7 @@ def test_own_overrides_are_kept(llava: Path) -> None:
         ({"video_pruning_rate": 0.5}, "video-pruning-rate"),
         ({"mm_encoder_tp_mode": "data"}, "mm-encoder-tp-mode"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
+        ({"mm_processor_kwargs": {"use_audio_in_video": True}}, "use_audio_in_video"),
     ],
 )
 def test_settings_of_vllm_that_do_not_go_together(
@@ -149,6 +151,9 @@ def test_what_a_request_may_ask_for() -> None:
     assert explicit.fingerprint() == settings.request({}).fingerprint()
     with pytest.raises(RequestError, match="Did you mean 'uniform'"):
         settings.request({"tokenprune": {"method": "uniforn"}})
+    assert settings.request({"use_audio_in_video": False}).prunes
+    with pytest.raises(RequestError, match="send the sound as audio of its own"):
+        settings.request({"use_audio_in_video": True})
 
 
 def test_settings_survive_the_way_through_a_config() -> None:
@@ -209,6 +214,7 @@ def test_the_command_says_what_is_missing(llava: Path) -> None:
         (["--keep=4"], "--method is missing"),
         (["--method=uniform", "--keep=4", "--request-method=random"], "--allow-request-keep"),
         (["--method=uniform", "--keep=lots"], "is no number"),
+        (["--method=uniform", "--keep=4", "--model-impl=transformers"], "would run unpruned"),
         (["--method=uniform", "--keep=4", "--hf-overrides={"], "is not JSON"),
         (["--method=uniform", "--keep=4", "--hf_overrides.architectures", "x"], "one JSON object"),
         (["--method=uniform", "--keep=4", "--hf-over.architectures=x"], "one JSON object"),

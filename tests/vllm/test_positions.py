@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tokenprune_hf
 from tests.vllm import checkpoints
 from tests.vllm.engines import answer, engine, greedy
 from tests.vllm.test_families import reference
-from tokenprune_vllm.positions import PositionOffsets, from_columns, to_columns
+from tokenprune.errors import UnsupportedModelError
+from tokenprune_vllm.positions import PositionOffsets, check_tables, from_columns, to_columns
+
+tf: Any = transformers  # its classes are not typed
 
 TOKENS = 5
 
@@ -114,3 +118,15 @@ def test_a_batch_leaves_nothing_behind() -> None:
     # A batch larger than was foreseen
     offsets.write(None, None, 20)
     assert torch.equal(offsets.add(torch.arange(20).expand(3, -1))[0], torch.arange(20))
+
+
+def test_learned_positions_are_refused() -> None:
+    config = tf.OPTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, vocab_size=64
+    )
+    with pytest.raises(UnsupportedModelError, match=r"positions are learned .*embed_positions"):
+        check_tables(tf.OPTModel(config), config)
+    towers = tf.Blip2VisionModel(
+        tf.Blip2VisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    check_tables(towers, config)
