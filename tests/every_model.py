@@ -12,6 +12,7 @@ ALIKE: dict[str, str] = {
     "glm46v": "glm4v",
     "glm_ocr": "glm4v",
     "smolvlm": "idefics3",
+    "aya_vision": "cohere2_vision",
     "pixtral": "mistral3",
 }
 """Name of a tiny model (`tests.hf.models.TINY`, `tests.vllm.checkpoints.FAMILIES`) -> the other."""

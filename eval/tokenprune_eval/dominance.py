@@ -36,7 +36,7 @@ from tokenprune.families.registry import attending_layers
 from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.prefix import heads_of, sliding_window
+from tokenprune_hf.prefix import heads_of, rotary_of, sliding_window
 from tokenprune_hf.shortening import attention_mask_of
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -498,6 +498,7 @@ def _attention_of_newest(
     cos, sin = (part[:, -1][None] for part in named["position_embeddings"])  # [1, B, d]
     # Each row has one token, so that the rows can stand where a prompt's tokens stand there.
     query = heads_of(attention, "q", states)
+    cos, sin = rotary_of(attention, cos, sin)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     query = rotate(query, query, cos, sin)[0][0].float()  # [H, B, d]
     key = stored.to(query.device).float()  # [B, G, K, d]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
@@ -43,7 +44,8 @@ def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Mod
     UnsupportedModelError
         If the tower's layers, or their q and k, are not where they are known to be.
     """
-    if hasattr(tower, "blocks"):  # Qwen's towers end in the layer that scores
+    tower = getattr(tower, "timm_model", tower)
+    if hasattr(tower, "blocks"):  # Qwen's towers and timm's end in the layer that scores
         attention: nn.Module = tower.blocks[-1].attn
         return attention
     layers = _layers(tower)
@@ -130,6 +132,12 @@ class SeenAttention:
         rotary = sys.modules[type(self.module).__module__]
         # Of a packed tower all pictures' patches come in one sequence: [P, 3 * H * d], or apart.
         packed = None
+        if hasattr(self.module, "fused_attn"):  # timm
+            fused = self.projected["fused"].unflatten(-1, (3, heads, -1))
+            query, key = fused.permute(2, 0, 3, 1, 4)[:2]
+            return self._turned_by_timm(self.module.q_norm(query)), self._turned_by_timm(
+                self.module.k_norm(key)
+            )
         if "fused" in self.projected:
             packed = self.projected["fused"].unflatten(-1, (3, heads, -1)).unbind(-3)
         elif self.projected["query"].ndim == 2:
@@ -160,6 +168,17 @@ class SeenAttention:
             )
         return query, key
 
+    def _turned_by_timm(self, states: Tensor) -> Tensor:
+        """Turn [B, H, P, d] by timm's rotary embedding, which leaves a CLS token as it is."""
+        rope = self.arguments.get("rope")
+        if rope is None:
+            return states
+        ahead = int(self.module.num_prefix_tokens)
+        turn = sys.modules[type(self.module).__module__].apply_rot_embed_cat
+        half = getattr(self.module, "rotate_half", False)
+        turned = turn(states[:, :, ahead:], rope, half=half)
+        return torch.cat([states[:, :, :ahead], turned], dim=2)
+
 
 @contextmanager
 def watch_attention(attention: Any) -> Iterator[SeenAttention]:
@@ -180,7 +199,7 @@ def watch_attention(attention: Any) -> Iterator[SeenAttention]:
 
     with ExitStack() as hooks:
         hooks.enter_context(watch_input(attention, arguments))
-        if hasattr(attention, "qkv"):
+        if getattr(attention, "qkv", None) is not None:
             watched = {"fused": attention.qkv}
         else:
             watched = {

@@ -117,7 +117,8 @@ def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[
     if image_sizes is None:
         # A packed tower reads images that were padded to one size.
         size = sides if family.packed else None
-        return [Medium(modality, 0, 1, sides, size) for _ in range(len(pixels))]
+        tiles = pixels.shape[1] if pixels.ndim == 5 else 1  # PerceptionLM's, as many of each image
+        return [Medium(modality, 0, tiles, sides, size) for _ in range(len(pixels))]
     if isinstance(image_sizes, Tensor):
         image_sizes = image_sizes.tolist()  # one wait for the device, not one for each image
     sizes = [_sides(size) for size in image_sizes]

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
@@ -75,6 +76,15 @@ def sliding_window(attention: AttentionModule) -> int | None:
     return window
 
 
+def rotary_of(attention: AttentionModule, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors by which an attention module turns q and k; some turn nothing."""
+    if attention.config.model_type == "cohere2":  # in sliding layers alone
+        rotates = sliding_window(attention) is not None
+    else:  # Llama 4 and SmolLM3 say of each layer whether it does
+        rotates = bool(getattr(attention, "use_rope", True))
+    return (cos, sin) if rotates else (torch.ones_like(cos), torch.zeros_like(sin))
+
+
 class _Projections(Protocol):
     """An attention module that is read: with q_proj, k_proj and v_proj, and norms where it has."""
 
@@ -111,7 +121,7 @@ class _Probe:
         rotary: tuple[Tensor, Tensor],
     ) -> None:
         """Compute q of the question and k of everything from one prompt's states [L, D]."""
-        cos, sin = rotary
+        cos, sin = rotary_of(attention, *rotary)
         # The model's own function, as families pair the numbers of a head in different ways.
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
         query = heads_of(attention, "q", normed[-self._questions :])

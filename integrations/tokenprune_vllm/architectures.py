@@ -72,6 +72,7 @@ _ONE_AXIS = (
     "SmolVLMForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

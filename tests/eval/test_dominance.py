@@ -119,7 +119,9 @@ UNREAD = (
     "gemma3",
     "gemma4",
     "kimi_k25",
-)  # images both ways; queries and keys behind a bottleneck (MLA)
+    "aya_vision",
+    "cohere2_vision",
+)  # images both ways; queries and keys behind a bottleneck (MLA); sliding windows
 
 
 @pytest.mark.parametrize("text", ["all", "question"])

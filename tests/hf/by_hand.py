@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -37,6 +38,15 @@ def full_attention_maps(tower: Any) -> Iterator[list[Tensor]]:
         maps.append(weights)
         return (weights @ value.float()).to(value).transpose(1, 2), None
 
+    if hasattr(tower, "timm_model"):  # which calls torch's own attention
+
+        def plain(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any, **_: Any) -> Tensor:
+            return spy(None, query, key, value, attn_mask)[0].transpose(1, 2)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.nn.functional.scaled_dot_product_attention", plain)
+            yield maps
+        return
     AttentionInterface.register("spy", spy)
     AttentionMaskInterface.register("spy", sdpa_mask)
     before = tower.config._attn_implementation

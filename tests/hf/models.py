@@ -412,6 +412,57 @@ def _smolvlm() -> Any:
     )
 
 
+_COHERE2: dict[str, Any] = {
+    **_TEXT,
+    "head_dim": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
+
+def _aya_vision() -> Any:
+    vision = {**_CLIP, "image_size": 32}
+    vision.pop("projection_dim")
+    return tf.AyaVisionConfig(
+        vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=tf.Cohere2Config(**_COHERE2),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=40,
+    )
+
+
+def _cohere2_vision() -> Any:
+    vision = {**_CLIP, "image_size": 32}
+    vision.pop("projection_dim")
+    return tf.Cohere2VisionConfig(
+        vision_config=tf.SiglipVisionConfig(**vision, vision_use_head=False),
+        text_config=tf.Cohere2Config(**_COHERE2),
+        image_token_id=IMAGE,
+        alignment_intermediate_size=40,
+    )
+
+
+def _perception_lm() -> Any:
+    return tf.PerceptionLMConfig(
+        vision_config={
+            "architecture": "vit_pe_core_large_patch14_336",
+            "model_args": {
+                "embed_dim": 32,
+                "depth": 2,
+                "num_heads": 4,
+                "img_size": [32, 32],
+                "patch_size": 4,
+                "use_post_transformer_norm": False,
+                "global_pool": "",
+                "ref_feat_shape": [8, 8],
+            },
+        },
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        projector_pooling_ratio=2,
+    )
+
+
 def _gemma3() -> Any:
     vision = {**_CLIP, "image_size": 32}
     vision.pop("projection_dim")
@@ -621,6 +672,11 @@ def _gemma4_videos(count: int) -> tuple[dict[str, Tensor], list[int]]:
     )
 
 
+def _tiles(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Images that are all cut into two tiles, and have a whole one in front."""
+    return {"pixel_values": pixels(count, 3, 3, 32, 32)}, [3 * 16] * count
+
+
 def _frames(size: int, frames: int, tokens: int) -> Any:
     def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
         return {"pixel_values_videos": pixels(count, frames, 3, size, size)}, [tokens] * count
@@ -716,6 +772,16 @@ TINY: dict[str, Tiny] = {
     "smolvlm": Tiny(
         _smolvlm, tf.SmolVLMForConditionalGeneration, _idefics_tiles, uneven="post_layernorm"
     ),
+    "aya_vision": Tiny(
+        _aya_vision, tf.AyaVisionForConditionalGeneration, _plain("pixel_values", 32, 16)
+    ),
+    "cohere2_vision": Tiny(
+        _cohere2_vision,
+        tf.Cohere2VisionForConditionalGeneration,
+        _plain("pixel_values", 32, 16),
+        uneven="post_layernorm",
+    ),
+    "perception_lm": Tiny(_perception_lm, tf.PerceptionLMForConditionalGeneration, _tiles),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
     "lfm2_vl": Tiny(_lfm2_vl, tf.Lfm2VlForConditionalGeneration, _spatial),
     "mistral3": Tiny(_mistral3, tf.Mistral3ForConditionalGeneration, _sized(64)),
@@ -725,8 +791,8 @@ TINY: dict[str, Tiny] = {
 """Every supported `model_type` and its tiny model; "pixtral" is LLaVA with that tower."""
 
 
-SLIDING: tuple[str, ...] = ("gemma3", "gemma4")
-"""Those whose language model has layers that see a window of tokens only, and images both ways."""
+SLIDING: tuple[str, ...] = ("gemma3", "gemma4", "aya_vision", "cohere2_vision")
+"""Those whose language model has layers that see a window of tokens only."""
 
 APART = tuple(name for name in TINY if name.startswith("glm"))
 """Those that take no call with both images and videos."""

@@ -22,6 +22,10 @@ CASES = [(name, IMAGE_BATCH) for name in TINY] + [
     (name, mixing(name, VIDEO_BATCH)) for name, tiny in TINY.items() if tiny.video is not None
 ]
 
+MERGED = ("internvl", "idefics3", "smolvlm", "aya_vision", "cohere2_vision", "gemma3")
+MERGED += ("perception_lm",)
+"""Those whose tokens are 2 x 2 patches of a square of 8 x 8."""
+
 GRIDDED = [name for name in TINY if name.startswith(("qwen", "glm", "paddle", "kimi", "minicpm"))]
 
 
@@ -49,7 +53,7 @@ def items_per_medium(name: str, inputs: dict[str, Any]) -> dict[str, list[int]]:
             "image": [1] * 99,
             "video": inputs.get("num_frames_per_video", torch.ones(0)).int().tolist(),
         }
-    image = 2 if name == "llava_onevision" else 1
+    image = {"llava_onevision": 2, "perception_lm": 3}.get(name, 1)
     return {"image": [image] * 99, "video": [1] * 99}
 
 
@@ -257,11 +261,11 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
             _pooled_by_hand(one[:, :96, :96].mean(dim=(0, 1)), side)
             for one, side in zip(weights, ((8, 12), (12, 8)), strict=True)
         ]
-    if name in ("llava", "llava_next", "video_llava", "internvl"):
+    if name in ("llava", "llava_next", "video_llava", "internvl", "perception_lm"):
         patches = weights[:, :, 0, 1:].mean(dim=1)
     else:
         patches = received(weights)
-    if name in ("internvl", "idefics3", "smolvlm", "gemma3"):
+    if name in MERGED:
         return [merged_by_hand(one, 8, 2) for one in patches]
     if name == "llava_next":
         return _crop_scores(patches, inputs["image_sizes"].tolist())
@@ -322,6 +326,9 @@ def _packed_scores(
 
 # Rows and columns of tokens of two images, and of the frames of a video of three and one of two.
 GRIDS: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
+    "aya_vision": ([(4, 4), (4, 4)], []),
+    "cohere2_vision": ([(4, 4), (4, 4)], []),
+    "perception_lm": ([(4, 4)] * 6, []),
     "gemma3": ([(4, 4), (4, 4)], []),
     "gemma4": ([(4, 6), (6, 4)], [(2, 4)] * 3 + [(3, 3)] * 2),
     "idefics3": ([(4, 4), (4, 4)], []),
@@ -402,6 +409,7 @@ def test_features_projector_and_embeddings_belong_together(name: str, samples: l
             assert tokens.projector is not None
             torch.testing.assert_close(tokens.embeddings, rows[item.rows])
             pooled = name == "llava_onevision" and (modality == "video" or tokens.total == 64)
+            pooled |= name == "perception_lm"
             with torch.no_grad():
                 projected = tokens.projector(tokens.features)
             if pooled:  # averaged before the projector here, after it in the model

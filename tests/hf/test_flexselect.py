@@ -16,7 +16,16 @@ from tests.hf.models import IMAGE, TINY, VIDEO, prompt
 from tokenprune.errors import PromptError, UnsupportedModelError
 
 VIDEOS = ["llava_onevision", "video_llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-IMAGES = ["llava", "llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+IMAGES = [
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "smolvlm",
+    "cohere2_vision",  # whose layers of full attention look at no positions
+]
 
 
 def attention_by_hand(

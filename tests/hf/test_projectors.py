@@ -27,8 +27,9 @@ def selections(model: Any, inputs: dict[str, Any], method: str, **options: Any) 
     return pruning.selections
 
 
-READABLE = [name for name in TINY if not name.startswith("glm") and name != "mistral3"]
-"""GLM's projector has a gate, and Mistral 3's a linear layer for patches: they are called."""
+CALLED = ("aya_vision", "cohere2_vision", "mistral3")
+READABLE = [name for name in TINY if not name.startswith("glm") and name not in CALLED]
+"""GLM's and Cohere's projectors have a gate, Mistral 3's a linear layer for patches: called."""
 
 
 def samples(name: str) -> list[str]:
@@ -77,11 +78,15 @@ def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) 
     handle.remove()
     assert len(calls) == 1
     assert got.shape == (1, 7, calls[0].shape[-1])
-    torch.testing.assert_close(got[0], mlp(rows))
+    # PerceptionLM's own takes the mean of patches that are rounded.
+    atol = 5e-3 if name == "perception_lm" and dtype == torch.bfloat16 else 1e-5
+    rtol = 1.3e-6 if dtype == torch.float32 else 0.016
+    torch.testing.assert_close(got[0], mlp(rows), atol=atol, rtol=rtol)
 
 
-def test_a_projector_with_a_gate_is_called() -> None:
-    model, inputs = TINY["glm4v"].model(), prompt(TINY["glm4v"], ["tit"])
+@pytest.mark.parametrize("name", ["glm4v", "cohere2_vision"])
+def test_a_projector_with_a_gate_is_called(name: str) -> None:
+    model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
     with pytest.warns(UserWarning, match="calls the projector instead"):
         (called,) = selections(model, inputs, "zeroth-order")
     (expected,) = selections(model, inputs, "zeroth-order", estimator="jvp")

@@ -219,6 +219,16 @@ def _idefics3(tokenizer: Any, config: Any) -> Any:
     return tf.Idefics3Processor(images, tokenizer, image_seq_len=tokens)
 
 
+def _cohere2_vision(tokenizer: Any, config: Any) -> Any:
+    side = config.vision_config.image_size
+    images = tf.Cohere2VisionImageProcessor(
+        size=_square(config),
+        max_patches=_TILES,
+        patch_size=side // config.vision_config.patch_size // config.downsample_factor,
+    )
+    return tf.Cohere2VisionProcessor(images, tokenizer)
+
+
 def _lfm2_vl(tokenizer: Any, config: Any) -> Any:
     images = tf.Lfm2VlImageProcessor(
         encoder_patch_size=config.vision_config.patch_size,
@@ -507,6 +517,19 @@ _FAMILIES |= {
             ),
         ),
     ),
+    "cohere2_vision": _Family(
+        tokens=("<|IMG_PATCH|>", "<|video|>", "<|START_OF_IMG|>", "<|END_OF_IMG|>"),
+        image="<|IMG_PATCH|>",
+        processor=_cohere2_vision,
+        changes={"text_config": {"architectures": ["Cohere2ForCausalLM"]}},
+        named={
+            "image_token": "<|IMG_PATCH|>",
+            "boi_token": "<|START_OF_IMG|>",
+            "eoi_token": "<|END_OF_IMG|>",
+            "img_line_break_token": "<|IMG_LINE_BREAK|>",
+        },
+        more=_more("<|IMG_LINE_BREAK|>"),
+    ),
     "mistral3": replace(
         _PIXTRAL, changes={"text_config": {"architectures": ["MistralForCausalLM"]}}
     ),
@@ -639,7 +662,7 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 for name, tensor in load_file(weights).items()
             }
             save_file(turned, weights, {"format": "pt"})
-        if "llava" in family or family in ("gemma3", "lfm2_vl"):
+        if "llava" in family or family in ("gemma3", "lfm2_vl", "cohere2_vision"):
             # transformers leaves a part of the name out that vLLM, like the published
             # checkpoints, has.
             named = {

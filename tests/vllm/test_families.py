@@ -48,7 +48,7 @@ METHODS = (
     "flexselect",
     "relevant-information",
 )
-UNREAD = ("gemma3", "gemma4", "lfm2_vl")  # whose language model no method reads
+UNREAD = ("gemma3", "gemma4", "lfm2_vl", "cohere2_vision")  # whose language model no method reads
 UNWATCHED = ("gemma4",)  # whose tower vLLM takes from transformers: its attention is not seen
 # vLLM's kernels for CPUs let no image see what comes behind, in no model, pruned or not: so the
 # model of transformers is not told here where images are (`test_images_that_see_both_ways` is).
@@ -64,6 +64,7 @@ LONGEST = {
     "gemma3": 512,
     "gemma4": 1024,
     "idefics3": 512,
+    "cohere2_vision": 512,
     "lfm2_vl": 512,
     "mistral3": 512,
     "pixtral": 1024,

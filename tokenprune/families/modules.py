@@ -73,10 +73,13 @@ def entrance_of(projector: Any) -> nn.Module:
     """Return the module whose input is the tokens' features: the projector, or a part of it."""
     # Gemma 3 pools inside its projector; the norm behind the pooling is given tokens. Gemma 4 calls
     # its projector by name, and the norm by place. PaddleOCR-VL merges patches behind the norm, and
-    # LFM2-VL inside, where both are given one picture after another.
+    # LFM2-VL inside, where both are given one picture after another. Aya Vision and Cohere2 Vision
+    # shuffle inside, too.
     names = ["mm_soft_emb_norm", "embedding_pre_projection_norm", "pre_norm"]
     if hasattr(projector, "pixel_unshuffle") or hasattr(projector, "forward_from_unshuffled"):
         names += ["layer_norm", "linear_1"]
+    if hasattr(projector, "pixel_shuffle"):
+        names += ["layernorm", "linear_1"]
     found = (getattr(projector, name, None) for name in names)
     module: nn.Module = next((part for part in found if part is not None), projector)
     return module
@@ -102,6 +105,8 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     norm = activation = second = None
     if hasattr(projector, "patch_merger"):
         raise LookupError("it puts patches together in a layer of its own")
+    if hasattr(projector, "pixel_shuffle"):
+        raise LookupError("a half of its first layer is a gate on the other half")
     if hasattr(projector, "mm_input_projection_weight"):  # Gemma 3: a bare parameter, transposed
         first: Any = SimpleNamespace(weight=projector.mm_input_projection_weight.mT, bias=None)
         norm = projector.mm_soft_emb_norm
@@ -113,8 +118,9 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     elif hasattr(projector, "ln_q"):  # Qwen2-VL, Qwen2.5-VL
         first, activation, second = projector.mlp
         norm = projector.ln_q
-    elif hasattr(projector, "linear_1"):  # LLaVA; InternVL, PaddleOCR-VL with a norm in front
-        first, activation, second = projector.linear_1, projector.act, projector.linear_2
+    elif hasattr(projector, "linear_1"):  # LLaVA, PerceptionLM; InternVL and others with a norm
+        first, second = projector.linear_1, projector.linear_2
+        activation = projector.act if hasattr(projector, "act") else projector.gelu
         norm = getattr(projector, "layer_norm", getattr(projector, "pre_norm", None))
     elif hasattr(projector, "in_proj"):  # Kimi-K2.5
         first, activation, second = projector.in_proj, projector.act, projector.out_proj

@@ -14,7 +14,14 @@ from tokenprune.families.minicpm import MiniCPMV46
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
-from tokenprune.families.tiles import Gemma3, Idefics3, InternVL, InternVLChat
+from tokenprune.families.tiles import (
+    CohereVision,
+    Gemma3,
+    Idefics3,
+    InternVL,
+    InternVLChat,
+    PerceptionLM,
+)
 
 FAMILIES: dict[str, type[Family]] = {
     name: family
@@ -32,6 +39,8 @@ FAMILIES: dict[str, type[Family]] = {
         KimiK25,
         MiniCPMV46,
         Idefics3,
+        CohereVision,
+        PerceptionLM,
         Gemma3,
         Gemma4,
         Lfm2VL,

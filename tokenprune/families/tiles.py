@@ -1,4 +1,4 @@
-"""Families whose projector merges neighbouring patches: InternVL, Idefics3, SmolVLM, Gemma 3.
+"""Families whose projector merges neighbouring patches, as InternVL's and Gemma 3's do.
 
 A picture is a grid of tokens, each of them several patches. Large images are cut into tiles, and
 every tile is a segment.
@@ -7,6 +7,7 @@ every tile is a segment.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tokenprune.families.base import Family, sides_of
 from tokenprune.tokens import Projector
+from tokenprune.tower.attention import mean_of_blocks
 from tokenprune.tower.layouts import Medium, Segment, Sides, check_rows, one_segment, per_picture
 
 
@@ -83,6 +85,72 @@ class Idefics3(Tiles):
     def merged(self) -> int:
         """Patches on a side of each token."""
         return int(self.config.scale_factor)
+
+
+class CohereVision(Tiles):
+    """Aya Vision and Cohere2 Vision: pixel shuffle, layer norm or none, linear, SwiGLU, linear."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("aya_vision", "cohere2_vision")
+    whole_image_last: ClassVar[bool] = True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return int(self.config.downsample_factor)
+
+    def rows_of(
+        self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features and attention; behind the shuffle tokens lie in rows and columns."""
+        return super().rows_of(media, features.flatten(1, -2), attention)
+
+    def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
+        """Give each token to the projector as an image of its own, whose patches it shuffles."""
+        tokens = features.reshape(-1, features.shape[-1])
+        projected = run(tokens.unflatten(-1, (self.merged**2, -1)))
+        result: Tensor = projected.flatten(0, -2).unflatten(0, features.shape[:-1])
+        return result
+
+
+class PerceptionLM(Tiles):
+    """PerceptionLM: linear, GELU, linear, then average pooling; the tower is one of timm."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
+    tells_videos: ClassVar[bool] = True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token, which the pooling averages."""
+        return int(self.config.projector_pooling_ratio)
+
+    def patch_sides(self, medium: Medium) -> Sides | None:
+        """Return the rows and columns of patches of a tile.
+
+        A config says the size of a patch where it is not that of timm's name of the tower.
+        """
+        vision = self.config.vision_config
+        named = re.search(r"patch(\d+)", vision.architecture)
+        patch = (vision.model_args or {}).get("patch_size", named and int(named[1]))
+        if patch is None or medium.pixels is None:
+            return None
+        (height, width), (rows, columns) = medium.pixels, sides_of(patch)
+        return height // rows, width // columns
+
+    def rows_of(
+        self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features and attention; features are averaged as the model averages behind."""
+        sides = self.patch_sides(media[0])
+        if self.merged > 1 and sides is not None:
+            features = mean_of_blocks(features.mT, sides, self.merged).mT
+        return super().rows_of(media, features, attention)
+
+    def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
+        """Give each token to the projector as an image of its own, of equal patches."""
+        tokens = features.reshape(-1, 1, features.shape[-1])
+        projected = run(tokens.expand(-1, self.merged**2, -1))
+        result: Tensor = projected[:, 0].unflatten(0, features.shape[:-1])
+        return result
 
 
 class Gemma3(Tiles):
