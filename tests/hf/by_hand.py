@@ -62,7 +62,7 @@ def item_rows(
 ) -> list[list[int]]:
     """Return, item by item, which rows of the encoder's output it holds, in raster order."""
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    if name == "llava_next":
+    if name.startswith("llava_next") and modality == "image":
         return [
             rows
             for start, (height, width) in zip(
@@ -135,7 +135,7 @@ def encode(
     if not any(key.startswith("pixel") for key in arguments):
         return torch.empty(0), [], []
     output = getattr(model.model, f"get_{modality}_features")(**arguments, return_dict=True)
-    parts = list(output.pooler_output)
+    parts = [part.flatten(0, -2) for part in output.pooler_output]  # some keep frames apart
     deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
     return torch.cat(parts), [len(part) for part in parts], deep
 

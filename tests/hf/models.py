@@ -112,6 +112,17 @@ def _llava_next() -> Any:
     )
 
 
+def _llava_next_video() -> Any:
+    return tf.LlavaNextVideoConfig(
+        vision_config=tf.CLIPVisionConfig(**_CLIP),
+        text_config=tf.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_grid_pinpoints=[[48, 24], [24, 48], [48, 48]],
+        vision_feature_layer=-2,
+    )
+
+
 def _onevision() -> Any:
     vision = {**_CLIP}
     vision.pop("projection_dim")
@@ -729,6 +740,12 @@ def _navit(pixel_name: str, sizes_name: str) -> Any:
 TINY: dict[str, Tiny] = {
     "llava": Tiny(_llava, tf.LlavaForConditionalGeneration, _plain("pixel_values", 24, 36)),
     "llava_next": Tiny(_llava_next, tf.LlavaNextForConditionalGeneration, _crops),
+    "llava_next_video": Tiny(
+        _llava_next_video,
+        tf.LlavaNextVideoForConditionalGeneration,
+        _crops,
+        _frames(24, 4, 4 * 9),
+    ),
     "llava_onevision": Tiny(
         _onevision,
         tf.LlavaOnevisionForConditionalGeneration,

@@ -45,9 +45,10 @@ def by_modality(samples: list[str], items_of: dict[str, list[int]], chosen: list
 
 def items_per_medium(name: str, inputs: dict[str, Any]) -> dict[str, list[int]]:
     """Return how many items each image and each video is cut into."""
-    if name == "llava_next":
+    if name.startswith("llava_next"):
         crops = {(48, 36): 5, (24, 48): 3, (40, 48): 5}
-        return {"image": [crops[tuple(size)] for size in inputs["image_sizes"].tolist()]}
+        sizes = inputs["image_sizes"].tolist()
+        return {"image": [crops[tuple(size)] for size in sizes], "video": [1] * 99}
     if name == "gemma4":
         return {
             "image": [1] * 99,
@@ -233,14 +234,15 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
     tower = vision.tower("image")
     with full_attention_maps(tower) as maps:
         encode(model, inputs, "image")
-    layers = {"llava": 3, "llava_next": 3, "video_llava": 3, "qwen2_5_vl": 4}
+    early = ("llava", "llava_next", "llava_next_video", "video_llava")
+    layers = {**dict.fromkeys(early, 3), "qwen2_5_vl": 4}
     if name.startswith(("qwen", "glm", "paddle", "kimi")):
         return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
     if name == "minicpmv4_6":  # its last layers see 2 x 2 patches as one, its tokens 2 x 2 of those
         grids = [[1, *(size // 2).tolist()] for size in inputs["target_sizes"]]
         return _packed_scores(name, model, maps, grids)
     # LLaVA's feature is the output of the last layer but one
-    scoring = {"llava": 1, "llava_next": 1, "video_llava": 1}.get(name, len(maps) - 1)
+    scoring = 1 if name in early else len(maps) - 1
     assert len(maps) == layers.get(name, len(maps))
     weights = maps[scoring]
     if name == "pixtral":
@@ -261,13 +263,13 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
             _pooled_by_hand(one[:, :96, :96].mean(dim=(0, 1)), side)
             for one, side in zip(weights, ((8, 12), (12, 8)), strict=True)
         ]
-    if name in ("llava", "llava_next", "video_llava", "internvl", "perception_lm"):
+    if name in (*early, "internvl", "perception_lm"):
         patches = weights[:, :, 0, 1:].mean(dim=1)
     else:
         patches = received(weights)
     if name in MERGED:
         return [merged_by_hand(one, 8, 2) for one in patches]
-    if name == "llava_next":
+    if name.startswith("llava_next"):
         return _crop_scores(patches, inputs["image_sizes"].tolist())
     if name == "llava_onevision":
         # 24 x 48, not resampled: the whole image, then two crops side by side
@@ -370,6 +372,20 @@ def test_attention_scores_equal_the_full_maps(name: str) -> None:
         torch.testing.assert_close(selection.scores, scores)
         best = torch.sort(scores, descending=True, stable=True).indices[:5].sort().values
         assert torch.equal(selection.kept, best)
+
+
+def test_attention_scores_of_pooled_frames_equal_the_full_maps() -> None:
+    tiny = TINY["llava_next_video"]
+    model, inputs = tiny.model(), prompt(tiny, ["tvt"])
+    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 5) as pruning:
+        model(**inputs)
+        with full_attention_maps(vision_model(model).tower("video")) as maps:
+            encode(model, inputs, "video")
+    (selection,) = pruning.selections
+    assert selection.grid == (4, 3, 3)
+    frames = maps[1][:, :, 0, 1:].mean(dim=1)
+    expected = torch.cat([merged_by_hand(frame, 6, 2) for frame in frames])
+    torch.testing.assert_close(selection.scores, expected)
 
 
 def test_minicpm_with_more_tokens_for_each_image() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
+from tokenprune.tower.attention import mean_of_blocks
 from tokenprune.tower.layouts import Crops, Medium, Segment, Sides, check_rows, one_segment
 
 
@@ -158,6 +159,40 @@ class LlavaNext(Llava):
     @property
     def _per_crop(self) -> int:
         return self._side**2
+
+
+class LlavaNextVideo(LlavaNext):
+    """LLaVA-NeXT-Video: images as in LLaVA-NeXT; a video's frames are pooled before projection."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next_video",)
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return one segment for each crop of an image, or one for a video."""
+        if medium.modality == "image":
+            return super().segments(medium)
+        rows, columns = (side // self._stride for side in self.token_sides(medium))
+        segment = one_segment((medium.pictures, rows, columns))
+        check_rows(medium, len(segment.rows), f"frames of {rows} x {columns}")
+        return [segment]
+
+    def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
+        """Put the patches of all crops where the map has them; frames lie one after another."""
+        return (
+            values.flatten(0, 1) if medium.modality == "video" else super().lay_out(medium, values)
+        )
+
+    def _per_token(self, medium: Medium, attention: Tensor, tokens: int) -> Tensor:
+        """Return scores of tokens, each the mean of the patches that are pooled."""
+        if medium.modality == "image":
+            return super()._per_token(medium, attention, tokens)
+        sides = self.token_sides(medium)
+        rows, columns = (side - side % self._stride for side in sides)  # pooling leaves the rest
+        whole = attention.unflatten(-1, sides)[..., :rows, :columns].flatten(-2)
+        return mean_of_blocks(whole, (rows, columns), self._stride)
+
+    @property
+    def _stride(self) -> int:
+        return int(self.config.spatial_pool_stride)
 
 
 class LlavaOnevision(LlavaNext):

@@ -9,7 +9,13 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.glm import Glm4V
 from tokenprune.families.kimi import KimiK25
-from tokenprune.families.llava import Llava, LlavaNext, LlavaOnevision, VideoLlava
+from tokenprune.families.llava import (
+    Llava,
+    LlavaNext,
+    LlavaNextVideo,
+    LlavaOnevision,
+    VideoLlava,
+)
 from tokenprune.families.minicpm import MiniCPMV46
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
@@ -28,6 +34,7 @@ FAMILIES: dict[str, type[Family]] = {
     for family in (
         Llava,
         LlavaNext,
+        LlavaNextVideo,
         LlavaOnevision,
         VideoLlava,
         InternVL,
