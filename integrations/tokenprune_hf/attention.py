@@ -71,6 +71,7 @@ def _layers(tower: object) -> Sequence[Any]:
         or getattr(tower, "transformer", None)
         or tower
     )
+    encoder = getattr(encoder, "encoder", encoder)  # Ovis2's stands in its transformer
     for name in ("layers", "layer"):
         layers = getattr(encoder, name, None)
         if layers is not None:

@@ -28,6 +28,7 @@ from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_hf.attention import scoring_layer, watch_attention
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs, media_of
 from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_picture
+from tokenprune_hf.indicators import READS_INDICATORS, give_indicators
 from tokenprune_hf.placing import PLACES_ROWS_IN_BLOCKS, place_kept_rows
 from tokenprune_hf.watching import watch_input
 from tokenprune_hf.wrappers import model_inside
@@ -201,6 +202,8 @@ class VisionModel:
         """Put on the model what its own forward needs to take pruned prompts; most need nothing."""
         if self.model.config.model_type in PLACES_ROWS_IN_BLOCKS:
             return [place_kept_rows(self.inner, self.token_id("image"))]
+        if self.model.config.model_type in READS_INDICATORS:
+            return [give_indicators(self.inner)]
         return []
 
     # The prompt --------------------------------------------------------------------------------

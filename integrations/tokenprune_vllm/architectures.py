@@ -73,6 +73,7 @@ _ONE_AXIS = (
     "Lfm2VlForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

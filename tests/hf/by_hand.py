@@ -200,7 +200,7 @@ def greedy(
             kind = next((key for key, value in token_of.items() if value == token), None)
             if kind is None:
                 block += 1
-                embeds.append(model.get_input_embeddings()(torch.tensor(token)))
+                embeds.append(_word(model, token))
             else:
                 row = used[kind]
                 used[kind] += 1
@@ -253,6 +253,16 @@ def greedy(
             blocks.append(-1)
         answers.append(answer)
     return answers
+
+
+def _word(model: Any, token: int) -> Tensor:
+    """Return the embedding of a token of text; Ovis2's marks are the last words of its table."""
+    marks = list(getattr(model.config, "visual_indicator_token_ids", ()))
+    if token in marks:
+        mark: Tensor = model.model.visual_embeddings_table.weight[marks.index(token) - len(marks)]
+        return mark
+    embedded: Tensor = model.get_input_embeddings()(torch.tensor(token))
+    return embedded
 
 
 def published_positions(ids: list[int], positions: Tensor) -> Tensor:

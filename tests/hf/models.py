@@ -474,6 +474,27 @@ def _perception_lm() -> Any:
     )
 
 
+def _ovis2() -> Any:
+    return tf.Ovis2Config(
+        vision_config={
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 4,
+            "vocab_size": 40,
+            "hidden_stride": 2,
+            "num_visual_indicator_tokens": 4,
+        },
+        text_config=tf.Qwen2Config(**_TEXT),
+        hidden_size=32,
+        vocab_size=96,
+        image_token_id=IMAGE,
+        visual_indicator_token_ids=[START, END, 94, 95],
+    )
+
+
 def _gemma3() -> Any:
     vision = {**_CLIP, "image_size": 32}
     vision.pop("projection_dim")
@@ -799,6 +820,9 @@ TINY: dict[str, Tiny] = {
         uneven="post_layernorm",
     ),
     "perception_lm": Tiny(_perception_lm, tf.PerceptionLMForConditionalGeneration, _tiles),
+    "ovis2": Tiny(
+        _ovis2, tf.Ovis2ForConditionalGeneration, _plain("pixel_values", 32, 16), uneven="rms_norm"
+    ),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
     "lfm2_vl": Tiny(_lfm2_vl, tf.Lfm2VlForConditionalGeneration, _spatial),
     "mistral3": Tiny(_mistral3, tf.Mistral3ForConditionalGeneration, _sized(64)),

@@ -23,7 +23,7 @@ CASES = [(name, IMAGE_BATCH) for name in TINY] + [
 ]
 
 MERGED = ("internvl", "idefics3", "smolvlm", "aya_vision", "cohere2_vision", "gemma3")
-MERGED += ("perception_lm",)
+MERGED += ("perception_lm", "ovis2")
 """Those whose tokens are 2 x 2 patches of a square of 8 x 8."""
 
 GRIDDED = [name for name in TINY if name.startswith(("qwen", "glm", "paddle", "kimi", "minicpm"))]
@@ -332,6 +332,7 @@ GRIDS: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
     "cohere2_vision": ([(4, 4), (4, 4)], []),
     "perception_lm": ([(4, 4)] * 6, []),
     "gemma3": ([(4, 4), (4, 4)], []),
+    "ovis2": ([(4, 4), (4, 4)], []),
     "gemma4": ([(4, 6), (6, 4)], [(2, 4)] * 3 + [(3, 3)] * 2),
     "idefics3": ([(4, 4), (4, 4)], []),
     "lfm2_vl": ([(2, 3), (4, 2)], []),

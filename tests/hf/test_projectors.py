@@ -27,9 +27,9 @@ def selections(model: Any, inputs: dict[str, Any], method: str, **options: Any) 
     return pruning.selections
 
 
-CALLED = ("aya_vision", "cohere2_vision", "mistral3")
+CALLED = ("aya_vision", "cohere2_vision", "mistral3", "ovis2")
 READABLE = [name for name in TINY if not name.startswith("glm") and name not in CALLED]
-"""GLM's and Cohere's projectors have a gate, Mistral 3's a linear layer for patches: called."""
+"""GLM's and Cohere's projectors have a gate, and others more layers: they are called."""
 
 
 def samples(name: str) -> list[str]:
@@ -84,8 +84,8 @@ def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) 
     torch.testing.assert_close(got[0], mlp(rows), atol=atol, rtol=rtol)
 
 
-@pytest.mark.parametrize("name", ["glm4v", "cohere2_vision"])
-def test_a_projector_with_a_gate_is_called(name: str) -> None:
+@pytest.mark.parametrize("name", ["glm4v", "cohere2_vision", "ovis2"])
+def test_a_projector_of_other_layers_is_called(name: str) -> None:
     model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
     with pytest.warns(UserWarning, match="calls the projector instead"):
         (called,) = selections(model, inputs, "zeroth-order")

@@ -294,7 +294,11 @@ TYPES: dict[str, Type] = {
             "projector_pooling_ratio": 2,
         },
     ),
-    "ovis2": Type(square()),
+    "ovis2": Type(
+        square(),
+        {"visual_indicator_token_ids": [START, END, 40, 41, 42]},
+        around=([START], [END]),
+    ),
     "llama4": Type(
         square(),
         {

@@ -120,6 +120,15 @@ def _internvl_whole(tokenizer: Any, config: Any) -> Any:
     return processor
 
 
+def _llava_next_video(tokenizer: Any, config: Any) -> Any:
+    images = _llava_next(tokenizer, config).image_processor
+    size = _square(config)
+    videos = tf.LlavaNextVideoVideoProcessor(
+        size={"shortest_edge": size["height"]}, crop_size=size, do_sample_frames=False
+    )
+    return tf.LlavaNextVideoProcessor(videos, images, tokenizer, **_clip(config))
+
+
 def _llava_onevision(tokenizer: Any, config: Any) -> Any:
     size = _square(config)
     images = tf.LlavaOnevisionImageProcessor(
@@ -393,6 +402,13 @@ _FAMILIES: dict[str, _Family] = {
         processor=_llava_next,
         begins=True,
     ),
+    "llava_next_video": _Family(
+        tokens=("<image>", "<video>", "<|start|>", "<|end|>"),
+        image="<image>",
+        video="<video>",
+        processor=_llava_next_video,
+        begins=True,
+    ),
     "llava_onevision": _Family(
         tokens=("<image>", "<video>", "<|start|>", "<|end|>"),
         image="<image>",
@@ -552,6 +568,10 @@ CALLED_WITH: dict[str, dict[str, Any]] = {
 
 VIDEOS: tuple[str, ...] = tuple(name for name, family in _FAMILIES.items() if family.video)
 """Those that take videos."""
+
+
+VIDEOS_ALONE: tuple[str, ...] = ("llava_next_video",)
+"""Those of which vLLM takes videos alone, one in a prompt."""
 
 
 def _vipllava() -> Any:

@@ -25,7 +25,15 @@ import tokenprune
 import tokenprune_hf
 from tests.hf.models import APART
 from tests.vllm import checkpoints
-from tests.vllm.checkpoints import CALLED_WITH, CHATS, DTYPES, FAMILIES, VIDEOS, WORDS
+from tests.vllm.checkpoints import (
+    CALLED_WITH,
+    CHATS,
+    DTYPES,
+    FAMILIES,
+    VIDEOS,
+    VIDEOS_ALONE,
+    WORDS,
+)
 from tests.vllm.engines import answer, engine, greedy, kept
 from tokenprune.selection import Selection
 from tokenprune_vllm.architectures import PREFIX
@@ -138,6 +146,8 @@ def cases(family: str) -> list[Case]:
     if family in APART:  # where transformers takes no call of both kinds, and vLLM one video
         found = [case for case in found if "i" not in case.kinds or "v" not in case.kinds]
         found = [case for case in found if case.kinds.count("v") < 2]
+    if family in VIDEOS_ALONE:
+        found = [case for case in found if "i" not in case.kinds and case.kinds.count("v") < 2]
     return [case for case in found if case.asked.get("method") in (None, *methods_of(family))]
 
 
@@ -159,7 +169,7 @@ def again(family: str) -> list[Case]:
         {"method": "feature-norm", "keep": 9},
         {"keep": 0.5},
     ]
-    found = [Case("it", (0,), asked) for asked in settings]
+    found = [] if family in VIDEOS_ALONE else [Case("it", (0,), asked) for asked in settings]
     if family in VIDEOS:
         found += [Case("vt", (0,), asked) for asked in settings]
     return found
@@ -284,7 +294,9 @@ def reference(family: str, folder: Path, **options: Any) -> Reference:
 def start(family: str, folder: Path, method: str | None = None, **options: Any) -> Any:
     """Start the engine on a family's checkpoint, with the first method that it takes."""
     method = method or methods_of(family)[0]
-    videos = {"video": 1 if family in APART else 2} if family in VIDEOS else {}
+    limits = {} if family in VIDEOS_ALONE else {"image": 2}
+    if family in VIDEOS:
+        limits["video"] = 1 if family in (*APART, *VIDEOS_ALONE) else 2
     return engine(
         folder,
         method,
@@ -301,7 +313,7 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
             "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 * (1 + (family in UNREAD))
             + 2,
             "disable_log_stats": False,
-            "limit_mm_per_prompt": {"image": 2, **videos},
+            "limit_mm_per_prompt": limits,
             "trust_remote_code": family in CHATS,
             "dtype": DTYPES[family],
             "mm_processor_kwargs": CALLED_WITH.get(family),

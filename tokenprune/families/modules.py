@@ -76,6 +76,7 @@ def entrance_of(projector: Any) -> nn.Module:
     # LFM2-VL inside, where both are given one picture after another. Aya Vision and Cohere2 Vision
     # shuffle inside, too.
     names = ["mm_soft_emb_norm", "embedding_pre_projection_norm", "pre_norm"]
+    names.append("head_linear")  # Ovis2, whose projector is put together of parts
     if hasattr(projector, "pixel_unshuffle") or hasattr(projector, "forward_from_unshuffled"):
         names += ["layer_norm", "linear_1"]
     if hasattr(projector, "pixel_shuffle"):

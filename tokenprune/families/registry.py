@@ -17,6 +17,7 @@ from tokenprune.families.llava import (
     VideoLlava,
 )
 from tokenprune.families.minicpm import MiniCPMV46
+from tokenprune.families.ovis import Ovis2
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import Qwen2VL, Qwen25VL
@@ -48,6 +49,7 @@ FAMILIES: dict[str, type[Family]] = {
         Idefics3,
         CohereVision,
         PerceptionLM,
+        Ovis2,
         Gemma3,
         Gemma4,
         Lfm2VL,
