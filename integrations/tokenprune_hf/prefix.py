@@ -76,7 +76,7 @@ def sliding_window(attention: AttentionModule) -> int | None:
     return window
 
 
-def rotary_of(attention: AttentionModule, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_of(attention: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors by which an attention module turns q and k; some turn nothing."""
     if attention.config.model_type == "cohere2":  # in sliding layers alone
         rotates = sliding_window(attention) is not None

@@ -270,9 +270,15 @@ class VisionModel:
 
     def encoder(self, modality: str) -> Any:
         """Return the method that encodes a modality; None where the model does not take it."""
+        if modality == "video" and self.family.videos_by_image_encoder:
+            return self._encode_video
         name = f"get_{modality}_features"
         # Some models have it beside their head and not inside.
         return getattr(self.inner, name, None) or getattr(self.model, name, None)
+
+    def _encode_video(self, pixel_values_videos: Tensor, **kwargs: Any) -> Any:
+        """Encode videos with the method for images."""
+        return self.encoder("image")(pixel_values_videos, **kwargs)
 
     def will_read(self, positions: Tensor | None) -> None:
         """Take note of the positions with which a short prompt is read next in this thread.

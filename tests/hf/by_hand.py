@@ -86,6 +86,8 @@ def item_rows(
             [start + 37 * frame + 1 + token for frame in range(4) for token in range(36)]
             for start in starts[:-1:4]
         ]
+    if name == "perception_lm" and modality == "video":
+        return [list(range(start, start + 64)) for start in starts[:-1:4]]
     if name == "gemma4" and modality == "video":  # every frame of a video is an item
         return [
             list(range(start + frame * size // frames, start + (frame + 1) * size // frames))
@@ -134,7 +136,11 @@ def encode(
     arguments = {key: inputs[key] for key in names if key in inputs}
     if not any(key.startswith("pixel") for key in arguments):
         return torch.empty(0), [], []
-    output = getattr(model.model, f"get_{modality}_features")(**arguments, return_dict=True)
+    function = getattr(model.model, f"get_{modality}_features", None)
+    if function is None:  # PerceptionLM has one method for both
+        arguments = {"pixel_values": arguments["pixel_values_videos"]}
+        function = model.model.get_image_features
+    output = function(**arguments, return_dict=True)
     parts = [part.flatten(0, -2) for part in output.pooler_output]  # some keep frames apart
     deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
     return torch.cat(parts), [len(part) for part in parts], deep

@@ -819,7 +819,9 @@ TINY: dict[str, Tiny] = {
         _plain("pixel_values", 32, 16),
         uneven="post_layernorm",
     ),
-    "perception_lm": Tiny(_perception_lm, tf.PerceptionLMForConditionalGeneration, _tiles),
+    "perception_lm": Tiny(
+        _perception_lm, tf.PerceptionLMForConditionalGeneration, _tiles, _frames(32, 4, 4 * 16)
+    ),
     "ovis2": Tiny(
         _ovis2, tf.Ovis2ForConditionalGeneration, _plain("pixel_values", 32, 16), uneven="rms_norm"
     ),

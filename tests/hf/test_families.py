@@ -22,8 +22,16 @@ CASES = [(name, IMAGE_BATCH) for name in TINY] + [
     (name, mixing(name, VIDEO_BATCH)) for name, tiny in TINY.items() if tiny.video is not None
 ]
 
-MERGED = ("internvl", "idefics3", "smolvlm", "aya_vision", "cohere2_vision", "gemma3")
-MERGED += ("perception_lm", "ovis2")
+MERGED = (
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "aya_vision",
+    "cohere2_vision",
+    "perception_lm",
+    "ovis2",
+    "gemma3",
+)
 """Those whose tokens are 2 x 2 patches of a square of 8 x 8."""
 
 GRIDDED = [name for name in TINY if name.startswith(("qwen", "glm", "paddle", "kimi", "minicpm"))]

@@ -85,7 +85,7 @@ def test_the_models_own_module_is_what_is_called(name: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("name", ["glm4v", "cohere2_vision", "ovis2"])
-def test_a_projector_of_other_layers_is_called(name: str) -> None:
+def test_projectors_that_are_no_plain_mlp_are_called(name: str) -> None:
     model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
     with pytest.warns(UserWarning, match="calls the projector instead"):
         (called,) = selections(model, inputs, "zeroth-order")

@@ -81,6 +81,9 @@ class Family:
     videos_as_images: ClassVar[bool] = False
     """Whether a video's frames have an image's placeholders in the prompt."""
 
+    videos_by_image_encoder: ClassVar[bool] = False
+    """Whether the model's method that encodes images encodes videos too, and has no other."""
+
     whole_image_last: ClassVar[bool] = False
     """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
 

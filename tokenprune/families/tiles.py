@@ -117,6 +117,7 @@ class PerceptionLM(Tiles):
 
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
     tells_videos: ClassVar[bool] = True
+    videos_by_image_encoder: ClassVar[bool] = True
 
     @property
     def merged(self) -> int:
