@@ -185,11 +185,6 @@ def _aria(tokenizer: Any, config: Any) -> Any:
     return tf.AriaProcessor(images, tokenizer, size_conversion={side: 16})
 
 
-def _cohere2_vision(tokenizer: Any, config: Any) -> Any:
-    images = tf.Cohere2VisionImageProcessor(size=_size(config), patch_size=4, max_patches=1)
-    return tf.Cohere2VisionProcessor(images, tokenizer)
-
-
 def _aya_vision(tokenizer: Any, config: Any) -> Any:
     images = tf.GotOcr2ImageProcessor(
         size=_size(config), crop_to_patches=True, min_patches=1, max_patches=1
@@ -272,20 +267,6 @@ OTHER_TYPES: dict[str, OtherType] = {
             ("<|IMG_PATCH|>", "<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>"),
             more=dict(zip(MORE, ("TILE", "TILE_GLOBAL"), strict=True)),
         )
-    ),
-    "cohere2_vision": OtherType(
-        _folder(
-            _cohere2_vision,
-            "<image>",
-            ("<image>", "<line>", "<boi>", "<eoi>"),
-            named={
-                "image_token": "<image>",
-                "boi_token": "<boi>",
-                "eoi_token": "<eoi>",
-                "img_line_break_token": "<line>",
-            },
-        ),
-        renamed=_TOWER,
     ),
     "lighton_ocr": OtherType(
         _folder(
