@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.every_model import ALIKE
+from tests.every_model import ALIKE, ALIKE_IN_VLLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -33,10 +33,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [
         item
         for item in items
-        if ALIKE.keys() & _words(item) or item.get_closest_marker("every_model")
+        if _alike(item) & _words(item) or item.get_closest_marker("every_model")
     ]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _alike(item: pytest.Item) -> set[str]:
+    """Return the models that a test need not run."""
+    of_engine = ALIKE_IN_VLLM if item.nodeid.startswith("tests/vllm/") else {}
+    return {*ALIKE, *of_engine}
 
 
 def _words(item: pytest.Item) -> set[str]:

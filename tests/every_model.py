@@ -17,6 +17,15 @@ ALIKE: dict[str, str] = {
 }
 """Name of a tiny model (`tests.hf.models.TINY`, `tests.vllm.checkpoints.FAMILIES`) -> the other."""
 
+ALIKE_IN_VLLM: dict[str, str] = {
+    "internvl_chat": "internvl",
+    "idefics3": "internvl",
+    "qwen2_vl": "qwen2_5_vl",
+    "paddleocr_vl": "glm4v",
+    "lfm2_vl": "qwen3_5",
+}
+"""Likewise of those in tests/vllm, where each costs a start of the engine."""
+
 ONE_OF_EACH_KIND = {
     # containers of rows
     "llava": "a list",
