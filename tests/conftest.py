@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _alike(item: pytest.Item) -> set[str]:
     """Return the models that a test need not run."""
-    of_engine = ALIKE_IN_VLLM if item.nodeid.startswith("tests/vllm/") else {}
+    of_engine = ALIKE_IN_VLLM if item.nodeid.startswith("tests/vllm/test_families.py") else {}
     return {*ALIKE, *of_engine}
 
 

@@ -24,7 +24,7 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "paddleocr_vl": "glm4v",
     "lfm2_vl": "qwen3_5",
 }
-"""Likewise of those in tests/vllm, where each costs a start of the engine."""
+"""Likewise in tests/vllm/test_families.py, where each costs a start of the engine."""
 
 ONE_OF_EACH_KIND = {
     # containers of rows
