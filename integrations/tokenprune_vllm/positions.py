@@ -103,10 +103,14 @@ class PositionOffsets:
             self._positions = torch.zeros_like(self._offsets)
 
 
-def rope_type(text_config: Any) -> str:
-    """Return the type of a language model's rotary embedding, as its config names it."""
+def rope_types(text_config: Any) -> set[str]:
+    """Return the types of a language model's rotary embeddings, as its config names them.
+
+    Some configs have parameters for each kind of layer.
+    """
     parameters = getattr(text_config, "rope_parameters", None) or {}
-    return str(parameters.get("rope_type", "default"))
+    each = [part for part in parameters.values() if isinstance(part, dict) and "rope_type" in part]
+    return {str(part.get("rope_type", "default")) for part in each or [parameters]}
 
 
 def known_positions(text_config: Any) -> int:
@@ -132,7 +136,7 @@ def rotary_length(text_config: Any) -> int:
 
     They are twice as long as the model's context, but for YaRN's, whose length is part of it.
     """
-    if rope_type(text_config) == "yarn":
+    if rope_types(text_config) == {"yarn"}:
         parameters = text_config.rope_parameters
         return int(parameters["original_max_position_embeddings"] * parameters["factor"])
     return 2 * known_positions(text_config)

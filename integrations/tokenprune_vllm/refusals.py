@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.registry import find
-from tokenprune_vllm.positions import known_positions, rope_type
+from tokenprune_vllm.positions import known_positions, rope_types
 from tokenprune_vllm.settings import INTERLEAVED, ServerSettings
 
 _WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
@@ -121,10 +121,10 @@ def room_for_positions(config: Any, settings: ServerSettings) -> Iterator[None]:
     if settings.default.positions != "original":
         yield
         return
-    kind = rope_type(text)
-    if kind in ("dynamic", "longrope"):
+    kinds = rope_types(text) & {"dynamic", "longrope"}
+    if kinds:
         raise UnsupportedModelError(
-            f"this model's rotary embedding is of type {kind!r}, whose numbers depend on the "
+            f"this model's rotary embedding is of type {min(kinds)!r}, whose numbers depend on the "
             "length of the prompt, so kept tokens cannot stay at their own positions in vLLM. Use "
             "positions='compact'."
         )

@@ -6,10 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm
 from safetensors.torch import load_file, save_file
 
 import tokenprune_vllm
@@ -28,7 +31,7 @@ from tokenprune_eval.bundled.model import bundled_model_path
 from tokenprune_vllm import serve
 from tokenprune_vllm.export import export
 from tokenprune_vllm.hooks import check_overridden
-from tokenprune_vllm.refusals import check_engine
+from tokenprune_vllm.refusals import check_engine, room_for_positions
 from tokenprune_vllm.settings import RequestError, ServerSettings
 
 
@@ -67,10 +70,6 @@ def test_engine_args_refuse(
             "installed vLLM does not know",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "reads no images or videos"),
-        (
-            {"architectures": ["WhisperForConditionalGeneration"], "is_encoder_decoder": True},
-            "has an encoder for its text",
-        ),
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused(
@@ -79,6 +78,40 @@ def test_models_that_cannot_be_pruned_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModelError, match=message):
         tokenprune_vllm.engine_args(tmp_path, "uniform", 4)
+
+
+def test_an_encoder_of_text_is_refused(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    name = "NemotronParseForConditionalGeneration"
+    config = {"architectures": [name], "is_encoder_decoder": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="has an encoder for its text"):
+        tokenprune_vllm.engine_args(tmp_path, "uniform", 4)
+    why = "it has an encoder for its text, where visual tokens cannot be dropped"
+    for key, value in {"vllm": name, "release": vllm.__version__, "refused": why}.items():
+        record_property(key, value)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"sliding": {"rope_type": "default"}, "full": {"rope_type": "longrope"}},
+    ],
+)
+def test_rotary_embeddings_that_depend_on_the_length_are_refused(rope: dict[str, Any]) -> None:
+    text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=64)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    original = ServerSettings.build(PruningConfig("uniform", 4))
+    with (
+        pytest.raises(UnsupportedModelError, match="depend on the length of the prompt"),
+        room_for_positions(config, original),
+    ):
+        pass
+    compact = ServerSettings.build(PruningConfig("uniform", 4, "compact"))
+    with room_for_positions(config, compact):
+        assert text.max_position_embeddings == 64
 
 
 def test_a_vllm_told_not_to_load_the_plugin(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
