@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from safetensors.torch import save_file
 from vllm.model_executor.models import registry
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -103,7 +104,7 @@ def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
         executor.submit(function, *arguments).result()
 
 
-def start_here(name: str, folder: Path, method: str, methods: Sequence[str]) -> Any:
+def start_here(name: str, folder: Path, method: str, methods: Sequence[str], **options: Any) -> Any:
     """Start the engine in this process."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     registry._run_in_subprocess = lambda function: function()
@@ -116,6 +117,7 @@ def start_here(name: str, folder: Path, method: str, methods: Sequence[str]) -> 
         limit_mm_per_prompt={"image": 2, "video": 0, "audio": 0},
         max_model_len=512,
         num_gpu_blocks_override=64,  # sliding layers have blocks of their own
+        **options,
     )
 
 
@@ -196,6 +198,43 @@ def check(pair: Pair, answers: Answers) -> None:
         pair.llm, [pair.request(case) for case in cases(pair.family)], greedy(words=WORDS)
     )
     assert together == expected
+
+
+REMOTE = """
+from transformers import VipLlavaConfig, VipLlavaModel
+
+
+class RemoteConfig(VipLlavaConfig):
+    model_type = "remote"
+
+
+class RemoteModel(VipLlavaModel):
+    config_class = RemoteConfig
+"""
+
+
+@pytest.mark.every_model
+def test_a_model_whose_code_is_in_its_checkpoint(tmp_path: Path) -> None:
+    folder = checkpoints.save("vipllava", tmp_path / "model")
+    hf = reference("vipllava", folder)
+    # With the names of tensors that the code has; transformers renames those of its own types.
+    tensors = {name: tensor.contiguous() for name, tensor in hf.model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "remote.py").write_text(REMOTE)
+    config = json.loads((folder / "config.json").read_text()) | {
+        "model_type": "remote",
+        "architectures": ["RemoteForConditionalGeneration"],
+        "auto_map": {"AutoConfig": "remote.RemoteConfig", "AutoModel": "remote.RemoteModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    in_a_process(serve_remote_code, folder, answers_of(hf, "vipllava"))
+
+
+def serve_remote_code(folder: Path, expected: Answers) -> None:
+    """Compare the engine, which is told to trust the checkpoint's code, with transformers."""
+    trusting = {"trust_remote_code": True}
+    with start_here("vipllava", folder, METHODS[0], METHODS[1:], **trusting) as llm:
+        check(Pair("vipllava", llm, Reference("vipllava", None, None)), expected)
 
 
 def test_rows_that_are_newlines_are_found_and_refused(
