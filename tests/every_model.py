@@ -23,6 +23,8 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "qwen2_vl": "qwen2_5_vl",
     "paddleocr_vl": "glm4v",
     "lfm2_vl": "qwen3_5",
+    "cohere2_vision": "internvl",
+    "llava_next_video": "llava_next",
 }
 """Likewise in tests/vllm/test_families.py, where each costs a start of the engine."""
 
