@@ -14,7 +14,8 @@ from tests.hf.test_flexselect import attention_by_hand, encoder_rows
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.layout import decoder_of
 
-CASES = [(name, modality) for name in STATEFUL for modality in ("image", "video")]
+READ = [name for name in STATEFUL if name != "lfm2_vl"]  # whose layers no method reads
+CASES = [(name, modality) for name in READ for modality in ("image", "video")]
 
 
 @pytest.mark.parametrize("named", [False, True])
@@ -61,8 +62,9 @@ def test_a_layer_that_does_not_attend_ranks_nothing() -> None:
         tokenprune_hf.prune(TINY["qwen3_5"].model(), "flexselect", 4, layer=1)
 
 
-def test_a_decoder_with_latent_keys_is_not_read() -> None:
-    model, inputs = TINY["kimi_k25"].model(), prompt(TINY["kimi_k25"], ["tit"])
+@pytest.mark.parametrize("name", ["kimi_k25", "lfm2_vl"])  # latent keys, convolutions
+def test_a_decoder_with_other_layers_is_not_read(name: str) -> None:
+    model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
     with (
         pytest.raises(UnsupportedModelError, match="no q_proj and k_proj"),
         tokenprune_hf.prune(model, "flexselect", 4),
