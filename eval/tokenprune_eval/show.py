@@ -183,13 +183,7 @@ def run(arguments: argparse.Namespace) -> int:
         dict.fromkeys(arguments.method or ("zeroth-order", "cls-attention", "divprune"))
     )
     selectors = _selectors(methods, arguments.option)
-    from tokenprune.tokens import FROM_PROMPT
-
-    asking = [one.name for one in selectors if FROM_PROMPT & set(one.needs)]
-    if asking and arguments.question is None:
-        raise ConfigError(
-            f"{', '.join(asking)} chooses by the question, and there is none: add --question TEXT."
-        )
+    _check_question(selectors, arguments.question, "add --question TEXT")
     _check_out(arguments.out)
 
     from tokenprune.media.images import load_image
@@ -210,7 +204,11 @@ def picture(
     model: Any,
     processor: Any,
     image: Image.Image,
-    methods: Sequence[str | Selector] = ("zeroth-order", "cls-attention", "divprune"),
+    methods: str | Selector | Sequence[str | Selector] = (
+        "zeroth-order",
+        "cls-attention",
+        "divprune",
+    ),
     keep: Keep = 0.25,
     *,
     question: str | None = None,
@@ -227,7 +225,7 @@ def picture(
     image
         The image.
     methods
-        Names, or selectors with options of their own; one column each.
+        Names, or selectors with options of their own; one column each. One may stand alone.
     keep
         Budget of the image: a number of tokens (int) or a fraction (float).
     question
@@ -240,11 +238,16 @@ def picture(
     TokensError
         If it is not known how the tokens lie in the image.
     UnsupportedModelError, OptionError, ConfigError
-        If no method can be drawn.
+        If no method is given or can be drawn, or one chooses by a question that was not given.
     """
     from tokenprune.registry import build
+    from tokenprune.selectors.base import Selector
 
-    selectors = [build(one, {}) if isinstance(one, str) else one for one in methods]
+    named = [methods] if isinstance(methods, (str, Selector)) else methods
+    selectors = [build(one, {}) if isinstance(one, str) else one for one in named]
+    if not selectors:
+        raise ConfigError("methods is empty. Name at least one, for example 'cls-attention'.")
+    _check_question(selectors, question, "pass question='...'")
     return _look(model, processor, image, question, selectors, keep, positions)
 
 
@@ -254,6 +257,17 @@ def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]
 
     values = options_by_method(options, methods)
     return [build(method, values.get(method, {})) for method in methods]
+
+
+def _check_question(selectors: Sequence[Selector], question: str | None, remedy: str) -> None:
+    """Raise if a method chooses by the question and there is none."""
+    from tokenprune.tokens import FROM_PROMPT
+
+    asking = [one.name for one in selectors if FROM_PROMPT & set(one.needs)]
+    if asking and question is None:
+        raise ConfigError(
+            f"{', '.join(asking)} chooses by the question, and there is none: {remedy}."
+        )
 
 
 def _check_out(out: Path) -> None:

@@ -18,8 +18,9 @@ Fields = Mapping[str, Any]
 """What vLLM's processor made of one image or video, by name: pixel_values, image_grid_thw, ..."""
 
 
-VISUAL = ("image", "video", "vision_chunk")
-"""vLLM's modalities that are pruned; Kimi-K2.5 calls images and parts of videos chunks."""
+SOUND = ("audio",)
+"""vLLM's modalities that are left as they are. All others are pruned, whatever a plugin calls them:
+Kimi-K2.5 calls images and parts of videos chunks."""
 
 _POSITIONS = {"image": "pixel_position_ids", "video": "pixel_position_ids_videos"}
 """Where Gemma 4's processor says which patch stands where."""

@@ -7,10 +7,11 @@ takes, and `tokenprune_vllm.models` puts pruning in front of it as of any other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.any import rope_sections
 from tokenprune_vllm.architectures import ARCHITECTURES, PREFIX, Architecture
 
 _PLUGINS = "vllm.general_plugins"
@@ -92,22 +93,13 @@ def _of_no_family(names: Sequence[str], config: dict[str, Any], model: str) -> A
             f"{called}, which has an encoder for its text, where visual tokens cannot be dropped. "
             "Serve it with vLLM alone."
         )
-    axes = {len(section) for section in _sections(config)}
+    axes = {len(section) for section in rope_sections(config)}
     if axes - {3}:
         raise UnsupportedModelError(
             f"{called}, whose positions have {max(axes)} axes; in vLLM tokenprune keeps those with "
             "one axis or three. Prune the model in transformers, or serve it with vLLM alone."
         )
     return Architecture(PREFIX + found[0], mrope=None, family=False)
-
-
-def _sections(config: Mapping[str, Any]) -> Iterator[Sequence[int]]:
-    """Yield how a rotary embedding's parts are shared among axes, wherever a config says it."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _sections(value)
-        elif name in ("mrope_section", "xdrope_section") and value:
-            yield value
 
 
 def register_every() -> None:

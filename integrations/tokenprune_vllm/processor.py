@@ -32,7 +32,7 @@ from tokenprune.errors import ConfigError
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
-from tokenprune_vllm.encoder_inputs import VISUAL, Fields, family_of, medium_of
+from tokenprune_vllm.encoder_inputs import SOUND, Fields, family_of, medium_of
 from tokenprune_vllm.positions import known_positions, rotary_length
 from tokenprune_vllm.regions import Region
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
@@ -76,7 +76,7 @@ class Ticket:
     @property
     def visual(self) -> bool:
         """Whether it is something to see; sound is left as it is."""
-        return self.modality in VISUAL
+        return self.modality not in SOUND
 
     def pack(self) -> dict[str, Tensor]:
         """Return the fields `TICKET` and `REGION`."""
@@ -249,7 +249,7 @@ class PruningProcessor:
         fields: Fields = {name: element.data for name, element in item.items()}
         medium: Medium | None = None
         segments: Sequence[Segment] = ()
-        if modality not in VISUAL or isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
+        if modality in SOUND or isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
             pruning = None  # sound, or the caller's own embeddings: no encoder to choose by
         else:
             medium = medium_of(self._family, modality, rows, fields)
@@ -292,7 +292,7 @@ class PruningProcessor:
             self._check_length(len(prompt_ids), dropped)
         self._hand_over_prompt(prompt_ids, placeholders, mm_res)
         for modality, details in found:
-            if modality not in VISUAL:
+            if modality in SOUND:
                 continue
             metrics.count_tokens(modality, details.method, details.before, details.after)
         return prompt_ids, placeholders
@@ -422,7 +422,7 @@ class PruningProcessor:
         if known is not None:
             keep = self._server.default.keep
             return {
-                modality: (rows, tokens_kept(keep, rows) if modality in VISUAL else rows)
+                modality: (rows, tokens_kept(keep, rows) if modality not in SOUND else rows)
                 for modality, rows in known.items()
                 if rows
             }

@@ -68,6 +68,9 @@ class Pruner:
         # What else a model of no family makes of ids (embeddings of each layer, experts by
         # modality) is its own: text among rows travels as ids, for the model to embed it.
         self._carries_ids = not family.known
+        # Looking for it waits for the device, so it is looked for only once there may be some: from
+        # the first item that has text among its rows on, or where rows are encoded elsewhere.
+        self._text_travels = vllm_config.ec_transfer_config is not None
         self.mrope = family.mrope
         self._axes = 3 if family.mrope else 1
         self._offsets: PositionOffsets | None = None
@@ -196,7 +199,9 @@ class Pruner:
             in_prompt[columns] = stays
             filled = rows.new_zeros(region.length, rows.shape[1])
             filled[columns.to(rows.device)] = rows
-            if not self._carries_ids:
+            if self._carries_ids:
+                self._text_travels = True
+            else:
                 filled[:, : self._width][(~region.is_row).to(rows.device)] = self._embed_text(
                     region.text().to(rows.device)
                 )
@@ -272,7 +277,7 @@ class Pruner:
             offsets = from_columns(torch.cat([of_item[:, -columns:] for of_item in rows]))
             self._offsets.write(offsets, is_row, len(input_ids))
             rows = [of_item[:, :-columns] for of_item in rows]
-        if self._carries_ids and is_row is not None:
+        if self._carries_ids and self._text_travels and is_row is not None:
             return self._text_again(input_ids, rows, is_row, ids)
         return input_ids, rows, is_row
 

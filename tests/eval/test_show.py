@@ -374,3 +374,8 @@ def test_the_picture_from_python_is_the_one_of_the_command(tmp_path: Path) -> No
         assert np.array_equal(np.asarray(Image.open(content)), np.asarray(Image.open(out)))
     with pytest.raises(ConfigError, match=r"'\.txt' cannot be written"):
         drawn.save(tmp_path / "python.txt")
+    alone = show.picture(model, processor, Image.open(scene.image), "uniform", 9)
+    assert str(alone) == "uniform, 9 of 64 tokens"
+    for given, message in (([], "methods is empty"), ("flexselect", r"pass question='\.\.\.'")):
+        with pytest.raises(ConfigError, match=message):
+            show.picture(model, processor, Image.open(scene.image), given, 9)

@@ -102,3 +102,11 @@ def test_scores_of_tiles_lie_as_internvl_shuffles_patches(version: str) -> None:
     ((_, got),) = InternVLChat(kind).rows_of([medium], torch.zeros(2, 9, 5), scores)
     assert got is not None
     torch.testing.assert_close(got, expected.flatten(0, 1).mT)
+
+
+@pytest.mark.parametrize(
+    ("modality", "visual"), [("video", True), ("depth", True), ("audio", False)]
+)
+def test_sound_alone_is_left_as_it_is(modality: str, visual: bool) -> None:
+    """A modality that only a plugin knows is none that passes unpruned."""
+    assert Ticket(modality, None, region([ROW], [])).visual is visual

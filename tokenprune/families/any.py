@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,16 +23,24 @@ def rope_axes(config: Any) -> int:
     config
         Of transformers' kind; what stands beside those parameters is not looked at.
     """
-    found: list[Any] = [getattr(config, "rope_parameters", None)]
-    found.append(getattr(config.get_text_config(), "rope_parameters", None))
-    while found:
-        parameters = found.pop()
-        if isinstance(parameters, dict):
-            sections = parameters.get("mrope_section") or parameters.get("xdrope_section")
-            if sections:
-                return len(sections)
-            found += parameters.values()  # one for each kind of layer
-    return 0
+    of = {"whole": config, "text": config.get_text_config()}
+    parameters = {name: getattr(one, "rope_parameters", None) for name, one in of.items()}
+    return max(map(len, rope_sections(parameters)), default=0)
+
+
+def rope_sections(values: Mapping[str, Any]) -> Iterator[Sequence[int]]:
+    """Yield how rotary embeddings share their parts among axes, wherever a config says it.
+
+    Parameters
+    ----------
+    values
+        Of a config, mappings inside mappings; some have one for each kind of layer.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from rope_sections(value)
+        elif name in ("mrope_section", "xdrope_section") and value:
+            yield value
 
 
 def has_mrope(config: Any) -> bool:
