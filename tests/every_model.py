@@ -25,6 +25,7 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "lfm2_vl": "qwen3_5",
     "cohere2_vision": "internvl",
     "llava_next_video": "llava_next",
+    "llama4": "internvl",
 }
 """Likewise in tests/vllm/test_families.py, where each costs a start of the engine."""
 

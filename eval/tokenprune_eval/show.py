@@ -307,7 +307,8 @@ def _look(
     # Methods are the items here: one that this model cannot serve leaves the others.
     said: list[str] = []
     left_out = LeftOut(said.append, ends=(MissingPackageError, OutputError))
-    inputs = ask(processor, question or "What is in the image?", image=image).to(model.device)
+    asked = ask(processor, question or "What is in the image?", image=image)
+    inputs = asked.to(model.device, model.dtype)  # Llama 4's processor returns bfloat16
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)
         items = [item.tokens for item in encoded.modalities["image"].items]

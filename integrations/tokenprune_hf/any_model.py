@@ -14,7 +14,6 @@ import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from tokenprune.tower.structure import of_noise, same
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
 from tokenprune_hf.vision import (
+    ROWS_ELSEWHERE,
     Container,
     EncodedModality,
     Item,
@@ -56,15 +56,6 @@ REFUSED = {
     "diffusion_gemma": "it writes blocks of text at once, with a `generate` of its own",
 }
 """Types that take rows and cannot be pruned all the same, and why."""
-
-ROWS_ELSEWHERE = {
-    "fuyu": Container(field="last_hidden_state"),
-    "llama4": Container(field="last_hidden_state"),
-}
-"""Types whose forward reads another field of the encoder's output than ``pooler_output``."""
-
-PROJECTED_LATER = {"llama4": "multi_modal_projector"}
-"""Types whose forward projects the rows, and the module that does."""
 
 LINE_ENDS = {"apertus1p5": None, "chameleon": None, "emu3": "<|extra_200|>"}
 """Types whose rows are embeddings of codes, and the token that ends a line, in `vocabulary_map`.
@@ -201,7 +192,7 @@ class AnyModel(VisionModel):
         """Run the vision encoder once; see `VisionModel.encode`."""
         output, entries = self._run(inputs.modality, inputs.arguments)
         rows = torch.cat(entries)
-        container = self._container(output)
+        container = self.container(output)
         sizes = self._sizes(inputs, entries)
         with torch.no_grad():
             grids = self._grids(inputs, sizes)
@@ -227,12 +218,12 @@ class AnyModel(VisionModel):
     def _run(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
         """Return what the encoder returns, and its rows [n, D] for each entry."""
         output = self.encoder(modality)(**arguments, return_dict=True)
-        entries = entries_of(_rows_in(output, self._container(output)))
+        entries = entries_of(_rows_in(output, self.container(output)))
         if not entries:
             raise PromptError(f"the vision encoder was given no {modality}.")
         return output, entries
 
-    def _container(self, output: Any) -> Container:
+    def container(self, output: Any) -> Container:
         """Return where an output of the encoder has the rows that the model reads.
 
         Raises
@@ -240,9 +231,8 @@ class AnyModel(VisionModel):
         UnsupportedModelError
             If that is not known.
         """
-        kind = self.model.config.model_type
-        if kind in ROWS_ELSEWHERE:
-            return replace(ROWS_ELSEWHERE[kind], kind=type(output))
+        if self.model.config.model_type in ROWS_ELSEWHERE:
+            return super().container(output)
         if getattr(output, "pooler_output", None) is not None:
             return Container(type(output))
         layers = getattr(output, "deepstack_features", None)
@@ -298,13 +288,9 @@ class AnyModel(VisionModel):
     ) -> VisualTokens:
         if grid is not None and math.prod(grid) != len(of_picture):
             grid = None  # some rows are structure
-        embeddings = rows[of_picture]
-        later = PROJECTED_LATER.get(self.model.config.model_type)
-        if later is not None:
-            embeddings = getattr(self.inner, later)(embeddings)
         return VisualTokens(
             grid or (1, 1, len(of_picture)),
-            embeddings=embeddings,
+            embeddings=self.as_read(rows[of_picture]),
             is_picture=grid is not None,
             label=label,
         )

@@ -69,6 +69,7 @@ def _layers(tower: object) -> Sequence[Any]:
         getattr(tower, "encoder", None)
         or getattr(getattr(tower, "vision_model", None), "encoder", None)
         or getattr(tower, "transformer", None)
+        or getattr(tower, "model", None)  # Llama 4
         or tower
     )
     encoder = getattr(encoder, "encoder", encoder)  # Ovis2's stands in its transformer
@@ -156,6 +157,12 @@ class SeenAttention:
             query, key = (
                 rotary.apply_multidimensional_rope(self.projected[name], cos, sin, places)
                 for name in ("query", "key")
+            )
+            return query.transpose(1, 2), key.transpose(1, 2)
+        if "freqs_ci" in self.arguments:  # Llama 4
+            query, key = rotary.vision_apply_rotary_emb(
+                *(self.projected[name].unflatten(-1, (heads, -1)) for name in ("query", "key")),
+                self.arguments["freqs_ci"],
             )
             return query.transpose(1, 2), key.transpose(1, 2)
         query, key = (

@@ -40,6 +40,12 @@ def decoder_of(model: object) -> Any:
             "self_attn, such as those that keep a state in place of keys, which no mask reaches. "
             "Use a model whose layers all attend to tokens, as those of Llama and Qwen3 do."
         )
+    if "chunked_attention" in (getattr(decoder.config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"the decoder {type(decoder).__name__} of {type(model).__name__} has layers that see "
+            "one chunk of the prompt, which is not known here. Use a model whose layers see all "
+            "that stands before, as those of Llama 3 and Qwen3 do."
+        )
     return decoder
 
 

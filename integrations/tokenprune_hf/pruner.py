@@ -175,7 +175,7 @@ class Pruner:
             # Items of one shape go through the selector together, and come back in their order.
             selections = select_many(tokens, self.selector, self.budget, known=already)
             if self.proportional:
-                selections = _represent(encoded.modalities[modality], selections)
+                selections = _represent(self.vision, encoded.modalities[modality], selections)
             by_modality[modality] = selections
         selections = [by_modality[modality][index] for modality, index in in_prompt]
         return Chosen(selections, time.perf_counter() - started, by_modality)
@@ -193,13 +193,16 @@ class Pruner:
         return shorten_prompt(self.vision, arguments, encoded, placeholders, selections, *how)
 
 
-def _represent(media: EncodedModality, selections: Sequence[Selection]) -> list[Selection]:
+def _represent(
+    vision: VisionModel, media: EncodedModality, selections: Sequence[Selection]
+) -> list[Selection]:
     """Return the selections of a modality's items, saying how many tokens each kept one is for."""
     result = []
     for item, selection in zip(media.items, selections, strict=True):
         if selection.represented is None:
             # By what the language model reads, whatever the selector looked at.
-            counts = tokens_represented(media.rows[item.rows][None], selection.kept[None])
+            rows = vision.as_read(media.rows[item.rows])
+            counts = tokens_represented(rows[None], selection.kept[None])
             selection = dataclasses.replace(selection, represented=counts[0])
         result.append(selection)
     return result

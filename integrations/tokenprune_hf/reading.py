@@ -74,7 +74,7 @@ def prompt_items(
                 added["query_attention"] = PromptReader(
                     DecoderLayers(vision),
                     prompt,
-                    media.rows[rows],
+                    vision.as_read(media.rows[rows]),
                     [layer[rows] for layer in media.deepstack],
                     item.tokens.grid,
                     vision.frame_interval(modality) if vision.mrope else None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,16 @@ class Container:
             # An attribute and not a field: the class without deepstack has no such field.
             output.deepstack_features = deepstack
         return output
+
+
+ROWS_ELSEWHERE = {
+    "fuyu": Container(field="last_hidden_state"),
+    "llama4": Container(field="last_hidden_state"),
+}
+"""Types whose forward reads another field of the encoder's output than ``pooler_output``."""
+
+PROJECTED_LATER = {"llama4": "multi_modal_projector"}
+"""Types whose forward projects the rows, and the module that does."""
 
 
 @dataclass(frozen=True)
@@ -186,17 +196,24 @@ class VisionModel:
         UnsupportedModelError
             If its first layers cannot be run on a prompt as if it was causal.
         """
-        if self.family.images_see_all(True):
+        why = self.family.why_unread()
+        if why is not None:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} lets an image's tokens see each other in both "
-                "directions, and flexselect does not read that. Use flexselect-lite, or a method "
-                "that needs no language model (see `tokenprune methods`)."
+                f"{type(self.model).__name__} {why}, and flexselect does not read that. Use "
+                "flexselect-lite, or a method that needs no language model (see `tokenprune "
+                "methods`)."
             )
         return self.decoder()
 
     def decoder(self) -> Any:
         """Return the language model without its head, whatever its attention looks like."""
-        return getattr(self.inner, "language_model", getattr(self.inner, "text_model", None))
+        found = getattr(self.inner, "language_model", getattr(self.inner, "text_model", None))
+        return getattr(found, "model", found)  # Llama 4's has its head on it
+
+    def as_read(self, rows: Any) -> Any:
+        """Return an encoder's rows as the language model reads them, which few models make late."""
+        later = PROJECTED_LATER.get(self.model.config.model_type)
+        return rows if later is None else getattr(self.inner, later)(rows)
 
     def hooks(self) -> list[RemovableHandle]:
         """Put on the model what its own forward needs to take pruned prompts; most need nothing."""
@@ -365,9 +382,12 @@ class VisionModel:
             stack.enter_context(watch_input(entrance, keep_input))
             # As the model's own forward calls it, once for all images of the batch.
             output = self.encoder(inputs.modality)(**inputs.arguments, return_dict=True)
+            container = self.container(output)
+            pooled = getattr(output, container.field)
+            with torch.no_grad():
+                read = self.as_read(pooled)
         if not captured:
             raise PromptError(f"the vision encoder was given no {inputs.modality}.")
-        pooled = output.pooler_output
         parts = entries_of(pooled)
         rows = torch.cat(parts)
         layers = getattr(output, "deepstack_features", None) or []
@@ -384,9 +404,16 @@ class VisionModel:
             if probe is not None:
                 has_cls = self.family.has_cls(self.tower(inputs.modality))
                 attention = self.family.attention(probe, media, has_cls)
-            items = self._items(inputs, media, rows, features, attention)
+            embeddings = rows if read is pooled else torch.cat(entries_of(read))
+            items = self._items(inputs, media, embeddings, features, attention)
         told = self.family.tells_videos or inputs.video_frames is not None
-        return EncodedModality(rows, sizes, isinstance(pooled, Tensor), deepstack, items, told)
+        stacked = isinstance(pooled, Tensor)
+        return EncodedModality(rows, sizes, stacked, deepstack, items, told, container)
+
+    def container(self, output: Any) -> Container:
+        """Return where an output of the encoder has the rows that the model reads."""
+        known = ROWS_ELSEWHERE.get(self.model.config.model_type)
+        return Container() if known is None else replace(known, kind=type(output))
 
     def _items(
         self,

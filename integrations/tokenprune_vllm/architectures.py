@@ -74,6 +74,7 @@ _ONE_AXIS = (
     "Mistral3ForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

@@ -50,11 +50,11 @@ class LanguageModel:
         self._config = family.config
         self._text_config = family.config.get_text_config()
         self.width = int(self._text_config.hidden_size)
-        if family.images_see_all(True):
+        why = family.why_unread()
+        if why is not None:
             raise UnsupportedModelError(
-                f"{type(model).__name__} lets an image's tokens see each other in both directions, "
-                "and such layers are not read with the question in vLLM. Use flexselect-lite, or a "
-                "method that needs no language model."
+                f"{type(model).__name__} {why}, and such layers are not read with the question in "
+                "vLLM. Use flexselect-lite, or a method that needs no language model."
             )
         self._stateful: dict[int, Any] = {
             number: layer.linear_attn

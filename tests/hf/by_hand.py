@@ -136,12 +136,16 @@ def encode(
     arguments = {key: inputs[key] for key in names if key in inputs}
     if not any(key.startswith("pixel") for key in arguments):
         return torch.empty(0), [], []
-    function = getattr(model.model, f"get_{modality}_features", None)
+    inner = getattr(model, "model", model)  # Llama 4 has none inside
+    function = getattr(inner, f"get_{modality}_features", None)
     if function is None:  # PerceptionLM has one method for both
         arguments = {"pixel_values": arguments["pixel_values_videos"]}
-        function = model.model.get_image_features
+        function = inner.get_image_features
     output = function(**arguments, return_dict=True)
-    parts = [part.flatten(0, -2) for part in output.pooler_output]  # some keep frames apart
+    pooled = output.get("pooler_output")
+    if pooled is None:  # Llama 4 projects in its forward
+        pooled = model.multi_modal_projector(output.last_hidden_state)
+    parts = [part.flatten(0, -2) for part in pooled]  # some keep frames apart
     deep = [torch.cat(list(layer)) for layer in getattr(output, "deepstack_features", None) or []]
     return torch.cat(parts), [len(part) for part in parts], deep
 
@@ -187,8 +191,10 @@ def greedy(
                 gone |= set(item) - {item[index] for index in chosen}
         stays[modality] = [row not in gone for row in range(sum(sizes))]
     full_positions = _engine_positions(model, inputs)
-    inner = model.model
+    inner = getattr(model, "model", model)
     language_model = inner.language_model if hasattr(inner, "language_model") else inner.text_model
+    if name == "llama4":
+        language_model = language_model.model
     used = {"image": 0, "video": 0}
     answers = []
     prompts = inputs["input_ids"]
@@ -247,7 +253,7 @@ def greedy(
                 use_cache=False,
                 **extra,
             )
-            logits = model.lm_head(output.last_hidden_state[0, -1])
+            logits = model.get_output_embeddings()(output.last_hidden_state[0, -1])
             logits[model.generation_config.suppress_tokens] = -torch.inf
             answer.append(int(logits.argmax()))
             embedded = model.get_input_embeddings()(torch.tensor([answer[-1]]))
@@ -296,7 +302,7 @@ def published_positions(ids: list[int], positions: Tensor) -> Tensor:
 def _engine_positions(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Return the engine's positions of the unpruned prompt: [B, L], or [3, B, L] with M-RoPE."""
     mask = inputs["attention_mask"]
-    if not hasattr(model.model, "get_rope_index"):
+    if not hasattr(getattr(model, "model", model), "get_rope_index"):
         counted: Tensor = mask.cumsum(-1) - 1
         return counted
     names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")

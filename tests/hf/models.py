@@ -495,6 +495,35 @@ def _ovis2() -> Any:
     )
 
 
+def _llama4() -> Any:
+    return tf.Llama4Config(
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 128,  # of a token of 2 x 2 patches
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 4,
+            "projector_input_dim": 40,
+            "projector_output_dim": 40,
+            "vision_output_dim": 40,
+        },
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 512,
+        },
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )
+
+
 def _gemma3() -> Any:
     vision = {**_CLIP, "image_size": 32}
     vision.pop("projection_dim")
@@ -825,6 +854,7 @@ TINY: dict[str, Tiny] = {
     "ovis2": Tiny(
         _ovis2, tf.Ovis2ForConditionalGeneration, _plain("pixel_values", 32, 16), uneven="rms_norm"
     ),
+    "llama4": Tiny(_llama4, tf.Llama4ForConditionalGeneration, _plain("pixel_values", 32, 16)),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
     "lfm2_vl": Tiny(_lfm2_vl, tf.Lfm2VlForConditionalGeneration, _spatial),
     "mistral3": Tiny(_mistral3, tf.Mistral3ForConditionalGeneration, _sized(64)),
@@ -833,9 +863,12 @@ TINY: dict[str, Tiny] = {
 }
 """Every supported `model_type` and its tiny model; "pixtral" is LLaVA with that tower."""
 
+if transformers.__version__ == "5.24.0":  # where its forward fails itself, pruned or not
+    del TINY["llama4"]
 
-SLIDING: tuple[str, ...] = ("gemma3", "gemma4", "aya_vision", "cohere2_vision")
-"""Those whose language model has layers that see a window of tokens only."""
+
+SLIDING: tuple[str, ...] = ("gemma3", "gemma4", "aya_vision", "cohere2_vision", "llama4")
+"""Those whose language model has layers that see a window, or a chunk, of tokens only."""
 
 APART = tuple(name for name in TINY if name.startswith("glm"))
 """Those that take no call with both images and videos."""

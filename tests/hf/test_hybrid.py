@@ -75,3 +75,16 @@ def test_a_decoder_with_other_layers_is_not_read(name: str) -> None:
 def test_masks_reach_no_layer_with_a_state() -> None:
     with pytest.raises(UnsupportedModelError, match="layers without self_attn"):
         decoder_of(TINY["qwen3_5"].model())
+
+
+@pytest.mark.skipif("llama4" not in TINY, reason="this release of transformers cannot run it")
+def test_layers_that_see_one_chunk_are_not_read_nor_masked() -> None:
+    model = TINY["llama4"].model()
+    inputs = prompt(TINY["llama4"], ["tit"])
+    with (
+        pytest.raises(UnsupportedModelError, match="attends to one chunk of the prompt"),
+        tokenprune_hf.prune(model, "flexselect", 4),
+    ):
+        model(**inputs)
+    with pytest.raises(UnsupportedModelError, match="see one chunk of the prompt"):
+        tokenprune_hf.prune(model, "uniform", 4, proportional_attention=True)

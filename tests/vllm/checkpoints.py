@@ -238,6 +238,17 @@ def _cohere2_vision(tokenizer: Any, config: Any) -> Any:
     return tf.Cohere2VisionProcessor(images, tokenizer)
 
 
+def _llama4(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    images = tf.Llama4ImageProcessor(size=_square(config), max_patches=_TILES)
+    return tf.Llama4Processor(
+        images,
+        tokenizer,
+        patch_size=vision.patch_size,
+        pixel_shuffle_ratio=vision.pixel_shuffle_ratio,
+    )
+
+
 def _lfm2_vl(tokenizer: Any, config: Any) -> Any:
     images = tf.Lfm2VlImageProcessor(
         encoder_patch_size=config.vision_config.patch_size,
@@ -545,6 +556,15 @@ _FAMILIES |= {
             "img_line_break_token": "<|IMG_LINE_BREAK|>",
         },
         more=_more("<|IMG_LINE_BREAK|>"),
+    ),
+    "llama4": _Family(
+        tokens=("<|patch|>", "<|video|>", "<|image_start|>", "<|image_end|>"),
+        image="<|image|>",
+        processor=_llama4,
+        begins=True,
+        # Shorter than most prompts; vLLM wants whole blocks of its cache.
+        changes={"text_config": {"attention_chunk_size": 64}},
+        more=_more("<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>"),
     ),
     "mistral3": replace(
         _PIXTRAL, changes={"text_config": {"architectures": ["MistralForCausalLM"]}}

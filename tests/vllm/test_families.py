@@ -56,7 +56,13 @@ METHODS = (
     "flexselect",
     "relevant-information",
 )
-UNREAD = ("gemma3", "gemma4", "lfm2_vl", "cohere2_vision")  # whose language model no method reads
+UNREAD = (
+    "gemma3",
+    "gemma4",
+    "lfm2_vl",
+    "cohere2_vision",
+    "llama4",
+)  # whose language model no method reads
 UNWATCHED = ("gemma4",)  # whose tower vLLM takes from transformers: its attention is not seen
 # vLLM's kernels for CPUs let no image see what comes behind, in no model, pruned or not: so the
 # model of transformers is not told here where images are (`test_images_that_see_both_ways` is).
@@ -75,6 +81,7 @@ LONGEST = {
     "cohere2_vision": 512,
     "lfm2_vl": 512,
     "mistral3": 512,
+    "llama4": 512,
     "pixtral": 1024,
 }  # tokens with the answer
 PREEMPTED = ("llava", "qwen2_5_vl")  # whose cache these prompts overfill, one of each kind of RoPE

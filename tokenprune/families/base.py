@@ -128,6 +128,15 @@ class Family:
         """
         return False
 
+    def why_unread(self) -> str | None:
+        """Say what the language model does that reading its first layers alone leaves out.
+
+        As a part of a sentence; None where they are read together with the question.
+        """
+        if self.images_see_all(True):
+            return "lets an image's tokens see each other in both directions"
+        return None
+
     @property
     def packed(self) -> bool:
         """Whether the tower packs pictures of any size into one sequence."""

@@ -119,7 +119,7 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     elif hasattr(projector, "ln_q"):  # Qwen2-VL, Qwen2.5-VL
         first, activation, second = projector.mlp
         norm = projector.ln_q
-    elif hasattr(projector, "linear_1"):  # LLaVA, PerceptionLM; InternVL and others with a norm
+    elif hasattr(projector, "linear_2"):  # LLaVA, PerceptionLM; InternVL and others with a norm
         first, second = projector.linear_1, projector.linear_2
         activation = projector.act if hasattr(projector, "act") else projector.gelu
         norm = getattr(projector, "layer_norm", getattr(projector, "pre_norm", None))
@@ -128,7 +128,7 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
         norm = projector.pre_norm
     elif isinstance(projector, nn.Sequential):  # InternVL in its own format
         norm, first, activation, second = projector
-    else:  # Idefics3, SmolVLM; others have further layers beside it
+    else:  # Idefics3, SmolVLM, Llama 4; others have further layers beside it
         (first,) = projector.children()
     first = plain(first)
     return MLPProjector(

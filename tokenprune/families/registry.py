@@ -27,6 +27,7 @@ from tokenprune.families.tiles import (
     Idefics3,
     InternVL,
     InternVLChat,
+    Llama4,
     PerceptionLM,
 )
 
@@ -50,6 +51,7 @@ FAMILIES: dict[str, type[Family]] = {
         CohereVision,
         PerceptionLM,
         Ovis2,
+        Llama4,
         Gemma3,
         Gemma4,
         Lfm2VL,

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tokenprune.families.base import Family, sides_of
+from tokenprune.families.base import Family, Seen, sides_of
 from tokenprune.tokens import Projector
-from tokenprune.tower.attention import mean_of_blocks
+from tokenprune.tower.attention import cls_row, mean_of_blocks
 from tokenprune.tower.layouts import Medium, Segment, Sides, check_rows, one_segment, per_picture
 
 
@@ -152,6 +152,27 @@ class PerceptionLM(Tiles):
         projected = run(tokens.expand(-1, self.merged**2, -1))
         result: Tensor = projected[:, 0].unflatten(0, features.shape[:-1])
         return result
+
+
+class Llama4(Tiles):
+    """Llama 4: pixel shuffle and an MLP at the end of the tower, then one linear layer."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llama4",)
+    whole_image_last: ClassVar[bool] = True
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token, by the pixel shuffle's ratio."""
+        return round(1 / float(self.config.vision_config.pixel_shuffle_ratio))
+
+    def attention(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return what the CLS token pays to each patch; it stands behind them."""
+        last = seen.query.shape[2] - 1
+        return cls_row(seen.query, seen.key, seen.scale, seen.mask, last)[..., :last]
+
+    def why_unread(self) -> str | None:
+        """Say that most layers see a part of a prompt."""
+        return "attends to one chunk of the prompt in most of its layers"
 
 
 class Gemma3(Tiles):
