@@ -26,6 +26,7 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "cohere2_vision": "internvl",
     "llava_next_video": "llava_next",
     "llama4": "internvl",
+    "gemma3n": "gemma4",
 }
 """Likewise in tests/vllm/test_families.py, where each costs a start of the engine."""
 

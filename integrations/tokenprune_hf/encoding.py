@@ -122,7 +122,7 @@ def join(parts: Sequence[Encoded]) -> Encoded:
     return Encoded(joined, first.needs)
 
 
-def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Encoded:
+def encode(model: Any, *, needs: Sequence[str] | None = None, **inputs: Any) -> Encoded:
     """Run a model's vision encoder on what its processor returned, without pruning.
 
     Parameters
@@ -130,7 +130,8 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
     model
         A vision-language model of transformers.
     needs
-        What to gather, out of features, embeddings, cls_attention and projector.
+        What to gather, out of features, embeddings, cls_attention and projector; None: all that
+        the model has.
     **inputs
         What the processor returned; arguments the encoder does not read are left alone.
 
@@ -146,7 +147,11 @@ def encode(model: Any, *, needs: Sequence[str] = ENCODED, **inputs: Any) -> Enco
         If the model cannot be pruned, or there is no image or video among the inputs.
     """
     with torch.no_grad():
-        return encode_media(vision_model_of_any_type(model), inputs, needs)
+        vision = vision_model_of_any_type(model)
+        if needs is None:
+            has_none = set() if vision.family.attends else {"cls_attention"}
+            needs = [need for need in ENCODED if need not in has_none]
+        return encode_media(vision, inputs, needs)
 
 
 def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:

@@ -67,6 +67,7 @@ _ONE_AXIS = (
     "InternVLForConditionalGeneration",
     "InternVLChatModel",
     "Gemma3ForConditionalGeneration",
+    "Gemma3nForConditionalGeneration",
     "Gemma4ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "SmolVLMForConditionalGeneration",

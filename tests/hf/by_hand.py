@@ -242,6 +242,10 @@ def greedy(
             stateful = name in STATEFUL
             ones = torch.ones(1, len(hidden), dtype=torch.long)
             extra["attention_mask"] = ones if stateful else _mask(name, blocks)
+            if name == "gemma3n":  # likewise, for all that is no text
+                read = torch.tensor(ids_read)[None]
+                read = read.masked_fill(read >= language_model.config.vocab_size_per_layer_input, 0)
+                extra["per_layer_inputs"] = language_model.get_per_layer_inputs(read)
             if name == "gemma4":
                 # Layers have embeddings of their own for text, and that of padding for the rest.
                 read = torch.tensor(ids_read)[None]
@@ -256,7 +260,7 @@ def greedy(
             logits = model.get_output_embeddings()(output.last_hidden_state[0, -1])
             logits[model.generation_config.suppress_tokens] = -torch.inf
             answer.append(int(logits.argmax()))
-            embedded = model.get_input_embeddings()(torch.tensor([answer[-1]]))
+            embedded = _word(model, answer[-1])[None]
             hidden = torch.cat([hidden, embedded])
             place = torch.cat([place, torch.full((*place.shape[:-1], 1), following)], dim=-1)
             following += 1
@@ -273,6 +277,12 @@ def _word(model: Any, token: int) -> Tensor:
     if token in marks:
         mark: Tensor = model.model.visual_embeddings_table.weight[marks.index(token) - len(marks)]
         return mark
+    if model.config.model_type == "gemma3n" and token >= model.model.embed_vision.vocab_offset:
+        # Special tokens of images and sound have tables of their own.
+        sound = token >= model.model.embed_audio.vocab_offset
+        table = model.model.embed_audio if sound else model.model.embed_vision
+        special: Tensor = table(input_ids=torch.tensor(token))
+        return special
     embedded: Tensor = model.get_input_embeddings()(torch.tensor(token))
     return embedded
 

@@ -58,6 +58,8 @@ class Tiny:
         (number) -> (encoder arguments, placeholders of each); None where not supported.
     uneven
         The norm behind the tower, if what comes out of it would be of one length otherwise.
+    convolves
+        Whether the tower is one of timm that convolves.
     """
 
     build: Callable[[], Any]
@@ -66,6 +68,7 @@ class Tiny:
     video: Callable[[int], tuple[dict[str, Tensor], list[int]]] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     uneven: str = ""
+    convolves: bool = False
 
     def model(self, seed: int = 0) -> Any:
         """Return the model in float32 and eval mode, with weights large enough to matter."""
@@ -81,11 +84,24 @@ class Tiny:
                     parameter.normal_(0.0, 0.1)
                 elif "visual.vision_model.post_layernorm.weight" in name:
                     parameter.normal_(1.0, 0.2)  # else all features would be of one length
+        if self.convolves:
+            enliven(model)
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = None
         # Random weights would "say" placeholders, which no processor lets through.
         model.generation_config.suppress_tokens = [IMAGE, VIDEO, START, END]
         return model
+
+
+def enliven(model: Any) -> None:
+    """Give convolutions weights with which what a tower returns depends on the pixels."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 4:
+                parameter.normal_(0.0, 1.4 * parameter[0].numel() ** -0.5, generator=generator)
+            elif parameter.ndim == 1 and "bn" in name and name.endswith("weight"):
+                parameter.fill_(1.0)
 
 
 def pixels(*shape: int, seed: int = 7) -> Tensor:
@@ -535,6 +551,42 @@ def _gemma3() -> Any:
     )
 
 
+def _gemma3n() -> Any:
+    return tf.Gemma3nConfig(
+        vision_config={
+            "architecture": "mobilenetv3_small_050",
+            "hidden_size": 288,
+            "vocab_size": 4,  # of special tokens, behind those of text
+            "vocab_offset": 90,
+        },
+        audio_config={
+            "vocab_size": 2,
+            "vocab_offset": 94,
+            "hidden_size": 32,
+            "conf_num_hidden_layers": 1,
+            "conf_num_attention_heads": 4,
+        },
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 64,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 90,
+            "altup_num_inputs": 2,
+        },
+        vision_soft_tokens_per_image=16,
+        image_token_id=IMAGE,
+        boi_token_id=START,
+        eoi_token_id=END,
+        audio_token_id=95,
+    )
+
+
 def _gemma4() -> Any:
     return tf.Gemma4Config(
         vision_config={
@@ -856,6 +908,12 @@ TINY: dict[str, Tiny] = {
     ),
     "llama4": Tiny(_llama4, tf.Llama4ForConditionalGeneration, _plain("pixel_values", 32, 16)),
     "gemma3": Tiny(_gemma3, tf.Gemma3ForConditionalGeneration, _plain("pixel_values", 32, 16)),
+    "gemma3n": Tiny(
+        _gemma3n,
+        tf.Gemma3nForConditionalGeneration,
+        _plain("pixel_values", 128, 16),
+        convolves=True,
+    ),
     "lfm2_vl": Tiny(_lfm2_vl, tf.Lfm2VlForConditionalGeneration, _spatial),
     "mistral3": Tiny(_mistral3, tf.Mistral3ForConditionalGeneration, _sized(64)),
     "pixtral": Tiny(_llava_of_pixtral, tf.LlavaForConditionalGeneration, _sized(16)),
@@ -867,8 +925,11 @@ if transformers.__version__ == "5.24.0":  # where its forward fails itself, prun
     del TINY["llama4"]
 
 
-SLIDING: tuple[str, ...] = ("gemma3", "gemma4", "aya_vision", "cohere2_vision", "llama4")
+SLIDING: tuple[str, ...] = ("gemma3", "gemma3n", "gemma4", "aya_vision", "cohere2_vision", "llama4")
 """Those whose language model has layers that see a window, or a chunk, of tokens only."""
+
+UNATTENDING = ("gemma3n",)
+"""Those whose tower ends in convolutions, so that nothing can look at its attention."""
 
 APART = tuple(name for name in TINY if name.startswith("glm"))
 """Those that take no call with both images and videos."""
@@ -937,7 +998,7 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
         inputs["mm_token_type_ids"] = kinds
     if tiny.architecture.__name__.startswith("Glm"):  # frames look like images in the prompt
         inputs["input_ids"] = inputs["input_ids"].masked_fill(kinds == 2, IMAGE)
-    if "Gemma3" in tiny.architecture.__name__:
+    if "Gemma3F" in tiny.architecture.__name__:
         inputs["token_type_ids"] = (kinds == 1).long()
     return inputs
 

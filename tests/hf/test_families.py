@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
-from tests.hf.models import APART, IMAGE, TINY, mixing, prompt
+from tests.hf.models import APART, IMAGE, TINY, UNATTENDING, mixing, prompt
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.selection import Selection
 from tokenprune_hf.vision import vision_model
@@ -111,7 +111,8 @@ def test_a_batch_equals_its_single_prompts(name: str, samples: list[str]) -> Non
     tiny = TINY[name]
     model, inputs = tiny.model(), prompt(tiny, samples)
     length = inputs["input_ids"].shape[1]
-    with torch.no_grad(), tokenprune_hf.prune(model, "cls-attention", 4) as pruning:
+    method = "feature-norm" if name in UNATTENDING else "cls-attention"
+    with torch.no_grad(), tokenprune_hf.prune(model, method, 4) as pruning:
         together = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         selections = list(pruning.selections)
         single: list[Selection] = []
@@ -345,6 +346,7 @@ GRIDS: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
     "gemma3": ([(4, 4), (4, 4)], []),
     "ovis2": ([(4, 4), (4, 4)], []),
     "llama4": ([(4, 4), (4, 4)], []),
+    "gemma3n": ([(4, 4), (4, 4)], []),
     "gemma4": ([(4, 6), (6, 4)], [(2, 4)] * 3 + [(3, 3)] * 2),
     "idefics3": ([(4, 4), (4, 4)], []),
     "lfm2_vl": ([(2, 3), (4, 2)], []),
@@ -365,7 +367,15 @@ def test_items_lie_in_rows_and_columns(name: str) -> None:
         assert all(one.is_picture for one in tokens)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", UNATTENDING)
+def test_towers_that_end_in_convolutions_have_no_attention(name: str) -> None:
+    model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
+    with pytest.raises(UnsupportedModelError, match="ends in convolutions"):
+        tokenprune_hf.prune(model, "cls-attention", 5)
+    assert "cls_attention" not in tokenprune_hf.encode(model, **inputs).needs
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in UNATTENDING])
 def test_attention_scores_equal_the_full_maps(name: str) -> None:
     tiny = TINY[name]
     model = tiny.model()

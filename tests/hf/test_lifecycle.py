@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import tokenprune_hf
-from tests.hf.models import TINY, prompt, tf
+from tests.hf.models import TINY, UNATTENDING, prompt, tf
 from tokenprune.config import PruningConfig
 from tokenprune.errors import (
     BudgetError,
@@ -57,18 +57,19 @@ def test_a_config_says_how_to_prune() -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_the_model_is_what_it_was(name: str) -> None:
     tiny = TINY[name]
+    method = "feature-norm" if name in UNATTENDING else "cls-attention"
     model, inputs = tiny.model(), prompt(tiny, ["tit"])
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     model.generate(**inputs, max_new_tokens=1)
     before = state(model)
-    with tokenprune_hf.prune(model, "cls-attention", 3):
+    with tokenprune_hf.prune(model, method, 3):
         assert state(model) != before
         model.generate(**inputs, max_new_tokens=1)
         model(**inputs)
     assert state(model) == before
     with (  # noqa: PT012 (the exception has to come after a pruned call)
         pytest.raises(ZeroDivisionError),
-        tokenprune_hf.prune(model, "cls-attention", 3),
+        tokenprune_hf.prune(model, method, 3),
     ):
         model.generate(**inputs, max_new_tokens=1)
         raise ZeroDivisionError

@@ -27,7 +27,7 @@ def selections(model: Any, inputs: dict[str, Any], method: str, **options: Any) 
     return pruning.selections
 
 
-CALLED = ("aya_vision", "cohere2_vision", "mistral3", "ovis2")
+CALLED = ("aya_vision", "cohere2_vision", "mistral3", "ovis2", "gemma3n")
 READABLE = [name for name in TINY if not name.startswith("glm") and name not in CALLED]
 """GLM's and Cohere's projectors have a gate, and others more layers: they are called."""
 

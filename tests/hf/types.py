@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from tests.hf.media import FUYU_PATCHES, noise
-from tests.hf.models import BOS, END, IMAGE, PAD, START, VIDEO, Tiny
+from tests.hf.models import BOS, END, IMAGE, PAD, START, VIDEO, Tiny, enliven
 from tests.hf.small_configs import NOT_TO_SAY, small_config
 from tests.hf.type_table import OWN_FAULTS, TIMM, TYPES, VIDEOS
 
@@ -97,17 +97,6 @@ def tiny(kind: str) -> Tiny:
 
 CONVOLUTIONAL = {"fast_vlm", "gemma3n"}
 """Types with towers of timm that convolve."""
-
-
-def enliven(model: Any) -> None:
-    """Give convolutions weights with which what a tower returns depends on the pixels."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 4:
-                parameter.normal_(0.0, 1.4 * parameter[0].numel() ** -0.5, generator=generator)
-            elif parameter.ndim == 1 and "bn" in name and name.endswith("weight"):
-                parameter.fill_(1.0)
 
 
 def model_of(kind: str) -> Any:

@@ -207,6 +207,16 @@ def _gemma3(tokenizer: Any, config: Any) -> Any:
     return tf.Gemma3Processor(images, tokenizer, image_seq_length=config.mm_tokens_per_image)
 
 
+def _gemma3n(tokenizer: Any, config: Any) -> Any:
+    images = tf.SiglipImageProcessor(size={"height": 128, "width": 128})
+    return tf.Gemma3nProcessor(
+        tf.Gemma3nAudioFeatureExtractor(),
+        images,
+        tokenizer,
+        image_seq_length=config.vision_soft_tokens_per_image,
+    )
+
+
 def _gemma4(tokenizer: Any, config: Any) -> Any:
     vision = config.vision_config
     sizes = {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling_kernel_size}
@@ -490,6 +500,31 @@ _FAMILIES |= {
         },
         # vLLM makes one token of newlines that touch: the space between crops must be one too.
         more=_more(" ", "\n", "\n\n", "\n\n\n", "\n\n\n\n"),
+    ),
+    "gemma3n": _Family(
+        tokens=("<image_soft_token>", "<|video|>", "<start_of_image>", "<end_of_image>"),
+        image="<image_soft_token>",
+        processor=_gemma3n,
+        begins=True,
+        # Behind all tokens: for those in a table of images or sound, which transformers looks up
+        # there, vLLM takes the table of text.
+        changes={
+            "text_config": {"vocab_size_per_layer_input": _VOCABULARY + 8},
+            "vision_config": {"vocab_offset": _VOCABULARY + 8},
+            "audio_config": {"vocab_offset": _VOCABULARY + 12},
+        },
+        named={
+            "image_token": "<image_soft_token>",
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "audio_token": "<audio_soft_token>",
+            "boa_token": "<start_of_audio>",
+            "eoa_token": "<end_of_audio>",
+        },
+        more=_more(
+            *("<audio_soft_token>", "<start_of_audio>", "<end_of_audio>"),
+            *(" ", "\n", "\n\n", "\n\n\n", "\n\n\n\n"),
+        ),
     ),
     "gemma4": _Family(
         tokens=("<|image|>", "<|video|>", "<|image>", "<image|>"),

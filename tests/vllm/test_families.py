@@ -56,14 +56,10 @@ METHODS = (
     "flexselect",
     "relevant-information",
 )
-UNREAD = (
-    "gemma3",
-    "gemma4",
-    "lfm2_vl",
-    "cohere2_vision",
-    "llama4",
-)  # whose language model no method reads
-UNWATCHED = ("gemma4",)  # whose tower vLLM takes from transformers: its attention is not seen
+UNREAD = ("gemma3", "gemma3n", "gemma4", "lfm2_vl", "cohere2_vision", "llama4")
+"""Those whose language model no method reads."""
+UNWATCHED = ("gemma3n", "gemma4")
+"""Those whose towers vLLM takes from transformers: their attention, if any, is not seen."""
 # vLLM's kernels for CPUs let no image see what comes behind, in no model, pruned or not: so the
 # model of transformers is not told here where images are (`test_images_that_see_both_ways` is).
 BOTH_WAYS = ("gemma3", "gemma4")
@@ -76,6 +72,7 @@ LONGEST = {
     "llava_onevision": 512,
     "qwen2_5_vl": 128,
     "gemma3": 512,
+    "gemma3n": 512,
     "gemma4": 1024,
     "idefics3": 512,
     "cohere2_vision": 512,
@@ -302,6 +299,8 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
     """Start the engine on a family's checkpoint, with the first method that it takes."""
     method = method or methods_of(family)[0]
     limits = {} if family in VIDEOS_ALONE else {"image": 2}
+    if family == "gemma3n":
+        limits["audio"] = 0
     if family in VIDEOS:
         limits["video"] = 1 if family in (*APART, *VIDEOS_ALONE) else 2
     return engine(

@@ -87,6 +87,9 @@ class Family:
     whole_image_last: ClassVar[bool] = False
     """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
 
+    attends: ClassVar[bool] = True
+    """Whether the last layers of the tower attend, so that tokens have an attention score."""
+
     known: ClassVar[bool] = True
     """Whether it is said here how rows lie, and where tower and projector are."""
 
@@ -115,6 +118,13 @@ class Family:
         UnsupportedModelError
             Naming what it needs.
         """
+        if "cls_attention" in needs and not self.attends:
+            raise UnsupportedModelError(
+                f"method {method!r} looks at the attention of the vision tower, and that of a "
+                f"{self.config.model_type} ends in convolutions, in which no token attends to "
+                "another. Use a method that needs features or embeddings, such as information or "
+                "zeroth-order (see `tokenprune methods`)."
+            )
 
     # How rows lie ------------------------------------------------------------------------------
 

@@ -77,6 +77,7 @@ def entrance_of(projector: Any) -> nn.Module:
     # shuffle inside, too.
     names = ["mm_soft_emb_norm", "embedding_pre_projection_norm", "pre_norm"]
     names.append("head_linear")  # Ovis2, whose projector is put together of parts
+    names.append("soft_embedding_norm")  # Gemma 3n, which calls its projector by name, too
     if hasattr(projector, "pixel_unshuffle") or hasattr(projector, "forward_from_unshuffled"):
         names += ["layer_norm", "linear_1"]
     if hasattr(projector, "pixel_shuffle"):
@@ -108,6 +109,8 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
         raise LookupError("it puts patches together in a layer of its own")
     if hasattr(projector, "pixel_shuffle"):
         raise LookupError("a half of its first layer is a gate on the other half")
+    if hasattr(projector, "embedding_post_projection_norm"):
+        raise LookupError("a norm stands behind its layer")
     if hasattr(projector, "mm_input_projection_weight"):  # Gemma 3: a bare parameter, transposed
         first: Any = SimpleNamespace(weight=projector.mm_input_projection_weight.mT, bias=None)
         norm = projector.mm_soft_emb_norm

@@ -24,6 +24,7 @@ from tokenprune.families.qwen import Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import (
     CohereVision,
     Gemma3,
+    Gemma3n,
     Idefics3,
     InternVL,
     InternVLChat,
@@ -53,6 +54,7 @@ FAMILIES: dict[str, type[Family]] = {
         Ovis2,
         Llama4,
         Gemma3,
+        Gemma3n,
         Gemma4,
         Lfm2VL,
         Mistral3,

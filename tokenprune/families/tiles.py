@@ -204,3 +204,28 @@ class Gemma3(Tiles):
         projected = run(patches).flatten(0, 1)[: len(rows)]
         result: Tensor = projected.unflatten(0, features.shape[:-1])
         return result
+
+
+class Gemma3n(Tiles):
+    """Gemma 3n: RMS norm, one linear layer, RMS norm; the tower is one of timm that convolves.
+
+    Layers have embeddings of their own for text, and that of padding for the tokens of an image.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
+    attends: ClassVar[bool] = False
+
+    def token_sides(self, medium: Medium) -> Sides:
+        """Return the rows and columns of tokens, as many of each for every image."""
+        side = math.isqrt(int(self.config.vision_soft_tokens_per_image))
+        return side, side
+
+    def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
+        """Call the projector by name, as it takes ids of tokens, too."""
+        call: Any = run
+        projected: Tensor = call(inputs_embeds=features)
+        return projected
+
+    def why_unread(self) -> str | None:
+        """Say that layers pass on several versions of each token (AltUp)."""
+        return "passes on several versions of each token from layer to layer"
