@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, Tiny, tf
+from tests.vllm.only_vllm import ONLY_VLLM
 from tests.vllm.other_types import OTHER_TYPES
 
 WORDS: list[int] = list(range(3, 90))
@@ -673,7 +674,11 @@ CHATS = ("internvl_chat", "skywork_chat", "h2ovl_chat")
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
 """Types of no family, which can be saved too."""
 
-_RULES = _FAMILIES | {name: rules for name, (_, rules) in _OTHERS.items()}
+_RULES = (
+    _FAMILIES
+    | {name: rules for name, (_, rules) in _OTHERS.items()}
+    | {name: _Family(**only.folder) for name, only in ONLY_VLLM.items()}
+)
 _TINY = TINY | {name: tiny for name, (tiny, _) in _OTHERS.items()}
 
 DTYPES: dict[str, str] = {name: rules.dtype for name, rules in _RULES.items()}
@@ -753,6 +758,22 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
     if family in LIKE:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | LIKE[family][1]))
+    return folder
+
+
+def save_without_weights(name: str, folder: Path) -> Path:
+    """Write the folder of one of `ONLY_VLLM`, and return it."""
+    rules = _RULES[name]
+    folder.mkdir(parents=True)
+    tokenizer = _tokenizer(rules)
+    tokenizer.save_pretrained(folder)
+    if rules.processor is not None:
+        processor = rules.processor(tokenizer, ONLY_VLLM[name].config)
+        processor.chat_template = tokenizer.chat_template
+        processor.save_pretrained(folder)
+    for file, content in ONLY_VLLM[name].files().items():
+        text = content if isinstance(content, str) else json.dumps(content, indent=2)
+        (folder / file).write_text(text)
     return folder
 
 

@@ -94,14 +94,14 @@ def in_transformers(name: str, folder: Path) -> Reference:
     return hf
 
 
-def in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a function in a process of its own, in which its engine runs, too.
 
     An engine in a process that has everything imported starts in a few seconds. Where it runs a
     class of transformers it changes that class, so the process is not the test's.
     """
     with ProcessPoolExecutor(1, mp_context=_PROCESSES) as executor:
-        executor.submit(function, *arguments).result()
+        return executor.submit(function, *arguments).result()
 
 
 def start_here(name: str, folder: Path, method: str, methods: Sequence[str], **options: Any) -> Any:

@@ -1,0 +1,132 @@
+"""Architectures that vLLM alone has, pruned, against its own engine and a prompt made by hand."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.model_executor.models import registry
+
+from tests.vllm import checkpoints
+from tests.vllm.checkpoints import WORDS
+from tests.vllm.engines import answer, engine, greedy, kept
+from tests.vllm.only_vllm import ONLY_VLLM
+from tests.vllm.plain import PlainEngine, random_weights
+from tests.vllm.test_any_architecture import METHODS, architecture_in, in_a_process, record
+from tests.vllm.test_families import KEEP, STEP, Case, request
+from tokenprune.registry import build
+from tokenprune.selecting import select
+from tokenprune.tokens import VisualTokens
+
+Answers = list[tuple[Case, list[int], list[list[int]]]]
+
+
+def cases(name: str) -> list[Case]:
+    """Return requests whose media are all different, so that no cache knows them."""
+    return [
+        Case("it", (0,), {"method": "divprune"}),
+        Case("titi", (1, 2), {"method": "divprune", "keep": 0.3}),
+        Case("tit", (5,), {"method": "random"}),
+        Case("tit", (6,), {"method": "random", "keep": 11}),
+        Case("titit", (15, 16), {"method": "information"}),
+        Case("tit", (7,), {"off": True}),
+        Case("tit", (8,), {"method": "divprune", "keep": 1.0}),
+        Case("ttt", ()),
+    ]
+
+
+@contextmanager
+def start_here(
+    name: str, folder: Path, method: str | None, **options: Any
+) -> Iterator[Any]:
+    """Start the engine in this process, with weights that are always the same."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    registry._run_in_subprocess = lambda function: function()
+    pruned = {"request_methods": METHODS[1:]} if method else {}
+    keep = KEEP if method else None
+    with (
+        random_weights(),
+        engine(
+            folder,
+            method,
+            keep,
+            load_format="dummy",
+            distributed_executor_backend="uni",
+            limit_mm_per_prompt={"image": 2, "video": 0, "audio": 0},
+            max_model_len=512,
+            max_num_seqs=8,
+            num_gpu_blocks_override=64,
+            trust_remote_code=bool(ONLY_VLLM[name].code),
+            **pruned,
+            **options,
+        ) as llm,
+    ):
+        yield llm
+
+
+def by_hand(name: str, folder: Path) -> Answers:
+    """Return what the plain engine answers to the prompts of `cases`, and which rows they have."""
+    answers: Answers = []
+    with start_here(
+        name,
+        folder,
+        None,
+        max_num_batched_tokens=4096,
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+    ) as llm:
+        plain = PlainEngine(llm)
+        for case in cases(name):
+            whole = plain.ask(request(name, Case(case.kinds, case.pictures)))
+            asked = {"keep": KEEP, **case.asked}
+            if case.whole or not case.pictures:
+                answers.append((case, whole.answered, []))
+                continue
+            chosen = [
+                select(
+                    VisualTokens((1, 1, len(rows)), is_picture=False, embeddings=rows[:, :64]),
+                    build(asked["method"], {}),
+                    asked["keep"],
+                ).kept.tolist()
+                for rows in whole.rows
+            ]
+            assert all(len(of_item) < len(rows) for of_item, rows in zip(chosen, whole.rows))
+            answers.append((case, plain.ask_pruned(whole, chosen), chosen))
+            print(case, whole.ids.tolist(), chosen, answers[-1][1], whole.answered, flush=True)
+    return answers
+
+
+def check(name: str, folder: Path, expected: Answers) -> None:
+    """Compare the pruned engine with what was expected, requests one by one and together."""
+    with start_here(name, folder, METHODS[0], max_num_batched_tokens=STEP) as llm:
+        kept(llm)
+        for case, tokens, indices in expected:
+            (answered,) = answer(llm, [request(name, case)], greedy(words=WORDS))
+            assert [segment for item in kept(llm) for segment in item] == indices, case
+            assert answered == tokens, case
+        llm.reset_prefix_cache()
+        llm.llm_engine.reset_encoder_cache()
+        requests = [request(name, case) for case, _, _ in expected]
+        assert answer(llm, requests, greedy(words=WORDS)) == [tokens for _, tokens, _ in expected]
+
+
+@pytest.mark.every_model
+@pytest.mark.parametrize("name", ONLY_VLLM)
+def test_architectures_that_vllm_alone_has(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    folder = checkpoints.save_without_weights(name, tmp_path / "model")
+    record(record_property, architecture_in(folder))
+    check_in_processes(name, folder)
+
+
+def check_in_processes(name: str, folder: Path) -> None:
+    """Run the plain engine in one process, and the pruned one in another."""
+    expected = in_a_process(by_hand, name, folder)
+    in_a_process(check, name, folder, expected)
