@@ -768,7 +768,8 @@ def save_without_weights(name: str, folder: Path) -> Path:
     tokenizer = _tokenizer(rules)
     tokenizer.save_pretrained(folder)
     if rules.processor is not None:
-        processor = rules.processor(tokenizer, ONLY_VLLM[name].config)
+        config: Any = ONLY_VLLM[name].config
+        processor = rules.processor(tokenizer, config() if callable(config) else config)
         processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)
     for file, content in ONLY_VLLM[name].files().items():
