@@ -161,7 +161,8 @@ class PruningProcessor:
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
-        config = info.get_hf_config()
+        # The model's own: some of vLLM's give processors another one, made from parts of it.
+        config = info.ctx.get_hf_config()
         self._server = ServerSettings.from_config(config)
         self._family = family_of(config)
         self._dummies: list[tuple[str, PrunedDetails]] | None = None

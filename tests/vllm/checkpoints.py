@@ -770,7 +770,6 @@ def save_without_weights(name: str, folder: Path) -> Path:
     if rules.processor is not None:
         config: Any = ONLY_VLLM[name].config
         processor = rules.processor(tokenizer, config() if callable(config) else config)
-        processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)
     for file, content in ONLY_VLLM[name].files().items():
         text = content if isinstance(content, str) else json.dumps(content, indent=2)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
+from tests.hf.types import architecture_of
+from tests.vllm.other_types import ONE_PAD, PADS, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
 
@@ -68,22 +70,32 @@ class OnlyVllm:
         See `tests.vllm.checkpoints`.
     code
         Of the Python file with its config, "" where vLLM has that: `CODE`, or another one.
+    images
+        How many vLLM takes in a prompt.
+    engine
+        What the engine is started with besides.
+    more
+        Further files: text, or what is written as JSON.
     """
 
     config: dict[str, Any] | Callable[[], Any]
     folder: dict[str, Any]
     code: str = ""
+    images: int = 2
+    engine: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
 
     def files(self) -> dict[str, Any]:
-        """Return config.json, and the Python file."""
+        """Return config.json, and what stands beside it."""
         if callable(self.config):
             return {"config.json": json.loads(self.config().to_json_string(use_diff=False))}
         if not self.code:
-            return {"config.json": self.config}
+            return {"config.json": self.config, **self.more}
         code = self.code.replace("KIND", self.config["model_type"])
         (config_class,) = re.findall(r"^class (\w+)", code, re.MULTILINE)
         auto_map = {"AutoConfig": f"configuration.{config_class}"}
-        return {"config.json": {**self.config, "auto_map": auto_map}, "configuration.py": code}
+        config = {**self.config, "auto_map": auto_map}
+        return {"config.json": config, "configuration.py": code, **self.more}
 
 
 _COLOURS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
@@ -147,6 +159,105 @@ _INTERNVL = {
     "tokens": ("<IMG_CONTEXT>", "<|video_pad|>", "<img>", "</img>"),
     "image": "<image>",
     "processor": None,
+}
+
+def _of_transformers(
+    kind: str, folder: dict[str, Any], over: dict[str, Any] | None = None
+) -> OnlyVllm:
+    """Return a type whose config transformers has, and whose model it has otherwise than vLLM."""
+
+    def config() -> Any:
+        made = OtherType(folder, over or {}).tiny(kind).build()
+        made.architectures = [architecture_of(kind).__name__]
+        return made
+
+    return OnlyVllm(config, folder)
+
+
+def _siglip(tokenizer: Any, config: Any) -> Any:
+    side = config["vit_config"]["image_size"]
+    images = tf.SiglipImageProcessor(size={"height": side, "width": side})
+    return _Parts(images, tokenizer)
+
+
+class _Parts:
+    """An image processor and a tokenizer, of which vLLM makes a processor of its own."""
+
+    def __init__(self, *parts: Any) -> None:
+        self._parts = parts
+
+    def save_pretrained(self, folder: Any) -> None:
+        for part in self._parts:
+            part.save_pretrained(folder)
+
+
+_PROCESSING = """\
+import torch
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from torchvision.transforms import functional as F
+
+
+class RemoteImages(BaseImageProcessor):
+    patch_size, merge_size = 4, 2
+    size = {"min_pixels": 256, "max_pixels": 16384}
+
+    def __call__(self, images, **_):
+        side, patch = self.patch_size * self.merge_size, self.patch_size
+        made = {"pixel_values": [], "image_grid_thw": []}
+        for image in images if isinstance(images, list) else [images]:
+            sides = [max(1, min(one, 128) // side) * side for one in (image.height, image.width)]
+            pixels = F.to_tensor(image.convert("RGB").resize(sides[::-1])) * 2 - 1
+            rows, columns = (one // patch for one in sides)
+            patches = pixels.unfold(1, patch, patch).unfold(2, patch, patch)
+            made["pixel_values"].append(patches.permute(1, 2, 0, 3, 4).flatten(0, 1))
+            made["image_grid_thw"].append([1, rows, columns])
+        return BatchFeature(
+            {
+                "pixel_values": torch.cat(made["pixel_values"]),
+                "image_grid_thw": torch.tensor(made["image_grid_thw"]),
+            }
+        )
+
+
+class RemoteProcessor(ProcessorMixin):
+    image_token, video_token = "<|image_pad|>", "<|video_pad|>"
+
+    def __init__(self, tokenizer=None):
+        self.tokenizer, self.image_processor = tokenizer, RemoteImages()
+        self.chat_template = None
+
+    @classmethod
+    def from_pretrained(cls, folder, **_):
+        return cls(AutoTokenizer.from_pretrained(folder))
+
+    def __call__(self, text=None, images=None, **_):
+        made = {} if not images else self.image_processor(images)
+        if text is not None:
+            made = {**self.tokenizer(text), **made}
+        return BatchFeature(made)
+"""
+"""An image processor of packed patches [3, 4, 4], four of them a token."""
+
+_KEYE_FILES = {
+    "processing.py": _PROCESSING,
+    "processor_config.json": {"auto_map": {"AutoProcessor": "processing.RemoteProcessor"}},
+}
+
+_KEYE: dict[str, Any] = {
+    **TEXT,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [4, 6, 6],
+    },
+    "vision_config": {**_VISION, "spatial_merge_size": 2},
 }
 
 ONLY_VLLM: dict[str, OnlyVllm] = {
@@ -254,11 +365,13 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "vision_config": {
                 "model_type": "pixel_shuffle_siglip2",
                 **_VISION,
-                "num_patches": 64,
+                # What its image processor does, whatever the config says.
+                "patch_size": 16,
+                "num_patches": 256,
                 "pixel_shuffle_scale_factor": 2,
             },
-            "video_patch_size": 4,
-            "vision_max_num_patches": 64,
+            "vision_patch_size": 16,
+            "vision_max_num_patches": 256,
             "pixel_shuffle_scale": 2,
         },
         {
@@ -266,6 +379,116 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "image": "<image>",
             "processor": None,
         },
+    ),
+    "exaone4_5": _of_transformers(
+        "exaone4_5",
+        {
+            "tokens": PADS,
+            "image": ONE_PAD,
+            "processor": grids("Exaone4_5_", "Qwen2VL", "Qwen2VL"),
+        },
+    ),
+    "cosmos3_edge": _of_transformers(
+        "cosmos3_edge",
+        {
+            "tokens": PADS,
+            "image": ONE_PAD,
+            "processor": grids("Cosmos3Edge", "Cosmos3Edge", "Cosmos3Edge"),
+        },
+        {"text_config": {"rope_parameters": {"mrope_section": [6, 5, 5]}}},
+    ),
+    "cohere_compass": _of_transformers(
+        "cohere_compass",
+        {
+            "tokens": PADS,
+            "image": ONE_PAD,
+            "processor": grids("CohereCompass", "CohereCompass", "CohereCompass"),
+        },
+        {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+    ),
+    # In the format in which it is published, which transformers has another one for.
+    "qianfan_ocr": OnlyVllm(
+        {
+            "architectures": ["QianfanOCRForConditionalGeneration"],
+            "model_type": "qianfan_ocr",
+            **_TILED,
+            "image_token_id": IMAGE,
+            "text_config": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TEXT},
+            "vision_config": {"model_type": "qianfan_ocr_vision", **_VISION},
+        },
+        _INTERNVL,
+    ),
+    "bagel": OnlyVllm(
+        {
+            "architectures": ["BagelForConditionalGeneration"],
+            "model_type": "bagel",
+            "llm_config": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **TEXT},
+            "vit_config": {
+                "model_type": "siglip_vision_model",
+                **_VISION,
+                "image_size": 24,
+            },
+            "vit_max_num_patch_per_side": 6,
+        },
+        {
+            "tokens": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+            "image": "<|vision_start|><|image_pad|><|vision_end|>",
+            "processor": _siglip,
+        },
+    ),
+    "step3_vl": OnlyVllm(
+        {
+            "architectures": ["Step3VLForConditionalGeneration"],
+            "model_type": "step3_vl",
+            "image_token_id": IMAGE,
+            "understand_projector_stride": 2,
+            "text_config": {
+                "architectures": ["Step3TextForCausalLM"],
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_attention_heads": 2,
+                "num_attention_groups": 1,
+                "num_hidden_layers": 2,
+                "vocab_size": 192,
+                "head_dim": 32,
+                "share_q_dim": 64,
+                "share_expert_dim": 32,
+                "moe_intermediate_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 2,
+                "moe_layers_enum": [1],
+                "max_position_embeddings": 8192,
+            },
+            "vision_config": {
+                **_VISION,
+                "output_hidden_size": 64,
+                "image_size": 728,
+                "patch_size": 14,
+            },
+        },
+        {
+            "tokens": ("<im_patch>", "<|video_pad|>", "<im_start>", "<im_end>"),
+            "image": "<im_patch>",
+            "processor": None,
+            "more": {188: "<patch_start>", 189: "<patch_end>", 190: "<patch_newline>"},
+        },
+        engine={"max_model_len": 8192, "num_gpu_blocks_override": 128},
+    ),
+    "keye": OnlyVllm(
+        {"architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", **_KEYE},
+        {"tokens": PADS, "image": ONE_PAD, "processor": None},
+        CODE,
+        more=_KEYE_FILES,
+    ),
+    "keye_vl1_5": OnlyVllm(
+        {
+            "architectures": ["KeyeVL1_5ForConditionalGeneration"],
+            "model_type": "KeyeVL1_5",
+            **_KEYE,
+        },
+        {"tokens": PADS, "image": ONE_PAD, "processor": None},
+        CODE,
+        more=_KEYE_FILES,
     ),
 }
 """Name -> what is particular to it."""

@@ -133,7 +133,7 @@ def _folder(
 # Packed patches of any size ----------------------------------------------------------------------
 
 
-def _grids(
+def grids(
     name: str, images: str = "Qwen2VL", videos: str = "Qwen2VL", *, video: Any = None, **more: Any
 ) -> Callable[[Any, Any], Any]:
     """Return what makes the processor `name` with image and video processors of these names."""
@@ -162,8 +162,8 @@ def _grids(
     return make
 
 
-_PADS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-_PAD = "<|vision_start|><|image_pad|><|vision_end|>"
+PADS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+ONE_PAD = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 # Images of one size ------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ together with the pixels of one."""
 
 OTHER_TYPES: dict[str, OtherType] = {
     "cosmos3_omni": OtherType(
-        _folder(_grids("Qwen3VL", videos="Qwen3VL"), _PAD, _PADS),
+        _folder(grids("Qwen3VL", videos="Qwen3VL"), ONE_PAD, PADS),
         {
             "text_config": {
                 # transformers interleaves whatever the config says, vLLM when it says so.
@@ -243,13 +243,13 @@ OTHER_TYPES: dict[str, OtherType] = {
         copied_to="transformer",
         architecture="Cosmos3ForConditionalGeneration",
     ),
-    "hyperclovax_vision_v2": OtherType(_folder(_grids("HyperCLOVAXVisionV2"), _PAD, _PADS)),
+    "hyperclovax_vision_v2": OtherType(_folder(grids("HyperCLOVAXVisionV2"), ONE_PAD, PADS)),
     "video_llama_3": OtherType(
-        _folder(_grids("VideoLlama3", "VideoLlama3", "VideoLlama3"), _PAD, _PADS)
+        _folder(grids("VideoLlama3", "VideoLlama3", "VideoLlama3"), ONE_PAD, PADS)
     ),
     "glmga": OtherType(
         _folder(
-            _grids("Glm46V", "Glm46V", "Glm46V"),
+            grids("Glm46V", "Glm46V", "Glm46V"),
             "<|begin_of_image|><|image|><|end_of_image|>",
             ("<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>"),
             more=dict(zip(MORE, ("<|begin_of_video|>", "<|end_of_video|>"), strict=True)),
@@ -287,7 +287,7 @@ OTHER_TYPES: dict[str, OtherType] = {
     ),
     "hunyuan_vl": OtherType(
         _folder(
-            _grids("HunYuanVL", "HunYuanVL", video={}),
+            grids("HunYuanVL", "HunYuanVL", video={}),
             "<start><image><end>",
             ("<image>", "<video>", "<start>", "<end>"),
             named={

@@ -29,7 +29,7 @@ Answers = list[tuple[Case, list[int], list[list[int]]]]
 
 def cases(name: str) -> list[Case]:
     """Return requests whose media are all different, so that no cache knows them."""
-    return [
+    found = [
         Case("it", (0,), {"method": "divprune"}),
         Case("titi", (1, 2), {"method": "divprune", "keep": 0.3}),
         Case("tit", (5,), {"method": "random"}),
@@ -39,6 +39,7 @@ def cases(name: str) -> list[Case]:
         Case("tit", (8,), {"method": "divprune", "keep": 1.0}),
         Case("ttt", ()),
     ]
+    return [case for case in found if len(case.pictures) <= ONLY_VLLM[name].images]
 
 
 @contextmanager
@@ -48,6 +49,7 @@ def start_here(
     """Start the engine in this process, with weights that are always the same."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     registry._run_in_subprocess = lambda function: function()
+    only = ONLY_VLLM[name]
     pruned = {"request_methods": METHODS[1:]} if method else {}
     keep = KEEP if method else None
     with (
@@ -58,13 +60,11 @@ def start_here(
             keep,
             load_format="dummy",
             distributed_executor_backend="uni",
-            limit_mm_per_prompt={"image": 2, "video": 0, "audio": 0},
-            max_model_len=512,
+            limit_mm_per_prompt={"image": only.images, "video": 0, "audio": 0},
             max_num_seqs=8,
-            num_gpu_blocks_override=64,
-            trust_remote_code=bool(ONLY_VLLM[name].code),
+            trust_remote_code=bool(only.code),
             **pruned,
-            **options,
+            **{"max_model_len": 512, "num_gpu_blocks_override": 64, **only.engine, **options},
         ) as llm,
     ):
         yield llm
@@ -77,7 +77,7 @@ def by_hand(name: str, folder: Path) -> Answers:
         name,
         folder,
         None,
-        max_num_batched_tokens=4096,
+        max_num_batched_tokens=8192,
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
     ) as llm:
