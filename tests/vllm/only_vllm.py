@@ -16,7 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
-from tests.vllm.other_types import ONE_PAD, PADS, OtherType, grids
+from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
 
@@ -371,7 +371,7 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
                 "pixel_shuffle_scale_factor": 2,
             },
             "vision_patch_size": 16,
-            "vision_max_num_patches": 256,
+            "vision_max_num_patches": 2048,
             "pixel_shuffle_scale": 2,
         },
         {
@@ -379,6 +379,7 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "image": "<image>",
             "processor": None,
         },
+        engine={"max_model_len": 1024},
     ),
     "exaone4_5": _of_transformers(
         "exaone4_5",
@@ -395,7 +396,14 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "image": ONE_PAD,
             "processor": grids("Cosmos3Edge", "Cosmos3Edge", "Cosmos3Edge"),
         },
-        {"text_config": {"rope_parameters": {"mrope_section": [6, 5, 5]}}},
+        {
+            "text_config": {"rope_parameters": {"mrope_section": [6, 5, 5]}},
+            "projector_config": {
+                "input_hidden_size": WIDTH,
+                "merger_intermediate_size": 96,
+                "out_hidden_size": WIDTH,
+            },
+        },
     ),
     "cohere_compass": _of_transformers(
         "cohere_compass",
@@ -404,7 +412,16 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "image": ONE_PAD,
             "processor": grids("CohereCompass", "CohereCompass", "CohereCompass"),
         },
-        {"text_config": {"tie_word_embeddings": True}, "tie_word_embeddings": True},
+        {
+            "text_config": {
+                "tie_word_embeddings": True,
+                "rope_parameters": {
+                    "full_attention": {"mrope_section": [6, 5, 5]},
+                    "sliding_attention": {"mrope_section": [6, 5, 5]},
+                },
+            },
+            "tie_word_embeddings": True,
+        },
     ),
     # In the format in which it is published, which transformers has another one for.
     "qianfan_ocr": OnlyVllm(
