@@ -16,7 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
-from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
+from tests.vllm.other_types import ONE_PAD, OTHER_TYPES, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
 
@@ -72,6 +72,8 @@ class OnlyVllm:
         Of the Python file with its config, "" where vLLM has that: `CODE`, or another one.
     images
         How many vLLM takes in a prompt.
+    positions
+        Those that kept tokens have.
     engine
         What the engine is started with besides.
     more
@@ -82,6 +84,7 @@ class OnlyVllm:
     folder: dict[str, Any]
     code: str = ""
     images: int = 2
+    positions: str = "original"
     engine: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
 
@@ -162,16 +165,20 @@ _INTERNVL = {
 }
 
 def _of_transformers(
-    kind: str, folder: dict[str, Any], over: dict[str, Any] | None = None
+    kind: str,
+    folder: dict[str, Any],
+    over: dict[str, Any] | None = None,
+    architecture: str | None = None,
+    **more: Any,
 ) -> OnlyVllm:
     """Return a type whose config transformers has, and whose model it has otherwise than vLLM."""
 
     def config() -> Any:
         made = OtherType(folder, over or {}).tiny(kind).build()
-        made.architectures = [architecture_of(kind).__name__]
+        made.architectures = [architecture or architecture_of(kind).__name__]
         return made
 
-    return OnlyVllm(config, folder)
+    return OnlyVllm(config, folder, **more)
 
 
 def _siglip(tokenizer: Any, config: Any) -> Any:
@@ -259,6 +266,23 @@ _KEYE: dict[str, Any] = {
     },
     "vision_config": {**_VISION, "spatial_merge_size": 2},
 }
+
+_STEP: dict[str, Any] = {
+    "tokens": ("<im_patch>", "<|video_pad|>", "<im_start>", "<im_end>"),
+    "image": "<im_patch>",
+    "processor": None,
+    "more": {188: "<patch_start>", 189: "<patch_end>", 190: "<patch_newline>"},
+}
+
+_LONG = {"max_model_len": 8192, "num_gpu_blocks_override": 128}
+"""For images of fixed sizes, and as many crops as the largest may have."""
+
+
+def _blip_2(tokenizer: Any, config: Any) -> Any:
+    side = config.vision_config.image_size
+    images = tf.BlipImageProcessor(size={"height": side, "width": side})
+    return tf.Blip2Processor(images, tokenizer, num_query_tokens=config.num_query_tokens)
+
 
 ONLY_VLLM: dict[str, OnlyVllm] = {
     "dots_ocr": OnlyVllm(
@@ -408,8 +432,8 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
     "cohere_compass": _of_transformers(
         "cohere_compass",
         {
-            "tokens": PADS,
-            "image": ONE_PAD,
+            "tokens": tuple(text.upper() for text in PADS),
+            "image": ONE_PAD.upper(),
             "processor": grids("CohereCompass", "CohereCompass", "CohereCompass"),
         },
         {
@@ -473,7 +497,7 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
                 "moe_intermediate_size": 32,
                 "moe_num_experts": 4,
                 "moe_top_k": 2,
-                "moe_layers_enum": [1],
+                "moe_layers_enum": "1",
                 "max_position_embeddings": 8192,
             },
             "vision_config": {
@@ -483,13 +507,8 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
                 "patch_size": 14,
             },
         },
-        {
-            "tokens": ("<im_patch>", "<|video_pad|>", "<im_start>", "<im_end>"),
-            "image": "<im_patch>",
-            "processor": None,
-            "more": {188: "<patch_start>", 189: "<patch_end>", 190: "<patch_newline>"},
-        },
-        engine={"max_model_len": 8192, "num_gpu_blocks_override": 128},
+        _STEP,
+        engine=_LONG,
     ),
     "keye": OnlyVllm(
         {"architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", **_KEYE},
@@ -506,6 +525,52 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
         {"tokens": PADS, "image": ONE_PAD, "processor": None},
         CODE,
         more=_KEYE_FILES,
+    ),
+    "lightonocr": _of_transformers(
+        "lighton_ocr",
+        OTHER_TYPES["lighton_ocr"].folder,
+        architecture="LightOnOCRForConditionalGeneration",
+    ),
+    "step_vl": OnlyVllm(
+        {
+            "architectures": ["StepVLForConditionalGeneration"],
+            "model_type": "step_robotics",
+            "image_token_id": IMAGE,
+            "projector_bias": False,
+            "text_config": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TEXT}
+            | {"max_position_embeddings": 8192},
+            "vision_config": {
+                "model_type": "perception_encoder",
+                "width": 64,
+                "layers": 2,
+                "heads": 2,
+                "mlp_ratio": 1.5,
+                "image_size": 728,
+                "patch_size": 14,
+                "output_dim": None,
+                "hidden_act": "gelu",
+                "ls_init_value": 0.1,
+                "use_abs_posemb": True,
+                "use_cls_token": False,
+                "use_ln_post": False,
+                "use_ln_pre": True,
+                "use_rope2d": True,
+            },
+        },
+        _STEP,
+        CODE,
+        engine=_LONG,
+    ),
+    "blip_2": _of_transformers(
+        "blip-2",
+        {
+            "tokens": ("<image>", "<|video|>", "<|start|>", "<|end|>"),
+            "image": "",
+            "processor": _blip_2,
+        },
+        {"qformer_config": {"encoder_hidden_size": WIDTH}, "num_query_tokens": 16},
+        images=1,
+        positions="compact",
     ),
 }
 """Name -> what is particular to it."""

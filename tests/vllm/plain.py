@@ -82,7 +82,7 @@ class PlainEngine:
         self._llm = llm
         self._whole = Whole()
         self._steps = 0
-        self._short: tuple[Tensor, list[Tensor], Tensor, Tensor] | None = None
+        self._short: tuple[Tensor, list[Tensor], Tensor, Tensor | None] | None = None
         (self.model,) = llm.apply_model(lambda model: model)
         self._embed, self._forward = self.model.embed_input_ids, self.model.forward
         self.model.embed_input_ids, self.model.forward = self._embed_ids, self._run
@@ -93,7 +93,9 @@ class PlainEngine:
         (self._whole.answered,) = answer(self._llm, [request], greedy(words=WORDS))
         return self._whole
 
-    def ask_pruned(self, whole: Whole, kept: Sequence[Sequence[int]]) -> list[int]:
+    def ask_pruned(
+        self, whole: Whole, kept: Sequence[Sequence[int]], compact: bool = False
+    ) -> list[int]:
         """Return the answer to a prompt of which some rows are left out.
 
         Parameters
@@ -102,6 +104,8 @@ class PlainEngine:
             The unpruned prompt.
         kept
             Of each image or video, the rows that stay.
+        compact
+            Whether the short prompt has the engine's own positions.
         """
         stays = ~whole.is_row
         offsets = [0, *torch.tensor([len(rows) for rows in whole.rows]).cumsum(0).tolist()]
@@ -110,7 +114,8 @@ class PlainEngine:
             stays[columns[start + torch.tensor(indices)]] = True
         rows = [rows[list(indices)] for rows, indices in zip(whole.rows, kept, strict=True)]
         self._whole, self._steps = whole, 0
-        self._short = whole.ids[stays], rows, whole.is_row[stays], whole.positions[..., stays]
+        positions = None if compact else whole.positions[..., stays]
+        self._short = whole.ids[stays], rows, whole.is_row[stays], positions
         request = {"prompt_token_ids": self._short[0].tolist()}
         (answered,) = answer(self._llm, [request], greedy(words=WORDS))
         return answered
@@ -136,12 +141,12 @@ class PlainEngine:
         return self._embed(ids, rows, is_multimodal=is_multimodal)
 
     def _run(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._short is not None:
+        if self._short is not None and self._short[3] is not None:
             own = self._whole.behind + self._steps - 1 if self._steps else self._short[3]
             positions = own.to(positions).expand_as(positions).contiguous()
-        elif self._steps == 0:
+        elif self._short is None and self._steps == 0:
             self._whole.positions = positions.clone()
-        elif self._steps == 1:
+        elif self._short is None and self._steps == 1:
             self._whole.behind = positions.clone()
         self._steps += 1
         return self._forward(input_ids, positions, *args, **kwargs)

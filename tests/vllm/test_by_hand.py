@@ -50,7 +50,9 @@ def start_here(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     registry._run_in_subprocess = lambda function: function()
     only = ONLY_VLLM[name]
-    pruned = {"request_methods": METHODS[1:]} if method else {}
+    pruned: dict[str, Any] = {}
+    if method:
+        pruned = {"request_methods": METHODS[1:], "positions": only.positions}
     keep = KEEP if method else None
     with (
         random_weights(),
@@ -81,7 +83,7 @@ def by_hand(name: str, folder: Path) -> Answers:
         enable_prefix_caching=False,
         mm_processor_cache_gb=0,
     ) as llm:
-        plain = PlainEngine(llm)
+        plain, compact = PlainEngine(llm), ONLY_VLLM[name].positions == "compact"
         for case in cases(name):
             whole = plain.ask(request(name, Case(case.kinds, case.pictures)))
             asked = {"keep": KEEP, **case.asked}
@@ -97,7 +99,7 @@ def by_hand(name: str, folder: Path) -> Answers:
                 for rows in whole.rows
             ]
             assert all(len(of_item) < len(rows) for of_item, rows in zip(chosen, whole.rows))
-            answers.append((case, plain.ask_pruned(whole, chosen), chosen))
+            answers.append((case, plain.ask_pruned(whole, chosen, compact), chosen))
             print(case, whole.ids.tolist(), chosen, answers[-1][1], whole.answered, flush=True)
     return answers
 
