@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import tokenprune_vllm
+from tests.vllm.processes import forked_processes
 
 RECORDING = "tests.vllm.recording.Recording"
 
 
 @contextmanager
 def engine(
-    model: Path, method: str | None = None, keep: Any = None, **options: Any
+    model: Path, method: str | None = None, keep: Any = None, *, forked: bool = True, **options: Any
 ) -> Iterator[Any]:
-    """Start `vllm.LLM`, pruned where a method is given, and stop it after the block."""
+    """Start `vllm.LLM`, pruned where a method is given, and stop it after the block.
+
+    Engine and worker share one forked process (`tests.vllm.processes`), which writes where the
+    first one wrote; with `forked=False` and for several ranks vLLM makes its own.
+    """
     import vllm
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     settings: dict[str, Any] = {
         "dtype": "float32",
@@ -38,7 +44,12 @@ def engine(
         arguments = {"model": str(model), **settings}
     else:
         arguments = tokenprune_vllm.engine_args(model, method, keep, **pruning, **settings)
-    llm = vllm.LLM(**arguments)
+    forked &= not {"tensor_parallel_size", "distributed_executor_backend"} & set(settings)
+    if forked:
+        # By its class: vLLM takes the name "uni" for "mp" on a CPU.
+        arguments["distributed_executor_backend"] = UniProcExecutor
+    with forked_processes() if forked else nullcontext():
+        llm = vllm.LLM(**arguments)
     try:
         if method is not None:
             llm.collective_rpc("start_recording")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from tests.vllm import checkpoints
 from tests.vllm.checkpoints import LIKE, OTHERS, WORDS
 from tests.vllm.engines import answer, greedy, kept
 from tests.vllm.other_types import ONE_IMAGE
+from tests.vllm.processes import in_a_process
 from tests.vllm.test_families import Case, Pair, Reference, reference, start
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.registry import FAMILIES
@@ -31,9 +30,6 @@ from tokenprune_vllm.architectures import ARCHITECTURES
 METHODS = ("divprune", "uniform", "random", "information")
 READERS = {"own_llava": ("flexselect", "relevant-information")}
 PLUGIN = Path(__file__).parent / "plugin"
-
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__, "vllm.v1.worker.cpu_worker", "tokenprune_vllm.models"])
 
 NEWLINES = ("own_llava_next", "granite4_vision")
 """Types that have rows which are the same whatever the pixels are."""
@@ -92,16 +88,6 @@ def in_transformers(name: str, folder: Path) -> Reference:
         hf.processor.image_processor.max_patches = 1
         hf.family = name
     return hf
-
-
-def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a process of its own, in which its engine runs, too.
-
-    An engine in a process that has everything imported starts in a few seconds. Where it runs a
-    class of transformers it changes that class, so the process is not the test's.
-    """
-    with ProcessPoolExecutor(1, mp_context=_PROCESSES) as executor:
-        return executor.submit(function, *arguments).result()
 
 
 def start_here(name: str, folder: Path, method: str, methods: Sequence[str], **options: Any) -> Any:
@@ -241,7 +227,10 @@ def test_rows_that_are_newlines_are_found_and_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = checkpoints.save("own_llava_next", tmp_path / "model")
-    with plugin_installed(), start("own_llava_next", folder, "uniform", request_methods=()) as llm:
+    with (
+        plugin_installed(),
+        start("own_llava_next", folder, "uniform", request_methods=(), forked=False) as llm,
+    ):
         pair = Pair("own_llava_next", llm, Reference("own_llava_next", None, None))
         with pytest.raises(EngineDeadError):
             answer(llm, [pair.request(Case("it", (0,)))], greedy())
