@@ -1052,6 +1052,7 @@ def hf_inputs(
     images: Sequence[Image.Image] = (),
     videos: Sequence[NDArray[np.uint8]] = (),
     words: int = 3,
+    called_with: dict[str, Any] | None = None,
 ) -> Any:
     """Return the same request as inputs of the transformers model.
 
@@ -1063,6 +1064,8 @@ def hf_inputs(
         What `hf_processor` returns, or the folder.
     images, videos
         As many as `kinds` has.
+    called_with
+        What else the processor is called with.
 
     Returns
     -------
@@ -1084,6 +1087,7 @@ def hf_inputs(
         }
     text = prompt(_in_transformers(family), kinds, words)
     arguments.update(CALLED_WITH.get(family, {}) if images else {})
+    arguments |= called_with or {}
     if family in OTHER_TYPES:
         arguments |= OTHER_TYPES[family].called_with
     inputs = processor(text=[text], return_tensors="pt", **arguments)

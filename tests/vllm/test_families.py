@@ -97,11 +97,14 @@ class Case:
         Numbers of its images, then of its videos.
     asked
         What stands under ``tokenprune`` in mm_processor_kwargs.
+    called_with
+        What stands beside it, for the engine's own processor.
     """
 
     kinds: str
     pictures: tuple[int, ...] = (0,)
     asked: dict[str, Any] = field(default_factory=dict)
+    called_with: dict[str, Any] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
@@ -146,6 +149,11 @@ def cases(family: str) -> list[Case]:
             Case("vt", (14,), {"method": "information", "keep": 0.4}),
             Case("tvt", (16,), {"method": "relevant-information"}),
             Case("tivtvt", (13, 10, 12), {"method": "flexselect", "keep": 9}),
+        ]
+    if family == "gemma4":  # which asks how many tokens an image may have
+        found += [
+            Case("tit", (20,), {"method": "divprune", "keep": 0.3}, {"max_soft_tokens": 140}),
+            Case("titi", (21, 22), {"method": "uniform", "keep": 0.1}, {"max_soft_tokens": 280}),
         ]
     if family in APART:  # where transformers takes no call of both kinds, and vLLM one video
         found = [case for case in found if "i" not in case.kinds or "v" not in case.kinds]
@@ -194,7 +202,9 @@ class Reference:
     def inputs(self, case: Case) -> Any:
         """Return what the model is called with."""
         images, videos = case.media()
-        inputs = checkpoints.hf_inputs(self.family, self.processor, case.kinds, images, videos)
+        inputs = checkpoints.hf_inputs(
+            self.family, self.processor, case.kinds, images, videos, called_with=case.called_with
+        )
         if self.family in BOTH_WAYS and not self.both_ways:
             inputs.pop("token_type_ids", None)
             inputs.pop("mm_token_type_ids", None)
@@ -333,7 +343,7 @@ def request(family: str, case: Case) -> dict[str, Any]:
     images, videos = case.media()
     made = checkpoints.vllm_request(family, case.kinds, images, videos)
     if case.asked:
-        made["mm_processor_kwargs"] = {"tokenprune": case.asked}
+        made["mm_processor_kwargs"] = {"tokenprune": case.asked, **case.called_with}
     return made
 
 
@@ -536,3 +546,22 @@ def test_scaled_rotary_embeddings_and_rows_of_the_callers_own(rope: str, tmp_pat
         own = {**request("llava", Case("tit", (40,))), "multi_modal_data": {"image": rows[0][None]}}
         (answered,) = answer(llm, [own], greedy(words=WORDS))
         assert answered == tokens
+
+
+@pytest.mark.parametrize("most", [70, 140, 280])
+def test_grids_and_budgets_follow_the_tokens_that_a_call_asks_for(
+    most: int, tmp_path: Path
+) -> None:
+    """Gemma 4's processor fills so many tokens as the shape of an image lets it."""
+    hf = reference("gemma4", checkpoints.save("gemma4", tmp_path / "model"))
+    inputs = hf.inputs(Case("tit", (1,), called_with={"max_soft_tokens": most}))
+    with torch.no_grad(), tokenprune_hf.prune(hf.model, "uniform", 0.2) as pruning:
+        hf.model(**inputs)
+    (selection,) = pruning.selections
+    image = checkpoints.image(1, (30, 70))
+    # The largest sides, in tokens of 8 x 8 pixels, whose product is no more.
+    scale = (most / (image.width * image.height)) ** 0.5
+    rows, columns = int(image.height * scale), int(image.width * scale)
+    assert selection.grid == (1, rows, columns)
+    assert len(selection.kept) == round(0.2 * rows * columns)
+    assert int((inputs["input_ids"] == hf.model.config.image_token_id).sum()) == rows * columns
