@@ -239,6 +239,18 @@ def _idefics3(tokenizer: Any, config: Any) -> Any:
     return tf.Idefics3Processor(images, tokenizer, image_seq_len=tokens)
 
 
+def _smolvlm(tokenizer: Any, config: Any) -> Any:
+    side = config.vision_config.image_size
+    sizes = {"size": {"longest_edge": 2 * side}, "max_image_size": {"longest_edge": side}}
+    tokens = (side // config.vision_config.patch_size // config.scale_factor) ** 2
+    return tf.SmolVLMProcessor(
+        tf.SmolVLMImageProcessor(**sizes),
+        tokenizer,
+        tf.SmolVLMVideoProcessor(**sizes),
+        image_seq_len=tokens,
+    )
+
+
 def _cohere2_vision(tokenizer: Any, config: Any) -> Any:
     side = config.vision_config.image_size
     images = tf.Cohere2VisionImageProcessor(
@@ -298,6 +310,18 @@ def _more(*texts: str) -> dict[int, str]:
     """Return special tokens behind all others, by id."""
     return dict(enumerate(texts, _VOCABULARY))
 
+
+_IDEFICS3 = _Family(
+    tokens=("<image>", "<|video|>", "<fake_token_around_image>", "<end_of_utterance>"),
+    image="<image>",
+    processor=_idefics3,
+    begins=True,
+    more=_more(
+        "<global-img>",
+        *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
+        "\n",
+    ),
+)
 
 _INTERNVL = _Family(
     tokens=("<IMG_CONTEXT>", "<video>", "<img>", "</img>"),
@@ -548,16 +572,18 @@ _FAMILIES |= {
         },
         more=_more("<|audio|>", "<|audio>", "<audio|>"),
     ),
-    "idefics3": _Family(
-        tokens=("<image>", "<|video|>", "<fake_token_around_image>", "<end_of_utterance>"),
-        image="<image>",
-        processor=_idefics3,
-        begins=True,
-        more=_more(
-            "<global-img>",
-            *(f"<row_{row}_col_{column}>" for row in (1, 2) for column in (1, 2)),
-            "\n",
-        ),
+    "idefics3": _IDEFICS3,
+    "smolvlm": replace(
+        _IDEFICS3,
+        processor=_smolvlm,
+        tokens=("<image>", "<video>", "<fake_token_around_image>", "<end_of_utterance>"),
+        named={
+            "image_token": "<image>",
+            "video_token": "<video>",
+            "fake_image_token": "<fake_token_around_image>",
+            "global_image_token": "<global-img>",
+            "end_of_utterance_token": "<end_of_utterance>",
+        },
     ),
     "lfm2_vl": _Family(
         tokens=("<image>", "<|video|>", "<|image_start|>", "<|image_end|>"),
@@ -1091,7 +1117,7 @@ def hf_inputs(
     if family in OTHER_TYPES:
         arguments |= OTHER_TYPES[family].called_with
     inputs = processor(text=[text], return_tensors="pt", **arguments)
-    if family == "idefics3" and images:
+    if family in ("idefics3", "smolvlm") and images:
         inputs["video_frames"] = [1] * inputs["pixel_values"].shape[1]  # tiles, and no video's
     if family.startswith("internvl"):
         # transformers gives this model a video as images; it has to be told.

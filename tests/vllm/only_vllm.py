@@ -16,7 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
-from tests.vllm.other_types import ONE_PAD, OTHER_TYPES, PADS, WIDTH, OtherType, grids
+from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
 
@@ -278,6 +278,35 @@ _LONG = {"max_model_len": 8192, "num_gpu_blocks_override": 128}
 """For images of fixed sizes, and as many crops as the largest may have."""
 
 
+def _pixtral(tokenizer: Any, config: Any) -> Any:
+    patch, merged = config.vision_config.patch_size, config.spatial_merge_size
+    side = patch * merged
+    images = tf.PixtralImageProcessor(
+        size={"longest_edge": 64}, patch_size={"height": side, "width": side}
+    )
+    return tf.PixtralProcessor(images, tokenizer, patch_size=patch, spatial_merge_size=merged)
+
+
+def _blip_2_config() -> Any:
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text = {"ffn_dim": 96, "word_embed_proj_dim": 64, "vocab_size": 192, "num_hidden_layers": 2}
+    return tf.Blip2Config(
+        vision_config={**_VISION, "num_hidden_layers": 2},
+        qformer_config={**small, "num_attention_heads": 2, "encoder_hidden_size": 64},
+        text_config={
+            "model_type": "opt",
+            "architectures": ["OPTForCausalLM"],
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 1024,
+            **text,
+        },
+        num_query_tokens=16,
+        image_token_index=IMAGE,
+        architectures=["Blip2ForConditionalGeneration"],
+    )
+
+
 def _blip_2(tokenizer: Any, config: Any) -> Any:
     side = config.vision_config.image_size
     images = tf.BlipImageProcessor(size={"height": side, "width": side})
@@ -526,9 +555,14 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
         CODE,
         more=_KEYE_FILES,
     ),
+    # As it was published before transformers had it: with the config of Mistral 3.
     "lightonocr": _of_transformers(
-        "lighton_ocr",
-        OTHER_TYPES["lighton_ocr"].folder,
+        "mistral3",
+        {
+            "tokens": ("[IMG]", "<|video|>", "[IMG_BREAK]", "[IMG_END]"),
+            "image": "[IMG]",
+            "processor": _pixtral,
+        },
         architecture="LightOnOCRForConditionalGeneration",
     ),
     "step_vl": OnlyVllm(
@@ -561,14 +595,13 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
         CODE,
         engine=_LONG,
     ),
-    "blip_2": _of_transformers(
-        "blip-2",
+    "blip_2": OnlyVllm(
+        _blip_2_config,
         {
             "tokens": ("<image>", "<|video|>", "<|start|>", "<|end|>"),
             "image": "",
             "processor": _blip_2,
         },
-        {"qformer_config": {"encoder_hidden_size": WIDTH}, "num_query_tokens": 16},
         images=1,
         positions="compact",
     ),

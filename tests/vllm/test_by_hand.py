@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from vllm import _custom_ops as custom_ops
 from vllm.model_executor.models import registry
 
 from tests.vllm import checkpoints
@@ -54,8 +56,15 @@ def start_here(
     if method:
         pruned = {"request_methods": METHODS[1:], "positions": only.positions}
     keep = KEEP if method else None
+    plain_mm = custom_ops.onednn_mm
+
+    def onednn_mm(handler: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        """vLLM's towers hand transposed tensors to linear layers, which is fine on a GPU."""
+        return plain_mm(handler, x.contiguous(), bias)
+
     with (
         random_weights(),
+        mock.patch.object(custom_ops, "onednn_mm", onednn_mm),
         engine(
             folder,
             method,
