@@ -3,6 +3,7 @@
 
     scripts/test-models --junitxml=models.xml
     PYTHONPATH=.venv-transformers/5.24.0 scripts/test-models --junitxml=models-5.24.0.xml
+    PYTHONPATH=.venv-transformers/5.20.2 scripts/test-models -k molmo2 --junitxml=models-molmo2.xml
     PYTHONPATH=.venv-transformers/5.24.0 .venv/bin/python scripts/update_models.py models*.xml
     .venv/bin/python scripts/update_models.py --vllm
 

@@ -83,8 +83,10 @@ class _Deprecations(logging.Handler):
         self.found: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "deprecat" in record.getMessage().lower():
-            self.found.append(record.getMessage())
+        said = record.getMessage()
+        # Nemotron VL asks its own tower's config for torch_dtype; nothing of ours does.
+        if "deprecat" in said.lower() and "`torch_dtype`" not in said:
+            self.found.append(said)
 
 
 @pytest.fixture(autouse=True)

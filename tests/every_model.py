@@ -14,6 +14,7 @@ ALIKE: dict[str, str] = {
     "smolvlm": "idefics3",
     "aya_vision": "cohere2_vision",
     "pixtral": "mistral3",
+    "glm5_next": "glm4v",
 }
 """Name of a tiny model (`tests.hf.models.TINY`, `tests.vllm.checkpoints.FAMILIES`) -> the other."""
 
@@ -27,6 +28,7 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "llava_next_video": "llava_next",
     "llama4": "internvl",
     "gemma3n": "gemma4",
+    "molmo2": "gemma3",
 }
 """Likewise in tests/vllm/test_families.py, where each costs a start of the engine."""
 

@@ -11,10 +11,13 @@ from torch import Tensor
 from tokenprune.errors import PromptError
 from tokenprune.families.base import Family
 from tokenprune.families.llava import LlavaNext
+from tokenprune.families.minicpm import NemotronOmni
+from tokenprune.families.molmo import Molmo2, pooled_media
 from tokenprune.tower.layouts import Grid, Medium, Sides, grids_by_position
 
 _TARGET_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
-"""What MiniCPM-V calls the rows and columns of patches of each picture."""
+"""What MiniCPM-V calls the rows and columns of patches of each picture; Nemotron VL says
+``image_grid_hw``."""
 
 VIDEO_FRAMES = "video_frames"
 """The argument in which a caller says which pictures are the frames of one video."""
@@ -95,7 +98,9 @@ def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[
     grids = arguments.get(f"{modality}_grid_thw")
     if grids is not None:
         return [Medium(modality, 0, grid=_grid(grid)) for grid in grids.tolist()]
-    patches = arguments.get(_TARGET_SIZES[modality])
+    if modality == "video" and isinstance(family, NemotronOmni):
+        return family.videos(inputs.pixels.shape)
+    patches = arguments.get(_TARGET_SIZES[modality], arguments.get("image_grid_hw"))
     if patches is not None:
         return [Medium(modality, 0, grid=(1, *_sides(sides))) for sides in patches.tolist()]
     by_patch = arguments.get(f"{modality}_position_ids")
@@ -103,6 +108,11 @@ def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[
         frames = arguments.get("num_frames_per_video") if modality == "video" else None
         pictures = [1] * len(by_patch) if frames is None else [int(count) for count in frames]
         return [Medium(modality, 0, grid=grid) for grid in grids_by_position(by_patch, pictures)]
+    pooling = arguments.get(f"{modality}_token_pooling")
+    if pooling is not None and isinstance(family, Molmo2):
+        grids = arguments[f"{modality}_grids"].tolist()
+        crops = inputs.pixels.flatten(0, -3).shape[0]
+        return pooled_media(modality, grids, pooling, family.patches_per_crop, crops)
     shapes = arguments.get("spatial_shapes")
     if shapes is not None:
         return [Medium(modality, 0, shapes=(_sides(shape),)) for shape in shapes.tolist()]

@@ -49,6 +49,22 @@ def decoder_of(model: object) -> Any:
     return decoder
 
 
+def check_images_apart(model: object) -> None:
+    """Raise for models whose images see each other, which no mask here knows.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming the model.
+    """
+    if vision_model(model).family.images_see_each_other:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} lets all images of a prompt see each other in both "
+            "directions, and sparse masks do not know that. Use a model whose images see "
+            "themselves alone."
+        )
+
+
 def identity_of(model: Any) -> ModelIdentity:
     """Return what a heads file knows about a model."""
     decoder, text = decoder_of(model), model.config.get_text_config()
@@ -116,6 +132,7 @@ def image_spans_of(
     PromptError
         If images may touch and their sizes are not known, or do not fit the placeholders.
     """
+    check_images_apart(model)
     vision = vision_model(model)
     ids = input_ids.cpu()
     result: list[list[ImageSpan]] = [[] for _ in ids]

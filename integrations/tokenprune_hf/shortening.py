@@ -42,7 +42,8 @@ def find_placeholders(
     PromptError
         If there are not as many placeholders as rows, or images cannot be told from videos.
     """
-    if vision.family.videos_as_images and len(encoded.modalities) > 1:
+    family = vision.family
+    if family.videos_as_images and not family.videos_marked and len(encoded.modalities) > 1:
         raise PromptError(
             f"{type(vision.model).__name__} has the same placeholder for images and videos, and "
             "takes no call with both of them in transformers. Pass images and videos in calls of "
@@ -50,7 +51,10 @@ def find_placeholders(
         )
     placeholders = {}
     for modality, media in encoded.modalities.items():
-        places = (input_ids == vision.token_id(modality)).nonzero()
+        is_row = input_ids == vision.token_id(modality)
+        if family.videos_marked:
+            is_row &= _in_videos(vision, input_ids) == (modality == "video")
+        places = is_row.nonzero()
         if len(places) != len(media.rows):
             raise PromptError(
                 f"the prompt holds {len(places)} {modality} placeholders and its {modality}s make "
@@ -59,6 +63,13 @@ def find_placeholders(
             )
         placeholders[modality] = places
     return placeholders
+
+
+def _in_videos(vision: VisionModel, input_ids: Tensor) -> Tensor:
+    """Return BoolTensor [B, L], where a video's mark in front stands before and that behind not."""
+    config = vision.model.config
+    starts = (input_ids == int(config.video_start_token_id)).cumsum(dim=-1)
+    return starts > (input_ids == int(config.video_end_token_id)).cumsum(dim=-1)
 
 
 def attention_mask_of(vision: VisionModel, arguments: Mapping[str, Any]) -> Tensor:

@@ -31,7 +31,13 @@ from tokenprune.masks.patterns import Category, per_head
 from tokenprune_hf.attached import Attachment, ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.interface import AttentionModule, Interception, Plain, check_logits
-from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of, own_mask
+from tokenprune_hf.layout import (
+    check_images_apart,
+    decoder_of,
+    identity_of,
+    image_spans_of,
+    own_mask,
+)
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import vision_model
 
@@ -146,6 +152,7 @@ class Sparse(Attachment):
             )
         model = self.model
         self._vision = vision_model(model)
+        check_images_apart(model)
         decoder = decoder_of(model)
         self._decoder = decoder
         self._modules = [layer.self_attn for layer in decoder.layers]

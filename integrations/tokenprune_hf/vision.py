@@ -185,7 +185,7 @@ class VisionModel:
         """
         chosen: int | Sequence[int] | None = inputs.arguments.get("vision_feature_layer")
         if chosen is None:
-            chosen = getattr(self.model.config, "vision_feature_layer", -1)
+            chosen = self.family.feature_layer
         return scoring_layer(self.tower(inputs.modality), chosen, type(self.model).__name__)
 
     def language_model(self) -> Any:
@@ -208,7 +208,7 @@ class VisionModel:
     def decoder(self) -> Any:
         """Return the language model without its head, whatever its attention looks like."""
         found = getattr(self.inner, "language_model", getattr(self.inner, "text_model", None))
-        return getattr(found, "model", found)  # Llama 4's has its head on it
+        return getattr(found, "model", found)  # Llama 4's and Nemotron VL's have a head
 
     def as_read(self, rows: Any) -> Any:
         """Return an encoder's rows as the language model reads them, which few models make late."""

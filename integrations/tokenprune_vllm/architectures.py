@@ -76,6 +76,7 @@ _ONE_AXIS = (
     "Cohere2VisionForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "Llama4ForConditionalGeneration",
+    "Molmo2ForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

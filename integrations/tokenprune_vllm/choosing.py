@@ -166,7 +166,7 @@ class Chooser:
         attention = None
         if self._attention is not None:
             scores = self._family.attention(watched, media, self._has_cls)
-            attention = all_heads(scores, self._family.config.vision_config)
+            attention = all_heads(scores, self._family.tower_config)
         return self._family.rows_of(media, watched.features, attention)
 
     def _tokens_of(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.families.base import Family
+from tokenprune.families.molmo import Molmo2
 from tokenprune.families.registry import FAMILIES, family_of_config
 from tokenprune.tower.layouts import Medium, grids_by_position
 from tokenprune_vllm.architectures import is_of_family
@@ -62,6 +63,10 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
         return Medium(modality, rows, grid=(frames, height, width))
     if not family.known:
         return Medium(modality, rows)
+    if isinstance(family, Molmo2):
+        names = "tokens", "token_pooling", "num_crops"
+        ids, pooling, crops = (fields[f"{modality}_{name}"] for name in names)
+        return family.medium_of_ids(modality, ids, pooling, int(crops))
     shapes = fields.get("spatial_shapes")  # LFM2-VL
     if shapes is not None:
         return Medium(modality, rows, len(shapes), shapes=tuple(map(tuple, shapes.tolist())))

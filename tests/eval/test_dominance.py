@@ -118,6 +118,7 @@ def assert_close(left: Sums, right: Sums) -> None:
 UNREAD = (
     "gemma3",
     "gemma4",
+    "molmo2",
     "kimi_k25",
     "aya_vision",
     "cohere2_vision",

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from tests.hf.models import APART, IMAGE, PAD, STATEFUL, VIDEO
+from tests.hf.models import APART, END, IMAGE, PAD, START, STATEFUL, VIDEO
 
 
 @contextmanager
@@ -96,6 +96,11 @@ def item_rows(
             )
             for frame in range(frames)
         ]
+    if name == "molmo2":  # the whole image and its map of crops, or frames of 3 x 3
+        parts = [16, 28] if modality == "image" else [9] * (sum(sizes) // 9)
+        every = torch.tensor([0, *parts * (len(sizes) if modality == "image" else 1)])
+        edges = every.cumsum(0).tolist()
+        return [list(range(start, end)) for start, end in itertools.pairwise(edges)]
     if name in ("idefics3", "smolvlm"):  # tiles of 16 tokens, whatever the encoder put together
         return [list(range(start, start + 16)) for start in range(0, sum(sizes), 16)]
     return [
@@ -127,10 +132,12 @@ def encode(
             *("pixel_values", "pixel_values_images"),
             *("image_sizes", "image_grid_thw", "target_sizes"),
             *("image_position_ids", "spatial_shapes", "pixel_attention_mask"),
+            *("image_token_pooling", "image_grids", "image_grid_hw"),
         ),
         "video": (
             *("pixel_values_videos", "video_grid_thw", "target_sizes_videos"),
             *("video_position_ids", "num_frames_per_video"),
+            *("video_token_pooling", "video_grids"),
         ),
     }[modality]
     arguments = {key: inputs[key] for key in names if key in inputs}
@@ -198,8 +205,10 @@ def greedy(
     used = {"image": 0, "video": 0}
     answers = []
     prompts = inputs["input_ids"]
-    if name in APART and inputs.get("video_grid_thw") is not None:
+    if name == "glm5_next":  # a call may have both
         prompts = prompts.masked_fill(inputs["mm_token_type_ids"] == 2, VIDEO)
+    elif name in APART and inputs.get("pixel_values_videos") is not None:
+        prompts = prompts.masked_fill(prompts == IMAGE, VIDEO)
     for sample, ids in enumerate(prompts.tolist()):
         embeds, where, visual, blocks = [], [], [], []
         ids_read: list[int] = []
@@ -218,11 +227,13 @@ def greedy(
                 used[kind] += 1
                 if not stays[kind][row]:
                     continue
-                embeds.append(rows[kind][row])
+                added = _word(model, IMAGE) if name == "molmo2" else 0
+                embeds.append(rows[kind][row] + added)
                 deep_rows.append([layer[row] for layer in deep[kind]])
             ids_read.append(PAD if kind else token)
             visual.append(kind is not None)
-            blocks.append(-1 if kind is None else block)
+            seen = kind is not None or (name == "molmo2" and token in (START, END))
+            blocks.append((0 if name == "molmo2" else block) if seen else -1)
             where.append(column)
         if own_positions.ndim == 2 and len(where) < len(real):
             own_positions = published_positions(own_ids, own_positions)
@@ -257,7 +268,10 @@ def greedy(
                 use_cache=False,
                 **extra,
             )
-            logits = model.get_output_embeddings()(output.last_hidden_state[0, -1])
+            if hasattr(output, "logits"):  # Nemotron VL's has its head
+                logits = output.logits[0, -1]
+            else:
+                logits = model.get_output_embeddings()(output.last_hidden_state[0, -1])
             logits[model.generation_config.suppress_tokens] = -torch.inf
             answer.append(int(logits.argmax()))
             embedded = _word(model, answer[-1])[None]
@@ -324,11 +338,11 @@ def _engine_positions(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _mask(name: str, blocks: list[int]) -> Any:
-    """Return a 4-D mask: causal, and in Gemma 3 both ways inside an image."""
+    """Return a 4-D mask: causal, and both ways in blocks of some models, such as their images."""
     length = len(blocks)
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
     causal = allowed.clone()
-    if name in ("gemma3", "gemma4"):
+    if name in ("gemma3", "gemma4", "molmo2"):
         block = torch.tensor(blocks)
         allowed |= (block[:, None] == block) & (block >= 0)
     four, one_way = (

@@ -333,6 +333,76 @@ def _glm_ocr() -> Any:
     return _glm4v(tf.GlmOcrConfig)
 
 
+def _glm5_next() -> Any:
+    glm4v = _glm4v().to_dict()["vision_config"]
+    same = (
+        *("depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads"),
+        *("patch_size", "image_size", "spatial_merge_size", "temporal_patch_size"),
+    )
+    return tf.Glm5NextConfig(
+        vision_config={name: glm4v[name] for name in same} | {"projection_intermediate_size": 40},
+        text_config={
+            **_TEXT,
+            "layer_types": ["linear_attention", "indexed_attention"],
+            "indexer_types": ["full", "full"],
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 0,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            # fewer than a prompt has
+            "index_topk": 16,
+            "index_kpool": 4,
+            "index_head_dim": 8,
+            "index_n_heads": 4,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=START,
+        image_end_token_id=END,
+        video_start_token_id=94,
+        video_end_token_id=95,
+    )
+
+
+def _nemotron_h_omni() -> Any:
+    return tf.NemotronH_Omni_Reasoning_V3_Config(
+        vision_config={
+            "hidden_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "mlp_ratio": 2.0,
+            "patch_size": 4,
+            "max_img_size": 64,
+            "video_temporal_patch_size": 2,
+        },
+        text_config={
+            **_TEXT,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention"],
+            "num_hidden_layers": 3,
+            "head_dim": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+            "chunk_size": 16,
+        },
+        audio_config=None,
+        vision_hidden_size=32,
+        projector_hidden_size=40,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=95,
+    )
+
+
 def _paddleocr_vl() -> Any:
     return tf.PaddleOCRVLConfig(
         vision_config={
@@ -619,6 +689,39 @@ def _gemma4() -> Any:
     )
 
 
+def _molmo2() -> Any:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6}
+    return tf.Molmo2Config(
+        vision_config={
+            **heads,
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "image_size": [32, 32],
+            "patch_size": 4,
+        },
+        adapter_config={
+            **heads,
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "text_hidden_size": 32,
+            "vision_feature_layer": [2, 1],
+        },
+        text_config={
+            **_TEXT,
+            "head_dim": 8,
+            "additional_vocab_size": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        image_patch_id=IMAGE,
+        image_start_token_id=START,
+        image_end_token_id=END,
+        low_res_image_start_token_id=94,
+        frame_start_token_id=94,
+        frame_end_token_id=95,
+    )
+
+
 def _plain(name: str, size: int, tokens: int) -> Any:
     def make(count: int) -> tuple[dict[str, Tensor], list[int]]:
         return {name: pixels(count, 3, size, size)}, [tokens] * count
@@ -785,6 +888,46 @@ def _gemma4_videos(count: int) -> tuple[dict[str, Tensor], list[int]]:
     )
 
 
+def _pooled(patches: Tensor, side: int) -> Tensor:
+    """Return [tokens, side * side]: the patches of each token of a map, -1 where it ends."""
+    padding = [-length % side for length in (patches.shape[1], patches.shape[0])]
+    left, top = padding[0] // 2, padding[1] // 2
+    edges = left, padding[0] - left, top, padding[1] - top
+    whole = torch.nn.functional.pad(patches, edges, value=-1)
+    return whole.unfold(0, side, side).unfold(1, side, side).reshape(-1, side**2)
+
+
+def _molmo2_images(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Images of a whole and two crops of 8 x 8 patches, of which an edge of two is in both."""
+    whole, one, two = torch.arange(192).view(3, 8, 8)
+    maps = torch.cat([one[:, :7], two[:, 1:]], dim=1), torch.cat([one[:7], two[1:]])
+    pooling, grids = [], []
+    for number in range(count):
+        of_image = torch.cat([_pooled(whole, 2), _pooled(maps[number % 2], 2)])
+        pooling.append(of_image + 192 * number)
+        grids.append([4, 4, *((4, 7), (7, 4))[number % 2]])
+    arguments = {
+        "pixel_values": pixels(3 * count, 64, 48),
+        "image_token_pooling": torch.cat(pooling),
+        "image_grids": torch.tensor(grids),
+    }
+    return arguments, [44] * count
+
+
+def _molmo2_videos(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Videos of three frames or two, of which 3 x 3 patches or what is left make a token."""
+    frames = [[3, 2][number % 2] for number in range(count)]
+    pooled = _pooled(torch.arange(64).view(8, 8), 3)
+    arguments = {
+        "pixel_values_videos": pixels(sum(frames), 64, 48),
+        "video_token_pooling": torch.cat(
+            [torch.where(pooled < 0, -1, pooled + 64 * frame) for frame in range(sum(frames))]
+        ),
+        "video_grids": torch.tensor([[number, 3, 3] for number in frames]),
+    }
+    return arguments, [9 * number for number in frames]
+
+
 def _tiles(count: int) -> tuple[dict[str, Tensor], list[int]]:
     """Images that are all cut into two tiles, and have a whole one in front."""
     return {"pixel_values": pixels(count, 3, 3, 32, 32)}, [3 * 16] * count
@@ -823,8 +966,21 @@ def _chunks(count: int) -> tuple[dict[str, Tensor], list[int]]:
     return arguments, (grid[:, 1:].prod(dim=1) // 4).tolist()
 
 
+def _grid_hw(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    arguments, tokens = _QWEN_IMAGE(count)
+    grid = arguments["image_grid_thw"][:, 1:]
+    return {"pixel_values": pixels(int(grid.prod(dim=1).sum()), 48), "image_grid_hw": grid}, tokens
+
+
+def _tubelets(count: int) -> tuple[dict[str, Tensor], list[int]]:
+    """Videos of six frames of 8 x 12 patches, two of which make one picture of Nemotron VL."""
+    return {"pixel_values_videos": pixels(count, 3, 6, 32, 48)}, [3 * 24] * count
+
+
 # Until then it cannot encode chunks of several frames.
 _KIMI_VIDEO = _chunks if Version(transformers.__version__) >= Version("5.24") else None
+# Until then it takes one video at a time.
+_NEMOTRON_VIDEO = _tubelets if Version(transformers.__version__) >= Version("5.24") else None
 
 
 def _navit(pixel_name: str, sizes_name: str) -> Any:
@@ -877,6 +1033,10 @@ TINY: dict[str, Tiny] = {
     "glm4v_moe": Tiny(_glm4v_moe, tf.Glm4vMoeForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "glm46v": Tiny(_glm46v, tf.Glm46VForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
     "glm_ocr": Tiny(_glm_ocr, tf.GlmOcrForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "glm5_next": Tiny(_glm5_next, tf.Glm5NextForConditionalGeneration, _QWEN_IMAGE, _QWEN_VIDEO),
+    "nemotron_h_omni": Tiny(
+        _nemotron_h_omni, tf.NemotronH_Omni_Reasoning_V3, _grid_hw, _NEMOTRON_VIDEO
+    ),
     "paddleocr_vl": Tiny(_paddleocr_vl, tf.PaddleOCRVLForConditionalGeneration, _patches),
     "kimi_k25": Tiny(_kimi_k25, tf.Kimi_K25ForConditionalGeneration, _patches, _KIMI_VIDEO),
     "minicpmv4_6": Tiny(
@@ -919,6 +1079,10 @@ TINY: dict[str, Tiny] = {
     "pixtral": Tiny(_llava_of_pixtral, tf.LlavaForConditionalGeneration, _sized(16)),
     "gemma4": Tiny(_gemma4, tf.Gemma4ForConditionalGeneration, _gemma4_images, _gemma4_videos),
 }
+if hasattr(tf, "Molmo2Config"):
+    TINY["molmo2"] = Tiny(
+        _molmo2, tf.Molmo2ForConditionalGeneration, _molmo2_images, _molmo2_videos
+    )
 """Every supported `model_type` and its tiny model; "pixtral" is LLaVA with that tower."""
 
 if transformers.__version__ == "5.24.0":  # where its forward fails itself, pruned or not
@@ -931,10 +1095,10 @@ SLIDING: tuple[str, ...] = ("gemma3", "gemma3n", "gemma4", "aya_vision", "cohere
 UNATTENDING = ("gemma3n",)
 """Those whose tower ends in convolutions, so that nothing can look at its attention."""
 
-APART = tuple(name for name in TINY if name.startswith("glm"))
+APART = tuple(name for name in TINY if name.startswith(("glm4", "glm_", "molmo2", "nemo")))
 """Those that take no call with both images and videos."""
 
-STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl")
+STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl", "glm5_next", "nemotron_h_omni")
 """Those some of whose layers keep a state in place of keys."""
 
 
@@ -986,7 +1150,8 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
             elif kind == "i":
                 row += [START, *[IMAGE] * sizes["i"].pop(0), END]
             else:
-                row += [START, *_video_row(tiny, sizes["v"].pop(0), inputs), END]
+                marks = (94, 95) if tiny.architecture.__name__.startswith("Glm5") else (START, END)
+                row += [marks[0], *_video_row(tiny, sizes["v"].pop(0), inputs), marks[1]]
         rows.append(row)
     length = max(map(len, rows))
     inputs["input_ids"] = torch.tensor([[PAD] * (length - len(row)) + row for row in rows])
@@ -996,7 +1161,12 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
     kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
     if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle", "Gemma4")):
         inputs["mm_token_type_ids"] = kinds
-    if tiny.architecture.__name__.startswith("Glm"):  # frames look like images in the prompt
+    if tiny.architecture.__name__.startswith("Molmo2"):  # marks are what they stand around
+        inputs["mm_token_type_ids"] = torch.isin(
+            inputs["input_ids"], torch.tensor([IMAGE, VIDEO, START, END])
+        ).long()
+    if tiny.architecture.__name__.startswith(("Glm", "Molmo2", "Nemotron")):
+        # frames look like images in the prompt
         inputs["input_ids"] = inputs["input_ids"].masked_fill(kinds == 2, IMAGE)
     if "Gemma3F" in tiny.architecture.__name__:
         inputs["token_type_ids"] = (kinds == 1).long()
@@ -1012,6 +1182,13 @@ def _video_row(tiny: Tiny, size: int, inputs: dict[str, Any]) -> list[int]:
         for frame in range(frames):
             row += [10 + frame, START, *[VIDEO] * (size // frames), END]
         return row
+    if "video_grids" in inputs:  # Molmo 2 does so, too
+        row = []
+        for frame in range(size // 9):
+            row += [10 + frame, START, *[VIDEO] * 9, END]
+        return row
+    if name.startswith("Nemotron"):
+        return [11, *[VIDEO] * 24, END, 12, START, *[VIDEO] * 24, END, 13, START, *[VIDEO] * 24]
     if not name.startswith(("Qwen3", "Glm")):
         return [VIDEO] * size
     # Qwen3-VL writes the time in front of each frame, GLM-4V behind it.

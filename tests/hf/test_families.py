@@ -10,8 +10,9 @@ from torch import Tensor
 
 import tokenprune_hf
 from tests.hf.by_hand import encode, full_attention_maps, greedy, item_rows
-from tests.hf.models import APART, IMAGE, TINY, UNATTENDING, mixing, prompt
+from tests.hf.models import APART, IMAGE, TINY, UNATTENDING, mixing, pixels, prompt
 from tokenprune.errors import PromptError, UnsupportedModelError
+from tokenprune.families.minicpm import NemotronOmni
 from tokenprune.selection import Selection
 from tokenprune_hf.vision import vision_model
 
@@ -62,6 +63,11 @@ def items_per_medium(name: str, inputs: dict[str, Any]) -> dict[str, list[int]]:
         return {
             "image": [1] * 99,
             "video": inputs.get("num_frames_per_video", torch.ones(0)).int().tolist(),
+        }
+    if name == "molmo2":
+        return {
+            "image": [2] * 99,
+            "video": inputs.get("video_grids", torch.ones(1, 1))[:, 0].tolist(),
         }
     image = {"llava_onevision": 2, "perception_lm": 3}.get(name, 1)
     return {"image": [image] * 99, "video": [1] * 99}
@@ -146,9 +152,21 @@ def _one_prompt(
                 "image_position_ids",
                 "spatial_shapes",
                 "pixel_attention_mask",
+                "image_token_pooling",
+                "image_grids",
+                "image_grid_hw",
             ),
         ),
-        ("v", "video_grid_thw", ("pixel_values_videos", "video_position_ids")),
+        (
+            "v",
+            "video_grid_thw",
+            (
+                "pixel_values_videos",
+                "video_position_ids",
+                "video_token_pooling",
+                "video_grids",
+            ),
+        ),
     ):
         first = sum(sample.count(kind) for sample in samples[:index])
         last = first + samples[index].count(kind)
@@ -171,6 +189,21 @@ def _one_prompt(
                 edges = [0, *counts.cumsum(0).tolist()]
                 alone[key] = inputs[key][edges[first] : edges[last]]
                 alone["num_frames_per_video"] = counts[first:last]
+            elif "image_grid_hw" in inputs and key == "pixel_values":
+                edges = [0, *inputs["image_grid_hw"].prod(dim=1).cumsum(0).tolist()]
+                alone[key] = inputs[key][edges[first] : edges[last]]
+            elif name == "molmo2":
+                counts = inputs.get("video_grids", torch.tensor([[3, 3]] * 99))[:, 0]
+                crops = [0, *counts.cumsum(0).tolist()]
+                each = {"pixel": 1, "video_token": 9, "image_token": 44 / 3, "video": 0, "image": 0}
+                per_crop = next(size for start, size in each.items() if key.startswith(start))
+                edges = [int(per_crop * crop) for crop in crops]
+                if not per_crop:
+                    edges = list(range(len(crops)))
+                alone[key] = inputs[key][edges[first] : edges[last]]
+                if "pooling" in key:
+                    counted = alone[key] - 64 * crops[first]
+                    alone[key] = torch.where(alone[key] < 0, -1, counted)
             elif name in ("idefics3", "smolvlm"):
                 alone[key] = inputs[key][:, first:last]
             else:
@@ -178,10 +211,13 @@ def _one_prompt(
     return alone
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", [name for name in APART if TINY[name].video is not None])
 def test_images_beside_videos_are_refused_where_the_model_takes_no_such_call(name: str) -> None:
     model, inputs = TINY[name].model(), prompt(TINY[name], ["tivt"])
-    with pytest.raises(ValueError, match="do not match"), torch.no_grad():
+    with (
+        pytest.raises(ValueError, match=r"do not match|at the same time|feature vectors"),
+        torch.no_grad(),
+    ):
         model(**inputs)
     with (
         pytest.raises(PromptError, match="same placeholder for images and videos"),
@@ -263,6 +299,20 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
             _pooled_by_hand(weights[0, :, start:end, start:end].mean(dim=(0, 1)), sides)
             for start, end, sides in zip(places, places[1:], ((6, 8), (4, 6)), strict=False)
         ]
+    if name == "nemotron_h_omni":  # ten tokens stand in front of each picture's patches
+        return [
+            _pooled_by_hand(one[0, :, :, 10:].mean(dim=(0, 1)), (height, width))
+            for one, (height, width) in zip(
+                maps[-2:], inputs["image_grid_hw"].tolist(), strict=True
+            )
+        ]
+    if name == "molmo2":
+        received_by = received(weights).flatten()
+        tokens = [
+            torch.stack([received_by[patch] for patch in patches if patch >= 0]).mean()
+            for patches in inputs["image_token_pooling"].tolist()
+        ]
+        return list(torch.stack(tokens).split([16, 28] * (len(tokens) // 44)))
     if name == "lfm2_vl":
         return [
             _pooled_by_hand(one[:, : h * w, : h * w].mean(dim=(0, 1)), (h, w))
@@ -352,17 +402,20 @@ GRIDS: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {
     "lfm2_vl": ([(2, 3), (4, 2)], []),
     "mistral3": ([(3, 4), (2, 3)], []),
     "pixtral": ([(6, 8), (4, 6)], []),
+    "nemotron_h_omni": ([(4, 6), (6, 4)], []),
+    "molmo2": ([(4, 4), (4, 7), (4, 4), (7, 4)], [(3, 3)] * 5),
 }
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if name in TINY])
 def test_items_lie_in_rows_and_columns(name: str) -> None:
-    tiny, (images, frames) = TINY[name], GRIDS[name]
-    sample = "titit" + ("vtv" if frames else "")
-    encoded = tokenprune_hf.encode(tiny.model(), **prompt(tiny, [sample]))
-    for modality, expected in (("image", images), ("video", frames)):
-        media = encoded.modalities.get(modality)
-        tokens = [] if media is None else [item.tokens for item in media.items]
+    tiny = TINY[name]
+    samples = zip(("titit", "vtv"), ("image", "video"), GRIDS[name], strict=True)
+    for sample, modality, expected in samples:
+        if not expected:
+            continue
+        encoded = tokenprune_hf.encode(tiny.model(), **prompt(tiny, [sample]))
+        tokens = [item.tokens for item in encoded.modalities[modality].items]
         assert [one.grid for one in tokens] == [(1, *sides) for sides in expected]
         assert all(one.is_picture for one in tokens)
 
@@ -409,6 +462,25 @@ def test_attention_scores_of_pooled_frames_equal_the_full_maps() -> None:
     frames = maps[1][:, :, 0, 1:].mean(dim=1)
     expected = torch.cat([merged_by_hand(frame, 6, 2) for frame in frames])
     torch.testing.assert_close(selection.scores, expected)
+
+
+def test_nemotron_puts_two_frames_of_a_video_together() -> None:
+    family = vision_model(TINY["nemotron_h_omni"].model()).family
+    assert isinstance(family, NemotronOmni)
+    assert [one.grid for one in family.videos((5, 3, 32, 48))] == [(3, 8, 12)]
+    assert [one.grid for one in family.videos((2, 3, 6, 32, 48))] == [(3, 8, 12)] * 2
+
+
+def test_a_nemotron_that_drops_parts_of_videos_itself_is_refused() -> None:
+    tiny = TINY["nemotron_h_omni"]
+    model = tiny.model()
+    model.config.video_pruning_rate = 0.5
+    # Frames of one video, or of newer releases pairs of frames of several.
+    shape = (4, 3, 32, 48) if tiny.video is None else (1, 2, 6, 32, 48)
+    video = {"pixel_values_videos": pixels(*shape)}
+    inputs = {**prompt(tiny, ["tit"]), **video}
+    with pytest.raises(UnsupportedModelError, match=r"video_pruning_rate=0\.5.* second time"):
+        tokenprune_hf.encode(model, **{name: inputs[name] for name in ("input_ids", *video)})
 
 
 def test_minicpm_with_more_tokens_for_each_image() -> None:

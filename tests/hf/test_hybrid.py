@@ -14,7 +14,8 @@ from tests.hf.test_flexselect import attention_by_hand, encoder_rows
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.layout import decoder_of
 
-READ = [name for name in STATEFUL if name != "lfm2_vl"]  # whose layers no method reads
+UNREAD = ("lfm2_vl", "glm5_next", "nemotron_h_omni")  # whose layers no method reads
+READ = [name for name in STATEFUL if name not in UNREAD]
 CASES = [(name, modality) for name in READ for modality in ("image", "video")]
 
 
@@ -62,7 +63,7 @@ def test_a_layer_that_does_not_attend_ranks_nothing() -> None:
         tokenprune_hf.prune(TINY["qwen3_5"].model(), "flexselect", 4, layer=1)
 
 
-@pytest.mark.parametrize("name", ["kimi_k25", "lfm2_vl"])  # latent keys, convolutions
+@pytest.mark.parametrize("name", ["kimi_k25", "lfm2_vl", "nemotron_h_omni"])  # latent keys, others
 def test_a_decoder_with_other_layers_is_not_read(name: str) -> None:
     model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
     with (

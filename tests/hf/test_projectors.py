@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tokenprune_hf
 from tests.core.stand_ins import Adapter, Packed, coded, offloaded
-from tests.hf.models import TINY, prompt
+from tests.hf.models import APART, TINY, prompt
 from tokenprune import Selection
 from tokenprune.errors import OptionError, UnreadableProjectorError
 from tokenprune_hf.vision import vision_model
@@ -27,13 +27,14 @@ def selections(model: Any, inputs: dict[str, Any], method: str, **options: Any) 
     return pruning.selections
 
 
-CALLED = ("aya_vision", "cohere2_vision", "mistral3", "ovis2", "gemma3n")
+CALLED = ("aya_vision", "cohere2_vision", "mistral3", "molmo2", "ovis2", "gemma3n")
 READABLE = [name for name in TINY if not name.startswith("glm") and name not in CALLED]
-"""GLM's and Cohere's projectors have a gate, and others more layers: they are called."""
+"""GLM's, Cohere's and Molmo 2's projectors have a gate, and others more layers: they are called."""
 
 
 def samples(name: str) -> list[str]:
-    return ["tit", "it"] if TINY[name].video is None else ["tit", "tv"]
+    alone = TINY[name].video is None or name in APART
+    return ["tit", "it"] if alone else ["tit", "tv"]
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:

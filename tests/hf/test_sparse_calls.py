@@ -13,6 +13,7 @@ import tokenprune_hf
 from tests.hf.models import END, IMAGE, START, TINY, Tiny, prompt
 from tests.hf.test_sparse import GREEDY, MIXED, assert_same, heads_of, masked_by_hand
 from tokenprune.errors import ConfigError, PromptError, UnsupportedModelError
+from tokenprune.families.llava import Llava
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.layout import decoder_of
 
@@ -117,6 +118,13 @@ def test_settings_that_cannot_be() -> None:
         decoder_of(model).config._attn_implementation = name
         with pytest.raises(UnsupportedModelError, match="cannot be stood in for"):
             tokenprune_hf.sparse(model, heads)
+
+
+def test_images_that_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Llava, "images_see_each_other", True)  # as Molmo 2's
+    model = TINY["llava"].model()
+    with pytest.raises(UnsupportedModelError, match="images of a prompt see each other"):
+        tokenprune_hf.sparse(model, heads_of(model, MIXED))
 
 
 def test_calls_that_cannot_be() -> None:

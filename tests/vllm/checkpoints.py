@@ -24,6 +24,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, TINY, VIDEO, Tiny, tf
+from tests.vllm import molmo
 from tests.vllm.only_vllm import ONLY_VLLM
 from tests.vllm.other_types import OTHER_TYPES
 
@@ -65,6 +66,8 @@ class _Family:
         Attributes of the tiny model's config that have to be others here.
     begins
         Whether the tokenizer starts every text with BOS.
+    opening
+        What every prompt starts with, where the processor would put it in front.
     named
         Special tokens that the processor wants to find as attributes of the tokenizer.
     more
@@ -79,6 +82,7 @@ class _Family:
     video: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
+    opening: str = ""
     named: dict[str, str] = field(default_factory=dict)
     more: dict[int, str] = field(default_factory=dict)
     dtype: str = "float32"
@@ -296,6 +300,14 @@ def _mistral3(tokenizer: Any, config: Any) -> Any:
         patch_size={"height": patch * merged, "width": patch * merged},
     )
     return tf.PixtralProcessor(images, tokenizer, patch_size=patch, spatial_merge_size=merged)
+
+
+def _molmo2(tokenizer: Any, config: Any) -> Any:
+    arguments = {"size": _square(config), "patch_size": config.vision_config.patch_size}
+    images = tf.Molmo2ImageProcessor(max_crops=_TILES, overlap_margins=[1, 1], **arguments)
+    # Three patches do not divide a frame, so that tokens at its edges have fewer.
+    videos = tf.Molmo2VideoProcessor(pooling_size=[3, 3], do_sample_frames=False, **arguments)
+    return tf.Molmo2Processor(images, videos, tokenizer)
 
 
 _PIXTRAL = _Family(
@@ -634,6 +646,20 @@ _FAMILIES |= {
     "pixtral": _PIXTRAL,
 }
 
+if "molmo2" in TINY:  # since transformers 5.20
+    _FAMILIES["molmo2"] = _Family(
+        tokens=("<im_patch>", "<|video|>", "<im_start>", "<im_end>"),
+        image=molmo.MARKS[0],
+        video="<|video|>",
+        processor=_molmo2,
+        opening="<s>",
+        changes={
+            **molmo.mark_ids(_VOCABULARY),
+            "adapter_config": {"text_hidden_size": _TEXT["hidden_size"]},
+        },
+        more=_more(*molmo.MARKS),
+    )
+
 FAMILIES: tuple[str, ...] = tuple(_FAMILIES)
 """Every family that can be saved."""
 
@@ -695,7 +721,14 @@ LIKE["interns1"] = ("internvl", {"architectures": ["InternS1ForConditionalGenera
 """Type -> family that has its weights, and what its config says otherwise."""
 
 CHATS = ("internvl_chat", "skywork_chat", "h2ovl_chat")
-"""Types in the original format of InternVL, which vLLM loads with ``trust_remote_code``."""
+"""Types in the original format of InternVL."""
+
+TRUSTED = (
+    *CHATS,
+    "molmo2",
+    *(name for name, other in OTHER_TYPES.items() if other.publish is not None),
+)
+"""Types that vLLM loads with ``trust_remote_code``."""
 
 OTHERS: tuple[str, ...] = tuple(_OTHERS)
 """Types of no family, which can be saved too."""
@@ -781,6 +814,10 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
         processor = rules.processor(tokenizer, model.config)
         processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)
+    if family in OTHER_TYPES:
+        OTHER_TYPES[family].finish(folder)
+    if family == "molmo2":
+        molmo.publish(folder)
     if family in LIKE:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | LIKE[family][1]))
@@ -1003,7 +1040,7 @@ def prompt(family: str, kinds: str, words: int = 3) -> str:
         How many words each ``t`` stands for.
     """
     rules = _RULES[family]
-    parts: list[str] = []
+    parts: list[str] = [rules.opening] if rules.opening else []
     for kind in kinds:
         if kind == "t":
             start = sum(part.startswith("w") for part in parts) + 7
@@ -1116,6 +1153,8 @@ def hf_inputs(
     arguments |= called_with or {}
     if family in OTHER_TYPES:
         arguments |= OTHER_TYPES[family].called_with
+        for in_vllm, here in OTHER_TYPES[family].spelled.items():
+            text = text.replace(in_vllm, here)
     inputs = processor(text=[text], return_tensors="pt", **arguments)
     if family in ("idefics3", "smolvlm") and images:
         inputs["video_frames"] = [1] * inputs["pixel_values"].shape[1]  # tiles, and no video's

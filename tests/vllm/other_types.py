@@ -19,8 +19,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.hf import small_configs, types
-from tests.hf.models import Tiny
+from tests.hf.models import END, START, Tiny
 from tests.hf.type_table import TYPES
+from tests.vllm import ernie
 
 tf: Any = transformers  # its classes are not typed
 
@@ -85,6 +86,13 @@ class OtherType:
         The folder inside in which vLLM looks for weights.
     architecture
         What vLLM calls it, where that is not the name of transformers' class.
+    publish
+        Lets a folder that transformers saved be as a published one, whose code vLLM is told to
+        trust.
+    spelled
+        What vLLM calls in a prompt, and transformers' processor otherwise.
+    served_with
+        Settings of the engine.
     """
 
     folder: dict[str, Any]
@@ -93,6 +101,9 @@ class OtherType:
     renamed: dict[str, str] = dataclasses.field(default_factory=dict)
     copied_to: str | None = None
     architecture: str | None = None
+    publish: Callable[[Path], None] | None = None
+    spelled: dict[str, str] = dataclasses.field(default_factory=dict)
+    served_with: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def tiny(self, kind: str) -> Tiny:
         """Return how its model is made."""
@@ -117,6 +128,11 @@ class OtherType:
             weights = folder / self.copied_to / weights.name
         if self.renamed or self.copied_to is not None:
             save_file(tensors, weights, {"format": "pt"})
+
+    def finish(self, folder: Path) -> None:
+        """Do what has to be done once all files are there."""
+        if self.publish is not None:
+            self.publish(folder)
 
 
 def _folder(
@@ -183,6 +199,17 @@ def _aria(tokenizer: Any, config: Any) -> Any:
     side = config.vision_config.image_size  # one of two that it knows
     images = tf.AriaImageProcessor(max_image_size=side, min_image_size=side, split_image=False)
     return tf.AriaProcessor(images, tokenizer, size_conversion={side: 16})
+
+
+def _ernie(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    token = (vision.patch_size * vision.spatial_merge_size) ** 2
+    size = {"shortest_edge": 4 * token, "longest_edge": 256 * token}
+    images = tf.Ernie4_5_VLMoeImageProcessor(size=size, patch_size=vision.patch_size)
+    videos = tf.Ernie4_5_VLMoeVideoProcessor(
+        size=size, patch_size=vision.patch_size, draw_on_frames=False
+    )
+    return tf.Ernie4_5_VLMoeProcessor(images, tokenizer, videos)
 
 
 def _aya_vision(tokenizer: Any, config: Any) -> Any:
@@ -297,6 +324,51 @@ OTHER_TYPES: dict[str, OtherType] = {
             },
         ),
         {"text_config": {"head_dim": 32, "rope_parameters": {"mrope_section": [4, 4, 4, 4]}}},
+    ),
+    "ernie4_5_vl_moe": OtherType(
+        _folder(
+            _ernie,
+            "<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>",
+            (
+                *("<|IMAGE_PLACEHOLDER|>", "<|VIDEO_PLACEHOLDER|>"),
+                *("<|IMAGE_START|>", "<|IMAGE_END|>"),
+            ),
+            named={
+                "image_token": "<|IMAGE_PLACEHOLDER|>",
+                "image_start_token": "<|IMAGE_START|>",
+                "image_end_token": "<|IMAGE_END|>",
+                "video_token": "<|VIDEO_PLACEHOLDER|>",
+                "video_start_token": "<|VIDEO_START|>",
+                "video_end_token": "<|VIDEO_END|>",
+            },
+            more=dict(
+                enumerate(
+                    (
+                        *("<|image@placeholder|>", "<|video@placeholder|>"),
+                        *("<|VIDEO_START|>", "<|VIDEO_END|>"),
+                    ),
+                    MORE[0],
+                )
+            ),
+        ),
+        {
+            "text_config": {
+                "vocab_size": 194,
+                # All of them: of a few tokens the engines ask different ones, pruned or not.
+                "moe_k": 4,
+                "rope_parameters": {"mrope_section": [6, 6, 4]},
+            },
+            "image_start_token_id": START,
+            "image_end_token_id": END,
+            "video_start_token_id": MORE[0] + 2,
+            "video_end_token_id": MORE[0] + 3,
+        },
+        renamed={r"^model\.vision_model\.": "vision_model."},
+        publish=ernie.publish,
+        spelled={"<|image@placeholder|>": "<|IMAGE_PLACEHOLDER|>"},
+        # Which tokens are for the experts of images vLLM tells in a step that has rows: a mark
+        # that comes in a step of its own is read by the experts of text.
+        served_with={"max_num_batched_tokens": 512, "enable_prefix_caching": False},
     ),
     "aria": OtherType(
         _folder(_aria, "<image>", named={"image_token": "<image>"}),

@@ -81,6 +81,10 @@ class Family:
     videos_as_images: ClassVar[bool] = False
     """Whether a video's frames have an image's placeholders in the prompt."""
 
+    videos_marked: ClassVar[bool] = False
+    """Whether marks around a video (``video_start_token_id``, ``video_end_token_id``) tell its
+    placeholders, which are an image's, from those of images."""
+
     videos_by_image_encoder: ClassVar[bool] = False
     """Whether the model's method that encodes images encodes videos too, and has no other."""
 
@@ -89,6 +93,9 @@ class Family:
 
     attends: ClassVar[bool] = True
     """Whether the last layers of the tower attend, so that tokens have an attention score."""
+
+    images_see_each_other: ClassVar[bool] = False
+    """Whether all images of a prompt, and the marks around them, see each other."""
 
     known: ClassVar[bool] = True
     """Whether it is said here how rows lie, and where tower and projector are."""
@@ -146,6 +153,17 @@ class Family:
         if self.images_see_all(True):
             return "lets an image's tokens see each other in both directions"
         return None
+
+    @property
+    def tower_config(self) -> Any:
+        """The vision tower's config."""
+        return self.config.vision_config
+
+    @property
+    def feature_layer(self) -> int | Sequence[int]:
+        """The tower's hidden states that are projected: an index, or several."""
+        chosen: int | Sequence[int] = getattr(self.config, "vision_feature_layer", -1)
+        return chosen
 
     @property
     def packed(self) -> bool:

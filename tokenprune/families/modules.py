@@ -111,6 +111,8 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
         raise LookupError("a half of its first layer is a gate on the other half")
     if hasattr(projector, "embedding_post_projection_norm"):
         raise LookupError("a norm stands behind its layer")
+    if hasattr(projector, "gate_proj") or hasattr(projector, "merged_linear"):  # Molmo 2
+        raise LookupError("its first layer has a gate beside it")
     if hasattr(projector, "mm_input_projection_weight"):  # Gemma 3: a bare parameter, transposed
         first: Any = SimpleNamespace(weight=projector.mm_input_projection_weight.mT, bias=None)
         norm = projector.mm_soft_emb_norm

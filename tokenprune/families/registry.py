@@ -7,7 +7,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
-from tokenprune.families.glm import Glm4V
+from tokenprune.families.glm import Glm4V, Glm5
 from tokenprune.families.kimi import KimiK25
 from tokenprune.families.llava import (
     Llava,
@@ -16,7 +16,8 @@ from tokenprune.families.llava import (
     LlavaOnevision,
     VideoLlava,
 )
-from tokenprune.families.minicpm import MiniCPMV46
+from tokenprune.families.minicpm import MiniCPMV46, NemotronOmni
+from tokenprune.families.molmo import Molmo2
 from tokenprune.families.ovis import Ovis2
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
@@ -45,9 +46,11 @@ FAMILIES: dict[str, type[Family]] = {
         Qwen2VL,
         Qwen25VL,
         Glm4V,
+        Glm5,
         PaddleOCRVL,
         KimiK25,
         MiniCPMV46,
+        NemotronOmni,
         Idefics3,
         CohereVision,
         PerceptionLM,
@@ -58,6 +61,7 @@ FAMILIES: dict[str, type[Family]] = {
         Gemma4,
         Lfm2VL,
         Mistral3,
+        Molmo2,
     )
     for name in family.model_types
 }

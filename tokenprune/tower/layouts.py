@@ -45,7 +45,13 @@ class Medium:
     aspect_ratio
         The limit on a map of crops that a call asks for in place of the config's (OneVision).
     shapes
-        Rows and columns of patches of each picture, where they differ and the inputs say so.
+        Rows and columns of patches of each picture, where they differ and the inputs say so; of
+        tokens in Molmo 2.
+    pooling
+        The patches of which each token is pooled, where the inputs say so: their numbers among
+        those of all pictures, -1 for none. Of a video, those of its first frame.
+    holds
+        Which rows are parts of pictures, where marks stand among them that are rows, too.
     """
 
     modality: str
@@ -56,6 +62,8 @@ class Medium:
     grid: Grid | None = None
     aspect_ratio: str | None = None
     shapes: tuple[Sides, ...] | None = None
+    pooling: tuple[tuple[int, ...], ...] | None = None
+    holds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("pixels", "size", "grid"):  # JSON makes lists of them
