@@ -238,6 +238,25 @@ def _lighton_ocr(tokenizer: Any, config: Any) -> Any:
     )
 
 
+def _gemma4_unified(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config
+    sizes = {"patch_size": vision.patch_size, "pooling_kernel_size": vision.pooling_kernel_size}
+    return tf.Gemma4UnifiedProcessor(
+        tf.Gemma4UnifiedAudioFeatureExtractor(),
+        tf.Gemma4UnifiedImageProcessor(max_soft_tokens=vision.num_soft_tokens, **sizes),
+        tokenizer,
+        tf.Gemma4UnifiedVideoProcessor(do_sample_frames=False, **sizes),
+        image_seq_length=vision.num_soft_tokens,
+    )
+
+
+def _paligemma(tokenizer: Any, config: Any) -> Any:
+    images = tf.SiglipImageProcessor(size=_size(config))
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    images.image_seq_length = side**2
+    return tf.PaliGemmaProcessor(images, tokenizer)
+
+
 def _granite4_vision(tokenizer: Any, config: Any) -> Any:
     images = tf.LlavaNextImageProcessor(
         size={"shortest_edge": 32},
@@ -310,6 +329,48 @@ OTHER_TYPES: dict[str, OtherType] = {
     "granite4_vision": OtherType(
         _folder(_granite4_vision, "<image>"),
         {"qformer_config": {"intermediate_size": 3072, "num_hidden_layers": 1}},
+        renamed=_TOWER,
+    ),
+    "gemma4_unified": OtherType(
+        _folder(
+            _gemma4_unified,
+            "<|image|>",
+            ("<|image|>", "<|video|>", "<|image>", "<image|>"),
+            named={
+                "image_token": "<|image|>",
+                "boi_token": "<|image>",
+                "eoi_token": "<image|>",
+                "audio_token": "<|audio|>",
+                "boa_token": "<|audio>",
+                "eoa_token": "<audio|>",
+            },
+            more=dict(enumerate(("<|audio|>", "<|audio>", "<audio|>"), MORE[0])),
+        ),
+        {
+            "boi_token_id": START,
+            "eoi_token_id": END,
+            # With the table of its input a random model says again what was said last.
+            "tie_word_embeddings": False,
+            "text_config": {
+                "tie_word_embeddings": False,
+                "global_head_dim": 32,
+                "vocab_size": MORE[0] + 3,
+                "hidden_size_per_layer_input": 0,  # it has none, whatever is said
+            },
+            # The fewest tokens that its image processor knows.
+            "vision_config": {"num_soft_tokens": 70, "mm_posemb_size": 64},
+        },
+    ),
+    "paligemma": OtherType(
+        # Both engines put the image in front, wherever it is asked for.
+        _folder(
+            _paligemma,
+            "",
+            ("<image>", "<|video|>", "<|start|>", "<|end|>"),
+            named={"image_token": "<image>"},
+            # The one id that is free below others: the processor adds tokens behind them, counted.
+            more={95: "\n"},
+        ),
         renamed=_TOWER,
     ),
     "hunyuan_vl": OtherType(

@@ -58,6 +58,8 @@ def cases(name: str) -> list[Case]:
             Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
             Case("tit", (14,), {"method": "relevant-information"}),
         ]
+    if name == "paligemma":  # whose prompts have an image, and no other
+        return [case for case in found if len(case.pictures) == 1]
     if name in ONE_IMAGE:
         return [case for case in found if len(case.pictures) < 2]
     if name == "own_vl":

@@ -63,6 +63,7 @@ UNWATCHED = ("gemma3n", "gemma4")
 # vLLM's kernels for CPUs let no image see what comes behind, in no model, pruned or not: so the
 # model of transformers is not told here where images are (`test_images_that_see_both_ways` is).
 BOTH_WAYS = tuple(name for name in ("gemma3", "gemma4", "molmo2") if name in FAMILIES)
+OTHERS_BOTH_WAYS = ("gemma4_unified", "paligemma")
 KEEP = 5
 EXACT = [family for family in FAMILIES if DTYPES[family] == "float32"]
 ROUNDED = [family for family in FAMILIES if family not in EXACT]
@@ -206,9 +207,11 @@ class Reference:
         inputs = checkpoints.hf_inputs(
             self.family, self.processor, case.kinds, images, videos, called_with=case.called_with
         )
-        if self.family in BOTH_WAYS and not self.both_ways:
-            inputs.pop("token_type_ids", None)
+        if self.family in (*BOTH_WAYS, *OTHERS_BOTH_WAYS) and not self.both_ways:
+            types = inputs.pop("token_type_ids", None)
             inputs.pop("mm_token_type_ids", None)
+            if self.family == "paligemma":  # which sees all both ways without
+                inputs["token_type_ids"] = torch.ones_like(types)
         return inputs.to(self.model.dtype)
 
     def first(self, case: Case) -> tuple[int, torch.Tensor]:
