@@ -38,6 +38,36 @@ ABOUT = ("refused", "fault", "positions", "attention", "stays", "videos")
 are counted, what layers do but attend to every token before, rows that always stay, whether videos
 were tested too."""
 
+_NEWLINES = "its rows hold newlines or separators ({}), so its first image is refused"
+_GPU = "vLLM has no class of it for CPUs ({})"
+_REMOTE = "its processor comes as code with the weights ({})"
+
+UNTESTED = {
+    "BailingMoeV3VLForConditionalGeneration": _REMOTE.format("bailing_moe_v3_vl.py"),
+    "BeeForConditionalGeneration": _NEWLINES.format("llava_onevision.py, image_newline"),
+    "DeepseekOCR2ForCausalLM": _NEWLINES.format("deepseek_ocr2.py, view_seperator"),
+    "DeepseekOCRForCausalLM": _NEWLINES.format("deepseek_ocr.py, image_newline"),
+    "DeepseekV41ForCausalLM": _GPU.format("models/deepseek_v41"),
+    "DeepseekVLV2ForCausalLM": _NEWLINES.format("deepseek_vl2.py, image_newline"),
+    "Dots3NoteForCausalLM": _GPU.format("models/dots3_note"),
+    "GLM4VForCausalLM": _NEWLINES.format("glm4v.py, boi and eoi"),
+    "KananaVForConditionalGeneration": _REMOTE.format("kanana_v.py"),
+    "KimiK3ForConditionalGeneration": _GPU.format("models/kimi_k3"),
+    "MiniCPMO": _REMOTE.format("minicpmo.py"),
+    "MiniCPMV": _REMOTE.format("minicpmv.py"),
+    "MiniMaxM3SparseForConditionalGeneration": _GPU.format("models/minimax_m3"),
+    "MolmoForCausalLM": _REMOTE.format("molmo.py"),
+    "OpenCUAForConditionalGeneration": "vLLM's own processor of it has no image processor under "
+    "transformers 5.19 (opencua.py, OpenCUAProcessor)",
+    "OpenVLAForActionPrediction": "vLLM builds its towers in their full size alone (openvla.py)",
+    "Phi3VForCausalLM": _NEWLINES.format("phi3v.py, sub_GN and glb_GN"),
+    "Phi4MMForCausalLM": _NEWLINES.format("phi4mm.py, sub_GN and glb_GN"),
+    "Qwen4ExpForConditionalGeneration": _GPU.format("models/qwen4_exp"),
+    "RForConditionalGeneration": _NEWLINES.format("llava_onevision.py, image_newline"),
+    "UnlimitedOCRForCausalLM": _NEWLINES.format("deepseek_ocr.py, image_newline"),
+}
+"""Architectures of vLLM -> why no test runs them, as its source says it."""
+
 Entry = dict[str, Any]
 
 
@@ -134,6 +164,9 @@ def list_architectures(checked: dict[str, Any]) -> None:
         entry.pop("family", None)
         if name in ARCHITECTURES:
             entry["family"] = True
+        entry.pop("untested", None)
+        if name in UNTESTED:
+            entry["untested"] = UNTESTED[name]
 
 
 def _sees(model: Any) -> bool:
@@ -216,7 +249,8 @@ def page(checked: Mapping[str, Any]) -> str:
         "calculation by hand, `keep=1.0` with the plain model, batches with single prompts, and "
         "conversations that go on from a cache with such that are read again. Videos were tested "
         "where the table says so.\n"
-        "- **generic, not tested**: pruned likewise, but no test runs it.\n"
+        "- **generic, not tested**: pruned likewise, but no test runs it. Where it is known why, the "
+        "table of vLLM says it, and which models will be refused.\n"
         "- **refused**: an error says why.",
         "**Positions** are those that the decoder reads on the unpruned prompt; kept tokens keep "
         "theirs. **Particular** are layers that do otherwise than attend to every token before. In "
@@ -235,7 +269,9 @@ def page(checked: Mapping[str, Any]) -> str:
             f"{sum(bool(entry.get('family')) for entry in of_vllm)} are first class: tests compare "
             "kept tokens and answers in vLLM's engine with transformers. "
             f"{sum('checked' in entry and not entry.get('family') for entry in of_vllm)} more "
-            "were checked [without a family](serving.md#any-other-architecture) in the same way.",
+            "were checked [without a family](serving.md#any-other-architecture) in the same way, "
+            "or, where vLLM alone has them, with its plain engine, which is handed the kept rows at "
+            "their own positions.",
             architectures_table(checked),
         ]
     return "\n\n".join(parts) + "\n"

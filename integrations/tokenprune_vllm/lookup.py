@@ -64,33 +64,32 @@ def _of_no_family(names: Sequence[str], config: dict[str, Any], model: str) -> A
     UnsupportedModelError
         If vLLM is not there to be asked, does not know it, or it takes no images.
     """
-    known = ", ".join(sorted(ARCHITECTURES))
     called = f"{model} has the architecture {', '.join(names)}"
+    if config.get("is_encoder_decoder"):
+        raise UnsupportedModelError(
+            f"{called}, which has an encoder for its text, where visual tokens cannot be dropped. "
+            "Serve it with vLLM alone."
+        )
     try:
         registry = _registry()
     except ImportError as error:
         raise UnsupportedModelError(
-            f"{called}, which is none of those that tokenprune knows ({known}), and vLLM cannot be "
-            f"asked about it: {error}. Install vLLM."
+            f"{called}, which is of no family that tokenprune knows, and vLLM cannot be asked "
+            f"about it: {error}. Install vLLM."
         ) from error
     found = [name for name in names if name in registry.models]
     if not found and _in_transformers(names, config):
         found = [_through_transformers(config)]
     if not found:
         raise UnsupportedModelError(
-            f"{called}, which the installed vLLM does not know. Install a release that does, or "
-            f"the plugin that brings it. Of a family: {known}."
+            f"{called}, which the installed vLLM does not know. Install a release of vLLM that "
+            "does, or the plugin that brings it. `tokenprune models` lists what was tested."
         )
     register_every()  # this process may have loaded our plugin before the one that brought it
     info = registry.models[found[0]].inspect_model_cls()
     if info is None or not info.supports_multimodal or info.supports_multimodal_raw_input_only:
         raise UnsupportedModelError(
             f"{called}, which reads no images or videos as tokens, so there is nothing to prune. "
-            "Serve it with vLLM alone."
-        )
-    if config.get("is_encoder_decoder"):
-        raise UnsupportedModelError(
-            f"{called}, which has an encoder for its text, where visual tokens cannot be dropped. "
             "Serve it with vLLM alone."
         )
     axes = {len(section) for section in rope_sections(config)}
@@ -100,6 +99,25 @@ def _of_no_family(names: Sequence[str], config: dict[str, Any], model: str) -> A
             "one axis or three. Prune the model in transformers, or serve it with vLLM alone."
         )
     return Architecture(PREFIX + found[0], mrope=None, family=False)
+
+
+def brings_code(config: dict[str, Any]) -> bool:
+    """Say whether a model's config is read by a Python file that comes with its weights.
+
+    vLLM runs such a file only where it was told to trust it.
+
+    Parameters
+    ----------
+    config
+        The config as plain JSON types.
+    """
+    if "AutoConfig" not in (config.get("auto_map") or {}):
+        return False
+    from transformers import CONFIG_MAPPING
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    kind = config.get("model_type")
+    return kind not in CONFIG_MAPPING and kind not in _CONFIG_REGISTRY
 
 
 def register_every() -> None:

@@ -109,6 +109,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         pruning_overrides,
         read_config,
     )
+    from tokenprune_vllm.lookup import brings_code
     from tokenprune_vllm.settings import KEY
 
     check_plugin()
@@ -136,6 +137,12 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         methods,
         only_tokenprune=arguments.allow_request_keep and not trusts,
     )
+    if not _has(more, "--trust-remote-code") and brings_code(config):
+        raise ConfigError(
+            f"the config of {arguments.model} is read by Python code that comes with its weights, "
+            "which vLLM runs only when it is told to trust it. Read that code; if you trust it, "
+            "add --trust-remote-code."
+        )
     if arguments.allow_request_keep and not trusts:
         more.append("--trust-request-mm-kwargs")
     if model != arguments.model and _value(more, "--served-model-name") is None:
@@ -254,6 +261,11 @@ def _value(more: Sequence[str], name: str) -> str | None:
         if given.replace("_", "-") == name:
             return value if equals else following
     return None
+
+
+def _has(more: Sequence[str], name: str) -> bool:
+    """Say whether one of vLLM's arguments, which it also takes with underscores, is given."""
+    return any(argument.partition("=")[0].replace("_", "-") == name for argument in more)
 
 
 def _has_own_command() -> bool:

@@ -97,6 +97,19 @@ def test_results_are_merged(tmp_path: Path) -> None:
     assert "| `AriaForConditionalGeneration` | checked | 0.32.0 |" in page
 
 
+def test_why_nothing_was_tested_is_said_until_it_is() -> None:
+    known: dict[str, Any] = {
+        "date": "2026-01-01",
+        "listed": "5.24.0",
+        "listed_vllm": "0.32.0",
+        "transformers": {},
+        "vllm": {"Phi3VForCausalLM": {"untested": "it has newlines"}},
+    }
+    assert "| generic, not tested |  | it has newlines |" in SCRIPT.page(known)
+    known["vllm"]["Phi3VForCausalLM"]["checked"] = ["0.32.0"]
+    assert "it has newlines" not in SCRIPT.page(known)
+
+
 def test_the_script_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "models.xml"
     file.write_text(JUNIT)

@@ -60,6 +60,8 @@ class _Family:
         The text of the special tokens IMAGE, VIDEO, START and END.
     image, video
         What stands for one in a prompt, for both engines; no video where a family takes none.
+    audio
+        Likewise a sound, where vLLM alone is asked about one.
     processor
         (tokenizer, config) -> transformers' processor.
     changes
@@ -80,6 +82,7 @@ class _Family:
     image: str
     processor: Any
     video: str | None = None
+    audio: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     begins: bool = False
     opening: str = ""
@@ -1024,6 +1027,12 @@ def _pixels(generator: np.random.Generator, size: tuple[int, int]) -> NDArray[np
     return (colours + generator.integers(0, 32, (height, width, 3))).astype(np.uint8)
 
 
+def sound(number: int, seconds: float = 0.5, rate: int = 16000) -> NDArray[np.float32]:
+    """Return noise, always the same for a number: float32 [seconds * rate]."""
+    generator = np.random.default_rng([2, number])
+    return generator.normal(0, 0.1, int(seconds * rate)).astype(np.float32)
+
+
 def prompt(family: str, kinds: str, words: int = 3) -> str:
     """Return the text of a prompt, its placeholders not yet expanded.
 
@@ -1035,7 +1044,7 @@ def prompt(family: str, kinds: str, words: int = 3) -> str:
     family
         One of FAMILIES.
     kinds
-        ``i`` an image, ``v`` a video, ``t`` a few words, each ``t`` other words.
+        ``i`` an image, ``v`` a video, ``a`` a sound, ``t`` a few words, each ``t`` other words.
     words
         How many words each ``t`` stands for.
     """
@@ -1047,6 +1056,8 @@ def prompt(family: str, kinds: str, words: int = 3) -> str:
             parts += [f"w{WORDS[(start + word) % len(WORDS)]}" for word in range(words)]
         elif kind == "i":
             parts.append(rules.image)
+        elif kind == "a" and rules.audio is not None:
+            parts.append(rules.audio)
         elif rules.video is None:
             raise ValueError(f"{family} takes no videos")
         else:

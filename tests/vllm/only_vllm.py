@@ -72,6 +72,8 @@ class OnlyVllm:
         Of the Python file with its config, "" where vLLM has that: `CODE`, or another one.
     images
         How many vLLM takes in a prompt.
+    hears
+        Whether it takes videos, and sound.
     positions
         Those that kept tokens have.
     engine
@@ -84,6 +86,7 @@ class OnlyVllm:
     folder: dict[str, Any]
     code: str = ""
     images: int = 2
+    hears: bool = False
     positions: str = "original"
     engine: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
@@ -163,6 +166,7 @@ _INTERNVL = {
     "image": "<image>",
     "processor": None,
 }
+
 
 def _of_transformers(
     kind: str,
@@ -282,7 +286,8 @@ def _pixtral(tokenizer: Any, config: Any) -> Any:
     patch, merged = config.vision_config.patch_size, config.spatial_merge_size
     side = patch * merged
     images = tf.PixtralImageProcessor(
-        size={"longest_edge": 64}, patch_size={"height": side, "width": side}
+        size={"longest_edge": config.vision_config.image_size},
+        patch_size={"height": side, "width": side},
     )
     return tf.PixtralProcessor(images, tokenizer, patch_size=patch, spatial_merge_size=merged)
 
@@ -311,6 +316,65 @@ def _blip_2(tokenizer: Any, config: Any) -> Any:
     side = config.vision_config.image_size
     images = tf.BlipImageProcessor(size={"height": side, "width": side})
     return tf.Blip2Processor(images, tokenizer, num_query_tokens=config.num_query_tokens)
+
+
+def _omni(kind: str, name: str, rope: dict[str, Any], architecture: str = "") -> OnlyVllm:
+    """Return a model that also hears: of it vLLM runs the part that writes text, the thinker."""
+    ids = {"audio_token_id": 188, "audio_start_token_id": 189, "audio_end_token_id": 190}
+    ids |= {"vision_start_token_id": START, "vision_end_token_id": END}
+    images = grids("Qwen2_5_VL")
+
+    def config() -> Any:
+        text = {
+            "rope_parameters": rope,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        }
+        # Published configs say them; transformers does not know them.
+        vision = {"image_size": 32, "apply_vit_abs_pos_embed": True}
+        vision |= {"deepstack_visual_indexes": [0, 1]}
+        over = {"text_config": text, "vision_config": vision, "audio_config": {"output_dim": WIDTH}}
+        made = getattr(tf, f"{name}Config")()
+        made.thinker_config = OtherType({}, over | ids).tiny(f"{kind}_thinker").build()
+        made.architectures = [architecture or f"{name}ForConditionalGeneration"]
+        return made
+
+    def processor(tokenizer: Any, config: Any) -> Any:
+        thinker = config.thinker_config
+        seen = images(tokenizer, thinker)
+        return getattr(tf, f"{name}Processor")(
+            seen.image_processor,
+            seen.video_processor,
+            tf.WhisperFeatureExtractor(feature_size=thinker.audio_config.num_mel_bins),
+            tokenizer,
+        )
+
+    return OnlyVllm(
+        config,
+        {
+            "tokens": PADS,
+            "image": ONE_PAD,
+            "video": "<|vision_start|><|video_pad|><|vision_end|>",
+            "audio": "<|audio_start|><|audio_pad|><|audio_end|>",
+            "processor": processor,
+            "more": {188: "<|audio_pad|>", 189: "<|audio_start|>", 190: "<|audio_end|>"},
+            "named": {
+                "image_token": "<|image_pad|>",
+                "video_token": "<|video_pad|>",
+                "audio_token": "<|audio_pad|>",
+                "vision_bos_token": "<|vision_start|>",
+                "vision_eos_token": "<|vision_end|>",
+                "audio_bos_token": "<|audio_start|>",
+                "audio_eos_token": "<|audio_end|>",
+            },
+        },
+        hears=True,
+        engine={
+            "limit_mm_per_prompt": {"image": 2, "video": 1, "audio": 1},
+            "max_model_len": 8192,  # videos are large, whatever their processor is told
+            "num_gpu_blocks_override": 128,
+        },
+    )
 
 
 ONLY_VLLM: dict[str, OnlyVllm] = {
@@ -363,7 +427,12 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             },
         },
         {
-            "tokens": ("<|media_placeholder|>", "<|video_pad|>", "<|media_begin|>", "<|media_end|>"),
+            "tokens": (
+                "<|media_placeholder|>",
+                "<|video_pad|>",
+                "<|media_begin|>",
+                "<|media_end|>",
+            ),
             "image": "<|media_begin|><|media_placeholder|><|media_end|>",
             "processor": _qwen_images(),
         },
@@ -563,6 +632,11 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "image": "[IMG]",
             "processor": _pixtral,
         },
+        {
+            "vision_config": {"image_size": 64},
+            "text_config": {"tie_word_embeddings": False},
+            "tie_word_embeddings": False,
+        },
         architecture="LightOnOCRForConditionalGeneration",
     ),
     "step_vl": OnlyVllm(
@@ -604,6 +678,13 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
         },
         images=1,
         positions="compact",
+    ),
+    "qwen2_5_omni": _omni("qwen2_5_omni", "Qwen2_5Omni", {"mrope_section": [6, 5, 5]}),
+    "qwen2_5_omni_model": _omni(
+        "qwen2_5_omni", "Qwen2_5Omni", {"mrope_section": [6, 5, 5]}, "Qwen2_5OmniModel"
+    ),
+    "qwen3_omni_moe": _omni(
+        "qwen3_omni_moe", "Qwen3OmniMoe", {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
     ),
 }
 """Name -> what is particular to it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from tests.vllm import checkpoints
 from tests.vllm.checkpoints import WORDS
 from tests.vllm.engines import answer, engine, greedy, kept
 from tests.vllm.only_vllm import ONLY_VLLM
+from tests.vllm.other_types import WIDTH
 from tests.vllm.plain import PlainEngine, random_weights
 from tests.vllm.test_any_architecture import METHODS, architecture_in, in_a_process, record
-from tests.vllm.test_families import KEEP, STEP, Case, request
+from tests.vllm.test_families import KEEP, STEP, Case
 from tokenprune.registry import build
 from tokenprune.selecting import select
 from tokenprune.tokens import VisualTokens
@@ -41,13 +41,18 @@ def cases(name: str) -> list[Case]:
         Case("tit", (8,), {"method": "divprune", "keep": 1.0}),
         Case("ttt", ()),
     ]
+    if ONLY_VLLM[name].hears:
+        found += [
+            Case("tait", (20,), {"method": "divprune"}),
+            Case("taivt", (21, 22), {"method": "divprune", "keep": 0.3}),
+            Case("vtait", (23, 24), {"method": "random", "keep": 7}),
+            Case("tat", ()),
+        ]
     return [case for case in found if len(case.pictures) <= ONLY_VLLM[name].images]
 
 
 @contextmanager
-def start_here(
-    name: str, folder: Path, method: str | None, **options: Any
-) -> Iterator[Any]:
+def start_here(name: str, folder: Path, method: str | None, **options: Any) -> Iterator[Any]:
     """Start the engine in this process, with weights that are always the same."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     registry._run_in_subprocess = lambda function: function()
@@ -71,11 +76,16 @@ def start_here(
             keep,
             load_format="dummy",
             distributed_executor_backend="uni",
-            limit_mm_per_prompt={"image": only.images, "video": 0, "audio": 0},
             max_num_seqs=8,
             trust_remote_code=bool(only.code),
             **pruned,
-            **{"max_model_len": 512, "num_gpu_blocks_override": 64, **only.engine, **options},
+            **{
+                "max_model_len": 512,
+                "num_gpu_blocks_override": 64,
+                "limit_mm_per_prompt": {"image": only.images, "video": 0, "audio": 0},
+                **only.engine,
+                **options,
+            },
         ) as llm,
     ):
         yield llm
@@ -84,6 +94,7 @@ def start_here(
 def by_hand(name: str, folder: Path) -> Answers:
     """Return what the plain engine answers to the prompts of `cases`, and which rows they have."""
     answers: Answers = []
+    differ = 0
     with start_here(
         name,
         folder,
@@ -99,18 +110,38 @@ def by_hand(name: str, folder: Path) -> Answers:
             if case.whole or not case.pictures:
                 answers.append((case, whole.answered, []))
                 continue
-            chosen = [
-                select(
-                    VisualTokens((1, 1, len(rows)), is_picture=False, embeddings=rows[:, :64]),
-                    build(asked["method"], {}),
-                    asked["keep"],
-                ).kept.tolist()
-                for rows in whole.rows
+            kinds = [kind for kind in case.kinds if kind != "t"]
+            stays = [
+                range(len(rows)) if kind == "a" else choose(rows, asked["method"], asked["keep"])
+                for kind, rows in zip(kinds, whole.rows, strict=True)
             ]
-            assert all(len(of_item) < len(rows) for of_item, rows in zip(chosen, whole.rows))
-            answers.append((case, plain.ask_pruned(whole, chosen, compact), chosen))
-            print(case, whole.ids.tolist(), chosen, answers[-1][1], whole.answered, flush=True)
+            answered = plain.ask_pruned(whole, stays, compact)
+            differ += answered != whole.answered
+            chosen = [
+                list(of_item) for kind, of_item in zip(kinds, stays, strict=True) if kind != "a"
+            ]
+            answers.append((case, answered, chosen))
+    assert differ, "no answer would have been another one without pruning"
     return answers
+
+
+def choose(rows: torch.Tensor, method: str, keep: Any) -> list[int]:
+    """Return which rows [n, D] of an image or video stay."""
+    tokens = VisualTokens((1, 1, len(rows)), is_picture=False, embeddings=rows[:, :WIDTH])
+    kept: list[int] = select(tokens, build(method, {}), keep).kept.tolist()
+    assert len(kept) < len(rows)
+    return kept
+
+
+def request(name: str, case: Case) -> dict[str, Any]:
+    """Return a case as vLLM takes it."""
+    images, videos = case.media()
+    made = checkpoints.vllm_request(name, case.kinds, images, videos)
+    if "a" in case.kinds:
+        made["multi_modal_data"]["audio"] = [(checkpoints.sound(sum(case.pictures)), 16000)]
+    if case.asked:
+        made["mm_processor_kwargs"] = {"tokenprune": case.asked}
+    return made
 
 
 def check(name: str, folder: Path, expected: Answers) -> None:

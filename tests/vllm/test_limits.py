@@ -70,6 +70,10 @@ def test_engine_args_refuse(
             "installed vLLM does not know",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "reads no images or videos"),
+        (
+            {"architectures": ["BartForConditionalGeneration"], "is_encoder_decoder": True},
+            "has an encoder for its text",
+        ),
     ],
 )
 def test_models_that_cannot_be_pruned_are_refused(
@@ -266,6 +270,21 @@ def serve_command(*words: str) -> list[str]:
     arguments, more = parser.parse_known_args(words)
     arguments.more = more
     return serve.server_command(arguments)
+
+
+def test_serve_asks_before_it_runs_code_of_a_checkpoint(tmp_path: Path) -> None:
+    config = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = (str(tmp_path), "--method=uniform", "--keep=4")
+    serve_command(*words)
+    auto_map = {"AutoConfig": "configuration.RemoteConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    with pytest.raises(ConfigError, match="add --trust-remote-code"):
+        serve_command(*words)
+    assert "--trust_remote_code" in serve_command(*words, "--trust_remote_code")
+    known = {**config, "auto_map": auto_map, "model_type": "qwen2_vl"}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    serve_command(*words)
 
 
 def settings_in(command: list[str]) -> dict[str, Any]:

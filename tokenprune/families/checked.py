@@ -27,7 +27,7 @@ OWN_FUNCTION = {
 Entry = Mapping[str, Any]
 """What is known of one model: the releases under which tests ``checked`` it, and under which it is
 ``refused`` or the engine itself has a ``fault``, with the reason; its ``positions``, what is
-particular to its ``attention``, rows that ``stay``."""
+particular to its ``attention``, rows that ``stay``; and why it is ``untested``."""
 
 
 def read_checked() -> dict[str, Any]:
@@ -78,6 +78,7 @@ def notes(entry: Entry) -> str:
     parts = [
         entry.get("attention", ""),
         entry.get("stays", ""),
+        "" if "checked" in entry else entry.get("untested", ""),
         *(f"{release} fails itself: {why}" for release, why in sorted(fault.items())),
     ]
     return "; ".join(part for part in parts if part)
