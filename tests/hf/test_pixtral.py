@@ -240,7 +240,7 @@ def test_show_refuses_what_is_no_picture(monkeypatch: pytest.MonkeyPatch) -> Non
     model = siglip()
 
     class Inputs(dict[str, Any]):
-        def to(self, _device: Any) -> Inputs:
+        def to(self, _device: Any, _dtype: Any) -> Inputs:
             return self
 
     ids = torch.tensor([[BOS, *[IMAGE] * 35, 7]])
