@@ -12,6 +12,7 @@ from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, reason_of
 from tokenprune.families.any import GIVEN, check_given
+from tokenprune.families.registry import FAMILIES
 from tokenprune.providers import model_path
 from tokenprune.registry import find
 from tokenprune_vllm.lookup import architecture_of
@@ -112,6 +113,8 @@ def pruning_overrides(
         needs = find(name).needs  # raises where there is none of that name
         if not architecture.family:
             check_given(name, needs, GIVEN, architecture.engine_name)
+        elif config.get("model_type") in FAMILIES:
+            FAMILIES[config["model_type"]].check_attends(name, needs)
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}
     if pruning.positions == "original" and not architecture.mrope:
         # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.

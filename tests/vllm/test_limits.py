@@ -84,6 +84,14 @@ def test_models_that_cannot_be_pruned_are_refused(
         tokenprune_vllm.engine_args(tmp_path, "uniform", 4)
 
 
+def test_attention_is_not_looked_for_in_towers_that_end_in_convolutions(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="ends in convolutions"):
+        tokenprune_vllm.engine_args(tmp_path, "uniform", 4, request_methods=["cls-attention"])
+    assert tokenprune_vllm.engine_args(tmp_path, "uniform", 4)
+
+
 def test_an_encoder_of_text_is_refused(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

@@ -125,10 +125,26 @@ class Family:
         UnsupportedModelError
             Naming what it needs.
         """
-        if "cls_attention" in needs and not self.attends:
+        self.check_attends(method, needs)
+
+    @classmethod
+    def check_attends(cls, method: str, needs: Sequence[str]) -> None:
+        """Raise if a method looks at attention that the family's towers do not have.
+
+        Parameters
+        ----------
+        method, needs
+            See `check_needs`; no config is looked at.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Saying so.
+        """
+        if "cls_attention" in needs and not cls.attends:
             raise UnsupportedModelError(
                 f"method {method!r} looks at the attention of the vision tower, and that of a "
-                f"{self.config.model_type} ends in convolutions, in which no token attends to "
+                f"{', '.join(cls.model_types)} ends in convolutions, in which no token attends to "
                 "another. Use a method that needs features or embeddings, such as information or "
                 "zeroth-order (see `tokenprune methods`)."
             )
