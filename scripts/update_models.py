@@ -249,8 +249,8 @@ def page(checked: Mapping[str, Any]) -> str:
         "calculation by hand, `keep=1.0` with the plain model, batches with single prompts, and "
         "conversations that go on from a cache with such that are read again. Videos were tested "
         "where the table says so.\n"
-        "- **generic, not tested**: pruned likewise, but no test runs it. Where it is known why, the "
-        "table of vLLM says it, and which models will be refused.\n"
+        "- **generic, not tested**: pruned likewise, but no test runs it. Where it is known why, "
+        "the table of vLLM says it, and which models will be refused.\n"
         "- **refused**: an error says why.",
         "**Positions** are those that the decoder reads on the unpruned prompt; kept tokens keep "
         "theirs. **Particular** are layers that do otherwise than attend to every token before. In "
@@ -270,8 +270,8 @@ def page(checked: Mapping[str, Any]) -> str:
             "kept tokens and answers in vLLM's engine with transformers. "
             f"{sum('checked' in entry and not entry.get('family') for entry in of_vllm)} more "
             "were checked [without a family](serving.md#any-other-architecture) in the same way, "
-            "or, where vLLM alone has them, with its plain engine, which is handed the kept rows at "
-            "their own positions.",
+            "or, where vLLM alone has them, with its plain engine, which is handed the kept rows "
+            "at their own positions.",
             architectures_table(checked),
         ]
     return "\n\n".join(parts) + "\n"

@@ -331,7 +331,7 @@ def _omni(kind: str, name: str, rope: dict[str, Any], architecture: str = "") ->
             "tie_word_embeddings": False,
         }
         # Published configs say them; transformers does not know them.
-        vision = {"image_size": 32, "apply_vit_abs_pos_embed": True}
+        vision: dict[str, Any] = {"image_size": 32, "apply_vit_abs_pos_embed": True}
         vision |= {"deepstack_visual_indexes": [0, 1]}
         over = {"text_config": text, "vision_config": vision, "audio_config": {"output_dim": WIDTH}}
         made = getattr(tf, f"{name}Config")()
@@ -402,41 +402,6 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "processor": _qwen_images(frames=1),
         },
         _DOTS,
-    ),
-    "opencua": OnlyVllm(
-        {
-            "architectures": ["OpenCUAForConditionalGeneration"],
-            "model_type": "opencua",
-            "media_placeholder_token_id": IMAGE,
-            "text_config": {"model_type": "qwen2", **TEXT},
-            "vision_config": {
-                "model_type": "qwen2_5_vl",
-                "hidden_size": 64,
-                "out_hidden_size": 64,
-                "intermediate_size": 96,
-                "depth": 2,
-                "num_heads": 2,
-                "patch_size": 4,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "window_size": 16,
-                "fullatt_block_indexes": [1],
-                "hidden_act": "silu",
-                "in_channels": 3,
-                "tokens_per_second": 2,
-            },
-        },
-        {
-            "tokens": (
-                "<|media_placeholder|>",
-                "<|video_pad|>",
-                "<|media_begin|>",
-                "<|media_end|>",
-            ),
-            "image": "<|media_begin|><|media_placeholder|><|media_end|>",
-            "processor": _qwen_images(),
-        },
-        CODE,
     ),
     "eagle_2_5_vl": OnlyVllm(
         {

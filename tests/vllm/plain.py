@@ -27,14 +27,19 @@ def random_weights() -> Iterator[None]:
     """Let vLLM, told ``load_format="dummy"``, fill each parameter by a seed made of its name."""
 
     def fill(_loader: Any, model: Any, _config: Any) -> None:
+        names = [name for name, _ in model.named_parameters()]
+        # Where embeddings rate the next token, too, large ones would always say the last one again.
+        embedding = 1.0 if any("lm_head" in name for name in names) else 0.2
         for name, parameter in model.named_parameters():
             if not parameter.is_floating_point():
                 continue
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
-                wide = "embed" in name or "gate." in name or "lm_head" in name
-                noise *= 1.0 if wide else parameter[0].numel() ** -0.5
+                if "embed" in name:
+                    noise *= embedding
+                elif "gate." not in name and "lm_head" not in name:
+                    noise *= parameter[0].numel() ** -0.5
             else:
                 noise = 0.1 * noise + float("bias" not in name)
             parameter.data.copy_(noise)

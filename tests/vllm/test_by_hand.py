@@ -63,7 +63,7 @@ def start_here(name: str, folder: Path, method: str | None, **options: Any) -> I
     keep = KEEP if method else None
     plain_mm = custom_ops.onednn_mm
 
-    def onednn_mm(handler: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+    def onednn_mm(handler: Any, x: torch.Tensor, bias: Any) -> Any:
         """vLLM's towers hand transposed tensors to linear layers, which is fine on a GPU."""
         return plain_mm(handler, x.contiguous(), bias)
 
