@@ -1,10 +1,11 @@
 """Models of any type: pruned without a family of their own, by what transformers says of all.
 
 Every model whose forward takes ``mm_encoder_outputs`` can be handed the rows that stay, and counts
-its own positions on the unpruned prompt. Where the tower and the projector are is not known, nor
-how rows lie in a picture, unless the inputs tell a grid. So an item is what the encoder returns as
-one entry (an image, a tile, or all images of a prompt), and methods that look at embeddings or at
-nothing run.
+its own positions on the unpruned prompt. Nobody said how rows lie in a picture, unless the inputs
+tell a grid, so an item is what the encoder returns as one entry (an image, a tile, or all images of
+a prompt). Methods that look at embeddings or at nothing run. What else they look at, features,
+attention and projector, is found by running the encoder on noise (`tokenprune_hf.tracing`), or
+refused with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import hashlib
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,13 +25,24 @@ from torch.utils.hooks import RemovableHandle
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.families.any import AnyFamily, has_mrope, told_grid
+from tokenprune.families.any import (
+    TRACED,
+    USE_ANOTHER,
+    AnyFamily,
+    found_projector,
+    has_mrope,
+    told_grid,
+)
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
+from tokenprune.tower.any_attention import check_lengths
 from tokenprune.tower.layouts import Grid
+from tokenprune.tower.model_projector import ModelProjector
 from tokenprune.tower.structure import of_noise, same
+from tokenprune.tower.tracing import NotFoundError, Way
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
+from tokenprune_hf.tracing import Behind, Tracer, looked_at, watching
 from tokenprune_hf.vision import (
     ROWS_ELSEWHERE,
     Container,
@@ -89,10 +103,23 @@ class AnyModel(VisionModel):
         causal = not {"token_type_ids", "mm_token_type_ids"} & set(taken)
         # Positions on three axes are asked of the model, and nothing here counts them.
         causal = causal and not has_mrope(model.config)
-        super().__init__(model, AnyFamily(model.config, causal=causal))
+        family = AnyFamily(model.config, causal=causal)
+        super().__init__(model, family)
+        self._tracer = Tracer(model, model.get_decoder())
+        if self._tracer.layers and model.config.model_type not in LINE_ENDS:
+            family.given |= TRACED
         self._pictures_of: dict[bytes, list[Tensor]] = {}
+        self._behind_of: dict[bytes, Behind] = {}
+        self._sound: tuple[list[Behind], list[Behind]] = ([], [])
+        self._found_projectors: dict[str, tuple[Way, ModelProjector]] = {}
         self._expected = _Expected()
         self._arrived = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what knows this model's own modules: a copy finds it in its own."""
+        tracer = Tracer(self.model, self.model.get_decoder())
+        own: dict[str, Any] = {"_behind_of": {}, "_found_projectors": {}, "_sound": ([], [])}
+        return {**super().__getstate__(), "_tracer": tracer, **own}
 
     # Positions ---------------------------------------------------------------------------------
 
@@ -190,19 +217,34 @@ class AnyModel(VisionModel):
 
     def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once; see `VisionModel.encode`."""
-        output, entries = self._run(inputs.modality, inputs.arguments)
+        traced = TRACED & set(needs)
+        behind = self._behind(inputs, traced) if traced else None
+        with ExitStack() as stack:
+            seen = None
+            if behind is not None:
+                seen = stack.enter_context(watching(behind.way, "cls_attention" in traced))
+            output, entries = self._run(inputs.modality, inputs.arguments)
         rows = torch.cat(entries)
         container = self.container(output)
         sizes = self._sizes(inputs, entries)
         with torch.no_grad():
             grids = self._grids(inputs, sizes)
+            pictures = self._pictures(inputs, rows, sizes)
+            more: Mapping[str, Any] = {}
+            if behind is not None and seen is not None:
+                self._check_found(behind, pictures, traced)
+                more = looked_at(behind, seen, traced)
             items = [
-                Item(own, self._tokens(rows, own, grid, f"{inputs.modality} {number}"))
-                for number, (own, grid) in enumerate(
-                    zip(self._pictures(inputs, rows, sizes), grids, strict=True)
-                )
+                Item(own, self._tokens(rows, own, grid, f"{inputs.modality} {number}", more))
+                for number, (own, grid) in enumerate(zip(pictures, grids, strict=True))
                 if len(own)
             ]
+            if behind is not None and "projector" in traced:
+                projector = self._found_projector(inputs.modality, behind)
+                items = [
+                    replace(item, tokens=replace(item.tokens, projector=projector))
+                    for item in items
+                ]
         if not items:
             raise UnsupportedModelError(
                 f"the encoder of {type(self.model).__name__} returns the same {len(rows)} rows for "
@@ -214,6 +256,67 @@ class AnyModel(VisionModel):
         deepstack = [torch.cat(entries_of(layer)) for layer in layers]
         stacked = isinstance(_rows_in(output, container), Tensor)
         return EncodedModality(rows, sizes, stacked, deepstack, items, container=container)
+
+    # What stands behind rows --------------------------------------------------------------------
+
+    def _behind(self, inputs: EncoderInputs, needs: Collection[str]) -> Behind:
+        """Return what stands behind the rows of images of these sizes.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If what is needed could not be found.
+        """
+        layout = _layout(inputs, ())
+        if layout not in self._behind_of:
+
+            def run() -> Tensor:
+                return torch.cat(self._run(inputs.modality, of_noise(inputs.arguments))[1])
+
+            try:
+                with torch.no_grad():
+                    self._behind_of[layout], _ = self._tracer.behind(run)
+            except NotFoundError as error:
+                raise self._not_found(needs, str(error)) from error
+        behind = self._behind_of[layout]
+        if "cls_attention" in needs and behind.unscored:
+            raise self._not_found(["cls_attention"], behind.unscored)
+        return behind
+
+    def _check_found(
+        self, behind: Behind, pictures: Sequence[Tensor], needs: Collection[str]
+    ) -> None:
+        """Raise unless tokens were found behind every row that holds something of the pixels."""
+        scored = "cls_attention" in needs
+        if behind in self._sound[scored]:
+            return  # to look at it waits for the device
+        if bool((behind.places.tokens[torch.cat(list(pictures))] < 0).any()):
+            raise self._not_found(
+                needs, "some rows are made otherwise than by the projector that was found"
+            )
+        if scored and behind.lengths is not None:
+            try:
+                for of_picture in pictures:
+                    check_lengths(behind.lengths, behind.places.tokens[of_picture])
+            except NotFoundError as error:
+                raise self._not_found(["cls_attention"], str(error)) from error
+        self._sound[scored].append(behind)
+
+    def _not_found(self, needs: Collection[str], why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"this method looks at {', '.join(sorted(needs))}, which tokenprune did not find in "
+            f"{type(self.model).__name__}: {why}. {USE_ANOTHER}"
+        )
+
+    def check_projector(self, selector: Selector) -> None:
+        """Leave the projector to the first call, which finds it."""
+
+    def _found_projector(self, modality: str, behind: Behind) -> ModelProjector:
+        way, known = self._found_projectors.get(modality, (None, None))
+        if known is None or way is not behind.way:
+            known = found_projector(behind.way)
+            self._found_projectors[modality] = behind.way, known
+        return known
 
     def _run(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Any, list[Tensor]]:
         """Return what the encoder returns, and its rows [n, D] for each entry."""
@@ -284,7 +387,12 @@ class AnyModel(VisionModel):
         ]
 
     def _tokens(
-        self, rows: Tensor, of_picture: Tensor, grid: Grid | None, label: str
+        self,
+        rows: Tensor,
+        of_picture: Tensor,
+        grid: Grid | None,
+        label: str,
+        more: Mapping[str, Tensor],
     ) -> VisualTokens:
         if grid is not None and math.prod(grid) != len(of_picture):
             grid = None  # some rows are structure
@@ -293,6 +401,11 @@ class AnyModel(VisionModel):
             embeddings=self.as_read(rows[of_picture]),
             is_picture=grid is not None,
             label=label,
+            # The heads come first, and rows last.
+            **{
+                name: value[of_picture] if name == "features" else value[:, of_picture]
+                for name, value in more.items()
+            },
         )
 
     # Rows that are no part of a picture --------------------------------------------------------

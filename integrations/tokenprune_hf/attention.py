@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.tower.tracing import OUTPUTS
 from tokenprune_hf.watching import watch_input, watch_output
 
 _CHOOSE_ANOTHER = (
@@ -93,7 +94,8 @@ class SeenAttention:
         The attention module that was watched.
     projected
         What its projections put out: ``query`` and ``key`` [B, P, H * d], or ``fused``
-        [P, 3 * H * d].
+        [P, 3 * H * d]; where it is checked, ``value`` likewise, and ``output``, what goes into the
+        last projection.
     arguments
         What it was called with, by parameter name.
     """
@@ -123,6 +125,15 @@ class SeenAttention:
         """The mask that the module was called with."""
         mask: Tensor | None = self.arguments.get("attention_mask")
         return mask
+
+    @property
+    def value(self) -> Tensor:
+        """[B, H, P, d]."""
+        batch, heads, tokens, _ = self.query.shape
+        if "fused" in self.projected:
+            fused = self.projected["fused"].reshape(batch, tokens, 3, heads, -1)
+            return fused[:, :, 2].transpose(1, 2)
+        return self.projected["value"].reshape(batch, tokens, heads, -1).transpose(1, 2)
 
     @cached_property
     def _query_and_key(self) -> tuple[Tensor, Tensor]:
@@ -199,22 +210,67 @@ def watch_attention(attention: Any) -> Iterator[SeenAttention]:
         `k_norm` after them), or with a fused `qkv`.
     """
     seen = SeenAttention(attention)
-    signature = inspect.signature(attention.forward)
-
-    def arguments(args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
-        seen.arguments = dict(signature.bind(*args, **kwargs).arguments)
-        seen.arguments.update(seen.arguments.pop("kwargs", {}))
-
     with ExitStack() as hooks:
-        hooks.enter_context(watch_input(attention, arguments))
-        if getattr(attention, "qkv", None) is not None:
-            watched = {"fused": attention.qkv}
-        else:
-            watched = {
-                "query": getattr(attention, "q_norm", attention.q_proj),
-                "key": getattr(attention, "k_norm", attention.k_proj),
-            }
-        for name, module in watched.items():
+        hooks.enter_context(watch_input(attention, _keep_arguments(attention, lambda: seen)))
+        for name, module in _projections(attention).items():
             keep = functools.partial(seen.projected.__setitem__, name)
             hooks.enter_context(watch_output(module, keep))
         yield seen
+
+
+@contextmanager
+def watch_runs(attention: Any, checked: bool) -> Iterator[list[SeenAttention]]:
+    """Watch each run of one attention module while the block runs.
+
+    Parameters
+    ----------
+    attention
+        See `watch_attention`.
+    checked
+        Whether to see what `tokenprune.tower.any_attention.check_attention` asks for, too.
+    """
+    runs: list[SeenAttention] = []
+
+    def another() -> SeenAttention:
+        runs.append(SeenAttention(attention))
+        return runs[-1]
+
+    watched = _projections(attention)
+    if checked and "fused" not in watched:
+        watched["value"] = attention.v_proj
+    last = next((getattr(attention, name, None) for name in OUTPUTS if hasattr(attention, name)), 0)
+    with ExitStack() as hooks:
+        hooks.enter_context(watch_input(attention, _keep_arguments(attention, another)))
+        for name, module in watched.items():
+            hooks.enter_context(
+                watch_output(module, lambda put, n=name: runs[-1].projected.__setitem__(n, put))
+            )
+        if checked and isinstance(last, nn.Module):
+            hooks.enter_context(
+                watch_input(last, lambda args, _: runs[-1].projected.setdefault("output", args[0]))
+            )
+        yield runs
+
+
+def _projections(attention: Any) -> dict[str, nn.Module]:
+    """Return the modules whose outputs are q and k, or all in one."""
+    if getattr(attention, "qkv", None) is not None:
+        return {"fused": attention.qkv}
+    return {
+        "query": getattr(attention, "q_norm", attention.q_proj),
+        "key": getattr(attention, "k_norm", attention.k_proj),
+    }
+
+
+def _keep_arguments(
+    attention: Any, seen: Callable[[], SeenAttention]
+) -> Callable[[tuple[object, ...], dict[str, Any]], None]:
+    """Return what keeps, by name, the arguments with which an attention is called."""
+    signature = inspect.signature(attention.forward)
+
+    def arguments(args: tuple[object, ...], kwargs: dict[str, Any]) -> None:
+        own = seen()
+        own.arguments = dict(signature.bind(*args, **kwargs).arguments)
+        own.arguments.update(own.arguments.pop("kwargs", {}))
+
+    return arguments

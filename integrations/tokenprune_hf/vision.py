@@ -175,6 +175,10 @@ class VisionModel:
             self._projectors[modality] = ModelProjector(module, lambda: layers_of(module), around)
         return self._projectors[modality]
 
+    def check_projector(self, selector: Selector) -> None:
+        """Raise if a method does not work with the projector; see `Selector.check_projector`."""
+        selector.check_projector(self.projector("image"))
+
     def scoring_layer(self, inputs: EncoderInputs) -> nn.Module:
         """Return the attention module of the layer whose output is the feature.
 
@@ -516,4 +520,4 @@ def check_selector(selector: Selector, vision: VisionModel) -> None:
     vision.family.check_needs(selector.name, selector.needs)
     selector.check_model(vision.model.config)
     if "projector" in selector.needs:
-        selector.check_projector(vision.projector("image"))
+        vision.check_projector(selector)

@@ -50,8 +50,9 @@ class Architecture:
             through = ""
         return (
             f"{through}{self.engine_name} is of no known family: methods that look at embeddings, "
-            "at the question or at nothing run on it, and an image or video is pruned as one row "
-            "of tokens."
+            "at the question or at nothing run on it, and those that look at features, attention "
+            "or the projector if these are found in its tower. An image or video is pruned as one "
+            "row of tokens."
         )
 
     @property

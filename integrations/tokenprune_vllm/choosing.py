@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
@@ -13,6 +13,7 @@ from vllm.logger import init_logger
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError
+from tokenprune.families.any import TRACED, AnyFamily, found_projector
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
 from tokenprune.question.prompt import ItemPrompt, loose_rows
@@ -27,7 +28,6 @@ from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_calls import Item
 from tokenprune_vllm.reading import LanguageModel
 from tokenprune_vllm.scoring import (
-    Watched,
     all_heads,
     entrance_of,
     keep_weights_plain,
@@ -36,6 +36,7 @@ from tokenprune_vllm.scoring import (
     watch,
 )
 from tokenprune_vllm.settings import ServerSettings
+from tokenprune_vllm.tracing import Tracer, decoder_of
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
 
@@ -74,12 +75,17 @@ class Chooser:
             name: replace(settings.default, method=name, options=dict(options)).selector()
             for name, options in settings.methods.items()
         }
+        needs = {need for selector in self._selectors.values() for need in selector.needs}
+        self._tracer: Tracer | None = None
+        if isinstance(family, AnyFamily) and TRACED & needs:
+            self._tracer = Tracer(model, TRACED & needs, family.config)
+            if self._tracer.layers:
+                family.given |= TRACED
         for selector in self._selectors.values():
             family.check_needs(selector.name, selector.needs)
-        needs = {need for selector in self._selectors.values() for need in selector.needs}
         self.attention_name = "none"
         self._attention: nn.Module | None = None
-        if "cls_attention" in needs:
+        if "cls_attention" in needs and family.known:
             tower = family.tower(model, "image")
             self.attention_name, self._attention = scoring_layer(tower)
             self._has_cls = family.has_cls(tower)
@@ -88,6 +94,9 @@ class Chooser:
         self._projector: ModelProjector | None = None
         if projector is not None and "projector" in needs:
             self._projector = _readable(projector, family)
+        elif "projector" in needs:
+            # Which of them is a projector is not known before weights are loaded.
+            keep_weights_plain(model, besides=decoder_of(model))
         self._language_model: LanguageModel | None = None
         if "query_attention" in needs:
             self._language_model = LanguageModel(model, family, vllm_config)
@@ -96,12 +105,37 @@ class Chooser:
             if self._projector is not None and "projector" in selector.needs:
                 selector.check_projector(self._projector)
 
-    def watching(self) -> AbstractContextManager[Watched]:
+    def find(self, run: Callable[[], list[Tensor]]) -> None:
+        """Find, in a model of no family, what the methods look at behind the rows.
+
+        Parameters
+        ----------
+        run
+            Encodes noise, and returns its rows [n, D] item by item.
+
+        Raises
+        ------
+        UnsupportedModelError, OptionError
+            If it could not be found, or a method does not work with it.
+        """
+        if self._tracer is None or self._tracer.way is not None:
+            return
+        self._tracer.find(lambda: torch.cat([rows[:, : self._width] for rows in run()]))
+        way = self._tracer.way
+        readers = [one for one in self._selectors.values() if "projector" in one.needs]
+        if way is not None and readers:
+            self._projector = found_projector(way, plain_linear)
+            for selector in readers:
+                selector.check_projector(self._projector)
+
+    def watching(self) -> AbstractContextManager[Any]:
         """Collect what `choose` needs while the encoder runs in the block."""
+        if self._tracer is not None:
+            return self._tracer.watching()
         return watch(self._entrance, self._attention)
 
     def choose(
-        self, items: Sequence[Item], rows: list[Tensor], watched: Watched
+        self, items: Sequence[Item], rows: list[Tensor], watched: Any
     ) -> list[list[Selection]]:
         """Return one selection for each segment of each item; none where the item is not pruned.
 
@@ -127,7 +161,7 @@ class Chooser:
                 groups.setdefault(item.ticket.pruning.to_json(), []).append(index)
         if not groups:
             return selections
-        seen = self._seen(items, watched)
+        seen = self._seen(items, rows, watched)
         # Items of one method and budget are chosen from together.
         for members in groups.values():
             pruning = cast(PruningConfig, items[members[0]].ticket.pruning)
@@ -152,7 +186,7 @@ class Chooser:
         return selections
 
     def _seen(
-        self, items: Sequence[Item], watched: Watched
+        self, items: Sequence[Item], rows: Sequence[Tensor], watched: Any
     ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         """Return features [rows, C] and attention [H, rows] of each item, where they are known."""
         media = [item.ticket.medium for item in items if item.ticket.medium is not None]
@@ -161,6 +195,8 @@ class Chooser:
                 "vLLM handed over a caller's own embeddings together with images to encode, which "
                 "tokenprune cannot tell apart. Send them in requests of their own."
             )
+        if self._tracer is not None:
+            return self._tracer.looked_at(watched, rows, self._width)
         if self._entrance is None:
             return [(None, None)] * len(items)
         attention = None

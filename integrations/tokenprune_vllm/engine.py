@@ -11,7 +11,6 @@ from typing import Any
 from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, reason_of
-from tokenprune.families.any import GIVEN, check_given
 from tokenprune.families.registry import FAMILIES
 from tokenprune.providers import model_path
 from tokenprune.registry import find
@@ -111,9 +110,7 @@ def pruning_overrides(
     settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
     for name in settings.methods:
         needs = find(name).needs  # raises where there is none of that name
-        if not architecture.family:
-            check_given(name, needs, GIVEN, architecture.engine_name)
-        elif config.get("model_type") in FAMILIES:
+        if config.get("model_type") in FAMILIES:
             FAMILIES[config["model_type"]].check_attends(name, needs)
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}
     if pruning.positions == "original" and not architecture.mrope:

@@ -6,6 +6,7 @@ language model reads it (`positions`, `prompt_positions`).
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,6 @@ from tokenprune_vllm.choosing import Chooser, logger
 from tokenprune_vllm.encoder_calls import EncoderCall, Item
 from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
 from tokenprune_vllm.prompt_positions import item_positions, prompt_positions
-from tokenprune_vllm.scoring import Watched
 from tokenprune_vllm.settings import ServerSettings
 
 _NOISES = 4
@@ -115,6 +115,8 @@ class Pruner:
         """Encode the items of one call and return the rows of each that stay."""
         kept: list[Tensor] = []
         for items, of_items in EncoderCall(arguments).runs(self._most_rows):
+            if items[0].ticket.visual:
+                self.chooser.find(functools.partial(_encode_noise, encode, of_items))
             with self.chooser.watching() as watched:
                 rows = list(encode(**of_items))
             self._check_rows(items, rows, encode, of_items)
@@ -167,7 +169,7 @@ class Pruner:
         self._checked.add(modality)
 
     @torch.inference_mode()
-    def _prune(self, items: Sequence[Item], rows: list[Tensor], watched: Watched) -> list[Tensor]:
+    def _prune(self, items: Sequence[Item], rows: list[Tensor], watched: Any) -> list[Tensor]:
         """Return the kept rows of each item, and count the time."""
         start = time.perf_counter()
         selections = self.chooser.choose(items, rows, watched)
@@ -315,3 +317,9 @@ class Pruner:
         if self._offsets is None:
             return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
         return prompt_positions(self._model.engine_positions, tokens, features)
+
+
+@torch.inference_mode()
+def _encode_noise(encode: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Return the rows of each item, if the encoder is given noise of the same sizes."""
+    return list(encode(**of_noise(arguments)))

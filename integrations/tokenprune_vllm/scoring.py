@@ -182,8 +182,9 @@ def plain_linear(layer: Any) -> Any:
     return SimpleNamespace(weight=weight, bias=bias)
 
 
-def keep_weights_plain(projector: nn.Module) -> None:
+def keep_weights_plain(projector: nn.Module, besides: nn.Module | None = None) -> None:
     """Ask vLLM's CPU backend not to repack the projector's matrices, which selectors read."""
+    apart = set() if besides is None else set(besides.modules())
     for layer in projector.modules():
-        if isinstance(layer, LinearBase):
+        if isinstance(layer, LinearBase) and layer not in apart:
             layer._cpu_skip_gemm_dispatch = True  # vLLM's own mark, read when weights are loaded

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 import tokenprune_hf
+from tests.hf import types
 from tests.hf.models import IMAGE, Tiny
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.registry import FAMILIES
@@ -371,7 +372,7 @@ def test_hiding_is_refused() -> None:
 
 
 def test_methods_that_look_at_what_is_not_known_are_refused() -> None:
-    model = model_of("lighton_ocr")
+    model = types.model_of("fuyu")  # it has no tower
     for method in ("cls-attention", "zeroth-order", "feature-norm"):
         with pytest.raises(UnsupportedModelError, match="such as information, divprune or uniform"):
             tokenprune_hf.prune(model, method, keep=4)

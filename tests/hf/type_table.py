@@ -78,6 +78,8 @@ class Type:
 SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 WHOLE = {**SECTIONS, "partial_rotary_factor": 1.0}
 MROPE = {"text_config": {"rope_parameters": SECTIONS}}
+LAST_SEES_ALL = {"vision_config": {"fullatt_block_indexes": [1]}}
+"""A tower of two layers, the last of which sees more than windows, as in the real models."""
 MM = ("mm_token_type_ids",)
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "rope_parameters": WHOLE}
 """One layer with a state over all tokens, and one that attends."""
@@ -153,7 +155,7 @@ PINPOINTS = {
 TYPES: dict[str, Type] = {
     # packed patches of any size, with their grids
     "qwen2_vl": Type(grids(), MROPE, MM),
-    "qwen2_5_vl": Type(grids(), MROPE, MM),
+    "qwen2_5_vl": Type(grids(), {**MROPE, **LAST_SEES_ALL}, MM),
     "qwen3_vl": Type(grids(), {**MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}}, MM),
     "qwen3_vl_moe": Type(
         grids(), {**MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}}, MM
@@ -177,8 +179,8 @@ TYPES: dict[str, Type] = {
         },
         (*MM, "moe_mm_token_type_ids"),
     ),
-    "exaone4_5": Type(grids(), hides=False),
-    "hyperclovax_vision_v2": Type(grids()),
+    "exaone4_5": Type(grids(), LAST_SEES_ALL, hides=False),
+    "hyperclovax_vision_v2": Type(grids(), LAST_SEES_ALL),
     "video_llama_3": Type(merge_sizes),
     "kimi_k25": Type(
         grids(3, 4, 4),

@@ -29,6 +29,14 @@ from tokenprune.families.registry import FAMILIES
 from tokenprune_vllm.architectures import ARCHITECTURES
 
 METHODS = ("divprune", "uniform", "random", "information")
+_ALL = ("feature-norm", "cls-attention", "zeroth-order")
+LOOKING = {
+    **dict.fromkeys(("own_llava", "skywork_chat", "cosmos3_omni"), _ALL),
+    # Of a class of transformers, q and k do not pass where vLLM's own towers have them.
+    **dict.fromkeys(("lighton_ocr", "glmga"), ("feature-norm", "zeroth-order")),
+}
+"""Types with towers of known kinds (CLIP, InternViT, Qwen3-VL's, Pixtral's, GLM's), and methods that
+look at what has to be found in them: features, attention, projector."""
 READERS = {"own_llava": ("flexselect", "relevant-information")}
 PLUGIN = Path(__file__).parent / "plugin"
 
@@ -53,6 +61,12 @@ def cases(name: str) -> list[Case]:
         Case("tit", (8,), {"method": "divprune", "keep": 1.0}),
         Case("ttt", ()),
     ]
+    looking = {
+        "feature-norm": Case("tit", (17,), {"method": "feature-norm"}),
+        "cls-attention": Case("titi", (18, 3), {"method": "cls-attention"}),
+        "zeroth-order": Case("tit", (4,), {"method": "zeroth-order", "keep": 0.3}),
+    }
+    found += [looking[method] for method in LOOKING.get(name, ())]
     if name in READERS:
         found += [
             Case("titit", (11, 12), {"method": "flexselect", "keep": 7}),
@@ -119,7 +133,7 @@ def pair(
 ) -> Iterator[Pair]:
     name = request.param
     folder = checkpoints.save(name, tmp_path_factory.mktemp(name) / "model")
-    methods = METHODS[1:] + READERS.get(name, ())
+    methods = METHODS[1:] + READERS.get(name, ()) + LOOKING.get(name, ())
     with plugin_installed():
         videos = {"limit_mm_per_prompt": {"image": 2, "video": 2}} if name == "own_vl" else {}
         with start(name, folder, METHODS[0], request_methods=methods, **videos) as llm:
@@ -163,7 +177,8 @@ def serve_and_check(name: str, folder: Path) -> None:
     hf = in_transformers(name, folder)
     expected = answers_of(hf, name)  # before vLLM changes the model's class
     options = OTHER_TYPES[name].served_with if name in OTHER_TYPES else {}
-    with start_here(name, folder, METHODS[0], METHODS[1:], **options) as llm:
+    methods = METHODS[1:] + LOOKING.get(name, ())
+    with start_here(name, folder, METHODS[0], methods, **options) as llm:
         check(Pair(name, llm, hf), expected)
 
 

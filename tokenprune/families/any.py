@@ -10,7 +10,11 @@ import torch
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family, ModelConfig
+from tokenprune.families.modules import Plain, layers_in_a_row, layers_of
 from tokenprune.tower.layouts import Grid, Medium, Segment
+from tokenprune.tower.model_projector import ModelProjector
+from tokenprune.tower.projectors import MLPProjector
+from tokenprune.tower.tracing import Chain, Way
 
 
 def rope_axes(config: Any) -> int:
@@ -48,8 +52,14 @@ def has_mrope(config: Any) -> bool:
     return rope_axes(config) > 1
 
 
-GIVEN = frozenset({"embeddings", "question", "query_attention"})
-"""The most that selectors may look at in a model of no family."""
+TRACED = frozenset({"features", "cls_attention", "projector"})
+"""What selectors look at that has to be found behind the rows; see `tokenprune.tower.tracing`."""
+
+USE_ANOTHER = (
+    "Use a method that needs embeddings or nothing, such as information, divprune or uniform (see "
+    "`tokenprune methods`)."
+)
+"""What to do where a method looks at what is not known."""
 
 
 def check_given(method: str, needs: Sequence[str], given: Collection[str], model: str) -> None:
@@ -73,9 +83,31 @@ def check_given(method: str, needs: Sequence[str], given: Collection[str], model
     if unknown:
         raise UnsupportedModelError(
             f"method {method!r} looks at {', '.join(unknown)}, and tokenprune does not know where "
-            f"{model} has that. Use a method that needs embeddings or nothing, such as "
-            "information, divprune or uniform (see `tokenprune methods`)."
+            f"{model} has that. {USE_ANOTHER}"
         )
+
+
+def found_projector(way: Way, plain: Plain = lambda layer: layer) -> ModelProjector:
+    """Return a projector that was found, which selectors can call and read.
+
+    Parameters
+    ----------
+    way
+        From tower to rows.
+    plain
+        See `tokenprune.families.modules.Plain`.
+    """
+    module = way.module()
+
+    def read() -> MLPProjector:
+        if isinstance(module, Chain):
+            return layers_in_a_row(module.parts, plain)
+        mlp = layers_of(module, plain)
+        if mlp.first.weight.shape[1] != way.width:
+            raise LookupError("its first layer is given a part of what makes a token")
+        return mlp
+
+    return ModelProjector(module, read, way.around)
 
 
 def told_grid(config: Any, patches: Sequence[int], rows: int) -> Grid | None:
@@ -124,7 +156,7 @@ class AnyFamily(Family):
         super().__init__(config)
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
-        self.given = {"embeddings", "question"}  # of `GIVEN`
+        self.given = {"embeddings", "question"}  # engines add what they find
         if causal and not mrope:
             # The prompt that the first layers read is counted token by token.
             self.given.add("query_attention")

@@ -145,6 +145,41 @@ def layers_of(projector: Any, plain: Plain = lambda layer: layer) -> MLPProjecto
     )
 
 
+def layers_in_a_row(parts: Sequence[nn.Module], plain: Plain = lambda layer: layer) -> MLPProjector:
+    """Return the layers of a projector whose modules run one after the other.
+
+    They are a norm or none, a linear layer and, after an activation, another one.
+
+    Parameters
+    ----------
+    parts
+        Its modules.
+    plain
+        See `Plain`.
+
+    Raises
+    ------
+    UnsupportedModelError, AttributeError, LookupError, ValueError
+        See `layers_of`.
+    """
+    linear = ("in_features", "input_size")  # of torch, of vLLM
+    places = [n for n, part in enumerate(parts) if any(hasattr(part, name) for name in linear)]
+    first, *more = places or [len(parts)]
+    if first > 1 or len(parts) != first + (3 if more else 1):
+        raise LookupError("its modules are others")
+    entrance = plain(parts[first])
+    norm = parts[0] if first else None
+    if norm is not None and "norm" not in type(norm).__name__.lower():
+        raise LookupError("its modules are others")
+    return MLPProjector(
+        first=entrance,
+        activation=parts[first + 1] if more else None,
+        second=plain(parts[first + 2]) if more else None,
+        norm=norm,
+        norm_groups=1 if norm is None else _parts(norm, entrance),
+    )
+
+
 def _parts(norm: Any, first: Any) -> int:
     """Return how many equal parts of a linear layer's input are normalised each on its own."""
     gain = getattr(norm, "weight", None)  # Gemma 4's norm has none
