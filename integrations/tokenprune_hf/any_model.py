@@ -106,7 +106,7 @@ class AnyModel(VisionModel):
         family = AnyFamily(model.config, causal=causal)
         super().__init__(model, family)
         self._tracer = Tracer(model, model.get_decoder())
-        if self._tracer.layers and model.config.model_type not in LINE_ENDS:
+        if self._tracer.layers and model.config.model_type not in (*LINE_ENDS, *PROJECTED_LATER):
             family.given |= TRACED
         self._pictures_of: dict[bytes, list[Tensor]] = {}
         self._behind_of: dict[bytes, Behind] = {}
@@ -392,7 +392,7 @@ class AnyModel(VisionModel):
         of_picture: Tensor,
         grid: Grid | None,
         label: str,
-        more: Mapping[str, Tensor],
+        more: Mapping[str, Any],
     ) -> VisualTokens:
         if grid is not None and math.prod(grid) != len(of_picture):
             grid = None  # some rows are structure

@@ -235,6 +235,9 @@ def watch_runs(attention: Any, checked: bool) -> Iterator[list[SeenAttention]]:
         runs.append(SeenAttention(attention))
         return runs[-1]
 
+    def keep(name: str, output: Tensor) -> None:
+        runs[-1].projected[name] = output
+
     watched = _projections(attention)
     if checked and "fused" not in watched:
         watched["value"] = attention.v_proj
@@ -242,9 +245,7 @@ def watch_runs(attention: Any, checked: bool) -> Iterator[list[SeenAttention]]:
     with ExitStack() as hooks:
         hooks.enter_context(watch_input(attention, _keep_arguments(attention, another)))
         for name, module in watched.items():
-            hooks.enter_context(
-                watch_output(module, lambda put, n=name: runs[-1].projected.__setitem__(n, put))
-            )
+            hooks.enter_context(watch_output(module, functools.partial(keep, name)))
         if checked and isinstance(last, nn.Module):
             hooks.enter_context(
                 watch_input(last, lambda args, _: runs[-1].projected.setdefault("output", args[0]))

@@ -172,6 +172,24 @@ def test_the_projector_makes_rows_of_the_features(kind: str) -> None:
         torch.testing.assert_close(projected[in_item], rows[in_item], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.every_model
+@pytest.mark.parametrize("kind", named("muse_glimmer", "qwen3_vl"))
+def test_a_video_is_followed_after_an_image(kind: str) -> None:
+    model = types.model_of(kind)
+    inputs = types.video_prompt(kind, model)
+    vision = AnyModel(model)
+    for given in vision.encoder_inputs(inputs):
+        with torch.no_grad():
+            items = vision.encode(given, NEEDS).items
+        rows = torch.cat(types.encoded(model, inputs, given.modality)[1])
+        for item in items:
+            tokens: Any = item.tokens
+            assert tokens.cls_attention.shape[1] == len(item.rows)
+            with torch.no_grad():
+                projected = tokens.projector(tokens.features)
+            torch.testing.assert_close(projected, rows[item.rows], rtol=1e-4, atol=1e-5)
+
+
 REFUSED = {
     "step3p7": "not put together of the tokens",  # convolutions that overlap
     "got_ocr2": "not put together of the tokens",

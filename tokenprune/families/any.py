@@ -101,7 +101,7 @@ def found_projector(way: Way, plain: Plain = lambda layer: layer) -> ModelProjec
 
     def read() -> MLPProjector:
         if isinstance(module, Chain):
-            return layers_in_a_row(module.parts, plain)
+            return layers_in_a_row(list(module.parts), plain)
         mlp = layers_of(module, plain)
         if mlp.first.weight.shape[1] != way.width:
             raise LookupError("its first layer is given a part of what makes a token")

@@ -10,7 +10,7 @@ alone is tried on tokens in another order. What cannot be followed so is not fou
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -444,7 +444,7 @@ def _way(calls: Sequence[Call], layer: Layer, norm: nn.Module | None, steps: Seq
     return replace(way, width=width)
 
 
-def _last_step(calls: Sequence[Call], wanted: Tensor, besides: Collection[int]) -> Step | None:
+def _last_step(calls: Sequence[Call], wanted: Tensor, besides: Set[int]) -> Step | None:
     """Return the outermost module that returns `wanted` [n, C], each made of its own entries."""
     tried: set[int] = set(besides)
     # An outer module returns after those inside.
@@ -474,7 +474,8 @@ def _row_by_row(module: nn.Module, calls: Sequence[Call]) -> Step | None:
         return None
     if given.data_ptr() == returned.data_ptr() and given.shape == returned.shape:
         return None  # it does nothing
-    tail = tuple(given.shape[1:]) if isinstance(module, nn.Conv2d | nn.Conv3d) else ()
+    convolves = hasattr(module, "in_channels") and hasattr(module, "kernel_size")  # vLLM's, too
+    tail = tuple(given.shape[1:]) if convolves else ()
     if tail and returned[0].numel() != len(returned[0]):
         return None  # a convolution over whole pictures
     width = given[0].numel() if tail else given.shape[-1]
