@@ -270,9 +270,16 @@ def test_an_architecture_with_newlines_is_refused(
         in_a_process(ask_once, "granite4_vision", folder)
 
 
-def ask_once(name: str, folder: Path) -> None:
+@pytest.mark.every_model
+def test_features_that_are_not_found_are_refused_with_the_reason(tmp_path: Path) -> None:
+    folder = checkpoints.save("aria", tmp_path / "model")  # its rows are made of queries
+    with pytest.raises(UnsupportedModelError, match="not put together of the tokens"):
+        in_a_process(ask_once, "aria", folder, "feature-norm")
+
+
+def ask_once(name: str, folder: Path, method: str = "uniform") -> None:
     """Ask about one image in this process."""
-    with start_here(name, folder, "uniform", ()) as llm:
+    with start_here(name, folder, method, ()) as llm:
         pair = Pair(name, llm, Reference(name, None, None))
         answer(llm, [pair.request(Case("it", (0,)))], greedy())
 
