@@ -44,6 +44,7 @@ from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
 from tokenprune_hf.tracing import Behind, Tracer, looked_at, watching
 from tokenprune_hf.vision import (
+    PROJECTED_LATER,
     ROWS_ELSEWHERE,
     Container,
     EncodedModality,

@@ -35,7 +35,7 @@ LOOKING = {
     # Of a class of transformers, q and k do not pass where vLLM's own towers have them.
     **dict.fromkeys(("lighton_ocr", "glmga"), ("feature-norm", "zeroth-order")),
 }
-"""Types with towers of known kinds (CLIP, InternViT, Qwen3-VL's, Pixtral's, GLM's), and methods that
+"""Types with towers of known kinds (CLIP, InternViT, Qwen3-VL's, Pixtral's, GLM's) -> methods that
 look at what has to be found in them: features, attention, projector."""
 READERS = {"own_llava": ("flexselect", "relevant-information")}
 PLUGIN = Path(__file__).parent / "plugin"
