@@ -74,6 +74,8 @@ class OnlyVllm:
         How many vLLM takes in a prompt.
     hears
         Whether it takes videos, and sound.
+    enlarged
+        By how much pictures are larger than others', where each token is many pixels.
     positions
         Those that kept tokens have.
     engine
@@ -87,6 +89,7 @@ class OnlyVllm:
     code: str = ""
     images: int = 2
     hears: bool = False
+    enlarged: int = 1
     positions: str = "original"
     engine: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
@@ -572,6 +575,45 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
         },
         _STEP,
         engine=_LONG,
+    ),
+    # transformers has it too, and its processor resizes otherwise.
+    "muse_glimmer": OnlyVllm(
+        {
+            "architectures": ["MuseGlimmerForConditionalGeneration"],
+            "model_type": "muse_glimmer",
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "text_config": {
+                **TEXT,
+                "model_type": "muse_glimmer_text",
+                "vocab_size": 195,
+                "max_position_embeddings": 8192,
+                "sliding_window": 64,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "no_rope_layers": [1, 0],
+            },
+            "vision_config": {
+                "model_type": "muse_glimmer_vision",
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "output_dim": 256,
+                "adapter_dim": 96,
+            },
+        },
+        {
+            "tokens": ("<|patch|>", "<|video|>", "<|image_start|>", "<|image_end|>"),
+            "image": "<|patch|>",
+            "processor": None,
+            "more": dict(
+                enumerate(
+                    ("<|image|>", "<|vid_start|>", "<|vid_end|>", "<|vid_frame_separator|>"), 190
+                )
+            ),
+        },
+        enlarged=4,
+        engine={**_LONG, "num_gpu_blocks_override": 288},  # sliding layers have blocks of their own
     ),
     "keye": OnlyVllm(
         {"architectures": ["KeyeForConditionalGeneration"], "model_type": "Keye", **_KEYE},

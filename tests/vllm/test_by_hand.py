@@ -136,6 +136,8 @@ def choose(rows: torch.Tensor, method: str, keep: Any) -> list[int]:
 def request(name: str, case: Case) -> dict[str, Any]:
     """Return a case as vLLM takes it."""
     images, videos = case.media()
+    times = ONLY_VLLM[name].enlarged
+    images = [one.resize((times * one.width, times * one.height)) for one in images]
     made = checkpoints.vllm_request(name, case.kinds, images, videos)
     if "a" in case.kinds:
         made["multi_modal_data"]["audio"] = [(checkpoints.sound(sum(case.pictures)), 16000)]
