@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.tower.tracing import OUTPUTS
+from tokenprune.tower.tracing import APART, OUTPUTS
 from tokenprune_hf.watching import watch_input, watch_output
 
 _CHOOSE_ANOTHER = (
@@ -240,7 +240,7 @@ def watch_runs(attention: Any, checked: bool) -> Iterator[list[SeenAttention]]:
 
     watched = _projections(attention)
     if checked and "fused" not in watched:
-        watched["value"] = attention.v_proj
+        watched["value"] = _apart(attention)[2]
     last = next((getattr(attention, name, None) for name in OUTPUTS if hasattr(attention, name)), 0)
     with ExitStack() as hooks:
         hooks.enter_context(watch_input(attention, _keep_arguments(attention, another)))
@@ -257,10 +257,17 @@ def _projections(attention: Any) -> dict[str, nn.Module]:
     """Return the modules whose outputs are q and k, or all in one."""
     if getattr(attention, "qkv", None) is not None:
         return {"fused": attention.qkv}
+    query, key, _ = _apart(attention)
     return {
-        "query": getattr(attention, "q_norm", attention.q_proj),
-        "key": getattr(attention, "k_norm", attention.k_proj),
+        "query": getattr(attention, "q_norm", query),
+        "key": getattr(attention, "k_norm", key),
     }
+
+
+def _apart(attention: Any) -> list[nn.Module]:
+    """Return the modules that make q, k and v."""
+    names = next(names for names in APART if hasattr(attention, names[0]))
+    return [getattr(attention, name) for name in names]
 
 
 def _keep_arguments(

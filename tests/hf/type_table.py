@@ -625,7 +625,7 @@ TYPES: dict[str, Type] = {
         },
         hides=False,
     ),
-    "qwen2_5_omni_thinker": Type(grids(), {**OMNI, "vision_config": {}}, around=([START], [END])),
+    "qwen2_5_omni_thinker": Type(grids(), {**OMNI, **LAST_SEES_ALL}, around=([START], [END])),
     "qwen3_omni_moe_thinker": Type(grids(), OMNI, around=([START], [END])),
     # codes, queries, patches without a tower
     "apertus1p5": Type(

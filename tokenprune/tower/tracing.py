@@ -133,13 +133,16 @@ class Layer:
 OUTPUTS = ("out_proj", "o_proj", "projection_layer", "proj")
 """What towers call the last projection of an attention."""
 
+APART = (("q_proj", "k_proj", "v_proj"), ("q", "k", "v"))
+"""What they call those that make q, k and v (Qwen2.5-Omni's the second)."""
+
 FUSED = ("qkv", "qkv_proj")
 """What they call the one that makes q, k and v."""
 
 
 def is_attention(module: Any) -> bool:
     """Say whether a module is an attention with its projections under the usual names."""
-    apart = all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj"))
+    apart = any(all(hasattr(module, name) for name in names) for names in APART)
     fused = any(isinstance(getattr(module, name, None), nn.Module) for name in FUSED)
     last = any(isinstance(getattr(module, name, None), nn.Module) for name in OUTPUTS)
     return last and (apart or fused)
