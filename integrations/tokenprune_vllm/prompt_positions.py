@@ -23,6 +23,9 @@ from vllm.multimodal.inputs import (
 from tokenprune_vllm.processor import REGION, TICKET, Ticket
 from tokenprune_vllm.regions import Region
 
+_TEXT = 0
+"""A token id that marks no image, no video and no sound."""
+
 EnginePositions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
 """Token ids and vLLM's features -> positions [3, L], and how far the next token is from L."""
 
@@ -53,8 +56,9 @@ def item_positions(
         # Some models find each frame of a video by where its rows are.
         mm_position=PlaceholderRange(0, region.length, region.is_row),
     )
-    positions, _ = engine_positions(region.token_ids.tolist(), [feature])
-    return positions
+    # A token of text behind it: Qwen3-Omni counts the mark of an item's end together with it.
+    positions, _ = engine_positions([*region.token_ids.tolist(), _TEXT], [feature])
+    return positions[:, : region.length]
 
 
 def prompt_positions(
