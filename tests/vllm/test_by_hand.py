@@ -20,7 +20,8 @@ from tests.vllm.engines import answer, engine, greedy, kept
 from tests.vllm.only_vllm import ONLY_VLLM
 from tests.vllm.other_types import WIDTH
 from tests.vllm.plain import PlainEngine, random_weights
-from tests.vllm.test_any_architecture import METHODS, architecture_in, in_a_process, record
+from tests.vllm.processes import in_a_process
+from tests.vllm.test_any_architecture import METHODS, architecture_in, record
 from tests.vllm.test_families import KEEP, STEP, Case
 from tokenprune.registry import build
 from tokenprune.selecting import select
