@@ -27,7 +27,7 @@ class Architecture:
     mrope
         Whether the model itself counts positions on three axes; None where its config says so.
     family
-        Whether it is of a known family: all methods run on it.
+        Whether it is of a known family: how its tokens lie is known.
     """
 
     name: str
@@ -43,7 +43,10 @@ class Architecture:
     def level(self) -> str:
         """How well it is supported, in a sentence."""
         if self.family:
-            return f"{self.engine_name} is of a known family: every method runs on it."
+            return (
+                f"{self.engine_name} is of a known family: how its tokens lie is known, and the "
+                "few methods that cannot run on it are refused before the server starts."
+            )
         if self.engine_name.startswith("TransformersMultiModal"):
             through = "vLLM runs this model by its class of transformers. "
         else:

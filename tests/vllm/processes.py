@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, TypeVar
 
+import cloudpickle
 import pytest
 
 T = TypeVar("T")
@@ -73,15 +74,12 @@ def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
         return executor.submit(function, *arguments).result()
 
 
-def _run_in_subprocess(function: Callable[[], T]) -> T:
+def _run_in_subprocess(function: Callable[[], Any]) -> Any:
     """Do as vLLM's function of that name."""
-    import cloudpickle
-
     return in_a_process(_call, cloudpickle.dumps(function))
 
 
 def _call(pickled: bytes) -> Any:
-    import cloudpickle
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
