@@ -15,6 +15,7 @@ ALIKE: dict[str, str] = {
     "aya_vision": "cohere2_vision",
     "pixtral": "mistral3",
     "glm5_next": "glm4v",
+    "minicpmv4_7": "minicpmv4_6",
 }
 """Name of a tiny model (`tests.hf.models.TINY`, `tests.vllm.checkpoints.FAMILIES`) -> the other."""
 
@@ -24,6 +25,9 @@ ALIKE_IN_VLLM: dict[str, str] = {
     "qwen2_vl": "qwen2_5_vl",
     "paddleocr_vl": "glm4v",
     "lfm2_vl": "qwen3_5",
+    "minicpmv4_6": "qwen3_5",
+    "kimi_k25": "qwen2_5_vl",
+    "kimi_vl": "qwen2_5_vl",
     "cohere2_vision": "internvl",
     "llava_next_video": "llava_next",
     "llama4": "internvl",

@@ -1,11 +1,12 @@
 """Positions of pruned prompts: `original` as in the full prompt, `compact` counted anew.
 
 They are the engine's own, except on models with M-RoPE, where transformers counts as no one else
-does. The papers of Qwen2-VL and Qwen2.5-VL, their first code and vLLM put the next token one behind
-the highest position of an item, whichever axis has it. transformers puts it behind the rows and the
-columns alone: in a video with more temporal positions than rows and columns, the text then stands
-beside the frames in place of behind all of them. And where a frame's time falls on a whole
-position, transformers multiplies in float32 and vLLM in float64, which can be one apart.
+does, but for MiniCPM-V 4.7. The papers of Qwen2-VL and Qwen2.5-VL, their first code and vLLM put
+the next token one behind the highest position of an item, whichever axis has it. transformers puts
+it behind the rows and the columns alone: in a video with more temporal positions than rows and
+columns, the text then stands beside the frames in place of behind all of them. And where a frame's
+time falls on a whole position, transformers multiplies in float32 and vLLM in float64, which can be
+one apart.
 
 So that a pruned prompt has the same answer in both engines, it is counted here as vLLM counts. A
 prompt that loses no token is left to the engine, so that its answer is the plain model's.
@@ -79,7 +80,7 @@ def full_positions(
     positions: Tensor = outer._prepare_position_ids_for_generation(
         input_ids, {"input_ids": input_ids, "attention_mask": mask, **known}
     )
-    if not vision.mrope:
+    if not vision.mrope or not vision.family.text_behind_items:
         return positions
     return count_as_published(vision, arguments, encoded, placeholders, positions, mask, pruned)
 

@@ -81,6 +81,9 @@ _ONE_AXIS = (
     "LlavaNextVideoForConditionalGeneration",
     "Llama4ForConditionalGeneration",
     "Molmo2ForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "KimiK25ForConditionalGeneration",
+    "KimiVLForConditionalGeneration",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",
@@ -93,6 +96,7 @@ _THREE_AXES = (
     "Glm4vMoeForConditionalGeneration",
     "GlmOcrForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration",
+    "MiniCPMV4_7ForConditionalGeneration",
 )
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -23,6 +23,15 @@ SOUND = ("audio",)
 """vLLM's modalities that are left as they are. All others are pruned, whatever a plugin calls them:
 Kimi-K2.5 calls images and parts of videos chunks."""
 
+_GRIDS = ("grid_thws", "image_grid_hws")
+"""What Kimi-K2.5 calls frames, rows and columns of patches; Kimi-VL, which has no frames."""
+
+_SHAPES = {
+    "image": ("spatial_shapes", "tgt_sizes"),
+    "video": ("video_tgt_sizes",),
+}
+"""What LFM2-VL and MiniCPM-V call the rows and columns of patches of each picture."""
+
 _POSITIONS = {"image": "pixel_position_ids", "video": "pixel_position_ids_videos"}
 """Where Gemma 4's processor says which patch stands where."""
 
@@ -57,17 +66,19 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
     fields
         What vLLM's processor made of it.
     """
-    grid = fields.get(f"{modality}_grid_thw")
-    if isinstance(grid, Tensor) and grid.numel() == 3:
-        frames, height, width = _numbers(grid.flatten())
-        return Medium(modality, rows, grid=(frames, height, width))
+    grid = next(
+        (fields[name] for name in (f"{modality}_grid_thw", *_GRIDS) if name in fields), None
+    )
+    if isinstance(grid, Tensor) and grid.numel() in (2, 3):
+        *frames, height, width = _numbers(grid.flatten())
+        return Medium(modality, rows, grid=(frames[0] if frames else 1, height, width))
     if not family.known:
         return Medium(modality, rows)
     if isinstance(family, Molmo2):
         names = "tokens", "token_pooling", "num_crops"
         ids, pooling, crops = (fields[f"{modality}_{name}"] for name in names)
         return family.medium_of_ids(modality, ids, pooling, int(crops))
-    shapes = fields.get("spatial_shapes")  # LFM2-VL
+    shapes = next((fields[name] for name in _SHAPES.get(modality, ()) if name in fields), None)
     if shapes is not None:
         return Medium(modality, rows, len(shapes), shapes=tuple(map(tuple, shapes.tolist())))
     positions = fields.get(_POSITIONS.get(modality, ""))

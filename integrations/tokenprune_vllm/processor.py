@@ -24,7 +24,7 @@ from vllm.multimodal.inputs import (
     MultiModalSharedField,
 )
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
-from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDetails
 
 from tokenprune.budget import tokens_kept
 from tokenprune.config import PruningConfig
@@ -149,6 +149,7 @@ class PruningProcessor:
     overrides: ClassVar[tuple[str, ...]] = (
         "_get_mm_hashes",
         "_get_cache_missing_processor_kwargs",
+        "_recompute_cached_prompt_update",
         "_apply_hf_processor_main",
         "_get_mm_fields_config",
         "_get_mm_prompt_updates",
@@ -167,6 +168,10 @@ class PruningProcessor:
         self._family = family_of(config)
         self._dummies: list[tuple[str, PrunedDetails]] | None = None
         self._text_config = config.get_text_config()
+        own: Any = super()._recompute_cached_prompt_update  # type: ignore[misc]
+        plain = BaseMultiModalProcessor._recompute_cached_prompt_update
+        # MiniCPM-V, Phi-3 and Phi-4 write an item's number in front of it.
+        self._numbers_items = own.__func__ is not plain
         # M-RoPE counts an image by its sides: its positions are fewer than its tokens.
         self._counts_tokens = (
             self._server.default.positions == "original" and not self._family.mrope
@@ -189,7 +194,8 @@ class PruningProcessor:
                     algorithm,
                     mm_hash=own,
                     tokenprune=mark,
-                    **({"prompt": prompt, "place": place} if prompt else {}),
+                    **({"prompt": prompt} if prompt else {}),
+                    **({"place": place} if prompt or self._numbers_items else {}),
                 )
                 for place, own in enumerate(hashes_of)
             ]
@@ -202,6 +208,10 @@ class PruningProcessor:
         )
         asked = inputs.hf_processor_mm_kwargs.get(KEY)
         return missing if asked is None else {**missing, KEY: asked}
+
+    def _recompute_cached_prompt_update(self, cached_update: Any, new_item_idx: int) -> Any:
+        """Take a cached item's text as it is: where it has a number, the hash says which."""
+        return replace(cached_update, item_idx=new_item_idx)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         return super()._apply_hf_processor_main(mm_items, _less(hf_kwargs))  # type: ignore[misc]

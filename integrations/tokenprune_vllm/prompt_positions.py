@@ -33,7 +33,7 @@ EnginePositions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
 def item_positions(
     engine_positions: EnginePositions, ticket: Ticket, fields: Mapping[str, Any]
 ) -> Tensor:
-    """Return positions [3, L] of an item's unpruned region, from 0.
+    """Return positions [3, L] of an item's unpruned region, from those of its `anchor`.
 
     Parameters
     ----------
@@ -58,7 +58,19 @@ def item_positions(
     )
     # A token of text behind it: Qwen3-Omni counts the mark of an item's end together with it.
     positions, _ = engine_positions([*region.token_ids.tolist(), _TEXT], [feature])
-    return positions[:, : region.length]
+    positions = positions[:, : region.length]
+    first = anchor(region, ticket.pruning is not None and region.rows_move())
+    return positions - positions[:, first : first + 1]
+
+
+def anchor(region: Region, text_moves: bool) -> int:
+    """Return the column of a region from whose positions those of its rows are counted.
+
+    The first row's: MiniCPM-V 4.7 puts the mark in front of an image beside the image, but not at
+    the beginning of a prompt, where no place is left. Where the text inside travels with the rows,
+    the region's first.
+    """
+    return 0 if text_moves else int(region.is_row.nonzero()[0])
 
 
 def prompt_positions(
@@ -68,7 +80,7 @@ def prompt_positions(
 
     The unpruned prompt is put together again from the items' regions and counted by the engine.
     Of its positions those of the dropped tokens are left out. Kept tokens are all put where their
-    item begins: the rest of the way comes with the rows, once they have been chosen.
+    item's `anchor` is: the rest of the way comes with the rows, once they have been chosen.
 
     Parameters
     ----------
@@ -105,8 +117,9 @@ def prompt_positions(
 
 
 def _of_region(positions: Tensor, place: PlaceholderRange, region: Region, start: int) -> Tensor:
-    """Return positions [3, L'] of a pruned region; its text keeps its own, rows get the first."""
-    found = positions[:, start : start + 1].repeat(1, place.length)
+    """Return positions [3, L'] of a pruned region; its text keeps its own, rows get one for all."""
+    first = start + anchor(region, place.is_embed is None)
+    found = positions[:, first : first + 1].repeat(1, place.length)
     if place.is_embed is not None:
         whole = positions[:, start : start + region.length]
         found[:, ~place.is_embed] = whole[:, ~region.is_row]

@@ -1,9 +1,10 @@
 """What selectors look at, taken from vLLM's vision tower while it runs.
 
 In vLLM every tower's attention goes through one module, `MMEncoderAttention`, which is called with
-q and k. A hook on the last one that the tower has (vLLM builds no layer behind the one whose output
-is the feature) sees them; the fused kernel stays. Under tensor parallelism a rank has some of the
-heads and a part of the projector: both are gathered, so that every rank sees what one would.
+q and k; that of Idefics2 leaves it out where pictures are padded to one length, and is seen by its
+projection. A hook on the last one that the tower has (vLLM builds no layer behind the one whose
+output is the feature) sees them; the fused kernel stays. Under tensor parallelism a rank has some
+of the heads and a part of the projector: both are gathered, so that every rank sees what one would.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionAttention
 
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
 from tokenprune.families import modules
@@ -82,14 +84,17 @@ def scoring_layer(tower: nn.Module) -> tuple[str, nn.Module]:
     UnsupportedModelError
         If its attention does not go through `MMEncoderAttention`.
     """
-    found = [(n, m) for n, m in tower.named_modules() if isinstance(m, MMEncoderAttention)]
+    kinds = (MMEncoderAttention, Idefics2VisionAttention)
+    found = [(n, m) for n, m in tower.named_modules() if isinstance(m, kinds)]
     if not found:
         raise UnsupportedModelError(
             f"the vision tower {type(tower).__name__} computes its attention where tokenprune does "
             "not look, so methods that need attention cannot serve it. Choose a method that needs "
             "features or embeddings only (see `tokenprune methods`)."
         )
-    return found[-1]
+    name, last = found[-1]
+    around = dict(found).get(name.rpartition(".")[0], last)
+    return name, around
 
 
 @contextmanager
@@ -104,15 +109,26 @@ def watch(entrance: nn.Module | None, attention: nn.Module | None) -> Iterator[W
         # Towers call it by position or by name, with heads apart or in one dimension.
         query = args[0] if args else kwargs["query"]
         key = args[1] if len(args) > 1 else kwargs["key"]
-        heads = (module.num_heads, module.head_size)
-        for seen, kept in ((query, watched.seen_queries), (key, watched.seen_keys)):
-            kept.append((seen if seen.ndim == 4 else seen.unflatten(-1, heads)).transpose(1, 2))
+        keep(query, key, module.num_heads, module.head_size)
         watched.scale = float(module.scale)
+
+    def keep_projected(_module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
+        idefics: Any = attention
+        query, key, _ = output[0].chunk(3, dim=-1)
+        keep(query, key, idefics.num_heads_per_partition, idefics.head_dim)
+        watched.scale = float(idefics.scale)
+
+    def keep(query: Tensor, key: Tensor, heads: int, width: int) -> None:
+        for seen, kept in ((query, watched.seen_queries), (key, watched.seen_keys)):
+            apart = seen if seen.ndim == 4 else seen.unflatten(-1, (heads, width))
+            kept.append(apart.transpose(1, 2))
 
     with ExitStack() as hooks:
         if entrance is not None:
             hooks.callback(entrance.register_forward_pre_hook(keep_features).remove)
-        if attention is not None:
+        if isinstance(attention, Idefics2VisionAttention):
+            hooks.callback(attention.qkv_proj.register_forward_hook(keep_projected).remove)
+        elif attention is not None:
             handle = attention.register_forward_pre_hook(keep_query_and_key, with_kwargs=True)
             hooks.callback(handle.remove)
         yield watched

@@ -235,7 +235,8 @@ def greedy(
             seen = kind is not None or (name == "molmo2" and token in (START, END))
             blocks.append((0 if name == "molmo2" else block) if seen else -1)
             where.append(column)
-        if own_positions.ndim == 2 and len(where) < len(real):
+        moved = own_positions.ndim == 2 and name != "minicpmv4_7"
+        if moved and len(where) < len(real):
             own_positions = published_positions(own_ids, own_positions)
         compact = torch.arange(len(embeds)).expand(*full_positions.shape[:-2], -1)
         place = compact if positions == "compact" else own_positions[..., where]
@@ -329,7 +330,10 @@ def _engine_positions(model: Any, inputs: dict[str, Any]) -> Tensor:
     if not hasattr(getattr(model, "model", model), "get_rope_index"):
         counted: Tensor = mask.cumsum(-1) - 1
         return counted
-    names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids")
+    names = (
+        *("image_grid_thw", "video_grid_thw", "mm_token_type_ids"),
+        *("target_sizes", "target_sizes_videos"),
+    )
     known = {key: inputs[key] for key in names if key in inputs}
     positions: Tensor = model.model.get_rope_index(
         inputs["input_ids"], attention_mask=mask, **known

@@ -458,10 +458,10 @@ def _kimi_k25() -> Any:
     )
 
 
-def _minicpmv4_6() -> Any:
+def _minicpmv4_6(kind: Any = tf.MiniCPMV4_6Config, **more: Any) -> Any:
     text = {**_TEXT, **_LINEAR, "head_dim": 8, "model_type": "qwen3_5_text"}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    return tf.MiniCPMV4_6Config(
+    return kind(
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 48,
@@ -474,7 +474,13 @@ def _minicpmv4_6() -> Any:
         insert_layer_id=1,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
+        **more,
     )
+
+
+def _minicpmv4_7() -> Any:
+    marks = {"image_start_id": START, "image_end_id": END, "newline_id": EOS}
+    return _minicpmv4_6(tf.MiniCPMV4_7Config, slice_start_id=94, slice_end_id=95, **marks)
 
 
 def _idefics3() -> Any:
@@ -1038,12 +1044,26 @@ TINY: dict[str, Tiny] = {
         _nemotron_h_omni, tf.NemotronH_Omni_Reasoning_V3, _grid_hw, _NEMOTRON_VIDEO
     ),
     "paddleocr_vl": Tiny(_paddleocr_vl, tf.PaddleOCRVLForConditionalGeneration, _patches),
-    "kimi_k25": Tiny(_kimi_k25, tf.Kimi_K25ForConditionalGeneration, _patches, _KIMI_VIDEO),
+    "kimi_k25": Tiny(
+        _kimi_k25,
+        tf.Kimi_K25ForConditionalGeneration,
+        _patches,
+        _KIMI_VIDEO,
+        uneven="final_layernorm",
+    ),
     "minicpmv4_6": Tiny(
         _minicpmv4_6,
         tf.MiniCPMV4_6ForConditionalGeneration,
         _navit("pixel_values", "target_sizes"),
         _navit("pixel_values_videos", "target_sizes_videos"),
+        uneven="post_layernorm",
+    ),
+    "minicpmv4_7": Tiny(
+        _minicpmv4_7,
+        tf.MiniCPMV4_7ForConditionalGeneration,
+        _navit("pixel_values", "target_sizes"),
+        _navit("pixel_values_videos", "target_sizes_videos"),
+        uneven="post_layernorm",
     ),
     "idefics3": Tiny(
         _idefics3, tf.Idefics3ForConditionalGeneration, _idefics_tiles, uneven="post_layernorm"
@@ -1098,7 +1118,10 @@ UNATTENDING = ("gemma3n",)
 APART = tuple(name for name in TINY if name.startswith(("glm4", "glm_", "molmo2", "nemo")))
 """Those that take no call with both images and videos."""
 
-STATEFUL = ("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm2_vl", "glm5_next", "nemotron_h_omni")
+STATEFUL = (
+    *("qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "lfm2_vl", "glm5_next"),
+    "nemotron_h_omni",
+)
 """Those some of whose layers keep a state in place of keys."""
 
 
@@ -1159,7 +1182,7 @@ def prompt(tiny: Tiny, samples: list[str], words: int = 3) -> dict[str, Any]:
         [[0] * (length - len(row)) + [1] * len(row) for row in rows]
     )
     kinds = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
-    if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle", "Gemma4")):
+    if tiny.architecture.__name__.startswith(("Qwen", "Glm", "Paddle", "Gemma4", "MiniCPMV4_7")):
         inputs["mm_token_type_ids"] = kinds
     if tiny.architecture.__name__.startswith("Molmo2"):  # marks are what they stand around
         inputs["mm_token_type_ids"] = torch.isin(

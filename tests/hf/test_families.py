@@ -232,7 +232,7 @@ def test_grids_are_those_of_the_inputs(name: str, samples: list[str]) -> None:
     model, inputs = tiny.model(), prompt(tiny, samples)
     encoded = tokenprune_hf.encode(model, **inputs)
     for modality, media in encoded.modalities.items():
-        if name == "minicpmv4_6":
+        if name.startswith("minicpm"):
             sizes = inputs["target_sizes" if modality == "image" else "target_sizes_videos"]
             expected = [(1, height // 4, width // 4) for height, width in sizes.tolist()]
         else:
@@ -284,7 +284,7 @@ def scores_by_hand(name: str, model: Any, inputs: dict[str, Any]) -> list[Tensor
     layers = {**dict.fromkeys(early, 3), "qwen2_5_vl": 4}
     if name.startswith(("qwen", "glm", "paddle", "kimi")):
         return _packed_scores(name, model, maps, inputs["image_grid_thw"].tolist())
-    if name == "minicpmv4_6":  # its last layers see 2 x 2 patches as one, its tokens 2 x 2 of those
+    if name.startswith("minicpm"):  # last layers see 2 x 2 patches as one, tokens 2 x 2 of those
         grids = [[1, *(size // 2).tolist()] for size in inputs["target_sizes"]]
         return _packed_scores(name, model, maps, grids)
     # LLaVA's feature is the output of the last layer but one
@@ -368,6 +368,7 @@ def _packed_scores(
             "paddleocr_vl",
             "kimi_k25",
             "minicpmv4_6",
+            "minicpmv4_7",
         ):  # towers with patches in raster order
             patches = patches.view(height // 2, 2, width // 2, 2).transpose(1, 2)
         tokens = patches.reshape(-1, 4).mean(dim=1)

@@ -76,6 +76,10 @@ class _Family:
         Further special tokens, by id.
     dtype
         In which the weights are saved, and both engines calculate.
+    says
+        Fields that config.json has in place of those that transformers writes.
+    renamed
+        Patterns of names of weights, and what published checkpoints, which vLLM reads, say.
     """
 
     tokens: tuple[str, str, str, str]
@@ -89,6 +93,8 @@ class _Family:
     named: dict[str, str] = field(default_factory=dict)
     more: dict[int, str] = field(default_factory=dict)
     dtype: str = "float32"
+    says: dict[str, Any] = field(default_factory=dict)
+    renamed: dict[str, Any] = field(default_factory=dict)
 
 
 def _square(config: Any) -> dict[str, int]:
@@ -450,6 +456,124 @@ def _paddleocr_vl(tokenizer: Any, config: Any) -> Any:
     return tf.PaddleOCRVLProcessor(images, tokenizer)
 
 
+def _minicpm(release: str, **changes: Any) -> _Family:
+    def make(tokenizer: Any, config: Any) -> Any:
+        # Images of more pixels than 48 x 48 are sliced.
+        sizes = {"scale_resolution": 48, "patch_size": config.vision_config.patch_size}
+        return getattr(tf, f"MiniCPMV{release}Processor")(
+            image_processor=tf.MiniCPMV4_6ImageProcessor(max_slice_nums=_TILES, **sizes),
+            tokenizer=tokenizer,
+            video_processor=tf.MiniCPMV4_6VideoProcessor(max_slice_nums=1, **sizes),
+        )
+
+    marks = ("<slice>", "</slice>", "<image_id>", "</image_id>", "\n")
+    image, video, start, end = tokens = ("<|image_pad|>", "<|video_pad|>", "<image>", "</image>")
+    return _Family(
+        tokens=tokens,
+        image=image,
+        video=video,
+        processor=make,
+        changes={"text_config": _QWEN3_5.changes["text_config"], **changes},
+        named={
+            **{"image_token": image, "video_token": video},
+            **{"image_start_token": start, "image_end_token": end},
+            **{"slice_start_token": marks[0], "slice_end_token": marks[1]},
+            **{"image_id_start_token": marks[2], "image_id_end_token": marks[3]},
+        },
+        more=_more(*marks),
+        dtype="bfloat16",
+    )
+
+
+_KIMI_PIXELS: dict[str, Any] = {
+    "patch_size": 4,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+_KIMI_CHUNKS: dict[str, Any] = {
+    "media_proc_cfg": {
+        **_KIMI_PIXELS,
+        "merge_kernel_size": 2,
+        "temporal_merge_kernel_size": 4,
+        "in_patch_limit": 1024,
+        "in_patch_limit_each_frame": 1024,
+        "in_patch_limit_video": None,
+        "patch_limit_on_one_side": 32,
+        "fixed_output_tokens": None,
+    }
+}
+"""How vLLM's own processor of images, and of the chunks of videos, wants to be told."""
+
+
+def _kimi_k25(tokenizer: Any, config: Any) -> Any:
+    # No image is as large as 128 x 128, so none is resized, which the engines do differently.
+    sizes = {**_KIMI_PIXELS, "merge_size": 2, "size": {"max_height": 32, "max_width": 32}}
+    return tf.Kimi_K25Processor(
+        image_processor=tf.Kimi_K25ImageProcessor(max_patches=1024, **sizes),
+        tokenizer=tokenizer,
+        video_processor=tf.Kimi_K25VideoProcessor(
+            max_patches=1024, do_sample_frames=False, **sizes
+        ),
+    )
+
+
+_KIMI_K25 = _Family(
+    tokens=(
+        "<|media_pad|>",
+        "<|kimi_k25_video_placeholder|>",
+        "<|media_begin|>",
+        "<|media_end|>",
+    ),
+    image="<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
+    video="<|kimi_k25_video_placeholder|>",
+    processor=_kimi_k25,
+    more=_more("<|media_content|>"),
+    changes={
+        "text_config": {
+            # The only latent states that vLLM's layers take on a CPU.
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "qk_head_dim": 96,
+            "head_dim": 64,
+            "num_key_value_heads": 2,
+            # What published configs say; transformers does not ask.
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+        },
+        "vision_config": {"num_attention_heads": 4},
+    },
+    says={
+        "architectures": ["KimiK25ForConditionalGeneration"],
+        "use_unified_vision_chunk": True,
+    },
+    renamed={
+        r"^language_model\.model\.blocks\.": "language_model.model.layers.",
+        r"^model\.mm_projector\.": "mm_projector.",
+        r"^vision_tower\.encoder\.patch_embed\.": "vision_tower.patch_embed.",
+    },
+)
+
+
+_KIMI_VL = replace(
+    _KIMI_K25,
+    video=None,
+    says={},
+    renamed={
+        **_KIMI_K25.renamed,
+        r"^mm_projector\.(proj\.0|proj\.2|pre_norm)\b": lambda found: (
+            "multi_modal_projector."
+            + {"proj.0": "linear_1", "proj.2": "linear_2", "pre_norm": "pre_norm"}[found[1]]
+        ),
+    },
+)
+"""Its tower, its projector and its language model are those of Kimi-K2.5, named otherwise."""
+
+
 _FAMILIES: dict[str, _Family] = {
     "llava": _Family(
         tokens=("<image>", "<|video|>", "<|start|>", "<|end|>"),
@@ -647,6 +771,17 @@ _FAMILIES |= {
         _PIXTRAL, changes={"text_config": {"architectures": ["MistralForCausalLM"]}}
     ),
     "pixtral": _PIXTRAL,
+    "kimi_k25": _KIMI_K25,
+    "kimi_vl": _KIMI_VL,
+    "minicpmv4_6": _minicpm("4_6"),
+    "minicpmv4_7": _minicpm(
+        "4_7",
+        # What published configs say for vLLM; transformers does not ask.
+        mrope_mode="canvas",
+        slice_start_id=_VOCABULARY,
+        slice_end_id=_VOCABULARY + 1,
+        newline_id=_VOCABULARY + 4,
+    ),
 }
 
 if "molmo2" in TINY:  # since transformers 5.20
@@ -729,6 +864,7 @@ CHATS = ("internvl_chat", "skywork_chat", "h2ovl_chat")
 TRUSTED = (
     *CHATS,
     "molmo2",
+    "kimi_vl",
     *(name for name, other in OTHER_TYPES.items() if other.publish is not None),
 )
 """Types that vLLM loads with ``trust_remote_code``."""
@@ -812,18 +948,31 @@ def save(family: str, folder: Path, seed: int = 0, **changes: Any) -> Path:
                 for name, tensor in load_file(weights).items()
             }
             save_file(named, weights, {"format": "pt"})
+        tensors = load_file(weights)
+        for pattern, name in rules.renamed.items():
+            tensors = {re.sub(pattern, name, own): tensor for own, tensor in tensors.items()}
+        save_file(tensors, weights, {"format": "pt"})
         if family in OTHER_TYPES:
             OTHER_TYPES[family].place(folder, weights)
         processor = rules.processor(tokenizer, model.config)
         processor.chat_template = tokenizer.chat_template
         processor.save_pretrained(folder)
+        if family == "kimi_k25":
+            # One file for transformers' processor of images and vLLM's.
+            parts = json.loads((folder / "processor_config.json").read_text())
+            images = parts.pop("image_processor")
+            (folder / "processor_config.json").write_text(json.dumps(parts))
+            (folder / "preprocessor_config.json").write_text(json.dumps(images | _KIMI_CHUNKS))
     if family in OTHER_TYPES:
         OTHER_TYPES[family].finish(folder)
     if family == "molmo2":
         molmo.publish(folder)
-    if family in LIKE:
+    if family == "kimi_vl":
+        _write_kimi_vl(folder)
+    says = rules.says | (LIKE[family][1] if family in LIKE else {})
+    if says:
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | LIKE[family][1]))
+        (folder / "config.json").write_text(json.dumps(config | says))
     return folder
 
 
@@ -856,6 +1005,8 @@ def _change(config: Any, changes: dict[str, Any]) -> None:
 
 
 def _in_transformers(family: str) -> str:
+    if family == "kimi_vl":
+        return "kimi_k25"
     return "internvl" if family in CHATS else family
 
 
@@ -953,6 +1104,54 @@ def _original_config(config: Any) -> dict[str, Any]:
             "initializer_factor": 1.0,
         },
     }
+
+
+_KIMI_VL_PROCESSOR = """\
+from transformers import Kimi_K25Processor
+
+
+class KimiVLProcessor(Kimi_K25Processor):
+    def __init__(
+        self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None
+    ):
+        super().__init__(image_processor, tokenizer, video_processor, chat_template)
+        images = self.image_processor
+        images.merge_kernel_size = [images.merge_size, images.merge_size]
+        images.in_token_limit = images.max_patches
+
+    def __call__(self, *args, **kwargs):
+        inputs = super().__call__(*args, **kwargs)
+        if "image_grid_thw" in inputs:
+            inputs["image_grid_hws"] = inputs.pop("image_grid_thw")[:, 1:]
+        return inputs
+"""
+
+
+def _write_kimi_vl(folder: Path) -> None:
+    """Make a Kimi-VL of a Kimi-K2.5 in a folder; its processor is code of its checkpoint."""
+    config = json.loads((folder / "config.json").read_text())
+    vision = config["vision_config"]
+    vision |= {
+        "model_type": "moonvit",
+        "init_pos_emb_height": vision["pos_emb_height"],
+        "init_pos_emb_width": vision["pos_emb_width"],
+    }
+    own = {
+        "architectures": ["KimiVLForConditionalGeneration"],
+        "model_type": "kimi_vl",
+        "media_placeholder_token_id": IMAGE,
+        "text_config": config["text_config"],
+        "vision_config": vision,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(own))
+    (folder / "processing_kimi_vl.py").write_text(_KIMI_VL_PROCESSOR)
+    path = folder / "processor_config.json"
+    processor = json.loads(path.read_text()) | {
+        "processor_class": "KimiVLProcessor",
+        "auto_map": {"AutoProcessor": "processing_kimi_vl.KimiVLProcessor"},
+    }
+    path.write_text(json.dumps(processor))
 
 
 _ORIGINAL = {
@@ -1096,6 +1295,8 @@ def vllm_request(
     images, videos
         As many as `kinds` has.
     """
+    if family == "kimi_k25":
+        return _kimi_request(prompt(family, kinds, words), kinds, images, videos)
     media: dict[str, Any] = {}
     if images:
         media["image"] = list(images)
@@ -1105,6 +1306,29 @@ def vllm_request(
             (frames, {**metadata(len(frames)), "do_sample_frames": False}) for frames in videos
         ]
     return {"prompt": prompt(family, kinds, words), "multi_modal_data": media}
+
+
+def _kimi_request(
+    text: str, kinds: str, images: Sequence[Image.Image], videos: Sequence[NDArray[np.uint8]]
+) -> dict[str, Any]:
+    """Return a request with images, and videos of one chunk each, in the order of the prompt."""
+    of_kind: dict[str, Iterator[dict[str, Any]]] = {
+        "i": ({"type": "image", "image": one, "uuid": None} for one in images),
+        "v": (
+            {
+                "type": "video_chunk",
+                "video_chunk": list(map(Image.fromarray, frames)),
+                "uuid": None,
+                "prompt": "",
+                "video_idx": number,
+            }
+            for number, frames in enumerate(videos)
+        ),
+    }
+    chunks = [next(of_kind[kind]) for kind in kinds if kind in of_kind]
+    chunk = f"00:00:00.000{_KIMI_K25.image.replace('image', 'video')}"
+    text = text.replace(str(_KIMI_K25.video), chunk)
+    return {"prompt": text, "multi_modal_data": {"vision_chunk": chunks} if chunks else {}}
 
 
 def hf_processor(family: str, folder: Path) -> Any:

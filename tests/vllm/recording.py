@@ -70,13 +70,11 @@ class Recording:
     def put_heads_together(self) -> None:
         """Give rotary embeddings q and k as [n, H * d]: vLLM's CPU kernel is wrong on [n, H, d].
 
-        LFM2 calls it so, and therefore gives wrong answers on a CPU, pruned or not.
+        LFM2 and DeepSeek call it so, and therefore give wrong answers on a CPU, pruned or not.
         """
         for module in self.model_runner.get_model().modules():
             if hasattr(module, "cos_sin_cache"):
-                module.register_forward_pre_hook(
-                    lambda _module, given: (given[0], *(one.flatten(1) for one in given[1:]))
-                )
+                module.forward = _on_flat_heads(module.forward)
 
     def see_both_ways(self) -> None:
         """Let images see what vLLM's kernels for GPUs let them see, which those for CPUs do not.
@@ -114,6 +112,16 @@ class Recording:
             return output
 
         builder.build, layer.forward = with_ranges, both_ways
+
+
+def _on_flat_heads(forward: Any) -> Any:
+    """Return `forward` of a rotary embedding, called with the heads of q and k in one dimension."""
+
+    def run(positions: Any, query: Any, key: Any, *more: Any) -> Any:
+        turned = forward(positions, query.flatten(1), key.flatten(1), *more)
+        return tuple(one.view(given.shape) for one, given in zip(turned, (query, key), strict=True))
+
+    return run
 
 
 def _sees(length: int, ranges: list[tuple[int, int]], window: int) -> torch.Tensor:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 import vllm
+from packaging.version import Version
 
 import tokenprune
 import tokenprune_hf
@@ -56,7 +57,9 @@ METHODS = (
     "flexselect",
     "relevant-information",
 )
-UNREAD = ("gemma3", "gemma3n", "gemma4", "lfm2_vl", "cohere2_vision", "llama4", "molmo2")
+KIMI = ("kimi_k25", "kimi_vl")
+"""Those whose layers attend to latent states."""
+UNREAD = ("gemma3", "gemma3n", "gemma4", "lfm2_vl", "cohere2_vision", "llama4", "molmo2", *KIMI)
 """Those whose language model no method reads."""
 UNWATCHED = ("gemma3n", "gemma4")
 """Those whose towers vLLM takes from transformers: their attention, if any, is not seen."""
@@ -68,6 +71,7 @@ KEEP = 5
 EXACT = [family for family in FAMILIES if DTYPES[family] == "float32"]
 ROUNDED = [family for family in FAMILIES if family not in EXACT]
 NEAR = 0.15  # of the logits' standard deviation: what rounding to bfloat16 makes of equal ones
+NEARLY = {"minicpmv4_7": 0.25}  # at one of its cases transformers is 0.13 from itself in float32
 LONGEST = {
     "llava": 96,
     "llava_onevision": 512,
@@ -83,6 +87,15 @@ LONGEST = {
     "pixtral": 1024,
     "molmo2": 512,
 }  # tokens with the answer
+# vLLM's layers for latent states read a prompt in one step on a CPU. They are asked for by name:
+# others, which some CPUs have, calculate in bfloat16.
+LATENT: dict[str, Any] = {
+    "max_num_batched_tokens": 256,
+    "max_model_len": 256,
+    "block_size": 16,
+    "num_gpu_blocks_override": 34,
+    "attention_config": {"backend": "CPU_MLA"},
+}
 PREEMPTED = ("llava", "qwen2_5_vl")  # whose cache these prompts overfill, one of each kind of RoPE
 STEP = 20  # tokens a step: less than any unpruned image, and than many a pruned one
 
@@ -162,6 +175,13 @@ def cases(family: str) -> list[Case]:
         found = [case for case in found if case.kinds.count("v") < 2]
     if family in VIDEOS_ALONE:
         found = [case for case in found if "i" not in case.kinds and case.kinds.count("v") < 2]
+    if family == "kimi_k25":  # in transformers, all chunks of a call have as many frames
+        found = [
+            case
+            for case in found
+            if not any(number % 2 for number in case.pictures[case.kinds.count("i") :])
+        ]
+        found.append(Case("tivt", (9, 10), {"method": "divprune", "keep": 0.4}))
     return [case for case in found if case.asked.get("method") in (None, *methods_of(family))]
 
 
@@ -302,11 +322,28 @@ class Reference:
 
 
 def reference(family: str, folder: Path, **options: Any) -> Reference:
-    """Load a family's checkpoint in transformers; InternVL's own format has another folder."""
-    if family == "internvl_chat":
-        folder = checkpoints.save("internvl", folder.with_name("in-transformers"))
+    """Load a checkpoint in transformers, or one with its weights that has a class there."""
+    known = {"internvl_chat": "internvl", "kimi_vl": "kimi_k25"}.get(family)
+    if known is not None:
+        folder = checkpoints.save(known, folder.with_name("in-transformers"))
     model = tf.AutoModelForImageTextToText.from_pretrained(folder, **options).eval()
+    if family == "kimi_k25" and Version(transformers.__version__) < Version("5.24"):
+        model.model.get_video_features = _chunks_of(model.model)
     return Reference(family, model, checkpoints.hf_processor(family, folder))
+
+
+def _chunks_of(model: Any) -> Callable[..., Any]:
+    """Return `get_video_features` of Kimi-K2.5, which counts tokens by frames before 5.24."""
+
+    def get_video_features(
+        pixel_values_videos: torch.Tensor, video_grid_thw: torch.Tensor, **more: Any
+    ) -> Any:
+        output = model.vision_tower(pixel_values_videos, grid_thw=video_grid_thw, **more)
+        rows = model.mm_projector(output.pooler_output).squeeze(1)
+        output.pooler_output = rows.split((video_grid_thw[:, 1:].prod(dim=1) // 4).tolist())
+        return output
+
+    return get_video_features
 
 
 def start(family: str, folder: Path, method: str | None = None, **options: Any) -> Any:
@@ -315,7 +352,9 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
     limits = {} if family in VIDEOS_ALONE else {"image": 2}
     if family == "gemma3n":
         limits["audio"] = 0
-    if family in VIDEOS:
+    if family == "kimi_k25":
+        limits = {"vision_chunk": 4}
+    elif family in VIDEOS:
         limits["video"] = 1 if family in (*APART, *VIDEOS_ALONE) else 2
     return engine(
         folder,
@@ -337,6 +376,7 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
             "trust_remote_code": family in TRUSTED,
             "dtype": DTYPES[family],
             "mm_processor_kwargs": CALLED_WITH.get(family),
+            **(LATENT if family in KIMI else {}),
             **options,
         },
     )
@@ -371,7 +411,7 @@ def pair(
     family = request.param
     folder = checkpoints.save(family, tmp_path_factory.mktemp(family) / "model")
     with start(family, folder) as llm:
-        if family == "lfm2_vl":
+        if family in (*KIMI, "lfm2_vl"):
             llm.collective_rpc("put_heads_together")
         yield Pair(family, llm, reference(family, folder))
 
@@ -440,6 +480,7 @@ def test_what_is_rounded_is_kept_and_generated_nearly_alike(family: str, tmp_pat
     hf = reference(family, folder)
     asked = cases(family)
     asked += [case for case in again(family) if case not in asked]
+    near = NEARLY.get(family, NEAR)
     chosen: dict[int, list[list[int]]] = {}
     with start(family, folder) as llm:
         kept(llm)
@@ -447,7 +488,7 @@ def test_what_is_rounded_is_kept_and_generated_nearly_alike(family: str, tmp_pat
             (answered,) = answer(llm, [request(family, case)], greedy(words=WORDS))
             chosen[index] = [segment for item in kept(llm) for segment in item]
             own, away = hf.rates(case, answered, chosen[index])
-            assert away < NEAR, case
+            assert away < near, case
             if case.whole:
                 assert chosen[index] == [], case
                 continue
@@ -462,7 +503,7 @@ def test_what_is_rounded_is_kept_and_generated_nearly_alike(family: str, tmp_pat
         requests = [request(family, asked[index]) for index in order]
         answers = answer(llm, requests, greedy(words=WORDS))
     for index, answered in zip(order, answers, strict=True):
-        assert hf.rates(asked[index], answered, chosen[index])[1] < NEAR, asked[index]
+        assert hf.rates(asked[index], answered, chosen[index])[1] < near, asked[index]
     # Had other tokens been kept it would show: with them these answers are far off.
     far = []
     for index, answered in zip(order, answers, strict=True):
@@ -473,7 +514,7 @@ def test_what_is_rounded_is_kept_and_generated_nearly_alike(family: str, tmp_pat
                 for of_item, total in zip(chosen[index], totals, strict=True)
             ]
             far.append(hf.rates(asked[index], answered, moved)[1])
-    assert sum(away > NEAR for away in far) > len(far) / 3, far
+    assert sum(away > near for away in far) > len(far) / 3, far
 
 
 @pytest.mark.parametrize("family", BOTH_WAYS)

@@ -69,6 +69,10 @@ class Family:
     mrope: ClassVar[bool] = False
     """Whether positions have three axes (time, row, column)."""
 
+    text_behind_items: ClassVar[bool] = True
+    """Whether all text behind an image or video is behind all of its positions, and none is among
+    them; of families with `mrope`."""
+
     tells_videos: ClassVar[bool] = True
     """Whether the model's inputs tell the frames of a video from images."""
 

@@ -1,4 +1,4 @@
-"""Kimi-K2.5 and K2.6: a packed tower that merges patches and frames in front of the projector."""
+"""Kimi-K2.5, K2.6 and Kimi-VL: packed towers that merge patches in front of the projector."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class KimiK25(Qwen2VL):
     def around_projector(self, projector: Any, run: Any, features: Tensor) -> Tensor:
         """Give the projector the patches of each token apart."""
         patches = features.reshape(-1, self.merged**2, features.shape[-1] // self.merged**2)
-        result: Tensor = run(patches).flatten(0, 1).unflatten(0, features.shape[:-1])
-        return result
+        projected: Tensor = run(patches)
+        return projected.reshape(*features.shape[:-1], projected.shape[-1])
 
     def _merged_frames(self, medium: Medium, attention: Tensor) -> Tensor:
         """Return [..., patches of a frame], each token's one after another."""
@@ -57,3 +57,10 @@ class KimiK25(Qwen2VL):
 
     def _token_grid(self, medium: Medium) -> Grid:
         return (1, *self.token_sides(medium))
+
+
+class KimiVL(KimiK25):
+    """Kimi-VL: as Kimi-K2.5, but that it takes no videos."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("kimi_vl",)
+    in_transformers: ClassVar[bool] = False

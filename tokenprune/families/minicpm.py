@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 and Nemotron VL: towers in raster order, projectors that are given tokens."""
+"""MiniCPM-V 4.6, 4.7 and Nemotron VL: towers in raster order, projectors that are given tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Seen, frames_of
 from tokenprune.families.modules import find_projector
+from tokenprune.families.own_sides import OwnSides
 from tokenprune.families.qwen import Qwen2VL
 from tokenprune.tokens import Projector
 from tokenprune.tower.attention import packed_pictures
-from tokenprune.tower.layouts import Medium, order_of_windows
+from tokenprune.tower.layouts import Medium, Sides, order_of_windows
 
 
 class ProjectedTokens(Qwen2VL):
@@ -59,7 +60,7 @@ class ProjectedTokens(Qwen2VL):
         return scores
 
 
-class MiniCPMV46(ProjectedTokens):
+class MiniCPMV46(OwnSides):
     """MiniCPM-V 4.6: each token is a 2x2 group of patches or, as is the default, a 4x4 group.
 
     The tower's last layers see the patches that were merged half-way. Slices of an image, and
@@ -67,16 +68,24 @@ class MiniCPMV46(ProjectedTokens):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
+    label: ClassVar[str] = "slice"
 
     @property
     def inside(self) -> int:
-        """Patches on a side of what the tower's last layers see."""
+        """Patches on a side of each place that the tower's last layers see."""
         return 1 if self.config.downsample_mode == "4x" else 2
 
     @property
     def merged(self) -> int:
         """Patches on a side of each token."""
         return self.inside * int(self.config.merge_kernel_size[0])
+
+    def shapes(self, medium: Medium) -> Sequence[Sides]:
+        """Return the rows and columns of patches of each slice or frame."""
+        if medium.shapes is not None:
+            return medium.shapes
+        _, rows, columns = frames_of(medium)
+        return [(rows, columns)]
 
     def attention(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
         """Return the attention score of each place.
@@ -90,15 +99,33 @@ class MiniCPMV46(ProjectedTokens):
             self.segments(medium)
         return super().attention(seen, media, has_cls)
 
+    def tower(self, model: Any, modality: str) -> nn.Module:
+        """Return the vision encoder, which vLLM calls ``vpm``."""
+        own = getattr(model, "vpm", None)
+        return super().tower(model, modality) if own is None else own
+
     def projector(self, model: Any) -> nn.Module:
         """Return the last part of the merger, which is all of it in published models."""
         module: nn.Module = model.merger.mlp[-1]
         return module
 
     def around_projector(self, projector: Any, run: Projector, features: Tensor) -> Tensor:
-        """Call the projector on tokens, which come out in one dimension."""
-        projected: Tensor = run(features).unflatten(0, features.shape[:-1])
+        """Call the projector on tokens, which come in and out in one dimension."""
+        tokens = features.reshape(-1, features.shape[-1])
+        projected: Tensor = run(tokens).unflatten(0, features.shape[:-1])
         return projected
+
+
+class MiniCPMV47(MiniCPMV46):
+    """MiniCPM-V 4.7: likewise, but positions have three axes.
+
+    An image and its slices lie on one canvas: the slices side by side, and the whole image, read
+    at low resolution, stretched over them. The marks around them have places on the canvas, too.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_7",)
+    mrope: ClassVar[bool] = True
+    text_behind_items: ClassVar[bool] = False
 
 
 class NemotronOmni(ProjectedTokens):

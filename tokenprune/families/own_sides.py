@@ -36,13 +36,18 @@ class OwnSides(Family):
         """True: tokens of all pictures are projected as one sequence."""
         return True
 
+    @property
+    def inside(self) -> int:
+        """Patches on a side of each place that the tower's last layers see."""
+        return 1
+
     def packed_lengths(self, medium: Medium) -> list[int]:
-        """Return the patches of each picture."""
-        return [rows * columns for rows, columns in self.shapes(medium)]
+        """Return how many places of each picture the tower's last layers see."""
+        return [rows * columns // self.inside**2 for rows, columns in self.shapes(medium)]
 
     def row_count(self, medium: Medium) -> int | None:
         """Return the tokens of all pictures."""
-        return sum(self.packed_lengths(medium)) // self.merged**2
+        return sum(self.packed_lengths(medium)) // (self.merged // self.inside) ** 2
 
     def segments(self, medium: Medium) -> Sequence[Segment]:
         """Return a segment for each picture."""
@@ -61,12 +66,12 @@ class OwnSides(Family):
         return segments
 
     def attention(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
-        """Return what each patch receives, float32 [1, H, P] of all pictures without padding."""
+        """Return what each place receives, float32 [1, H, P] of all pictures without padding."""
         lengths = [length for medium in media for length in self.packed_lengths(medium)]
         query, key = seen.query, seen.key
         if query.shape[0] == 1 and query.shape[2] == sum(lengths):
             return packed_pictures(query, key, seen.scale, lengths)[None]
-        pictures = [  # padding stands behind the patches, asks nothing and is not asked
+        pictures = [  # padding stands behind the places, asks nothing and is not asked
             received(query[[place], :, :length], key[[place], :, :length], seen.scale)
             for place, length in enumerate(lengths)
         ]
@@ -75,7 +80,7 @@ class OwnSides(Family):
     def rows_of(
         self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
     ) -> list[tuple[Tensor, Tensor | None]]:
-        """Return features and attention; the patches of a token lie in raster order."""
+        """Return features and attention; the places of a token lie in raster order."""
         laid_out = super().rows_of(media, features, None)
         if attention is None:
             return laid_out
@@ -84,7 +89,12 @@ class OwnSides(Family):
         result: list[tuple[Tensor, Tensor | None]] = []
         for (of_medium, _), medium in zip(laid_out, media, strict=True):
             scores = [
-                mean_of_blocks(next(pictures), sides, self.merged) for sides in self.shapes(medium)
+                mean_of_blocks(
+                    next(pictures),
+                    (rows // self.inside, columns // self.inside),
+                    self.merged // self.inside,
+                )
+                for rows, columns in self.shapes(medium)
             ]
             result.append((of_medium, torch.cat(scores, dim=-1)))
         return result

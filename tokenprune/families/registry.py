@@ -8,7 +8,7 @@ from typing import Any
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.glm import Glm4V, Glm5
-from tokenprune.families.kimi import KimiK25
+from tokenprune.families.kimi import KimiK25, KimiVL
 from tokenprune.families.llava import (
     Llava,
     LlavaNext,
@@ -16,7 +16,7 @@ from tokenprune.families.llava import (
     LlavaOnevision,
     VideoLlava,
 )
-from tokenprune.families.minicpm import MiniCPMV46, NemotronOmni
+from tokenprune.families.minicpm import MiniCPMV46, MiniCPMV47, NemotronOmni
 from tokenprune.families.molmo import Molmo2
 from tokenprune.families.ovis import Ovis2
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
@@ -49,8 +49,10 @@ FAMILIES: dict[str, type[Family]] = {
         Glm5,
         PaddleOCRVL,
         KimiK25,
+        KimiVL,
         MiniCPMV46,
         NemotronOmni,
+        MiniCPMV47,
         Idefics3,
         CohereVision,
         PerceptionLM,
