@@ -241,9 +241,9 @@ def page(checked: Mapping[str, Any]) -> str:
         f"Of {len(levels)} types {with_hand} were checked without a family against a calculation "
         f"by hand, and {of_own} have a family of their own. {refused} are refused, and {untested} "
         "were not tested.",
-        "- **first class**: the type has a family. The grid of each picture is known, and "
-        "tests compare it with a calculation by hand. [transformers.md](transformers.md#what-is-refused-with-the-reason) "
-        "says which methods cannot run on it.\n"
+        "- **first class**: the type has a family. The grid of each picture is known, and tests "
+        "compare it with a calculation by hand. [transformers.md](transformers.md) says which "
+        "methods cannot run on it.\n"
         "- **checked**: pruned [without a family](transformers.md#models-of-any-other-type), with "
         "methods that look at embeddings or at nothing, and where its tower is of a known kind "
         "with those that look at features, attention or the projector. On a tiny model with random "
