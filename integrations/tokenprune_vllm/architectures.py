@@ -84,6 +84,9 @@ _ONE_AXIS = (
     "MiniCPMV4_6ForConditionalGeneration",
     "KimiK25ForConditionalGeneration",
     "KimiVLForConditionalGeneration",
+    "Ovis2_5",
+    "Ovis2_6ForCausalLM",
+    "Ovis2_6_MoeForCausalLM",
 )
 _THREE_AXES = (
     "Qwen2VLForConditionalGeneration",

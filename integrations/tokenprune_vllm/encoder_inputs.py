@@ -23,8 +23,9 @@ SOUND = ("audio",)
 """vLLM's modalities that are left as they are. All others are pruned, whatever a plugin calls them:
 Kimi-K2.5 calls images and parts of videos chunks."""
 
-_GRIDS = ("grid_thws", "image_grid_hws")
-"""What Kimi-K2.5 calls frames, rows and columns of patches; Kimi-VL, which has no frames."""
+_GRIDS = ("grid_thws", "image_grid_hws", "grids", "video_grids")
+"""What Kimi-K2.5 calls frames, rows and columns of patches; Kimi-VL, which has no frames; Ovis 2.5,
+of an image and of a video."""
 
 _SHAPES = {
     "image": ("spatial_shapes", "tgt_sizes"),

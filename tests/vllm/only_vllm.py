@@ -16,6 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
+from tests.vllm.looking import OvisTower, Tower
 from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
@@ -74,6 +75,12 @@ class OnlyVllm:
         How many vLLM takes in a prompt.
     hears
         Whether it takes videos, and sound.
+    videos
+        Whether it takes a video.
+    tower
+        Where its tower is, if methods that look at it are compared too.
+    edges
+        How many rows in front of an image's tokens, and behind them, always stay.
     enlarged
         By how much pictures are larger than others', where each token is many pixels.
     positions
@@ -89,6 +96,9 @@ class OnlyVllm:
     code: str = ""
     images: int = 2
     hears: bool = False
+    videos: bool = False
+    tower: Tower | None = None
+    edges: int = 0
     enlarged: int = 1
     positions: str = "original"
     engine: dict[str, Any] = field(default_factory=dict)
@@ -378,6 +388,53 @@ def _omni(kind: str, name: str, rope: dict[str, Any], architecture: str = "") ->
             "num_gpu_blocks_override": 128,
         },
     )
+
+
+def _ovis(architecture: str, kind: str, text: dict[str, Any]) -> OnlyVllm:
+    """Return an Ovis 2.5 or 2.6, whose processor knows the ids of indicators by heart."""
+    return OnlyVllm(
+        {
+            "architectures": [architecture],
+            "model_type": kind,
+            "hidden_size": TEXT["hidden_size"],
+            "visual_vocab_size": 36,  # 32 words and four indicators
+            "llm_config": {**TEXT, **text, "max_position_embeddings": 8192},
+            "vit_config": {
+                "model_type": "siglip2_navit",
+                **_VISION,
+                "attention_dropout": 0.0,
+                "num_patches": -1,
+                "patch_size": 32,  # the fewest pixels that an image is made to have are 448 x 448
+                "temporal_patch_size": 1,
+                "hidden_stride": 2,
+                "window_size": 192,
+                "fullatt_block_indexes": None,
+                "preserve_original_pe": True,
+                "use_rope": True,
+                "image_size": 128,
+            },
+        },
+        {
+            "tokens": ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+            "image": "<image>",
+            "video": "<video>",
+            "processor": _siglip,
+            "more": dict(enumerate(_OVIS_MARKS, 151669)),
+        },
+        CODE,
+        images=2,
+        videos=True,
+        tower=OvisTower(),
+        edges=1,
+        enlarged=3,
+        engine={**_LONG, "limit_mm_per_prompt": {"image": 2, "video": 1}},
+    )
+
+
+_OVIS_MARKS = (
+    *("<image>", "<video>", "<ovis_visual_atom>"),
+    *("<ovis_image_start>", "<ovis_image_end>", "<ovis_video_start>", "<ovis_video_end>"),
+)
 
 
 ONLY_VLLM: dict[str, OnlyVllm] = {
@@ -692,6 +749,27 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
     ),
     "qwen3_omni_moe": _omni(
         "qwen3_omni_moe", "Qwen3OmniMoe", {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    ),
+    "ovis2_5": _ovis(
+        "Ovis2_5", "ovis2_5", {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    ),
+    "ovis2_6": _ovis(
+        "Ovis2_6ForCausalLM",
+        "ovis2_6",
+        {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
+    ),
+    "ovis2_6_moe": _ovis(
+        "Ovis2_6_MoeForCausalLM",
+        "ovis2_6_moe",
+        {
+            "model_type": "qwen3_moe",
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 1,
+            "norm_topk_prob": True,
+        },
     ),
 }
 """Name -> what is particular to it."""

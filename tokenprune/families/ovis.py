@@ -1,14 +1,17 @@
-"""Ovis2: a token is a probability of each visual word, and its embedding the mean of the words'."""
+"""Ovis2 to 2.6: a token is a probability of each visual word, and its embedding their mean."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.qwen import Qwen25VL
 from tokenprune.families.tiles import Tiles
+from tokenprune.tower.layouts import Medium, Segment, check_rows, one_segment
 
 
 class Ovis2(Tiles):
@@ -23,18 +26,120 @@ class Ovis2(Tiles):
 
     def projector(self, model: Any) -> nn.Module:
         """Return what stands between the tower's features and the language model."""
-        return _VisualWords(model.vision_tower, model.visual_embeddings_table)
+        tower = model.vision_tower
+        table = model.visual_embeddings_table
+        return _VisualWords(
+            tower.head_linear, tower.head_norm, table, tower.config.tokenize_function
+        )
+
+
+class Ovis25(Qwen25VL):
+    """Ovis 2.5 and 2.6: the tower works on windows, and undoes it in front of the projector.
+
+    In front of an image or video and behind it stand indicators, which are rows and always stay.
+    Positions have one axis.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("ovis2_5", "ovis2_6", "ovis2_6_moe")
+    mrope: ClassVar[bool] = False
+    in_transformers: ClassVar[bool] = False
+
+    @property
+    def tower_config(self) -> Any:
+        """The vision tower's config."""
+        return self.config.vit_config
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return int(self.tower_config.hidden_stride)
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return what stands between the indicators."""
+        grid = self._token_grid(medium)
+        segment = one_segment(grid, first=1)
+        lie = "{} x {} x {} between two indicators".format(*grid)
+        check_rows(medium, 1 + len(segment.rows) + 1, lie)
+        return [segment]
+
+    def row_count(self, medium: Medium) -> int | None:
+        """Return the tokens of all frames, and the indicators."""
+        return 1 + self.tokens(medium) + 1
+
+    def tokens(self, medium: Medium) -> int:
+        """Return how many tokens the tower makes of all frames."""
+        frames, rows, columns = self._token_grid(medium)
+        return frames * rows * columns
+
+    def check_needs(self, method: str, needs: Sequence[str]) -> None:
+        """Raise if a method looks at what the model does not have; see `Family.check_needs`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it looks at attention, and the last layer sees windows in place of frames.
+        """
+        super().check_needs(method, needs)
+        vit = self.tower_config
+        whole = getattr(vit, "fullatt_block_indexes", None)
+        last = str(int(vit.num_hidden_layers) - 1)
+        if "cls_attention" in needs and whole and last not in str(whole).split("|"):
+            raise UnsupportedModelError(
+                f"method {method!r} looks at the attention of the tower's last layer, number "
+                f"{last}, which sees windows in this model (fullatt_block_indexes={whole!r}). Use "
+                "a method that needs features or embeddings (see `tokenprune methods`)."
+            )
+
+    def rows_of(
+        self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return features, which lie in raster order already, and attention, which does not."""
+        tokens = [self.tokens(medium) for medium in media]
+        of_features = features.reshape(sum(tokens), -1).split(tokens)
+        scores: list[Tensor | None] = [None] * len(media)
+        if attention is not None:
+            per_token = attention.unflatten(-1, (-1, self.merged**2)).mean(dim=-1)
+            parts = zip(media, per_token.split(tokens, dim=-1), strict=True)
+            scores = [
+                _between_indicators(self.lay_out(medium, part.mT)).mT for medium, part in parts
+            ]
+        return [
+            (_between_indicators(of_medium), laid)
+            for of_medium, laid in zip(of_features, scores, strict=True)
+        ]
+
+    def tower(self, model: Any, modality: str) -> nn.Module:
+        """Return the vision encoder."""
+        module: nn.Module = model.visual_tokenizer.vit
+        return module
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return what stands between the tower's features and the language model."""
+        linear, norm = model.visual_tokenizer.head
+        return _VisualWords(linear, norm, model.vte)
+
+    def around_projector(self, projector: nn.Module, run: Any, features: Tensor) -> Tensor:
+        """Call the projector on tokens, which is what it takes."""
+        projected: Tensor = run(features)
+        return projected
+
+
+def _between_indicators(values: Tensor) -> Tensor:
+    """Return [rows, X] of values [tokens, X]; what stands for the indicators is not looked at."""
+    return nn.functional.pad(values, (0, 0, 1, 1))
 
 
 class _VisualWords(nn.Module):
-    """The parts of an Ovis2 that project, which its tower and the model call one by one."""
+    """The parts of an Ovis that project, which its tower and the model call one by one."""
 
-    def __init__(self, tower: Any, table: nn.Module) -> None:
+    def __init__(
+        self, linear: nn.Module, norm: nn.Module, table: nn.Module, how: str = "softmax"
+    ) -> None:
         super().__init__()
-        self.head_linear: nn.Module = tower.head_linear
-        self.head_norm: nn.Module = tower.head_norm
+        self.head_linear = linear
+        self.head_norm = norm
         self.table = table
-        self._how = str(tower.config.tokenize_function)
+        self._how = how
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features [..., C] to [..., D].

@@ -95,7 +95,7 @@ class Qwen25VL(Qwen2VL):
 
     def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
         """Undo the order of windows as the encoder itself does."""
-        vision = self.config.vision_config
+        vision = self.tower_config
         side = int(vision.window_size) // self.merged // int(vision.patch_size)
         order = order_of_windows(self._token_grid(medium), side)
         return values[0][order.argsort().to(values.device)]

@@ -1,0 +1,168 @@
+"""What methods look at in a tower that vLLM alone has, calculated by hand from its plain engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune.tokens import Projector
+
+
+@dataclass
+class Looked:
+    """What a tower made of one image or video.
+
+    Attributes
+    ----------
+    grid
+        Frames, rows and columns of tokens.
+    features
+        [N, C], in raster order.
+    attention
+        [H, N], likewise.
+    projector
+        What makes rows of features.
+    modality
+        ``i`` an image, ``v`` a video.
+    """
+
+    grid: tuple[int, int, int]
+    features: Tensor
+    attention: Tensor
+    projector: Projector
+    modality: str = "i"
+
+
+@dataclass
+class Run:
+    """One run of a tower.
+
+    Attributes
+    ----------
+    grids
+        LongTensor [pictures, 3] of patches.
+    query, key
+        [P, H, d] of the last layer.
+    features
+        [N, C], what is projected.
+    """
+
+    grids: Tensor
+    query: Tensor = field(default_factory=lambda: torch.empty(0))
+    key: Tensor = field(default_factory=lambda: torch.empty(0))
+    features: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Tower:
+    """Where a model's tower is; the defaults fit one that reads patches in the order of tokens."""
+
+    merged = 2
+    """Patches on a side of a token."""
+
+    def parts(self, model: Any) -> tuple[Any, Any, Any]:
+        """Return the tower, the attention of its last layer, and what is given the features."""
+        raise NotImplementedError
+
+    def grids(self, args: Any, kwargs: Any) -> Tensor:
+        """Return the grids with which the tower is called."""
+        raise NotImplementedError
+
+    def order(self, model: Any, grids: Tensor) -> Tensor:
+        """Return which token in raster order stands at each place of the last layer."""
+        return torch.arange(int(grids.prod(dim=1).sum()) // self.merged**2)
+
+    def projector(self, model: Any) -> Projector:
+        """Return what makes rows of features."""
+        raise NotImplementedError
+
+    def watch(self, model: Any) -> list[Run]:
+        """Note every run of a model's tower in the list that is returned."""
+        runs: list[Run] = []
+        tower, attention, entrance = self.parts(model)
+
+        def start(_module: Any, args: Any, kwargs: Any) -> None:
+            runs.append(Run(self.grids(args, kwargs).clone()))
+
+        def attend(_module: Any, _args: Any, kwargs: Any) -> None:
+            runs[-1].query, runs[-1].key = kwargs["query"][0].clone(), kwargs["key"][0].clone()
+
+        def project(_module: Any, args: Any) -> None:
+            runs[-1].features = args[0].clone()
+
+        tower.register_forward_pre_hook(start, with_kwargs=True)
+        attention.register_forward_pre_hook(attend, with_kwargs=True)
+        entrance.register_forward_pre_hook(project)
+        return runs
+
+    def is_video(self, run: Run) -> bool:
+        """Say whether a run was of videos."""
+        return bool((run.grids[:, 0] > 1).any())
+
+    def looked(self, model: Any, run: Run) -> list[Looked]:
+        """Return what a run that `watch` noted made of each image or video."""
+        scores = []
+        start = 0
+        for frames, rows, columns in run.grids.tolist():
+            for _ in range(frames):
+                own = slice(start, start + rows * columns)
+                query, key = run.query[own].transpose(0, 1), run.key[own].transpose(0, 1)
+                logits = query @ key.mT * query.shape[-1] ** -0.5
+                scores.append(logits.softmax(dim=-1).mean(dim=1))  # [H, P]
+                start += rows * columns
+        tokens = torch.cat(scores, dim=1).unflatten(1, (-1, self.merged**2)).mean(dim=2)
+        order = self.order(model, run.grids)
+        attention = torch.empty_like(tokens)
+        attention[:, order] = tokens
+        features = run.features.reshape(len(order), -1)
+        grids = [
+            (frames, rows // self.merged, columns // self.merged)
+            for frames, rows, columns in run.grids.tolist()
+        ]
+        counts = [frames * rows * columns for frames, rows, columns in grids]
+        modality = "v" if self.is_video(run) else "i"
+        parts = zip(grids, features.split(counts), attention.split(counts, dim=1), strict=True)
+        return [Looked(*of_item, self.projector(model), modality) for of_item in parts]
+
+
+class OvisTower(Tower):
+    """That of Ovis 2.5, which has tokens in the order of windows."""
+
+    def parts(self, model: Any) -> tuple[Any, Any, Any]:
+        """Return the tower, the attention of its last layer, and what is given the features."""
+        tokenizer = model.visual_tokenizer
+        layers = tokenizer.vit.vision_model.encoder.layers
+        return tokenizer.vit, layers[-1].self_attn.attn, tokenizer.head
+
+    def grids(self, args: Any, kwargs: Any) -> Tensor:
+        """Return the grids with which the tower is called."""
+        grids: Tensor = args[1]
+        return grids
+
+    def order(self, model: Any, grids: Tensor) -> Tensor:
+        """Return what the tower itself takes the tokens apart by."""
+        order: Tensor = model.visual_tokenizer.vit.vision_model.encoder.get_window_index(grids)[0]
+        return order
+
+    def projector(self, model: Any) -> Projector:
+        """Return what makes rows of features."""
+        linear, norm = model.visual_tokenizer.head
+        weight, _ = matrix_of(linear)
+        words = model.vte.weight[: weight.shape[1]]
+
+        def project(features: Tensor) -> Tensor:
+            projected: Tensor = norm(features @ weight).softmax(dim=-1) @ words
+            return projected
+
+        return project
+
+
+def matrix_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return [C, D] and [D] of one of vLLM's linear layers, whose weight is repacked on a CPU."""
+    with torch.inference_mode():
+        zero = torch.zeros(1, layer.input_size)
+        found = [layer(one) for one in (zero, torch.eye(layer.input_size))]
+        bias, both = (one[0] if isinstance(one, tuple) else one for one in found)
+    return (both - bias).clone(), bias[0].clone()
