@@ -84,6 +84,7 @@ _ONE_AXIS = (
     "MiniCPMV4_6ForConditionalGeneration",
     "KimiK25ForConditionalGeneration",
     "KimiVLForConditionalGeneration",
+    "LlavaOnevision2ForConditionalGeneration",
     "Ovis2_5",
     "Ovis2_6ForCausalLM",
     "Ovis2_6_MoeForCausalLM",

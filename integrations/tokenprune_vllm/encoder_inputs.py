@@ -14,6 +14,7 @@ from tokenprune.families.molmo import Molmo2
 from tokenprune.families.registry import FAMILIES, family_of_config
 from tokenprune.tower.layouts import Medium, grids_by_position
 from tokenprune_vllm.architectures import is_of_family
+from tokenprune_vllm.settings import RequestError
 
 Fields = Mapping[str, Any]
 """What vLLM's processor made of one image or video, by name: pixel_values, image_grid_thw, ..."""
@@ -66,10 +67,24 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
         How many rows the encoder will return for it.
     fields
         What vLLM's processor made of it.
+
+    Raises
+    ------
+    RequestError
+        If it is a video in no grid.
     """
+    if "video_is_codec" in fields and bool(fields["video_is_codec"]):
+        raise RequestError(
+            "this video was packed by its codec: its tokens are parts of frames, in no grid, and "
+            "tokenprune does not know how they lie. Leave video_backend out, so that the model is "
+            "given frames."
+        )
     grid = next(
         (fields[name] for name in (f"{modality}_grid_thw", *_GRIDS) if name in fields), None
     )
+    if isinstance(grid, Tensor) and grid.ndim == 2 and bool((grid == grid[0]).all()):
+        # LLaVA-OneVision 2 says the grid of each frame of a video.
+        grid = torch.cat([grid[:, :-2].sum(dim=0), grid[0, -2:]])
     if isinstance(grid, Tensor) and grid.numel() in (2, 3):
         *frames, height, width = _numbers(grid.flatten())
         return Medium(modality, rows, grid=(frames[0] if frames else 1, height, width))

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenprune.tokens import Projector
+from tokenprune.tower.projectors import MLPProjector
 
 
 @dataclass
@@ -101,6 +102,10 @@ class Tower:
         """Say whether a run was of videos."""
         return bool((run.grids[:, 0] > 1).any())
 
+    def items(self, run: Run) -> list[tuple[int, int, int]]:
+        """Return frames, rows and columns of patches of each image or video."""
+        return [(frames, rows, columns) for frames, rows, columns in run.grids.tolist()]
+
     def looked(self, model: Any, run: Run) -> list[Looked]:
         """Return what a run that `watch` noted made of each image or video."""
         scores = []
@@ -119,7 +124,7 @@ class Tower:
         features = run.features.reshape(len(order), -1)
         grids = [
             (frames, rows // self.merged, columns // self.merged)
-            for frames, rows, columns in run.grids.tolist()
+            for frames, rows, columns in self.items(run)
         ]
         counts = [frames * rows * columns for frames, rows, columns in grids]
         modality = "v" if self.is_video(run) else "i"
@@ -166,3 +171,43 @@ def matrix_of(layer: Any) -> tuple[Tensor, Tensor]:
         found = [layer(one) for one in (zero, torch.eye(layer.input_size))]
         bias, both = (one[0] if isinstance(one, tuple) else one for one in found)
     return (both - bias).clone(), bias[0].clone()
+
+
+class OneVisionTower(Tower):
+    """That of LLaVA-OneVision 2, in which each frame of a video is a picture."""
+
+    def parts(self, model: Any) -> tuple[Any, Any, Any]:
+        """Return the tower, the attention of its last layer, and what is given the features."""
+        tower = model.visual
+        return tower, tower.encoder.layers[-1].self_attn.attn, tower.merger.ln_q
+
+    def grids(self, args: Any, kwargs: Any) -> Tensor:
+        """Return the grids with which the tower is called."""
+        grids: Tensor = kwargs["grid_thw"]
+        return grids
+
+    def is_video(self, run: Run) -> bool:
+        """Say whether a run was of a video, which has more frames than a prompt has images."""
+        return len(run.grids) > 2
+
+    def items(self, run: Run) -> list[tuple[int, int, int]]:
+        """Return frames, rows and columns of patches of each image, or of the video."""
+        if not self.is_video(run):
+            return super().items(run)
+        _, rows, columns = run.grids[0].tolist()
+        return [(len(run.grids), rows, columns)]
+
+    def projector(self, model: Any) -> Projector:
+        """Return what makes rows of features."""
+        merger = model.visual.merger
+        first, activation, second = merger.mlp
+        norm = nn.LayerNorm(merger.ln_q.normalized_shape, eps=merger.ln_q.eps)
+        norm.load_state_dict(merger.ln_q.state_dict())  # one on which nothing is hooked
+        return MLPProjector(_linear(first), activation, _linear(second), norm, 4)
+
+
+def _linear(layer: Any) -> nn.Linear:
+    weight, bias = matrix_of(layer)
+    made = nn.Linear(*weight.shape)
+    made.weight.data, made.bias.data = weight.mT.contiguous(), bias
+    return made

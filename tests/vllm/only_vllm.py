@@ -16,7 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
-from tests.vllm.looking import OvisTower, Tower
+from tests.vllm.looking import OneVisionTower, OvisTower, Tower
 from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
@@ -437,6 +437,33 @@ _OVIS_MARKS = (
 )
 
 
+_ONEVISION = """\
+import torch
+from transformers import BatchFeature
+
+
+class LlavaOnevision2Processor:
+    def __init__(self, image_processor, tokenizer, **_):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, text, images=None, **_):
+        made = {}
+        if images:
+            made = dict(self.image_processor(images, return_tensors="pt"))
+            grids = made["image_grid_thw"].tolist()
+            made["patch_positions"] = torch.cat([self._positions(*grid) for grid in grids])
+        return BatchFeature({**self.tokenizer(text), **made})
+
+    def _positions(self, frames, rows, columns):
+        merge = self.image_processor.merge_size
+        axes = (torch.arange(side) for side in (frames, rows, columns))
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+        places = places.unflatten(1, (-1, merge)).unflatten(3, (-1, merge))
+        return places.transpose(2, 3).reshape(-1, 3)
+"""
+"""The checkpoint's own processor, as far as vLLM calls it for images and for frames of videos."""
+
+
 ONLY_VLLM: dict[str, OnlyVllm] = {
     "dots_ocr": OnlyVllm(
         {
@@ -749,6 +776,37 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
     ),
     "qwen3_omni_moe": _omni(
         "qwen3_omni_moe", "Qwen3OmniMoe", {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    ),
+    "llava_onevision2": OnlyVllm(
+        {
+            "architectures": ["LlavaOnevision2ForConditionalGeneration"],
+            "model_type": "llava_onevision2",
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "text_config": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TEXT},
+            "vision_config": {**_VISION, "spatial_merge_size": 2, "frame_windows_size": 4},
+        },
+        {
+            "tokens": PADS,
+            "image": ONE_PAD,
+            "video": "<|vision_start|><|video_pad|><|vision_end|>",
+            "processor": lambda *made_of: _Parts(
+                (made := _qwen_images(frames=1)(*made_of)).image_processor, made.tokenizer
+            ),
+        },
+        CODE,
+        videos=True,
+        tower=OneVisionTower(),
+        engine={
+            "limit_mm_per_prompt": {"image": 2, "video": 1},
+            "max_model_len": 1024,
+        },
+        more={
+            "processing_llava_onevision2.py": _ONEVISION,
+            "video_processing_llava_onevision2.py": _ONEVISION.replace(
+                "LlavaOnevision2Processor", "LlavaOnevision2VideoProcessor"
+            ).replace("tokenizer, **_", "tokenizer=None, **_"),
+        },
     ),
     "ovis2_5": _ovis(
         "Ovis2_5", "ovis2_5", {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -24,9 +25,14 @@ from tests.vllm.plain import PlainEngine, random_weights
 from tests.vllm.processes import in_a_process
 from tests.vllm.test_any_architecture import METHODS, architecture_in, record
 from tests.vllm.test_families import KEEP, STEP, Case
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.ovis import Ovis25
+from tokenprune.families.qwen import LlavaOnevision2
 from tokenprune.registry import build
 from tokenprune.selecting import select
 from tokenprune.tokens import VisualTokens
+from tokenprune_vllm.encoder_inputs import medium_of
+from tokenprune_vllm.settings import RequestError
 
 Answers = list[tuple[Case, list[int], list[list[int]]]]
 
@@ -221,3 +227,24 @@ def check_in_processes(name: str, folder: Path) -> None:
     """Run the plain engine in one process, and the pruned one in another."""
     expected = in_a_process(by_hand, name, folder)
     in_a_process(check, name, folder, expected)
+
+
+@pytest.mark.every_model
+def test_videos_that_are_packed_by_their_codec_are_refused() -> None:
+    family = LlavaOnevision2(cast(Any, SimpleNamespace(model_type="llava_onevision2")))
+    frames = {"video_grid_thw": torch.tensor([[1, 4, 6]] * 5), "video_is_codec": torch.tensor(0)}
+    assert medium_of(family, "video", 30, frames).grid == (5, 4, 6)
+    canvases = {"video_grid_thw": torch.tensor([[5, 4, 6]]), "video_is_codec": torch.tensor(1)}
+    with pytest.raises(RequestError, match="packed by its codec"):
+        medium_of(family, "video", 30, canvases)
+
+
+@pytest.mark.every_model
+def test_attention_inside_windows_is_refused() -> None:
+    vit = SimpleNamespace(num_hidden_layers=4, fullatt_block_indexes="0|3")
+    family = Ovis25(cast(Any, SimpleNamespace(model_type="ovis2_5", vit_config=vit)))
+    family.check_needs("cls-attention", ["cls_attention"])
+    vit.num_hidden_layers = 5
+    family.check_needs("feature-norm", ["features"])
+    with pytest.raises(UnsupportedModelError, match="sees windows"):
+        family.check_needs("cls-attention", ["cls_attention"])

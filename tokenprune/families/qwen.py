@@ -1,4 +1,4 @@
-"""Qwen2-VL to Qwen3.5: packed towers, 2x2 mergers, positions with three axes."""
+"""Qwen2-VL to Qwen3.5: packed towers, 2x2 mergers, positions with three axes; and one like them."""
 
 from __future__ import annotations
 
@@ -99,3 +99,14 @@ class Qwen25VL(Qwen2VL):
         side = int(vision.window_size) // self.merged // int(vision.patch_size)
         order = order_of_windows(self._token_grid(medium), side)
         return values[0][order.argsort().to(values.device)]
+
+
+class LlavaOnevision2(Qwen2VL):
+    """LLaVA-OneVision 2: as Qwen2-VL, but positions have one axis, and frames never see each other.
+
+    Videos that were packed by their codec are no pictures; vLLM's adapter refuses them.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("llava_onevision2",)
+    mrope: ClassVar[bool] = False
+    in_transformers: ClassVar[bool] = False

@@ -21,7 +21,7 @@ from tokenprune.families.molmo import Molmo2
 from tokenprune.families.ovis import Ovis2, Ovis25
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
-from tokenprune.families.qwen import Qwen2VL, Qwen25VL
+from tokenprune.families.qwen import LlavaOnevision2, Qwen2VL, Qwen25VL
 from tokenprune.families.tiles import (
     CohereVision,
     Gemma3,
@@ -45,6 +45,7 @@ FAMILIES: dict[str, type[Family]] = {
         InternVLChat,
         Qwen2VL,
         Qwen25VL,
+        LlavaOnevision2,
         Glm4V,
         Glm5,
         PaddleOCRVL,
