@@ -272,6 +272,19 @@ def _granite4_vision(tokenizer: Any, config: Any) -> Any:
     )
 
 
+def _perception_lm(tokenizer: Any, config: Any) -> Any:
+    vision = config.vision_config.model_args
+    (side, _), patch = vision["img_size"], vision["patch_size"]
+    # One tile: in transformers every tile of an unknown model is an item of its own.
+    images = tf.PerceptionLMImageProcessor(
+        tile_size=side, max_num_tiles=1, vision_input_type="vanilla"
+    )
+    videos = tf.PerceptionLMVideoProcessor(size={"height": side, "width": side})
+    return tf.PerceptionLMProcessor(
+        videos, images, tokenizer, patch, pooling_ratio=config.projector_pooling_ratio
+    )
+
+
 ONE_IMAGE = ("video_llama_3",)
 """Types of which vLLM runs one image at a time: it hands the encoder what is said of all images
 together with the pixels of one."""
@@ -430,6 +443,19 @@ OTHER_TYPES: dict[str, OtherType] = {
         # Which tokens are for the experts of images vLLM tells in a step that has rows: a mark
         # that comes in a step of its own is read by the experts of text.
         served_with={"max_num_batched_tokens": 512, "enable_prefix_caching": False},
+    ),
+    # vLLM runs it by its class of transformers.
+    "perception_lm": OtherType(
+        _folder(
+            _perception_lm,
+            "<|image|>",
+            ("<|image|>", "<|video|>", "<|start|>", "<|end|>"),
+            named={"image_token": "<|image|>", "video_token": "<|video|>"},
+        ),
+        {
+            "text_config": {"tie_word_embeddings": False},
+            "vision_config": {"model_args": {"patch_size": 4, "ref_feat_shape": [8, 8]}},
+        },
     ),
     "aria": OtherType(
         _folder(_aria, "<image>", named={"image_token": "<image>"}),
