@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from tokenprune.errors import reason_of
 from tokenprune.tower.any_attention import (
     Pictures,
     check_attention,
@@ -178,7 +179,7 @@ def _checked(seen: SeenAttention) -> Pictures:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise NotFoundError(
             f"q and k of its tower's {type(seen.module).__name__} are not where they are known to "
-            f"be ({type(error).__name__}: {error})"
+            f"be ({reason_of(error)})"
         ) from error
     return pictures
 

@@ -275,7 +275,10 @@ def greedy(
                 logits = model.get_output_embeddings()(output.last_hidden_state[0, -1])
             logits[model.generation_config.suppress_tokens] = -torch.inf
             answer.append(int(logits.argmax()))
-            embedded = _word(model, answer[-1])[None]
+            if name == "ovis2":  # only a call with pixels looks marks up in another table
+                embedded = model.get_input_embeddings()(torch.tensor([answer[-1]]))
+            else:
+                embedded = _word(model, answer[-1])[None]
             hidden = torch.cat([hidden, embedded])
             place = torch.cat([place, torch.full((*place.shape[:-1], 1), following)], dim=-1)
             following += 1
