@@ -126,9 +126,10 @@ UNREAD = (
     "gemma3n",
     "glm5_next",
     "nemotron_h_omni",
+    "minicpmv4_7",
 )
 """Those that see images both ways, or whose layers are not read: with queries and keys behind a
-bottleneck (MLA), sliding windows, chunks, AltUp, or a state."""
+bottleneck (MLA), sliding windows, chunks, AltUp, a state, or positions on a canvas."""
 
 
 @pytest.mark.parametrize("text", ["all", "question"])

@@ -14,7 +14,7 @@ from tests.hf.test_flexselect import attention_by_hand, encoder_rows
 from tokenprune.errors import UnsupportedModelError
 from tokenprune_hf.layout import decoder_of
 
-UNREAD = ("lfm2_vl", "glm5_next", "nemotron_h_omni")  # whose layers no method reads
+UNREAD = ("lfm2_vl", "glm5_next", "nemotron_h_omni", "minicpmv4_7")  # no method reads their layers
 READ = [name for name in STATEFUL if name not in UNREAD]
 CASES = [(name, modality) for name in READ for modality in ("image", "video")]
 
@@ -61,6 +61,15 @@ def test_what_a_state_cannot_do_is_refused(options: dict[str, Any], reason: str)
 def test_a_layer_that_does_not_attend_ranks_nothing() -> None:
     with pytest.raises(UnsupportedModelError, match=r"layer=1 .* does not attend .* Layers 3 "):
         tokenprune_hf.prune(TINY["qwen3_5"].model(), "flexselect", 4, layer=1)
+
+
+def test_positions_on_a_canvas_are_not_read() -> None:
+    model, inputs = TINY["minicpmv4_7"].model(), prompt(TINY["minicpmv4_7"], ["tit"])
+    with (
+        pytest.raises(UnsupportedModelError, match="on one canvas of positions"),
+        tokenprune_hf.prune(model, "flexselect", 4),
+    ):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("name", ["kimi_k25", "lfm2_vl", "nemotron_h_omni"])  # latent keys, others

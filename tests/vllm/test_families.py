@@ -59,7 +59,10 @@ METHODS = (
 )
 KIMI = ("kimi_k25", "kimi_vl")
 """Those whose layers attend to latent states."""
-UNREAD = ("gemma3", "gemma3n", "gemma4", "lfm2_vl", "cohere2_vision", "llama4", "molmo2", *KIMI)
+UNREAD = (
+    *("gemma3", "gemma3n", "gemma4", "lfm2_vl", "cohere2_vision", "llama4", "molmo2"),
+    *("minicpmv4_7", *KIMI),
+)
 """Those whose language model no method reads."""
 UNWATCHED = ("gemma3n", "gemma4")
 """Those whose towers vLLM takes from transformers: their attention, if any, is not seen."""

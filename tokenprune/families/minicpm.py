@@ -127,6 +127,10 @@ class MiniCPMV47(MiniCPMV46):
     mrope: ClassVar[bool] = True
     text_behind_items: ClassVar[bool] = False
 
+    def why_unread(self) -> str:
+        """Say that a set of an image's tokens has no positions of its own on the canvas."""
+        return "puts an image, its slices and the marks around them on one canvas of positions"
+
 
 class NemotronOmni(ProjectedTokens):
     """Nemotron 3 Nano Omni: pixel shuffle, then RMS norm, linear, squared ReLU, linear.
