@@ -39,6 +39,7 @@ are counted, what layers do but attend to every token before, rows that always s
 were tested too."""
 
 _NEWLINES = "its rows hold newlines or separators ({}), so its first image is refused"
+_MARKS = "marks around an image are rows of it ({}), so its first image is refused"
 _GPU = "vLLM has no class of it for CPUs ({})"
 _REMOTE = "its processor comes as code with the weights ({})"
 
@@ -51,17 +52,29 @@ UNTESTED = {
     "DeepseekVLV2ForCausalLM": _NEWLINES.format("deepseek_vl2.py, image_newline"),
     "Dots3NoteForCausalLM": _GPU.format("models/dots3_note"),
     "GLM4VForCausalLM": _NEWLINES.format("glm4v.py, boi and eoi"),
+    "HfMoondream": _MARKS.format("moondream3.py, bos_embedding"),
+    "InternS1ProForConditionalGeneration": _REMOTE.format("interns1_pro.py"),
+    "InternS2MobiusForConditionalGeneration": _REMOTE.format("interns2_mobius.py"),
+    "InternS2PreviewForConditionalGeneration": _REMOTE.format("interns2_preview.py"),
     "KananaVForConditionalGeneration": _REMOTE.format("kanana_v.py"),
     "KimiK3ForConditionalGeneration": _GPU.format("models/kimi_k3"),
+    "MiMoV2OmniForCausalLM": "its tower's windows run in a kernel of Triton, which has none for "
+    "CPUs (mimo_v2_omni.py, _forward_window_attn)",
     "MiniCPMO": _REMOTE.format("minicpmo.py"),
     "MiniCPMV": _REMOTE.format("minicpmv.py"),
     "MiniMaxM3SparseForConditionalGeneration": _GPU.format("models/minimax_m3"),
     "MolmoForCausalLM": _REMOTE.format("molmo.py"),
+    "Moondream3ForCausalLM": _MARKS.format("moondream3.py, bos_embedding"),
     "OpenCUAForConditionalGeneration": "vLLM's own processor of it has no image processor under "
     "transformers 5.19 (opencua.py, OpenCUAProcessor)",
+    "OpenPanguVLForConditionalGeneration": _REMOTE.format("openpangu_vl.py"),
     "OpenVLAForActionPrediction": "vLLM builds its towers in their full size alone (openvla.py)",
+    "Ovis": _MARKS.format("ovis.py, indicator_embeds"),
     "Phi3VForCausalLM": _NEWLINES.format("phi3v.py, sub_GN and glb_GN"),
+    "Phi4ForCausalLMV": _REMOTE.format("phi4siglip.py"),
     "Phi4MMForCausalLM": _NEWLINES.format("phi4mm.py, sub_GN and glb_GN"),
+    "PixtralForConditionalGeneration": "its processor is mistral-common's, and the tests have a "
+    "tokenizer of transformers' kind (pixtral.py)",
     "Qwen4ExpForConditionalGeneration": _GPU.format("models/qwen4_exp"),
     "RForConditionalGeneration": _NEWLINES.format("llava_onevision.py, image_newline"),
     "UnlimitedOCRForCausalLM": _NEWLINES.format("deepseek_ocr.py, image_newline"),

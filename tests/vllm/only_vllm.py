@@ -291,6 +291,38 @@ _STEP: dict[str, Any] = {
     "more": {188: "<patch_start>", 189: "<patch_end>", 190: "<patch_newline>"},
 }
 
+_PERCEPTION: dict[str, Any] = {
+    "model_type": "perception_encoder",
+    "width": 64,
+    "layers": 2,
+    "heads": 2,
+    "mlp_ratio": 1.5,
+    "image_size": 728,
+    "patch_size": 14,
+    "output_dim": None,
+    "hidden_act": "gelu",
+    "ls_init_value": 0.1,
+    "use_abs_posemb": True,
+    "use_cls_token": False,
+    "use_ln_post": False,
+    "use_ln_pre": True,
+    "use_rope2d": True,
+}
+
+_STEP3P7 = """\
+from transformers import PretrainedConfig
+from vllm.transformers_utils.configs.step3p5 import Step3p5Config
+
+
+class Step3p7Config(PretrainedConfig):
+    model_type = "step3p7"
+
+    def __init__(self, text_config=None, vision_config=None, **fields):
+        self.text_config = Step3p5Config(**(text_config or {}))
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        super().__init__(**fields)
+"""
+
 _LONG = {"max_model_len": 8192, "num_gpu_blocks_override": 128}
 """For images of fixed sizes, and as many crops as the largest may have."""
 
@@ -738,27 +770,36 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
             "projector_bias": False,
             "text_config": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], **TEXT}
             | {"max_position_embeddings": 8192},
-            "vision_config": {
-                "model_type": "perception_encoder",
-                "width": 64,
-                "layers": 2,
-                "heads": 2,
-                "mlp_ratio": 1.5,
-                "image_size": 728,
-                "patch_size": 14,
-                "output_dim": None,
-                "hidden_act": "gelu",
-                "ls_init_value": 0.1,
-                "use_abs_posemb": True,
-                "use_cls_token": False,
-                "use_ln_post": False,
-                "use_ln_pre": True,
-                "use_rope2d": True,
-            },
+            "vision_config": _PERCEPTION,
         },
         _STEP,
         CODE,
         engine=_LONG,
+    ),
+    "step3p7": OnlyVllm(
+        {
+            "architectures": ["Step3p7ForConditionalGeneration"],
+            "model_type": "step3p7",
+            "image_token_id": IMAGE,
+            "projector_bias": False,
+            "text_config": {
+                **TEXT,
+                "architectures": ["Step3p5ForCausalLM"],
+                "max_seq_len": 8192,
+                "max_position_embeddings": 8192,
+                "num_attention_groups": 1,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 64,
+                "moe_intermediate_size": 32,
+                "moe_num_experts": 4,
+                "moe_top_k": 4,
+                "share_expert_dim": 32,
+            },
+            "vision_config": _PERCEPTION,
+        },
+        _STEP,
+        _STEP3P7,
+        engine={**_LONG, "num_gpu_blocks_override": 288},  # sliding layers have blocks of their own
     ),
     "blip_2": OnlyVllm(
         _blip_2_config,
