@@ -69,7 +69,6 @@ UNTESTED = {
     "transformers 5.19 (opencua.py, OpenCUAProcessor)",
     "OpenPanguVLForConditionalGeneration": _REMOTE.format("openpangu_vl.py"),
     "OpenVLAForActionPrediction": "vLLM builds its towers in their full size alone (openvla.py)",
-    "Ovis": _MARKS.format("ovis.py, indicator_embeds"),
     "Phi3VForCausalLM": _NEWLINES.format("phi3v.py, sub_GN and glb_GN"),
     "Phi4ForCausalLMV": _REMOTE.format("phi4siglip.py"),
     "Phi4MMForCausalLM": _NEWLINES.format("phi4mm.py, sub_GN and glb_GN"),

@@ -85,6 +85,7 @@ _ONE_AXIS = (
     "KimiK25ForConditionalGeneration",
     "KimiVLForConditionalGeneration",
     "LlavaOnevision2ForConditionalGeneration",
+    "Ovis",
     "Ovis2_5",
     "Ovis2_6ForCausalLM",
     "Ovis2_6_MoeForCausalLM",

@@ -12,7 +12,7 @@ from tokenprune.families.any import AnyFamily, has_mrope
 from tokenprune.families.base import Family
 from tokenprune.families.molmo import Molmo2
 from tokenprune.families.registry import FAMILIES, family_of_config
-from tokenprune.tower.layouts import Medium, grids_by_position
+from tokenprune.tower.layouts import Grid, Medium, grids_by_position
 from tokenprune_vllm.architectures import is_of_family
 from tokenprune_vllm.settings import RequestError
 
@@ -24,9 +24,9 @@ SOUND = ("audio",)
 """vLLM's modalities that are left as they are. All others are pruned, whatever a plugin calls them:
 Kimi-K2.5 calls images and parts of videos chunks."""
 
-_GRIDS = ("grid_thws", "image_grid_hws", "grids", "video_grids")
+_GRIDS = {"grid_thws": 3, "image_grid_hws": 2, "grids": 3, "video_grids": 3}
 """What Kimi-K2.5 calls frames, rows and columns of patches; Kimi-VL, which has no frames; Ovis 2.5,
-of an image and of a video."""
+of an image and of a video. Each is so many numbers: Ovis2 calls rows and columns of tiles grids."""
 
 _SHAPES = {
     "image": ("spatial_shapes", "tgt_sizes"),
@@ -79,15 +79,9 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
             "tokenprune does not know how they lie. Leave video_backend out, so that the model is "
             "given frames."
         )
-    grid = next(
-        (fields[name] for name in (f"{modality}_grid_thw", *_GRIDS) if name in fields), None
-    )
-    if isinstance(grid, Tensor) and grid.ndim == 2 and bool((grid == grid[0]).all()):
-        # LLaVA-OneVision 2 says the grid of each frame of a video.
-        grid = torch.cat([grid[:, :-2].sum(dim=0), grid[0, -2:]])
-    if isinstance(grid, Tensor) and grid.numel() in (2, 3):
-        *frames, height, width = _numbers(grid.flatten())
-        return Medium(modality, rows, grid=(frames[0] if frames else 1, height, width))
+    grid = _grid_of(modality, fields)
+    if grid is not None:
+        return Medium(modality, rows, grid=grid)
     if not family.known:
         return Medium(modality, rows)
     if isinstance(family, Molmo2):
@@ -121,6 +115,19 @@ def medium_of(family: Family, modality: str, rows: int, fields: Fields) -> Mediu
         None if pixels is None else (pixels.shape[-2], pixels.shape[-1]),
         None if size is None else (_numbers(size)[0], _numbers(size)[1]),
     )
+
+
+def _grid_of(modality: str, fields: Fields) -> Grid | None:
+    """Return frames, rows and columns of patches, where they are said."""
+    for name, numbers in {f"{modality}_grid_thw": 3, **_GRIDS}.items():
+        grid = fields.get(name)
+        if isinstance(grid, Tensor) and grid.ndim == 2 and bool((grid == grid[0]).all()):
+            # LLaVA-OneVision 2 says the grid of each frame of a video.
+            grid = torch.cat([grid[:, :-2].sum(dim=0), grid[0, -2:]])
+        if isinstance(grid, Tensor) and grid.numel() == numbers:
+            *frames, height, width = _numbers(grid.flatten())
+            return frames[0] if frames else 1, height, width
+    return None
 
 
 def _numbers(value: Any) -> list[int]:

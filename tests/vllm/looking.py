@@ -75,6 +75,10 @@ class Tower:
         """Return which token in raster order stands at each place of the last layer."""
         return torch.arange(int(grids.prod(dim=1).sum()) // self.merged**2)
 
+    def together(self, rows: int, columns: int) -> Tensor:
+        """Return the patches of a picture in an order in which those of a token are neighbours."""
+        return torch.arange(rows * columns)
+
     def projector(self, model: Any) -> Projector:
         """Return what makes rows of features."""
         raise NotImplementedError
@@ -87,8 +91,14 @@ class Tower:
         def start(_module: Any, args: Any, kwargs: Any) -> None:
             runs.append(Run(self.grids(args, kwargs).clone()))
 
-        def attend(_module: Any, _args: Any, kwargs: Any) -> None:
-            runs[-1].query, runs[-1].key = kwargs["query"][0].clone(), kwargs["key"][0].clone()
+        def attend(module: Any, args: Any, kwargs: Any) -> None:
+            query, key = (
+                args[place] if len(args) > place else kwargs[name]
+                for place, name in enumerate(("query", "key"))
+            )
+            heads = module.num_heads, module.head_size
+            runs[-1].query = query.reshape(-1, *heads).clone()
+            runs[-1].key = key.reshape(-1, *heads).clone()
 
         def project(_module: Any, args: Any) -> None:
             runs[-1].features = args[0].clone()
@@ -115,7 +125,8 @@ class Tower:
                 own = slice(start, start + rows * columns)
                 query, key = run.query[own].transpose(0, 1), run.key[own].transpose(0, 1)
                 logits = query @ key.mT * query.shape[-1] ** -0.5
-                scores.append(logits.softmax(dim=-1).mean(dim=1))  # [H, P]
+                received = logits.softmax(dim=-1).mean(dim=1)  # [H, P]
+                scores.append(received[:, self.together(rows, columns)])
                 start += rows * columns
         tokens = torch.cat(scores, dim=1).unflatten(1, (-1, self.merged**2)).mean(dim=2)
         order = self.order(model, run.grids)
@@ -171,6 +182,30 @@ def matrix_of(layer: Any) -> tuple[Tensor, Tensor]:
         found = [layer(one) for one in (zero, torch.eye(layer.input_size))]
         bias, both = (one[0] if isinstance(one, tuple) else one for one in found)
     return (both - bias).clone(), bias[0].clone()
+
+
+class OvisTiles(OvisTower):
+    """That of Ovis2, which reads tiles of one size apart, in raster order."""
+
+    def parts(self, model: Any) -> tuple[Any, Any, Any]:
+        """Return the tower, the attention of its last layer, and what is given the features."""
+        tokenizer = model.visual_tokenizer
+        layers = tokenizer.backbone.vision_model.encoder.layers
+        return tokenizer.backbone, layers[-1].self_attn.attn, tokenizer.head
+
+    def grids(self, args: Any, kwargs: Any) -> Tensor:
+        """Return the grids with which the tower is called."""
+        tiles, _, height, width = args[0].shape
+        return torch.tensor([[1, height // 4, width // 4]] * tiles)
+
+    def order(self, model: Any, grids: Tensor) -> Tensor:
+        """Return raster order."""
+        return Tower.order(self, model, grids)
+
+    def together(self, rows: int, columns: int) -> Tensor:
+        """Return blocks of 2 x 2 patches, one after another."""
+        patches = torch.arange(rows * columns).view(rows // 2, 2, columns // 2, 2)
+        return patches.transpose(1, 2).flatten()
 
 
 class OneVisionTower(Tower):

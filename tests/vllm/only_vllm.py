@@ -16,7 +16,7 @@ import transformers
 
 from tests.hf.models import BOS, END, EOS, IMAGE, PAD, START, VIDEO
 from tests.hf.types import architecture_of
-from tests.vllm.looking import OneVisionTower, OvisTower, Tower
+from tests.vllm.looking import OneVisionTower, OvisTiles, OvisTower, Tower
 from tests.vllm.other_types import ONE_PAD, PADS, WIDTH, OtherType, grids
 
 tf: Any = transformers  # its classes are not typed
@@ -79,8 +79,9 @@ class OnlyVllm:
         Whether it takes a video.
     tower
         Where its tower is, if methods that look at it are compared too.
-    edges
-        How many rows in front of an image's tokens, and behind them, always stay.
+    parts
+        Of how many rows an image has, which are tokens: those of each part that is pruned on its
+        own. The others always stay.
     enlarged
         By how much pictures are larger than others', where each token is many pixels.
     positions
@@ -98,7 +99,7 @@ class OnlyVllm:
     hears: bool = False
     videos: bool = False
     tower: Tower | None = None
-    edges: int = 0
+    parts: Callable[[int], list[range]] = lambda rows: [range(rows)]
     enlarged: int = 1
     positions: str = "original"
     engine: dict[str, Any] = field(default_factory=dict)
@@ -457,7 +458,7 @@ def _ovis(architecture: str, kind: str, text: dict[str, Any]) -> OnlyVllm:
         images=2,
         videos=True,
         tower=OvisTower(),
-        edges=1,
+        parts=lambda rows: [range(1, rows - 1)],
         enlarged=3,
         engine={**_LONG, "limit_mm_per_prompt": {"image": 2, "video": 1}},
     )
@@ -817,6 +818,38 @@ ONLY_VLLM: dict[str, OnlyVllm] = {
     ),
     "qwen3_omni_moe": _omni(
         "qwen3_omni_moe", "Qwen3OmniMoe", {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    ),
+    "ovis": OnlyVllm(
+        {
+            "architectures": ["Ovis"],
+            "model_type": "ovis",
+            "hidden_size": TEXT["hidden_size"],
+            "llm_config": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **TEXT},
+            "visual_tokenizer_config": {
+                "model_type": "siglip_visual_tokenizer",
+                "vocab_size": 37,  # 32 words and five indicators
+                "hidden_stride": 2,
+                "backbone_config": {
+                    "model_type": "siglip_vision_model",
+                    **_VISION,
+                    "vision_use_head": False,
+                },
+            },
+        },
+        {
+            "tokens": PADS,
+            "image": "<image>",
+            "processor": lambda tokenizer, _config: _Parts(
+                tf.SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer
+            ),
+            "more": {188: "<image>"},
+        },
+        images=1,  # vLLM takes several only if they have as many tiles
+        tower=OvisTiles(),
+        parts=lambda rows: [
+            range(17 * tile + 1, 17 * (tile + 1)) for tile in range((rows - 1) // 17)
+        ],
+        engine={"max_model_len": 1024},
     ),
     "llava_onevision2": OnlyVllm(
         {

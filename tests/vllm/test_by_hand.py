@@ -26,11 +26,12 @@ from tests.vllm.processes import in_a_process
 from tests.vllm.test_any_architecture import METHODS, architecture_in, record
 from tests.vllm.test_families import KEEP, STEP, Case
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.families.ovis import Ovis25
+from tokenprune.families.ovis import Ovis, Ovis25
 from tokenprune.families.qwen import LlavaOnevision2
 from tokenprune.registry import build
 from tokenprune.selecting import select
 from tokenprune.tokens import VisualTokens
+from tokenprune.tower.layouts import Medium
 from tokenprune_vllm.encoder_inputs import medium_of
 from tokenprune_vllm.settings import RequestError
 
@@ -147,14 +148,16 @@ def by_hand(name: str, folder: Path) -> Answers:
                 if kind == "a":
                     stays.append(list(range(len(rows))))
                     continue
-                seen = next((one for one in looked if one.modality == kind), None)
-                if seen is not None:
-                    looked.remove(seen)
-                tokens = tokens_of(rows[only.edges : len(rows) - only.edges], seen)
-                picked = choose(tokens, asked["method"], asked["keep"])
-                chosen.append(picked)
-                edges = range(only.edges), range(len(rows) - only.edges, len(rows))
-                stays.append([*edges[0], *(only.edges + token for token in picked), *edges[1]])
+                parts = only.parts(len(rows))
+                own = set(range(len(rows))) - {row for part in parts for row in part}
+                for part in parts:
+                    seen = next((one for one in looked if one.modality == kind), None)
+                    if seen is not None:
+                        looked.remove(seen)
+                    tokens = tokens_of(rows[list(part)], seen)
+                    chosen.append(choose(tokens, asked["method"], asked["keep"]))
+                    own |= {part[token] for token in chosen[-1]}
+                stays.append(sorted(own))
             answered = plain.ask_pruned(whole, stays, only.positions == "compact")
             differ += answered != whole.answered
             answers.append((case, answered, chosen))
@@ -248,3 +251,17 @@ def test_attention_inside_windows_is_refused() -> None:
     family.check_needs("feature-norm", ["features"])
     with pytest.raises(UnsupportedModelError, match="sees windows"):
         family.check_needs("cls-attention", ["cls_attention"])
+
+
+@pytest.mark.every_model
+def test_an_ovis_of_one_tile_has_two_indicators_behind_it() -> None:
+    vit = SimpleNamespace(image_size=32, patch_size=4)
+    tokenizer = SimpleNamespace(hidden_stride=2, backbone_config=vit)
+    config = SimpleNamespace(model_type="ovis", visual_tokenizer_config=tokenizer)
+    family, image = Ovis(cast(Any, config)), Medium("image", 19)
+    (segment,) = family.segments(image)
+    assert segment.rows.tolist() == list(range(1, 17))
+    values = torch.arange(16.0)[None, :, None]
+    laid_out = family.lay_out(image, values)
+    assert len(laid_out) == 19
+    assert laid_out[segment.rows].equal(values[0])

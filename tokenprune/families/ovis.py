@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.qwen import Qwen25VL
 from tokenprune.families.tiles import Tiles
-from tokenprune.tower.layouts import Medium, Segment, check_rows, one_segment
+from tokenprune.tower.layouts import Medium, Segment, Sides, check_rows, one_segment
 
 
 class Ovis2(Tiles):
@@ -31,6 +31,69 @@ class Ovis2(Tiles):
         return _VisualWords(
             tower.head_linear, tower.head_norm, table, tower.config.tokenize_function
         )
+
+
+class Ovis(Ovis2):
+    """Ovis2 in its own format, and Ovis 1.6: indicators among the tiles are rows, which stay.
+
+    One stands in front of each tile; behind the last one stand one more, or two behind an image
+    that is one tile.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("ovis",)
+    in_transformers: ClassVar[bool] = False
+
+    @property
+    def tower_config(self) -> Any:
+        """The vision tower's config."""
+        return self.config.visual_tokenizer_config.backbone_config
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of each token."""
+        return int(self.config.visual_tokenizer_config.hidden_stride)
+
+    def patch_sides(self, medium: Medium) -> Sides | None:
+        """Return the rows and columns of patches of a tile."""
+        vit = self.tower_config
+        side = int(vit.image_size) // int(vit.patch_size)
+        return side, side
+
+    def segments(self, medium: Medium) -> Sequence[Segment]:
+        """Return a segment for each tile."""
+        sides = self.token_sides(medium)
+        step = 1 + sides[0] * sides[1]
+        lie = "tiles of {} x {} and their indicators".format(*sides)
+        check_rows(medium, medium.pictures * step + _behind(medium), lie)
+        return [
+            Segment(
+                torch.arange(number * step + 1, (number + 1) * step),
+                (1, *sides),
+                f"tile {number}" if medium.pictures > 1 else "",
+            )
+            for number in range(medium.pictures)
+        ]
+
+    def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
+        """Put an indicator in front of each tile, and behind the last one."""
+        rows = nn.functional.pad(values, (0, 0, 1, 0)).flatten(0, 1)
+        return nn.functional.pad(rows, (0, 0, 0, _behind(medium)))
+
+    def tower(self, model: Any, modality: str) -> nn.Module:
+        """Return the vision encoder."""
+        module: nn.Module = model.visual_tokenizer.backbone
+        return module
+
+    def projector(self, model: Any) -> nn.Module:
+        """Return what stands between the tower's features and the language model."""
+        linear, norm = model.visual_tokenizer.head
+        how = self.config.visual_tokenizer_config.tokenize_function
+        return _VisualWords(linear, norm, model.vte, how)
+
+
+def _behind(medium: Medium) -> int:
+    """Return how many indicators stand behind the last tile."""
+    return 2 if medium.pictures == 1 else 1
 
 
 class Ovis25(Qwen25VL):

@@ -18,7 +18,7 @@ from tokenprune.families.llava import (
 )
 from tokenprune.families.minicpm import MiniCPMV46, MiniCPMV47, NemotronOmni
 from tokenprune.families.molmo import Molmo2
-from tokenprune.families.ovis import Ovis2, Ovis25
+from tokenprune.families.ovis import Ovis, Ovis2, Ovis25
 from tokenprune.families.own_sides import Gemma4, Lfm2VL, Mistral3
 from tokenprune.families.paddleocr import PaddleOCRVL
 from tokenprune.families.qwen import LlavaOnevision2, Qwen2VL, Qwen25VL
@@ -58,6 +58,7 @@ FAMILIES: dict[str, type[Family]] = {
         CohereVision,
         PerceptionLM,
         Ovis2,
+        Ovis,
         Ovis25,
         Llama4,
         Gemma3,
