@@ -72,6 +72,9 @@ REFUSED = {
 }
 """Types that take rows and cannot be pruned all the same, and why."""
 
+Layout = tuple[bytes, tuple[int, ...]]
+"""What tells how rows lie (`_layout`), and the rows of each item."""
+
 LINE_ENDS = {"apertus1p5": None, "chameleon": None, "emu3": "<|extra_200|>"}
 """Types whose rows are embeddings of codes, and the token that ends a line, in `vocabulary_map`.
 
@@ -109,9 +112,9 @@ class AnyModel(VisionModel):
         self._tracer = Tracer(model, model.get_decoder())
         if self._tracer.layers and model.config.model_type not in (*LINE_ENDS, *PROJECTED_LATER):
             family.given |= TRACED
-        self._pictures_of: dict[bytes, list[Tensor]] = {}
+        self._pictures_of: dict[Layout, list[Tensor]] = {}
         self._behind_of: dict[bytes, Behind] = {}
-        self._sound: tuple[list[Behind], list[Behind]] = ([], [])
+        self._sound: set[tuple[Layout, bool]] = set()
         self._found_projectors: dict[str, tuple[Way, ModelProjector]] = {}
         self._expected = _Expected()
         self._arrived = False
@@ -119,7 +122,7 @@ class AnyModel(VisionModel):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what knows this model's own modules: a copy finds it in its own."""
         tracer = Tracer(self.model, self.model.get_decoder())
-        own: dict[str, Any] = {"_behind_of": {}, "_found_projectors": {}, "_sound": ([], [])}
+        own: dict[str, Any] = {"_behind_of": {}, "_found_projectors": {}, "_sound": set()}
         return {**super().__getstate__(), "_tracer": tracer, **own}
 
     # Positions ---------------------------------------------------------------------------------
@@ -219,7 +222,8 @@ class AnyModel(VisionModel):
     def encode(self, inputs: EncoderInputs, needs: Sequence[str]) -> EncodedModality:
         """Run the vision encoder once; see `VisionModel.encode`."""
         traced = TRACED & set(needs)
-        behind = self._behind(inputs, traced) if traced else None
+        layout = _layout(inputs)
+        behind = self._behind(inputs, layout, traced) if traced else None
         with ExitStack() as stack:
             seen = None
             if behind is not None:
@@ -230,10 +234,10 @@ class AnyModel(VisionModel):
         sizes = self._sizes(inputs, entries)
         with torch.no_grad():
             grids = self._grids(inputs, sizes)
-            pictures = self._pictures(inputs, rows, sizes)
+            pictures = self._pictures(inputs, layout, rows, sizes)
             more: Mapping[str, Any] = {}
             if behind is not None and seen is not None:
-                self._check_found(behind, pictures, traced)
+                self._check_found(behind, (layout, tuple(sizes)), pictures, traced)
                 more = looked_at(behind, seen, traced)
             items = [
                 Item(own, self._tokens(rows, own, grid, f"{inputs.modality} {number}", more))
@@ -260,7 +264,7 @@ class AnyModel(VisionModel):
 
     # What stands behind rows --------------------------------------------------------------------
 
-    def _behind(self, inputs: EncoderInputs, needs: Collection[str]) -> Behind:
+    def _behind(self, inputs: EncoderInputs, layout: bytes, needs: Collection[str]) -> Behind:
         """Return what stands behind the rows of images of these sizes.
 
         Raises
@@ -268,7 +272,6 @@ class AnyModel(VisionModel):
         UnsupportedModelError
             If what is needed could not be found.
         """
-        layout = _layout(inputs, ())
         if layout not in self._behind_of:
 
             def run() -> Tensor:
@@ -285,11 +288,15 @@ class AnyModel(VisionModel):
         return behind
 
     def _check_found(
-        self, behind: Behind, pictures: Sequence[Tensor], needs: Collection[str]
+        self,
+        behind: Behind,
+        layout: Layout,
+        pictures: Sequence[Tensor],
+        needs: Collection[str],
     ) -> None:
         """Raise unless tokens were found behind every row that holds something of the pixels."""
         scored = "cls_attention" in needs
-        if behind in self._sound[scored]:
+        if (layout, scored) in self._sound:
             return  # to look at it waits for the device
         if bool((behind.places.tokens[torch.cat(list(pictures))] < 0).any()):
             raise self._not_found(
@@ -301,7 +308,7 @@ class AnyModel(VisionModel):
                     check_lengths(behind.lengths, behind.places.tokens[of_picture])
             except NotFoundError as error:
                 raise self._not_found(["cls_attention"], str(error)) from error
-        self._sound[scored].append(behind)
+        self._sound.add((layout, scored))
 
     def _not_found(self, needs: Collection[str], why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -411,7 +418,9 @@ class AnyModel(VisionModel):
 
     # Rows that are no part of a picture --------------------------------------------------------
 
-    def _pictures(self, inputs: EncoderInputs, rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    def _pictures(
+        self, inputs: EncoderInputs, layout: bytes, rows: Tensor, sizes: Sequence[int]
+    ) -> list[Tensor]:
         """Return LongTensors, of each entry the rows that hold something of the pixels.
 
         The others (newlines, separators) are the same whatever the picture, so the encoder is run
@@ -426,16 +435,16 @@ class AnyModel(VisionModel):
             parts = is_code.split(list(sizes))
             found = [part[own] for part, own in zip(numbers, parts, strict=True)]
             return [of_picture.to(rows.device) for of_picture in found]
-        layout = _layout(inputs, sizes)
-        if layout not in self._pictures_of:
+        known = layout, tuple(sizes)
+        if known not in self._pictures_of:
             _, others = self._run(inputs.modality, of_noise(inputs.arguments))
             holds_pixels = ~same(rows, torch.cat(others)).cpu()
             parts = holds_pixels.split(list(sizes))
             # At the end, so that another thread finds all of it or nothing.
-            self._pictures_of[layout] = [
+            self._pictures_of[known] = [
                 in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)
             ]
-        return [of_picture.to(rows.device) for of_picture in self._pictures_of[layout]]
+        return [of_picture.to(rows.device) for of_picture in self._pictures_of[known]]
 
     def _ends_line(self, rows: Tensor, token: str | None) -> Tensor:
         """Return BoolTensor [R], where rows are the embedding of the token that ends a line."""
@@ -468,9 +477,9 @@ def _runs(placeholders: Tensor) -> list[int]:
     return runs
 
 
-def _layout(inputs: EncoderInputs, sizes: Sequence[int]) -> bytes:
+def _layout(inputs: EncoderInputs) -> bytes:
     """Return what tells how rows lie: all that an encoder is given but the pixels' values."""
-    digest = hashlib.sha256(repr((inputs.modality, list(sizes))).encode())
+    digest = hashlib.sha256(inputs.modality.encode())
     for name, value in sorted(inputs.arguments.items()):
         if isinstance(value, Tensor) and name.startswith("pixel_values"):
             value = value.shape

@@ -17,6 +17,7 @@ from tokenprune.errors import reason_of
 from tokenprune.tower.any_attention import (
     Pictures,
     check_attention,
+    check_scored,
     has_cls,
     mean_of_tokens,
     scores_of,
@@ -124,15 +125,12 @@ class Tracer:
         cls = has_cls(self._model, way.layer.stack)
         try:
             pictures = [_checked(one) for one in seen.runs]
-            _check_tokens(seen, way, places, cls)
+            shapes = [(one.query.shape[0], one.query.shape[2]) for one in seen.runs]
+            runs = list(zip(shapes, pictures, strict=True))
+            check_scored(runs, way.returned(seen.calls), places.tokens, cls)
         except NotFoundError as error:
             return Behind(way, places, unscored=str(error)), rows
-        lengths = torch.cat(
-            [
-                one.lengths_of((seen.query.shape[0], seen.query.shape[2]))
-                for one, seen in zip(pictures, seen.runs, strict=True)
-            ]
-        )
+        lengths = torch.cat([of_run.lengths_of(shape) for shape, of_run in runs])
         return Behind(way, places, pictures, lengths, cls), rows
 
 
@@ -182,28 +180,3 @@ def _checked(seen: SeenAttention) -> Pictures:
             f"be ({reason_of(error)})"
         ) from error
     return pictures
-
-
-def _check_tokens(seen: Seen, way: Way, places: Places, cls: bool) -> None:
-    """Raise unless the scoring layer scores the tokens that stand behind the rows.
-
-    Raises
-    ------
-    NotFoundError
-        If it scores others.
-    """
-    sizes = [one.query.shape[0] * one.query.shape[2] for one in seen.runs]
-    returned = [
-        call.returned.numel() // call.returned.shape[-1]
-        for call in seen.calls
-        if call.module is way.layer.module
-    ]
-    if sizes != returned:
-        raise NotFoundError("its tower's last layer scores other tokens than it returns")
-    start = 0
-    for one in seen.runs if cls else ():
-        batch, _, length, _ = one.query.shape
-        firsts = start + length * torch.arange(batch, device=places.tokens.device)
-        if bool(torch.isin(firsts, places.tokens).any()):
-            raise NotFoundError("its tower's CLS token is among the rows")
-        start += batch * length

@@ -23,6 +23,7 @@ from tokenprune.tower.any_attention import (
     Pictures,
     check_attention,
     check_lengths,
+    check_scored,
     has_cls,
     mean_of_tokens,
     scores_of,
@@ -209,21 +210,10 @@ class Tracer:
         """Raise unless the attention that was seen is what makes the tower's tokens."""
         if not isinstance(way.layer.attention, _KNOWN):
             raise NotFoundError("its tower computes its attention where tokenprune does not look")
-        lengths = _lengths(seen, [run.pictures() for run in seen.runs])
-        returned = [call.returned for call in seen.calls if call.module is way.layer.module]
-        if len(lengths) != sum(one.numel() // one.shape[-1] for one in returned):
-            raise NotFoundError("its tower's last layer scores other tokens than it returns")
-        start = 0
         for run in seen.runs:
-            pictures = run.pictures()
-            check_attention(run.query, run.key, run.value, run.output, run.scale, pictures)
-            if self._has_cls and pictures.lengths is not None:
-                raise NotFoundError("its tower packs pictures that have a CLS token")
-            batch, tokens = run.shape
-            firsts = start + tokens * torch.arange(batch, device=places.tokens.device)
-            if self._has_cls and bool(torch.isin(firsts, places.tokens).any()):
-                raise NotFoundError("its tower's CLS token is among the rows")
-            start += batch * tokens
+            check_attention(run.query, run.key, run.value, run.output, run.scale, run.pictures())
+        runs = [(run.shape, run.pictures()) for run in seen.runs]
+        check_scored(runs, way.returned(seen.calls), places.tokens, self._has_cls)
 
     def _refusal(self, error: NotFoundError) -> UnsupportedModelError:
         return UnsupportedModelError(

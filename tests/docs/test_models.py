@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -54,6 +55,19 @@ def checked() -> dict[str, Any]:
 
 def test_the_page_is_what_the_script_writes() -> None:
     assert SCRIPT.PAGE.read_text("utf-8") == SCRIPT.page(checked()), "scripts/update_models.py"
+
+
+def test_the_readme_counts_what_is_tested() -> None:
+    found = re.search(
+        r"(\d+) types of transformers and (\d+)\s+architectures of vLLM are tested",
+        (ROOT / "README.md").read_text("utf-8"),
+    )
+    assert found is not None
+    of_vllm = checked()["vllm"].values()
+    assert [int(number) for number in found.groups()] == [
+        sum("checked" in entry for entry in checked()["transformers"].values()),
+        sum("checked" in entry or bool(entry.get("family")) for entry in of_vllm),
+    ]
 
 
 def test_most_types_are_checked() -> None:

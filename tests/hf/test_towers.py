@@ -8,6 +8,7 @@ with the tower's own output and its own attention maps.
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from tests.hf import types
 from tokenprune import select
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.registry import FAMILIES
+from tokenprune.tower.any_attention import Pictures, check_scored
 from tokenprune.tower.model_projector import read_projector
+from tokenprune.tower.tracing import NotFoundError, watch_calls
 from tokenprune_hf.any_model import AnyModel
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -255,3 +258,40 @@ def test_a_copy_finds_its_own() -> None:
         tokens = vision.encode(given, NEEDS).items[0].tokens
     assert tokens.projector.module is vision.model.model.multi_modal_projector  # type: ignore[union-attr]
     assert select(tokens, method="zeroth-order", keep=5).kept.equal(first)
+
+
+def test_threads_watch_one_model_at_once() -> None:
+    """Layers of some releases have a ``__call__`` of their own, and hooks watch them all the same.
+
+    What is put in place of a forward would have to be taken away in reverse order, which threads do
+    not keep to.
+    """
+    model = types.model_of("internvl")
+    layers = list(model.modules())
+    first, second = watch_calls(layers), watch_calls(layers)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert not any("forward" in vars(module) or module._forward_hooks for module in layers)
+    inputs = types.prompts_of("internvl", model, [[0]])
+    expected = shown(AnyModel(model), inputs)
+    hooks = [list(module._forward_hooks) for module in layers]  # some releases leave their own
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: shown(AnyModel(model), inputs), range(8)))
+    for of_thread in found:
+        for name, value in expected.items():
+            assert torch.equal(of_thread[name], value), name
+    assert [list(module._forward_hooks) for module in layers] == hooks
+
+
+@pytest.mark.parametrize(
+    "pictures", [Pictures(lengths=(3, 3)), Pictures(real=torch.tensor([[True] * 5 + [False]]))]
+)
+def test_a_cls_token_is_not_looked_for_among_packed_or_padded_pictures(pictures: Pictures) -> None:
+    runs, returned = [((1, 6), pictures)], [torch.zeros(1, 6, 4)]
+    check_scored(runs, returned, torch.tensor([[1], [4]]), has_cls=False)
+    with pytest.raises(NotFoundError, match="packs or pads"):
+        check_scored(runs, returned, torch.tensor([[1], [4]]), has_cls=True)
+    with pytest.raises(NotFoundError, match="other tokens"):
+        check_scored(runs, [torch.zeros(1, 5, 4)], torch.tensor([[1]]), has_cls=False)

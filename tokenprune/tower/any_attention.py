@@ -6,6 +6,7 @@ own output can be calculated from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -178,6 +179,47 @@ def check_attention(
     plain = ((evenly @ value.float() - expected) * told).abs().max()
     if not bool(off <= _SHARE * plain):
         raise NotFoundError("its tower attends otherwise than what was seen of its q and k says")
+
+
+def check_scored(
+    runs: Sequence[tuple[Sequence[int], Pictures]],
+    returned: Sequence[Tensor],
+    tokens: Tensor,
+    has_cls: bool,
+) -> None:
+    """Raise unless a scoring layer scores the tokens that stand behind the rows.
+
+    Parameters
+    ----------
+    runs
+        B and P of each of its runs, and which tokens see each other.
+    returned
+        [..., C], what the layer returned in each.
+    tokens
+        LongTensor [R, t], those behind the rows; of structure, -1.
+    has_cls
+        Whether the first token of each picture is a CLS token.
+
+    Raises
+    ------
+    NotFoundError
+        If it scores others, or a CLS token is not where `scores_of` looks for it.
+    """
+    if not runs:
+        raise NotFoundError("its tower's attention did not run")
+    sizes = [math.prod(shape) for shape, _ in runs]
+    if sizes != [one.numel() // one.shape[-1] for one in returned]:
+        raise NotFoundError("its tower's last layer scores other tokens than it returns")
+    if not has_cls:
+        return
+    start = 0
+    for (batch, length), pictures in runs:
+        if pictures.lengths is not None or pictures.real is not None:
+            raise NotFoundError("its tower packs or pads pictures that have a CLS token")
+        firsts = start + length * torch.arange(batch, device=tokens.device)
+        if bool(torch.isin(firsts, tokens).any()):
+            raise NotFoundError("its tower's CLS token is among the rows")
+        start += batch * length
 
 
 def check_lengths(lengths: Tensor, tokens: Tensor) -> None:

@@ -28,6 +28,10 @@ _COLUMNS = 64
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+_COMPILED = "do_not_compile"
+"""What vLLM's modules for torch.compile have, which do not run their hooks."""
+
+
 class NotFoundError(Exception):
     """What stands behind the rows of a model could not be found; says why."""
 
@@ -69,17 +73,17 @@ def watch_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
 
     with ExitStack() as stack:
         for module in modules:
-            if type(module).__call__ is nn.Module.__call__:
+            if not hasattr(module, _COMPILED):
                 handle = module.register_forward_hook(only_watches(hook), with_kwargs=True)
                 stack.callback(handle.remove)
-            else:  # vLLM's modules for torch.compile do not run their hooks
+            else:
                 stack.enter_context(_forward_seen(module, see))
         yield calls
 
 
 @contextmanager
 def _forward_seen(module: Any, see: Callable[[Any, Any, Any, Any], None]) -> Iterator[None]:
-    """Have a module's forward seen in the block."""
+    """Have a module's forward seen in the block, which only one thread may enter at a time."""
     own = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -303,6 +307,10 @@ class Way:
         """Return the modules whose runs `places` looks at."""
         norm = [] if self.norm is None else [self.norm]
         return [self.layer.module, *norm, *(step.module for step in self.tower + self.projector)]
+
+    def returned(self, calls: Sequence[Call]) -> list[Tensor]:
+        """Return what the tower's layer returned, run by run."""
+        return [call.returned for call in calls if call.module is self.layer.module]
 
     @property
     def source(self) -> nn.Module:
