@@ -36,7 +36,7 @@ from tokenprune.families.registry import attending_layers
 from tokenprune.numerics import full_precision
 from tokenprune_hf.attached import ThreadState, named_arguments
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.prefix import heads_of, rotary_of, sliding_window
+from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.shortening import attention_mask_of
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -497,8 +497,8 @@ def _attention_of_newest(
     states: Tensor = named["hidden_states"][:, -1]  # [B, D]
     cos, sin = (part[:, -1][None] for part in named["position_embeddings"])  # [1, B, d]
     # Each row has one token, so that the rows can stand where a prompt's tokens stand there.
-    query = heads_of(attention, "q", states)
-    cos, sin = rotary_of(attention, cos, sin)
+    query = _queries(attention, states)
+    cos, sin = _rotary_of(attention, cos, sin)
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
     query = rotate(query, query, cos, sin)[0][0].float()  # [H, B, d]
     key = stored.to(query.device).float()  # [B, G, K, d]
@@ -634,3 +634,23 @@ def measure_dominance(
         or without a cache, and for more than one token at once on a filled cache.
     """
     return Dominance(model, layers, text)
+
+
+def _queries(attention: Any, states: Tensor) -> Tensor:
+    """Project [L, D] to q [1, heads, L, d], with the norm that some models have."""
+    # Qwen3.5 projects to q and to a gate on the head's output, head by head, q first.
+    split = attention.q_proj(states[None]).unflatten(-1, (attention.config.num_attention_heads, -1))
+    split = split[..., : int(attention.head_dim)]
+    # LFM2 calls it q_layernorm.
+    norm = getattr(attention, "q_norm", getattr(attention, "q_layernorm", None))
+    heads: Tensor = (split if norm is None else norm(split)).transpose(1, 2)
+    return heads
+
+
+def _rotary_of(attention: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors by which an attention module turns q and k; some turn nothing."""
+    if attention.config.model_type == "cohere2":  # in sliding layers alone
+        rotates = sliding_window(attention) is not None
+    else:  # Llama 4 and SmolLM3 say of each layer whether it does
+        rotates = bool(getattr(attention, "use_rope", True))
+    return (cos, sin) if rotates else (torch.ones_like(cos), torch.zeros_like(sin))

@@ -14,7 +14,7 @@ import hashlib
 import inspect
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -31,8 +31,10 @@ from tokenprune.families.any import (
     AnyFamily,
     found_projector,
     has_mrope,
+    not_counted,
     told_grid,
 )
+from tokenprune.question.prompt import counted_interval
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
 from tokenprune.tower.any_attention import check_lengths
@@ -42,6 +44,7 @@ from tokenprune.tower.structure import of_noise, same
 from tokenprune.tower.tracing import NotFoundError, Way
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
+from tokenprune_hf.prefix import can_be_read
 from tokenprune_hf.tracing import Behind, Tracer, looked_at, watching
 from tokenprune_hf.vision import (
     PROJECTED_LATER,
@@ -102,12 +105,11 @@ class AnyModel(VisionModel):
     """
 
     def __init__(self, model: Any) -> None:
-        taken = inspect.signature(type(model).forward).parameters
-        # A model that is told which tokens are an image's may let them see each other both ways.
-        causal = not {"token_type_ids", "mm_token_type_ids"} & set(taken)
-        # Positions on three axes are asked of the model, and nothing here counts them.
-        causal = causal and not has_mrope(model.config)
-        family = AnyFamily(model.config, causal=causal)
+        # A model whose images' tokens see each other both ways makes its masks itself, and says so
+        # here for `generate` with static caches.
+        causal = not hasattr(type(model), "create_masks_for_generate")
+        # Positions are the model's own, and never counted anew as those of families with M-RoPE.
+        family = AnyFamily(model.config, causal=causal and can_be_read(model.get_decoder()))
         super().__init__(model, family)
         self._tracer = Tracer(model, model.get_decoder())
         if self._tracer.layers and model.config.model_type not in (*LINE_ENDS, *PROJECTED_LATER):
@@ -153,6 +155,25 @@ class AnyModel(VisionModel):
                 f"a model of the type {kind!r} may have layers that do not attend, and "
                 "proportional attention would count tokens in the others alone. Leave it out."
             )
+
+    def decoder(self) -> Any:
+        """Return the language model without its head; see `VisionModel.decoder`."""
+        found = self.model.get_decoder()
+        return found if hasattr(found, "layers") else getattr(found, "model", found)
+
+    def interval_read(
+        self, modality: str, grid: Grid, unpruned: Callable[[], tuple[Tensor, Tensor]]
+    ) -> int | None:
+        """Return how far apart the model counts frames; see `VisionModel.interval_read`."""
+        if not has_mrope(self.model.config):
+            return None
+        positions, is_visual = unpruned()
+        if len(positions) == 1:  # a config may have sections and the model count on one axis
+            return None
+        interval = counted_interval(positions, is_visual, grid)
+        if interval is None:
+            raise not_counted(type(self.model).__name__)
+        return interval
 
     def will_read(self, positions: Tensor | None) -> None:
         """Take note of the positions with which a short prompt is read next in this thread."""

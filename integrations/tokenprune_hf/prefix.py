@@ -7,16 +7,47 @@ outermost module that holds fewer of the same layers.
 from __future__ import annotations
 
 import copy
-import sys
+import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.question.attention import QueryKeys
-from tokenprune_hf.interface import AttentionModule
+from tokenprune_hf.interface import AttentionModule, check_logits
+
+READ_BY_MODALITY = frozenset({"moe_mm_token_type_ids"})
+"""Arguments of decoders that are 1 where a visual token stands: experts are chosen by them."""
+
+_READ = frozenset(
+    {
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "kwargs",
+        "visual_pos_masks",
+        "deepstack_visual_embeds",
+    }
+)
+"""Arguments of decoders that are known: they are given, or need not be."""
+
+
+def can_be_read(decoder: Any) -> bool:
+    """Say whether all that a decoder's first layers read of a prompt is known.
+
+    Others read ids besides, or features in a form of their own.
+    """
+    taken = set(inspect.signature(decoder.forward).parameters)
+    return not taken - _READ - READ_BY_MODALITY
 
 
 def read_layers(
@@ -40,7 +71,7 @@ def read_layers(
     embeddings
         [S, L, D], S prompts of one length.
     positions
-        LongTensor [S, L], or [4, S, L] for models with M-RoPE.
+        LongTensor [S, L], or [3 or 4, S, L] for models with M-RoPE.
     layers
         Which layers, from 0.
     asked
@@ -76,26 +107,6 @@ def sliding_window(attention: AttentionModule) -> int | None:
     return window
 
 
-def rotary_of(attention: Any, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors by which an attention module turns q and k; some turn nothing."""
-    if attention.config.model_type == "cohere2":  # in sliding layers alone
-        rotates = sliding_window(attention) is not None
-    else:  # Llama 4 and SmolLM3 say of each layer whether it does
-        rotates = bool(getattr(attention, "use_rope", True))
-    return (cos, sin) if rotates else (torch.ones_like(cos), torch.zeros_like(sin))
-
-
-class _Projections(Protocol):
-    """An attention module that is read: with q_proj, k_proj and v_proj, and norms where it has."""
-
-    head_dim: int
-    scaling: float
-
-    @property
-    def config(self) -> Any:
-        """The language model's config."""
-
-
 class _Probe:
     """Takes q and k of one prompt out of each watched layer.
 
@@ -113,76 +124,111 @@ class _Probe:
         self.seen: dict[int, QueryKeys] = {}
 
     def take(
-        self,
-        number: int,
-        attention: _Projections,
-        states: Tensor,
-        normed: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        self, number: int, states: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> None:
-        """Compute q of the question and k of everything from one prompt's states [L, D]."""
-        cos, sin = rotary_of(attention, *rotary)
-        # The model's own function, as families pair the numbers of a head in different ways.
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-        query = heads_of(attention, "q", normed[-self._questions :])
-        key = heads_of(attention, "k", normed)
+        """Keep of one prompt's layer what is asked for.
+
+        Parameters
+        ----------
+        number
+            The layer, from 0.
+        states
+            [L, D], what goes into the layer.
+        query, key, value
+            [heads, L, d], what goes into its attention function.
+        scale
+            Factor on q kᵀ.
+        """
         value_norm = None
         if self._values:
-            value = heads_of(attention, "v", normed[self._asked])
-            value_norm = value[0].float().abs().sum(dim=-1)
-        last = slice(-self._questions, None)
+            value_norm = value[:, self._asked].float().abs().sum(dim=-1)
         self.seen[number] = QueryKeys(
-            # The function takes q and k of one length, and here they have two: one at a time.
-            query=rotate(query, query, cos[:, last], sin[:, last])[0][0],
-            key=rotate(key, key, cos, sin)[0][0],
+            query=query[:, -self._questions :],
+            key=key,
             visual=self._asked,
-            scale=float(attention.scaling),
+            scale=scale,
             value_norm=value_norm,
             hidden=states[self._asked] if self._hidden else None,
         )
 
 
-def heads_of(attention: _Projections, which: str, states: Tensor) -> Tensor:
-    """Project [L, D] to [1, heads, L, d], with the norm on q and k that some models have."""
-    projected = getattr(attention, f"{which}_proj")(states[None])
-    width = int(attention.head_dim)
-    if which == "q":
-        # Qwen3.5 projects to q and to a gate on the head's output, head by head, q first.
-        split = projected.unflatten(-1, (int(attention.config.num_attention_heads), -1))
-        split = split[..., :width]
-    else:
-        split = projected.unflatten(-1, (-1, width))
-    # LFM2 calls them q_layernorm and k_layernorm.
-    norm = getattr(attention, f"{which}_norm", getattr(attention, f"{which}_layernorm", None))
-    if norm is not None:
-        split = norm(split)
-    heads: Tensor = split.transpose(1, 2)
-    return heads
+class _TakenError(Exception):
+    """Ends a layer of which nothing more than q, k and v is wanted."""
 
 
 class _Watched(nn.Module):
-    """Stands where a decoder layer stands: shows its input to the probes, then runs it or stops."""
+    """Stands where a decoder layer stands: shows the probes what its attention is given.
+
+    The layer's own modules make q and k, whatever norms, gates and rotary embeddings there are.
+    They run in a copy of the layer that shares all weights and calls another attention function.
+    """
 
     def __init__(self, number: int, layer: Any, probes: Sequence[_Probe], last: bool) -> None:
         super().__init__()
         self._number = number
-        # In a list, so that the layer is not registered as a part of this module.
+        # In lists, so that they are not registered as parts of this module.
         self._layer = [layer]
+        self._taking = [_taking(layer)]
         self._probes = probes
         self._last = last
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> object:
-        """Show the layer's input to the probes."""
-        layer = self._layer[0]
-        normed = layer.input_layernorm(hidden_states)
-        cos, sin = kwargs["position_embeddings"]
+        """Show the probes the layer's q and k, then run it or stop."""
+        layer, taking = self._layer[0], self._taking[0]
+        seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+        taking.self_attn.__dict__[_TAKEN] = seen
+        with suppress(_TakenError):
+            taking(hidden_states, *args, **kwargs)
+        if not seen:
+            raise UnsupportedModelError(
+                f"{type(layer.self_attn).__name__} does not attend by transformers' attention "
+                "interface, so that its queries and keys are not seen. Use flexselect-lite, or a "
+                "method that needs no language model (see `tokenprune methods`)."
+            )
+        ((query, key, value, scale),) = seen
         for index, probe in enumerate(self._probes):
-            # One table may serve all prompts.
-            of_prompt = slice(index, index + 1) if len(cos) > 1 else slice(None)
-            rotary = cos[of_prompt], sin[of_prompt]
-            probe.take(self._number, layer.self_attn, hidden_states[index], normed[index], rotary)
+            states, parts = hidden_states[index], (query[index], key[index], value[index])
+            probe.take(self._number, states, *parts, scale)
         # Behind the last layer asked for nothing is read, so that layer itself need not run.
         return hidden_states if self._last else layer(hidden_states, *args, **kwargs)
+
+
+_TAKING = "tokenprune-taking"
+"""The name of the attention function that shows what it is given."""
+
+_TAKEN = "_tokenprune_taken"
+"""The attribute of a copied attention module in which what was shown is kept."""
+
+
+def _taking(layer: Any) -> Any:
+    """Return a copy of a decoder layer that shares its weights and whose attention is `_take`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_TAKING, _take)
+    attention = copy.copy(layer.self_attn)
+    attention.config = copy.copy(attention.config)
+    attention.config._attn_implementation_internal = _TAKING
+    taking = copy.copy(layer)
+    taking._modules = {**layer._modules, "self_attn": attention}
+    for copied in (attention, taking):
+        # What was put in front of the original's forward (accelerate, kernels) would run that.
+        copied.__dict__.pop("forward", None)
+    return taking
+
+
+def _take(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_arguments: Any,
+) -> tuple[Tensor, None]:
+    """Stand where an attention function of transformers stands, and show what it is given."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    module.__dict__[_TAKEN].append((query, key, value, scale))
+    raise _TakenError
 
 
 def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_Probe]) -> Any:
@@ -197,12 +243,13 @@ def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_
     kept: list[Any] = list(language_model.layers[: last + 1])
     for number in layers:
         attention: Any = getattr(kept[number], "self_attn", None)
-        if not hasattr(attention, "k_proj") or not hasattr(kept[number], "input_layernorm"):
+        if attention is None:
             raise UnsupportedModelError(
-                f"the decoder layers of {type(language_model).__name__} have no q_proj and k_proj "
-                "to read the question's attention from. Use flexselect-lite, or a method that "
-                "needs no language model (see `tokenprune methods`)."
+                f"the decoder layers of {type(language_model).__name__} have no self_attn, where "
+                "the question's attention is read. Use flexselect-lite, or a method that needs no "
+                "language model (see `tokenprune methods`)."
             )
+        check_logits([attention], "methods that read the question")
         if (sliding := sliding_window(attention)) is not None:
             raise UnsupportedModelError(
                 f"layer {number} of {type(language_model).__name__} sees {sliding} tokens only, so "

@@ -6,8 +6,10 @@ are read, and `tokenprune_hf.prefix` runs the decoder's layers on them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
 from tokenprune_hf.encoding import Encoded
-from tokenprune_hf.prefix import read_layers
+from tokenprune_hf.positions import full_positions
+from tokenprune_hf.prefix import READ_BY_MODALITY, read_layers
 from tokenprune_hf.shortening import attention_mask_of, find_placeholders
 from tokenprune_hf.vision import EncodedModality, Item, VisionModel
 
@@ -57,6 +60,7 @@ def prompt_items(
     any_placeholder = torch.zeros_like(input_ids, dtype=torch.bool)
     for modality in ("image", "video"):
         any_placeholder |= input_ids == vision.token_id(modality)
+    own = OwnPositions(vision, arguments, encoded, placeholders, attention_mask)
     result: dict[str, list[VisualTokens]] = {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
@@ -71,13 +75,15 @@ def prompt_items(
             if "question" in needs:
                 added["question"] = prompt.question
             if "query_attention" in needs:
+                unpruned = partial(own.around, sample, places[item.rows.to(places.device), 1], text)
+                interval = vision.interval_read(modality, item.tokens.grid, unpruned)
                 added["query_attention"] = PromptReader(
-                    DecoderLayers(vision),
+                    DecoderLayers(vision, own.numbered),
                     prompt,
                     vision.as_read(media.rows[rows]),
                     [layer[rows] for layer in media.deepstack],
                     item.tokens.grid,
-                    vision.frame_interval(modality) if vision.mrope else None,
+                    interval,
                 )
             result[modality].append(replace(item.tokens, **added))
     return result
@@ -110,6 +116,70 @@ def _item_prompt(
     return prompt, torch.cat([rows, loose])
 
 
+class OwnPositions:
+    """The model's own positions of unpruned prompts, counted when they are first asked for.
+
+    Parameters
+    ----------
+    vision
+        The model's.
+    arguments
+        A call's, by name. Positions among them are left out: sets are counted by the model's rule.
+    encoded
+        What the encoder returned.
+    placeholders
+        See `tokenprune_hf.shortening.find_placeholders`.
+    mask
+        [B, L], 0 where there is padding.
+    """
+
+    def __init__(
+        self,
+        vision: VisionModel,
+        arguments: Mapping[str, Any],
+        encoded: Encoded,
+        placeholders: Mapping[str, Tensor],
+        mask: Tensor,
+    ) -> None:
+        self._vision = vision
+        self._arguments = {**arguments, "position_ids": None}
+        self._rest = encoded, placeholders, mask
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        unpruned = torch.zeros_like(self._rest[2][:, 0], dtype=torch.bool)
+        return full_positions(self._vision, self._arguments, *self._rest, unpruned)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether an axis that numbers the tokens, for masks, stands in front of the others."""
+        return self._vision.family.mrope or self._vision.has_masks_axis(self._positions)
+
+    def around(self, sample: int, columns: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return positions [1 or 3, L] of an item and the text behind it, and its columns.
+
+        Parameters
+        ----------
+        sample
+            Number of the prompt.
+        columns
+            LongTensor [N], where the item's tokens stand, ascending.
+        text
+            LongTensor, the columns of the prompt's text.
+
+        Returns
+        -------
+        tuple of Tensor
+            Positions, and BoolTensor [L], where the item's tokens are.
+        """
+        first, last = int(columns[0]), int(columns[-1])
+        end = last + (2 if bool((text == last + 1).any()) else 1)
+        is_visual = torch.zeros(end - first, dtype=torch.bool, device=columns.device)
+        is_visual[columns - first] = True
+        own = self._positions[..., sample, first:end].to(columns.device)
+        return own.reshape(-1, end - first)[-3:], is_visual
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderLayers:
     """The first layers of a model's decoder: a `tokenprune.question.reader.FirstLayers`.
@@ -118,9 +188,12 @@ class DecoderLayers:
     ----------
     vision
         Whose language model reads.
+    numbered
+        Whether, of positions on several axes, the decoder is told the number of each token first.
     """
 
     vision: VisionModel
+    numbered: bool = True
 
     def reference_layer(self, asked: int | None) -> int:
         """Return the layer to read, from 0."""
@@ -147,13 +220,19 @@ class DecoderLayers:
         if prompts.deeper:
             extra["visual_pos_masks"] = prompts.is_visual
             extra["deepstack_visual_embeds"] = list(prompts.deeper)
+        decoder = self.vision.language_model()
+        for name in READ_BY_MODALITY & set(inspect.signature(decoder.forward).parameters):
+            extra[name] = prompts.is_visual.int()
         positions = prompts.positions
-        if positions.ndim == 3:
+        if positions.ndim == 3 and self.numbered:
             # The first of four rows numbers the tokens, for the engine's masks.
             plain = torch.arange(positions.shape[2], device=positions.device)
             positions = torch.cat([plain.expand(1, positions.shape[1], -1), positions])
+        elif positions.ndim == 3:
+            # Without such an axis, masks are made of time and would take images for packed prompts.
+            extra["attention_mask"] = torch.ones_like(positions[0])
         return read_layers(
-            self.vision.language_model(),
+            decoder,
             prompts.states,
             positions,
             layers,

@@ -6,7 +6,7 @@ selectors look at is watched meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
@@ -23,7 +23,7 @@ from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES, attending_layers
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
-from tokenprune.tower.layouts import Medium
+from tokenprune.tower.layouts import Grid, Medium
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_hf.attention import scoring_layer, watch_attention
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs, media_of
@@ -232,6 +232,26 @@ class VisionModel:
     def frame_interval(self, modality: str) -> int:
         """Return how many steps of the first axis lie between frames whose times are not known."""
         return self.family.frame_interval(modality)
+
+    def interval_read(
+        self, modality: str, grid: Grid, unpruned: Callable[[], tuple[Tensor, Tensor]]
+    ) -> int | None:
+        """Return how far apart frames are counted where a set of them is read with the question.
+
+        Parameters
+        ----------
+        modality, grid
+            Of an item.
+        unpruned
+            Returns what `tokenprune.question.prompt.counted_interval` takes of the unpruned prompt.
+            Families need not be asked.
+
+        Returns
+        -------
+        int or None
+            None for models with ordinary RoPE.
+        """
+        return self.frame_interval(modality) if self.mrope else None
 
     def has_masks_axis(self, positions: Tensor) -> bool:
         """Say whether positions [..., B, L] have an axis more, in front, than heads are turned by.

@@ -13,19 +13,20 @@ from vllm.logger import init_logger
 
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError
-from tokenprune.families.any import TRACED, AnyFamily, found_projector
+from tokenprune.families.any import TRACED, AnyFamily, found_projector, not_counted
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
-from tokenprune.question.prompt import ItemPrompt, loose_rows
+from tokenprune.question.prompt import ItemPrompt, counted_interval, loose_rows
 from tokenprune.question.reader import PromptReader
 from tokenprune.selecting import select_many
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
-from tokenprune.tower.layouts import Segment
+from tokenprune.tower.layouts import Grid, Segment
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_calls import Item
+from tokenprune_vllm.prompt_positions import item_positions
 from tokenprune_vllm.reading import LanguageModel
 from tokenprune_vllm.scoring import (
     all_heads,
@@ -69,7 +70,9 @@ class Chooser:
     def __init__(
         self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
     ) -> None:
+        self._model = model
         self._family = family
+        self._counted: set[str] = set()  # modalities, in a model of no family
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
         self._selectors: dict[str, Selector] = {
             name: replace(settings.default, method=name, options=dict(options)).selector()
@@ -260,15 +263,39 @@ class Chooser:
         )
         reader = None
         if self._language_model is not None:
-            interval = None
-            if self._family.mrope:
-                interval = self._family.frame_interval(item.ticket.modality)
+            interval = self._interval(item, segment, tokens.grid) if self._family.mrope else None
             order = torch.cat([segment.rows, loose]).to(rows.device)
             embeddings, *deeper = rows[order].split(self._language_model.width, dim=1)
             reader = PromptReader(
                 self._language_model, prompt, embeddings, deeper, tokens.grid, interval
             )
         return replace(tokens, question=prompt.question, query_attention=reader)
+
+    def _interval(self, item: Item, segment: Segment, grid: Grid) -> int:
+        """Return how many steps lie between frames where a set of them is read.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If a model of no family counts the first items otherwise than is known. These are
+            vLLM's own, with which it measures memory before it serves.
+        """
+        modality = item.ticket.modality
+        if self._family.known:
+            return self._family.frame_interval(modality)
+        region, engine_positions = item.ticket.region, self._model.engine_positions
+        positions = item_positions(engine_positions, item.ticket, item.fields, behind=True)
+        rows = region.is_row.nonzero()[:, 0][segment.rows]
+        around = slice(int(rows[0]), int(rows[-1]) + 2)
+        is_visual = nn.functional.pad(region.is_row, (0, 1))[around]
+        interval = counted_interval(positions[:, around], is_visual, grid)
+        if interval is None and modality not in self._counted:
+            raise not_counted(type(self._model).__name__)
+        self._counted.add(modality)
+        if interval is None:
+            # One image must not end the server for everybody.
+            logger.error("tokenprune: %s It is read by rows and columns.", not_counted("the model"))
+        return interval or 1
 
 
 def _readable(projector: nn.Module, family: Family) -> ModelProjector:

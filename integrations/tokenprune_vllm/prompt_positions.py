@@ -31,7 +31,10 @@ EnginePositions = Callable[[list[int], list[Any]], tuple[Tensor, int]]
 
 
 def item_positions(
-    engine_positions: EnginePositions, ticket: Ticket, fields: Mapping[str, Any]
+    engine_positions: EnginePositions,
+    ticket: Ticket,
+    fields: Mapping[str, Any],
+    behind: bool = False,
 ) -> Tensor:
     """Return positions [3, L] of an item's unpruned region, from those of its `anchor`.
 
@@ -43,6 +46,8 @@ def item_positions(
         Of the item.
     fields
         What the processor made of it.
+    behind
+        Whether those of a token of text behind it are wanted, too.
     """
     known = {
         name: MultiModalFieldElem(data=value, field=MultiModalBatchedField(keep_on_cpu=True))
@@ -58,7 +63,7 @@ def item_positions(
     )
     # A token of text behind it: Qwen3-Omni counts the mark of an item's end together with it.
     positions, _ = engine_positions([*region.token_ids.tolist(), _TEXT], [feature])
-    positions = positions[:, : region.length]
+    positions = positions[:, : region.length + behind]
     first = anchor(region, ticket.pruning is not None and region.rows_move())
     return positions - positions[:, first : first + 1]
 

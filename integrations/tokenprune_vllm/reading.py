@@ -7,8 +7,9 @@ Layers that keep a state in place of keys get one of their own (`own_states`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.reader import SetPrompts
 from tokenprune_vllm.own_states import own_states
+
+_TOLD_BY_MODALITY = frozenset({"visual_token_mask"})
+"""Arguments of layers that are True [L, 1] where a row stands: experts are chosen by them."""
 
 
 class LanguageModel:
@@ -77,6 +81,18 @@ class LanguageModel:
                     "such layers are not read with the question in vLLM. Use flexselect-lite, or a "
                     "method that needs no language model."
                 )
+        told = {
+            name for layer in self._layers for name in inspect.signature(layer.forward).parameters
+        }
+        self._told_by_modality = told & _TOLD_BY_MODALITY
+        unknown = told - {"positions", "hidden_states", "residual", "kwargs"} - _TOLD_BY_MODALITY
+        if unknown:
+            raise UnsupportedModelError(
+                f"the layers of the language model {type(whole).__name__} are told "
+                f"{', '.join(sorted(unknown))} as well, and tokenprune does not know what that is "
+                "of a part of a prompt. Use flexselect-lite, or a method that needs no language "
+                "model."
+            )
 
     def reference_layer(self, asked: int | None) -> int:
         """Return the layer to read, from 0."""
@@ -121,9 +137,11 @@ class LanguageModel:
                 deeper.append(torch.zeros_like(states))
                 deeper[-1][is_visual] = rows[of_prompt]
             seen: dict[int, QueryKeys] = {}
+            beside = {name: is_visual[:, None] for name in self._told_by_modality}
             for number in layers:
+                positions = prompts.positions[..., index, :].contiguous()
                 query, key, value, inputs, scale = self._read(
-                    number, states, prompts.positions[..., index, :].contiguous(), deeper
+                    number, states, positions, deeper, beside
                 )
                 seen[number] = QueryKeys(
                     query=query[:, -prompts.questions :],
@@ -137,7 +155,12 @@ class LanguageModel:
         return found
 
     def _read(
-        self, number: int, states: Tensor, positions: Tensor, deeper: Sequence[Tensor]
+        self,
+        number: int,
+        states: Tensor,
+        positions: Tensor,
+        deeper: Sequence[Tensor],
+        beside: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """Run the layers before one, and of that one take what goes into its attention.
 
@@ -151,6 +174,8 @@ class LanguageModel:
             LongTensor [L] or [3, L].
         deeper
             [L, D] each, what is added behind the first layers (DeepStack).
+        beside
+            What else the layers are told.
 
         Returns
         -------
@@ -168,16 +193,16 @@ class LanguageModel:
             for index, layer in enumerate(self._layers[:number]):
                 with self._attending_plainly(index):
                     states, residual = layer(
-                        positions=positions, hidden_states=states, residual=residual
+                        positions=positions, hidden_states=states, residual=residual, **beside
                     )
                 if index < len(deeper):
                     states = states + deeper[index]
         layer = self._layers[number]
         hidden = states if residual is None else states + residual
         taking = _Taking(layer.self_attn)
-        # The layer's own attention makes q and k, rotary embedding and norms of heads included.
-        with _in_place_of(layer.self_attn, taking):
-            layer.self_attn(positions=positions, hidden_states=layer.input_layernorm(hidden))
+        # The layer's own modules make q and k, all norms and the rotary embedding included.
+        with _in_place_of(layer.self_attn, taking), suppress(_TakenError):
+            layer(positions=positions, hidden_states=states, residual=residual, **beside)
         query, key, value = taking.taken
         return query, key, value, hidden, float(layer.self_attn.scaling)
 
@@ -189,8 +214,12 @@ class LanguageModel:
         return _in_place_of(attention, _Causal(attention))
 
 
+class _TakenError(Exception):
+    """Ends a layer of which nothing more than q, k and v is wanted."""
+
+
 class _Taking(nn.Module):
-    """Stands where attention stands, and keeps what comes in."""
+    """Stands where attention stands, keeps what comes in, and ends the layer."""
 
     def __init__(self, attention: Any) -> None:
         super().__init__()
@@ -202,9 +231,15 @@ class _Taking(nn.Module):
         return flat.reshape(len(flat), -1, self._width).transpose(0, 1)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Keep q, k and v; return what o_proj takes and nobody reads."""
+        """Keep q, k and v.
+
+        Raises
+        ------
+        _TakenError
+            Always.
+        """
         self.taken = [self.heads(one) for one in (query, key, value)]
-        return torch.zeros_like(query)
+        raise _TakenError
 
 
 class _Causal(_Taking):

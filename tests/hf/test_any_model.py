@@ -378,12 +378,6 @@ def test_methods_that_look_at_what_is_not_known_are_refused() -> None:
             tokenprune_hf.prune(model, method, keep=4)
 
 
-@pytest.mark.parametrize("name", ["glm4v", "qwen3_5", "paligemma"])
-def test_the_question_is_not_read_with_what_is_not_counted_or_seen_in_order(name: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="looks at query_attention"):
-        tokenprune_hf.prune(model_of(name), "flexselect", keep=4)
-
-
 def test_a_model_that_counts_positions_itself_is_refused_until_they_are_compact() -> None:
     model = model_of("lighton_ocr")
     inputs = inputs_of("lighton_ocr", model)

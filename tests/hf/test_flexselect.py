@@ -24,6 +24,7 @@ IMAGES = [
     "qwen2_5_vl",
     "qwen3_vl",
     "smolvlm",
+    "kimi_k25",  # with latent attention
     "cohere2_vision",  # whose layers of full attention look at no positions
 ]
 

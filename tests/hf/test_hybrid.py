@@ -72,11 +72,11 @@ def test_positions_on_a_canvas_are_not_read() -> None:
         model(**inputs)
 
 
-@pytest.mark.parametrize("name", ["kimi_k25", "lfm2_vl", "nemotron_h_omni"])  # latent keys, others
-def test_a_decoder_with_other_layers_is_not_read(name: str) -> None:
-    model, inputs = TINY[name].model(), prompt(TINY[name], ["tit"])
+def test_a_decoder_with_other_layers_is_not_read() -> None:
+    tiny = TINY["nemotron_h_omni"]
+    model, inputs = tiny.model(), prompt(tiny, ["tit"])
     with (
-        pytest.raises(UnsupportedModelError, match="no q_proj and k_proj"),
+        pytest.raises(UnsupportedModelError, match="have no self_attn"),
         tokenprune_hf.prune(model, "flexselect", 4),
     ):
         model(**inputs)

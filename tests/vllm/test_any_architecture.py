@@ -37,7 +37,11 @@ LOOKING = {
 }
 """Types with towers of known kinds (CLIP, InternViT, Qwen3-VL's, Pixtral's, GLM's) -> methods that
 look at what has to be found in them: features, attention, projector."""
-READERS = {"own_llava": ("flexselect", "relevant-information")}
+READERS = dict.fromkeys(
+    ("own_llava", "cosmos3_omni", "ernie4_5_vl_moe"),
+    ("flexselect", "relevant-information"),
+)
+"""Types read with the question; all but the first count positions on three axes."""
 PLUGIN = Path(__file__).parent / "plugin"
 
 NEWLINES = ("own_llava_next", "granite4_vision")
@@ -177,7 +181,7 @@ def serve_and_check(name: str, folder: Path) -> None:
     hf = in_transformers(name, folder)
     expected = answers_of(hf, name)  # before vLLM changes the model's class
     options = OTHER_TYPES[name].served_with if name in OTHER_TYPES else {}
-    methods = METHODS[1:] + LOOKING.get(name, ())
+    methods = METHODS[1:] + READERS.get(name, ()) + LOOKING.get(name, ())
     with start_here(name, folder, METHODS[0], methods, **options) as llm:
         check(Pair(name, llm, hf), expected)
 

@@ -52,6 +52,29 @@ def has_mrope(config: Any) -> bool:
     return rope_axes(config) > 1
 
 
+def can_be_counted(config: Any) -> bool:
+    """Say whether prompts of a model may be counted as `positions_on_axes` does, or token by token.
+
+    On several axes each item is compared with what the model itself counts; see `counted_interval`.
+    """
+    return rope_axes(config) in (0, 1, 3)
+
+
+def not_counted(model: str) -> UnsupportedModelError:
+    """Return the error for an item that is not counted as `counted_interval` knows it.
+
+    Parameters
+    ----------
+    model
+        What to call the model.
+    """
+    return UnsupportedModelError(
+        f"this method reads tokens together with the question, and {model} counts the positions of "
+        "this image or video otherwise than frame by frame, row by row and column by column. "
+        f"{USE_ANOTHER}"
+    )
+
+
 TRACED = frozenset({"features", "cls_attention", "projector"})
 """What selectors look at that has to be found behind the rows; see `tokenprune.tower.tracing`."""
 
@@ -127,8 +150,11 @@ def told_grid(config: Any, patches: Sequence[int], rows: int) -> Grid | None:
     if merge is None:
         return None
     frames, height, width = patches
-    grid = frames, height // merge, width // merge
-    return grid if math.prod(grid) == rows and math.prod(patches) == rows * merge**2 else None
+    # Some put the frames of a video together two by two, and an image is a frame by itself.
+    together = getattr(config.vision_config, "temporal_merge_size", 1) if frames > 1 else 1
+    grid = frames // together, height // merge, width // merge
+    whole = (grid[0] * together, grid[1] * merge, grid[2] * merge) == (frames, height, width)
+    return grid if whole and math.prod(grid) == rows else None
 
 
 class AnyFamily(Family):
@@ -141,7 +167,8 @@ class AnyFamily(Family):
     mrope
         Whether the model itself counts positions on three axes.
     causal
-        Whether each of its tokens sees the tokens in front of it and no others, images' too.
+        Whether each of its tokens sees the tokens in front of it and no others, images' too, and
+        its first layers can be run on a prompt.
 
     Attributes
     ----------
@@ -157,8 +184,7 @@ class AnyFamily(Family):
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
         self.given = {"embeddings", "question"}  # engines add what they find
-        if causal and not mrope:
-            # The prompt that the first layers read is counted token by token.
+        if causal and can_be_counted(config):
             self.given.add("query_attention")
 
     def segments(self, medium: Medium) -> Sequence[Segment]:

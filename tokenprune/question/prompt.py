@@ -188,3 +188,52 @@ def positions_on_axes(is_visual: Tensor, grid: tuple[int, int, int], interval: i
         parts.append(part + start)
         start += int(part.max()) + 1
     return torch.cat(parts, dim=1)
+
+
+def counted_interval(
+    positions: Tensor, is_visual: Tensor, grid: tuple[int, int, int]
+) -> int | None:
+    """Return the interval with which `positions_on_axes` counts an item as its model counts it.
+
+    So a model that nobody described can be read: where its own positions of a whole image or video
+    are those of the paper, a set of its frames is counted likewise. Frames may have times of their
+    own, which sets do not keep; their interval is the mean one.
+
+    Parameters
+    ----------
+    positions
+        LongTensor [3, L], the model's own: from an item's first token to its last, or one behind.
+    is_visual
+        BoolTensor [L], which of them are the item's tokens; the others are text.
+    grid
+        (T, R, W) of the item.
+
+    Returns
+    -------
+    int or None
+        Steps on the first axis from one frame to the next; None where the model counts otherwise.
+    """
+    _, rows, columns = grid
+    per_frame = rows * columns
+    values, sizes = torch.unique_consecutive(is_visual.cpu(), return_counts=True)
+    cell = torch.arange(per_frame)
+    sides = torch.stack([cell // columns, cell % columns])[:, None]
+    intervals: list[int] = []
+    start = int(positions[0, 0])
+    for visual, run in zip(values.tolist(), positions.cpu().split(sizes.tolist(), 1), strict=True):
+        counted = run - start
+        start = int(run.max()) + 1
+        if not visual:
+            if not torch.equal(counted, torch.arange(run.shape[1]).expand_as(counted)):
+                return None
+            continue
+        if run.shape[1] % per_frame:
+            return None
+        times, *on_sides = counted.unflatten(1, (-1, per_frame))
+        steps = times[:, 0].diff()
+        whole = bool((times == times[:, :1]).all()) and int(times[0, 0]) == 0
+        forward = bool((steps >= 0).all())
+        if not (whole and forward and bool((torch.stack(on_sides) == sides).all())):
+            return None
+        intervals += steps.tolist()
+    return round(sum(intervals) / len(intervals)) if intervals else 1
