@@ -4,8 +4,8 @@ Every model whose forward takes ``mm_encoder_outputs`` can be handed the rows th
 its own positions on the unpruned prompt. Nobody said how rows lie in a picture, unless the inputs
 tell a grid, so an item is what the encoder returns as one entry (an image, a tile, or all images of
 a prompt). Methods that look at embeddings or at nothing run, and those that read the question where
-the decoder can be read. What else they look at, features, attention and projector, is found by running the encoder on noise (`tokenprune_hf.tracing`), or
-refused with the reason.
+the decoder can be read. What else they look at, features, attention and projector, is found by
+running the encoder on noise (`tokenprune_hf.tracing`), or refused with the reason.
 """
 
 from __future__ import annotations
