@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.question.attention import QueryKeys
+from tokenprune_hf.engine import CACHE_NAMES
 from tokenprune_hf.interface import AttentionModule, check_logits
 
 READ_BY_MODALITY = frozenset({"moe_mm_token_type_ids"})
@@ -23,11 +24,11 @@ READ_BY_MODALITY = frozenset({"moe_mm_token_type_ids"})
 
 _READ = frozenset(
     {
+        *CACHE_NAMES,
         "input_ids",
         "inputs_embeds",
         "attention_mask",
         "position_ids",
-        "past_key_values",
         "use_cache",
         "cache_position",
         "output_attentions",

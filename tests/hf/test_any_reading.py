@@ -25,6 +25,7 @@ from tokenprune_hf.any_model import AnyModel
 from tokenprune_hf.prefix import sliding_window
 
 KEEP = 5
+NO_LAYER = "none of the 2 layers"
 NOT_FOUND = "looks at query_attention"
 UNREAD = {
     # images seen both ways
@@ -38,7 +39,8 @@ UNREAD = {
     "minicpmv4_7": "otherwise than frame by frame",  # on a canvas
     # layers
     **dict.fromkeys(("idefics2", "exaone4_5"), "sees 16 tokens only"),
-    "inkling_mm_model": "none of the 2 layers",
+    **dict.fromkeys(("inkling_mm_model", "inkling2", "inkling2_loop"), NO_LAYER),
+    **dict.fromkeys(("unlimited_ocr", "mistral_large4", "dots3_note", "hy_v4_vl"), NO_LAYER),
     "nemotron_h_omni": NOT_FOUND,
 }
 BY_FAMILY_ALONE = {"ovis2": "text in front of an image is embedded by the model itself"}
@@ -71,14 +73,15 @@ def own_maps(model: Any, inputs: dict[str, Any]) -> dict[int, Tensor]:
         for number, layer in enumerate(AnyModel(model).decoder().layers)
         if hasattr(layer, "self_attn")
     ]
-    model.set_attn_implementation("eager")
+    text_config = model.config.get_text_config()
+    before, text_config._attn_implementation = text_config._attn_implementation, "eager"
     try:
         with torch.no_grad():
             model(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        model.set_attn_implementation("sdpa")
+        text_config._attn_implementation = before
     return maps
 
 
@@ -147,7 +150,7 @@ def test_others_are_refused_with_the_reason(kind: str) -> None:
     with (
         pytest.raises(UnsupportedModelError, match=UNREAD[kind]),
         torch.no_grad(),
-        tokenprune_hf.prune(model, "flexselect", KEEP),
+        tokenprune_hf.prune(model, "flexselect", KEEP, positions=TYPES[kind].positions),
     ):
         model(**inputs)
 
