@@ -27,17 +27,17 @@ import gc
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from bench_common import CPU, processor, quiet, releases_line, seconds, spread, table_of
 from rich.console import Console
 from rich.table import Table
 
@@ -55,6 +55,14 @@ from tokenprune_hf.vision import vision_model
 TEXT_BEFORE, TEXT_AFTER, VIDEO_TOKEN = 8, 32, 2
 SIDE, PATCH = 40, 4  # pixels: 10 x 10 patches a frame, 5 x 5 tokens after pooling
 PER_FRAME = math.ceil(SIDE // PATCH / 2) ** 2
+TOWER = {
+    "hidden_size": 160,
+    "intermediate_size": 640,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
 PRUNED = ("flexselect", "flexselect-lite")
 MIB = 2**20
 
@@ -123,26 +131,16 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def build_model(quick: bool) -> Any:
-    """Return the video model, float32, random weights."""
+def build_model(text: Shape, vision: Mapping[str, int] = TOWER) -> Any:
+    """Return the video model, random weights, on torch's default device and in its dtype."""
     make: Any = transformers
-    vision = make.SiglipVisionConfig(
-        hidden_size=160,
-        intermediate_size=640,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    text = make.Qwen2Config(
-        vocab_size=4096,
-        max_position_embeddings=2**20,
-        **(QUICK if quick else LARGE).settings(),
+    vision_config = make.SiglipVisionConfig(**vision, vision_use_head=False)
+    text_config = make.Qwen2Config(
+        vocab_size=4096, max_position_embeddings=2**20, **text.settings()
     )
     config = make.LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=vision_config,
+        text_config=text_config,
         image_token_id=VIDEO_TOKEN + 1,
         video_token_id=VIDEO_TOKEN,
     )
@@ -152,30 +150,34 @@ def build_model(quick: bool) -> Any:
     return model
 
 
-def save_selector(model: Any, folder: Path, quick: bool) -> None:
+def save_selector(model: Any, folder: Path, decoder: Shape) -> None:
     """Write a trained selector's folder, with random weights."""
     config = LiteConfig(
         features=model.config.vision_config.hidden_size,
         model_type=model.config.model_type,
         vocab_size=model.config.text_config.vocab_size,
-        decoder=(QUICK_LITE if quick else LITE).settings(),
+        decoder=decoder.settings(),
         trained={"random": True},
     )
     torch.manual_seed(1)
     LiteModel(config).save(folder)
 
 
-def prompt(visual: int) -> dict[str, torch.Tensor]:
+def prompt(visual: int, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     """Return input_ids and attention_mask [1, L] with `visual` placeholders in one run."""
     words = torch.arange(100, 100 + TEXT_BEFORE + TEXT_AFTER)
     video = torch.full((visual,), VIDEO_TOKEN)
-    ids = torch.cat([words[:TEXT_BEFORE], video, words[TEXT_BEFORE:]])[None]
+    ids = torch.cat([words[:TEXT_BEFORE], video, words[TEXT_BEFORE:]])[None].to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def encode(model: Any, frames: int) -> Encoded:
     """Run the vision encoder on frames of noise."""
-    pixels = torch.randn(1, frames, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(frames))
+    side = model.config.vision_config.image_size
+    generator = torch.Generator(model.device).manual_seed(frames)
+    pixels = torch.randn(
+        1, frames, 3, side, side, generator=generator, device=model.device, dtype=model.dtype
+    )
     return tokenprune_hf.encode(model, needs=("features",), pixel_values_videos=pixels)
 
 
@@ -184,7 +186,7 @@ def plain(model: Any, encoded: Encoded, tokens: int | None) -> Callable[[], Any]
     rows = encoded.modalities["video"].rows
     if tokens is not None:
         rows = torch.cat([rows[:tokens], rows[-1:]])  # the last one is no frame's, and always stays
-    inputs = prompt(len(rows))
+    inputs = prompt(len(rows), model.device)
 
     def run() -> Any:
         seen = transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=rows[None])
@@ -197,7 +199,7 @@ def plain(model: Any, encoded: Encoded, tokens: int | None) -> Callable[[], Any]
 
 def pruned(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Callable[[], Any]:
     """Return a first token of the pruned model."""
-    inputs = prompt(len(encoded.modalities["video"].rows))
+    inputs = prompt(len(encoded.modalities["video"].rows), model.device)
 
     def run() -> Any:
         with tokenprune_hf.prune(model, selector, keep):
@@ -208,7 +210,7 @@ def pruned(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Calla
 
 def selection(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Callable[[], Any]:
     """Return the selection alone, as `prune` does it before it shortens the prompt."""
-    inputs = prompt(len(encoded.modalities["video"].rows))
+    inputs = prompt(len(encoded.modalities["video"].rows), model.device)
     vision = vision_model(model)
 
     def run() -> Any:
@@ -216,13 +218,6 @@ def selection(model: Any, encoded: Encoded, selector: Selector, keep: int) -> Ca
         return select_many(items["video"], selector, keep)
 
     return run
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Return the wall-clock seconds of one run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 # Memory ----------------------------------------------------------------------------------------
@@ -262,7 +257,7 @@ def _peak(job: Job) -> int:
     """In a fresh process: return by how much one run raises resident memory at most."""
     torch.set_num_threads(job.threads)
     quiet()
-    model = build_model(job.quick)
+    model = build_model(QUICK if job.quick else LARGE)
 
     def work(frames: int, keep: int) -> Callable[[], Any]:
         encoded = encode(model, frames)
@@ -348,35 +343,7 @@ def exponent(frames: Sequence[int], values: Sequence[float]) -> float:
     return float(statistics.linear_regression(*logs).slope)
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Return the median, and lowest and highest in brackets."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
 # Printing --------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """Name the processor, as the system does where it can."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def quiet() -> None:
-    """Keep transformers' remarks out of the tables."""
-    transformers.utils.logging.set_verbosity_error()
-
-
-def table_of(title: str, *headings: str) -> Table:
-    """Return a table of numbers behind names."""
-    table = Table(title=title, title_justify="left")
-    for place, heading in enumerate(headings):
-        text = not place or heading in ("variant", "method")
-        table.add_column(heading, justify="left" if text else "right")
-    return table
 
 
 def print_setting(console: Console, model: Any, plan: argparse.Namespace) -> None:
@@ -384,8 +351,7 @@ def print_setting(console: Console, model: Any, plan: argparse.Namespace) -> Non
     large, lite = (QUICK, QUICK_LITE) if plan.quick else (LARGE, LITE)
     layers = large.layers
     console.print(
-        f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, float32\n"
+        f"{processor()}, {torch.get_num_threads()} threads, {releases_line()}, float32\n"
         f"Language model: {layers} layers of width {large.width}, {large.heads} heads on "
         f"{large.key_heads}, feed-forward {large.inner}, random weights.\n"
         f"Trained selector: {lite.layers} layers of width {lite.width}, {lite.heads} heads on "
@@ -402,6 +368,7 @@ def print_setting(console: Console, model: Any, plan: argparse.Namespace) -> Non
         "",
         "here",
         "real",
+        words=[""],
     )
     tokens = plan.frames[-1] * PER_FRAME
     table.add_row("visual tokens", f"{tokens:,}", f"{REAL_TOKENS:,}")
@@ -435,6 +402,7 @@ def print_first(console: Console, times: Times, plan: argparse.Namespace) -> Non
         "seconds",
         "x faster than unpruned",
         "of bound",
+        words=["frames", "variant"],
     )
     for frames, runs in times.first.items():
         bound = statistics.median(runs["bound"])
@@ -445,7 +413,7 @@ def print_first(console: Console, times: Times, plan: argparse.Namespace) -> Non
                 name,
                 str(visual + 1 + TEXT_BEFORE + TEXT_AFTER),
                 f"{statistics.median(values):.3f}",
-                spread(times.speed_ups(frames, name)),
+                spread(times.speed_ups(frames, name), 1),
                 f"{bound / statistics.median(values):.0%}",
             )
         table.add_section()
@@ -461,7 +429,13 @@ def print_first(console: Console, times: Times, plan: argparse.Namespace) -> Non
 def print_alone(console: Console, times: Times, plan: argparse.Namespace) -> None:
     """Print the time of the selection."""
     table = table_of(
-        "selection alone", "method", "frames", "seconds", "ms a frame", "share of first token"
+        "selection alone",
+        "method",
+        "frames",
+        "seconds",
+        "ms a frame",
+        "share of first token",
+        words=["method"],
     )
     for name in PRUNED:
         for frames, runs in times.alone.items():
@@ -506,6 +480,7 @@ def print_peaks(
         "peak memory, MiB above what was resident before",
         "",
         *(f"{frames} frames" for frames in plan.frames),
+        words=[""],
     )
     rows = dict.fromkeys((what, variant) for what, variant, _ in peaks)
     for what, variant in rows:
@@ -581,7 +556,7 @@ def print_claims(
         claims.append(
             (
                 f"{name}: first token at {last} frames at least {least:g} times faster",
-                f"{spread(times.speed_ups(last, name))}",
+                spread(times.speed_ups(last, name), 1),
                 ratio >= least,
             )
         )
@@ -617,7 +592,7 @@ def main() -> None:
     plan.threads = torch.get_num_threads()
     quiet()
     console = Console(width=100, highlight=False)
-    model = build_model(plan.quick)
+    model = build_model(QUICK if plan.quick else LARGE)
     text = model.config.text_config
     try:
         plan.layer = reference_layer(
@@ -626,7 +601,7 @@ def main() -> None:
     except UnsupportedModelError as error:
         parser.error(str(error))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        save_selector(model, Path(folder), plan.quick)
+        save_selector(model, Path(folder), QUICK_LITE if plan.quick else LITE)
         shared = {"frames_per_set": plan.frames_per_set}
         options: dict[str, dict[str, Any]] = {
             "flexselect": {**shared, "layer": plan.layer},

@@ -19,45 +19,49 @@ comes how long methods that read the question take to select.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
+from bench_common import Variant, in_turn, processor, releases_line, seconds, table_of
 from rich.console import Console
-from rich.table import Table
 
 import tokenprune_hf
 
 VISUAL, TEXT_BEFORE, TEXT_AFTER, IMAGE_TOKEN = 576, 8, 32, 151_655
 
 
-def build_model() -> Any:
-    """Return the LLaVA, float32, random weights."""
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
+CLIP_L = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+HALF_B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+"""Qwen2-0.5B's shape."""
+
+
+def build_model(vision: Mapping[str, Any] = CLIP_L, text: Mapping[str, Any] = HALF_B) -> Any:
+    """Return the LLaVA, random weights, on torch's default device and in its dtype."""
+    make: Any = transformers
+    config = make.LlavaConfig(
+        vision_config=make.CLIPVisionConfig(**vision),
+        text_config=make.Qwen2Config(vocab_size=151_936, **text),
     )
-    text = transformers.Qwen2Config(
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    config: Any = transformers.LlavaConfig(vision_config=vision, text_config=text)
     config.image_token_id = IMAGE_TOKEN
     torch.manual_seed(0)
-    return transformers.LlavaForConditionalGeneration(config).eval()
+    return make.LlavaForConditionalGeneration(config).eval()
 
 
 READING: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,13 +79,6 @@ def prompt(visual: int) -> dict[str, torch.Tensor]:
         None
     ]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Return the wall-clock seconds of one run."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -121,12 +118,7 @@ def main() -> None:
             "pruned, proportional attention": lambda: pruned(True),
             "bound": lambda: plain(short, arguments.keep),
         }
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for turn in range(arguments.runs + 1):
-            for name, run in variants.items():
-                took = seconds(run)
-                if turn:  # the first turn warms up
-                    times[name].append(took)
+        times = in_turn({name: Variant(run) for name, run in variants.items()}, arguments.runs)
         selecting: dict[str, list[float]] = {name: [] for name in READING}
         for turn in range(arguments.runs + 1):
             for name, (method, options) in READING.items():
@@ -135,19 +127,14 @@ def main() -> None:
                 if turn:
                     selecting[name].append(pruning.selecting_seconds)
 
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    console.print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, float32"
-    )
+    medians = {name: one.median for name, one in times.items()}
+    console.print(f"{processor()}, {torch.get_num_threads()} threads, {releases_line()}, float32")
     console.print(
         f"CLIP-L/14-336 tower ({encoder:.2f} s an image, not counted below), Qwen2-0.5B-shaped "
         f"language model, prompt of {TEXT_BEFORE + TEXT_AFTER} text and {VISUAL} visual tokens, "
         f"{arguments.method} at {arguments.keep}, median of {arguments.runs} runs in turn"
     )
-    table = Table()
-    for title in ("prefill", "tokens", "seconds", "speed-up"):
-        table.add_column(title, justify="left" if title == "prefill" else "right")
+    table = table_of("", "prefill", "tokens", "seconds", "speed-up", words=["prefill"])
     for name, median in medians.items():
         visual = VISUAL if name == "unpruned" else arguments.keep
         table.add_row(

@@ -24,18 +24,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
+from bench_common import device_name, quiet, releases_line, seconds, spread, table_of, wait
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -112,9 +111,18 @@ class Runs:
 
 
 class Case:
-    """One prompt's q, k and v, and the masks over it."""
+    """One prompt's q, k and v, and the masks over it.
 
-    def __init__(self, plan: argparse.Namespace, length: int, images: int) -> None:
+    `keeps` has, for densities, what `keep` found at another length; it takes long to find.
+    """
+
+    def __init__(
+        self,
+        plan: argparse.Namespace,
+        length: int,
+        images: int,
+        keeps: dict[float, float] | None = None,
+    ) -> None:
         generator = torch.Generator().manual_seed(length)
         sizes = [(plan.heads, length), (plan.key_heads, length), (plan.key_heads, length)]
         self.query, self.key, self.value = (
@@ -124,14 +132,20 @@ class Case:
         self.device = self.query.device
         self.layout = prompt_layout(length, images)
         self.shares = shares_of(self.layout)
-        self._keeps: dict[float, float] = {}
+        self._keeps = {} if keeps is None else dict(keeps)
+        self._categories: dict[float, list[Category]] = {}
 
     def mask(self, kind: str, density: float) -> Mask:
         """Return a new mask."""
         if kind == "pooled":
             return PooledBlocks(self.keep(density)).mask(self.query, self.key, self.layout)
-        categories = mix(self.shares, density, len(self.query))
-        return heads_mask(self.layout, categories)
+        return heads_mask(self.layout, self.categories(density))
+
+    def categories(self, density: float) -> list[Category]:
+        """Return the heads' categories; a calibration finds them long before a prompt is read."""
+        if density not in self._categories:
+            self._categories[density] = mix(self.shares, density, len(self.query))
+        return self._categories[density]
 
     def keep(self, density: float) -> float:
         """Return the share of blocks to keep with which pooled masks have a density."""
@@ -182,21 +196,6 @@ def shares_of(layout: PromptLayout) -> dict[Category, float]:
         category: Prepared(category_mask(layout, category), device, "gathered").computed
         for category in CATEGORIES
     }
-
-
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Return the wall-clock seconds of one run."""
-    wait(device)
-    start = time.perf_counter()
-    run()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    """Let a device finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(plan: argparse.Namespace, length: int, turns: int) -> dict[tuple[str, float], Runs]:
@@ -423,36 +422,11 @@ def measure_prefill(model: Any, plan: argparse.Namespace, length: int, turns: in
 # Printing --------------------------------------------------------------------------------------
 
 
-def processor() -> str:
-    """Name the processor, as the system does where it can."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the median, and lowest and highest in brackets."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
-
-
-def table_of(title: str, *headings: str) -> Table:
-    """Return a table of numbers behind names."""
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        left = heading in ("masks", "claim", "measured", "")
-        table.add_column(heading, justify="left" if left else "right")
-    return table
-
-
 def print_setting(console: Console, plan: argparse.Namespace) -> None:
     """Say what is measured on what."""
     device = torch.device(plan.device)
-    name = processor() if device.type == "cpu" else torch.cuda.get_device_name(device)
     console.print(
-        f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, "
+        f"{device_name(device)}, {torch.get_num_threads()} threads, {releases_line()}, "
         f"{str(plan.dtype).removeprefix('torch.')}\n"
         f"Attention: {plan.heads} heads on {plan.key_heads}, {plan.dim} wide. Prompt: "
         f"{plan.images} images with a delimiter on either\nside, {TEXT} tokens of text before and "
@@ -474,6 +448,7 @@ def print_kernels(console: Console, measured: dict[int, dict[tuple[str, float], 
         "all, s",
         "dense, s",
         "x faster than dense",
+        words=["masks"],
     )
     for length, found in measured.items():
         for (kind, density), runs in found.items():
@@ -511,6 +486,7 @@ def print_flex(console: Console, flex: list[Flex] | str, plan: argparse.Namespac
         "gathered, s",
         "dense, s",
         "compiling flex, s",
+        words=["masks"],
     )
     for one in flex:
         numbers = (one.flex, one.gathered, one.dense, one.compiling)
@@ -538,6 +514,7 @@ def print_prefill(console: Console, prefill: dict[int, Prefill], plan: argparse.
         "blocks",
         "seconds",
         "x faster than plain",
+        words=["masks"],
     )
     for length, one in prefill.items():
         for (kind, density), values in one.times.items():
@@ -697,7 +674,7 @@ def main() -> int:
     plan.dtype = getattr(torch, plan.dtype)
     if plan.threads:
         torch.set_num_threads(plan.threads)
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    quiet()
     console = Console(width=100, highlight=False)
     print_setting(console, plan)
     claims: list[Claim] = []

@@ -9,17 +9,15 @@ scipy.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import transformers
+from bench_common import Variant, in_turn, processor, releases_line, seconds
+from bench_generate import CLIP_L
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -61,38 +59,9 @@ def make_tokens(projector: MLPProjector, total: int, width: int) -> VisualTokens
     )
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Return how long one call takes."""
-    start = clock()
-    work()
-    return clock() - start
-
-
-def machine() -> str:
-    """Name the processor, as the system does where it can."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in _lines(Path("/proc/cpuinfo"))
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def cost(console: Console, runs: int) -> None:
     """Print each selector's time as a share of the tower's own."""
-    config = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=HEADS,
-        image_size=336,
-        patch_size=14,
-    )
-    tower = CLIPVisionModel(config)
+    tower = CLIPVisionModel(CLIPVisionConfig(**CLIP_L))
     tower.train(False)
     image = torch.randn(1, 3, 336, 336)
     projector = make_projector(*SHAPES["LLaVA-1.5-7B: 1024 -> 4096 -> 4096"])
@@ -122,25 +91,20 @@ def cost(console: Console, runs: int) -> None:
             )
         },
     }
-    once = seconds(by_name("zeroth-order"))
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for run in range(runs + 1):
-        for name, call in work.items():
-            spent = seconds(call)
-            if run:  # the first round warms up
-                times[name].append(spent)
+    once = seconds(by_name("zeroth-order"), clock=clock)
+    times = in_turn({name: Variant(call) for name, call in work.items()}, runs, clock=clock)
     table = Table(title=f"cost: N = 576, keep {KEEP}, float32, median of {runs} alternating runs")
     for heading in ("", "ms", "% of tower", "fastest, ms", "% of tower, fastest"):
         table.add_column(heading, justify="left" if not heading else "right")
-    whole, best = statistics.median(times["tower"]), min(times["tower"])
-    for name, spents in times.items():
-        middle = statistics.median(spents)
+    whole, best = times["tower"].median, min(times["tower"].seconds)
+    for name, one in times.items():
+        middle, fastest = one.median, min(one.seconds)
         table.add_row(
             name,
             f"{middle * 1e3:.2f}",
             f"{middle / whole:.2%}",
-            f"{min(spents) * 1e3:.2f}",
-            f"{min(spents) / best:.2%}",
+            f"{fastest * 1e3:.2f}",
+            f"{fastest / best:.2%}",
         )
     console.print(table)
     console.print(
@@ -162,7 +126,7 @@ def growth(console: Console, runs: int) -> None:
                 continue
             tokenprune.select(tokens, method, KEEP)
             times = [
-                seconds(lambda: tokenprune.select(tokens, method, KEEP))  # noqa: B023
+                seconds(lambda: tokenprune.select(tokens, method, KEEP), clock=clock)  # noqa: B023
                 for _ in range(runs)
             ]
             spent[method, total] = statistics.median(times)
@@ -189,6 +153,8 @@ def growth(console: Console, runs: int) -> None:
 
 def correlations(console: Console, total: int) -> None:
     """Print how each estimator orders tokens, against finite differences at 4,096 directions."""
+    from scipy.stats import spearmanr  # here alone, so that other benchmarks do without scipy
+
     table = Table(
         title=f"Spearman with finite-difference at 4,096 directions, {total} random tokens"
     )
@@ -242,8 +208,7 @@ def main() -> None:
     torch.manual_seed(0)
     console = Console()
     console.print(
-        f"{machine()}, {clock.__name__}\nPython {platform.python_version()}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}\n"
+        f"{processor()}, {torch.get_num_threads()} threads, {clock.__name__}\n{releases_line()}\n"
     )
     everything = not (arguments.correlations or arguments.cost or arguments.growth)
     with torch.inference_mode():

