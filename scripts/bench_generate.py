@@ -33,7 +33,7 @@ import tokenprune_hf
 VISUAL, TEXT_BEFORE, TEXT_AFTER, IMAGE_TOKEN = 576, 8, 32, 151_655
 
 
-CLIP_L = {
+CLIP_L: dict[str, Any] = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -41,7 +41,7 @@ CLIP_L = {
     "image_size": 336,
     "patch_size": 14,
 }
-HALF_B = {
+HALF_B: dict[str, Any] = {
     "hidden_size": 896,
     "intermediate_size": 4864,
     "num_hidden_layers": 24,

@@ -479,7 +479,7 @@ def numbers(measured: Mapping[str, Measured]) -> Json:
 
 def on(device: torch.device, item: VisualTokens, projector: MLPProjector) -> VisualTokens:
     """Return an item on another device, with a projector that is there."""
-    moved = {
+    moved: Json = {
         name: value.to(device)
         for name in ("features", "embeddings", "cls_attention", "query_attention")
         if isinstance(value := getattr(item, name), Tensor)
@@ -576,7 +576,8 @@ def build_tower(tower: Tower) -> Any:
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
 
     qwen: Any = Qwen3VLVisionConfig(**tower.settings)
-    return Qwen3VLVisionModel(qwen).eval()
+    model: Any = Qwen3VLVisionModel(qwen)
+    return model.eval()
 
 
 def tower_run(tower: Tower, model: Any, size: Size, pictures: int) -> Callable[[], Any]:
@@ -739,7 +740,8 @@ class Asked:
         return Variant(run)
 
     def _call_with(self, call: Callable[..., Any], prompt: Json, rows: list[Tensor]) -> Any:
-        output = transformers.modeling_outputs.BaseModelOutputWithPooling(pooler_output=rows)
+        make: Any = transformers
+        output = make.modeling_outputs.BaseModelOutputWithPooling(pooler_output=rows)
         return call(**prompt, mm_encoder_outputs={"image": output})
 
 

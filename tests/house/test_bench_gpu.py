@@ -166,12 +166,13 @@ def test_an_error_costs_its_own_case_alone(board: Any) -> None:
 def test_a_section_without_time_leaves_its_cases_open_and_its_time_to_the_next(board: Any) -> None:
     first, last = board.until("agreement"), board.until("masks")
     assert board.begun < first < last < board.end
-    ran = []
-    board.run("agreement", "a", lambda until: ran.append("a") or {}, least=first)
-    assert ran == []
-    assert written(board)["agreement"]["a"]["why"] == "no time was left"
-    board.run("masks", "c", lambda until: ran.append(until) or {})
-    assert ran == [last]
+    board.run("agreement", "a", lambda until: {"until": until}, least=first)
+    assert written(board)["agreement"]["a"] == {
+        "status": "not measured",
+        "why": "no time was left",
+    }
+    board.run("masks", "c", lambda until: {"until": until})
+    assert written(board)["masks"]["c"] == {"status": "measured", "until": last}
 
 
 def test_a_case_that_runs_when_the_time_is_over_is_not_measured(board: Any) -> None:
@@ -181,6 +182,36 @@ def test_a_case_that_runs_when_the_time_is_over_is_not_measured(board: Any) -> N
 
     board.run("masks", "c", ends)
     assert written(board)["masks"]["c"]["why"] == "the time ran out while it was measured"
+
+
+STUCK = """
+import sys, time
+from pathlib import Path
+import bench_gpu
+now = time.perf_counter()
+cases = {"agreement": ["a"], "masks": ["c"]}
+board = bench_gpu.Board.of(Path(sys.argv[1]), {"small": True}, now + 1, cases)
+bench_gpu.end_in_time(board)
+board.end += 1000  # a case begins that was expected to fit
+board.run("agreement", "a", lambda until: {"same": True, "different": {}})
+board.run("masks", "c", lambda until: time.sleep(120))
+"""
+
+
+def test_a_case_that_never_ends_costs_its_own_case_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, out],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPTS), "OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())["results"]
+    assert results["agreement"]["a"]["status"] == "measured"
+    assert results["masks"]["c"]["why"] == "the time ran out while it was measured"
+    assert "not measured: masks: c" in done.stdout
 
 
 def test_other_tokens_than_the_cpus_are_found_and_end_with_an_error(board: Any, bench: Any) -> None:
