@@ -35,14 +35,10 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
-import math
-import os
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -53,7 +49,6 @@ import bench_masks
 import torch
 import transformers
 from bench_common import (
-    Measured,
     Variant,
     device_name,
     in_turn,
@@ -62,232 +57,38 @@ from bench_common import (
     seconds,
     table_of,
 )
-from bench_flexselect import Shape
+from bench_gpu_results import (
+    BLIND,
+    PREFILLED,
+    RECOMMENDED,
+    SECTIONS,
+    SHORT,
+    UNPRUNED,
+    Board,
+    Json,
+    console,
+    end_in_time,
+    numbers,
+)
+from bench_gpu_shapes import FULL, SMALL, Plan, Size, Tower
 from bench_selectors import make_projector, make_tokens
-from rich.console import Console
 from torch import Tensor
 
-import tokenprune
 import tokenprune_hf
 from tokenprune import MLPProjector, Selector, VisualTokens
 from tokenprune.budget import tokens_kept
-from tokenprune.files import replacing
 from tokenprune.masks.kernels import Prepared, default_kernel
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
-from tokenprune.tokens import FROM_PROMPT
 from tokenprune.tower.attention import mean_of_blocks, packed_pictures, whole_pictures
 from tokenprune_hf import Encoded
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.vision import vision_model
 
-RECOMMENDED = ("relevant-information", "information")  # README, "Methods"
-BLIND = tuple(
-    name for name, selector in tokenprune.methods().items() if not FROM_PROMPT & set(selector.needs)
-)
-PREFILLED = (*RECOMMENDED, "flexselect", "cls-attention", "zeroth-order", "divprune")
 KEEPS = {"1/9": 1 / 9, "1/4": 1 / 4}
 VIDEO_KEEP = 1 / 16
 DENSITY = 0.25
-UNPRUNED, SHORT, ENCODER = "unpruned", "really short", "encoder"
-BLIND_SHARE, READING_SHARE, OF_BOUND = 0.03, 0.10, 0.90
-GRACE = 3  # seconds between the last case's limit and the end: to write and print
-
-SECTIONS = {"agreement": 0.1, "selection": 0.3, "prefill": 0.25, "video": 0.2, "masks": 0.15}
-"""Section -> its share of the time. What one leaves over, the next ones have."""
-
-Json = dict[str, Any]
-console = Console(width=120, highlight=False)
-
-
-# Shapes ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A vision tower's shape.
-
-    Attributes
-    ----------
-    kind
-        ``"clip"``, ``"siglip"`` or ``"qwen3-vl"``.
-    settings
-        Of its config.
-    """
-
-    kind: str
-    settings: Mapping[str, Any]
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a layer."""
-        return int(self.settings.get("num_heads") or self.settings["num_attention_heads"])
-
-    @property
-    def merged(self) -> int:
-        """Patches on a side of the block that becomes one token."""
-        return int(self.settings.get("spatial_merge_size", 1))
-
-
-@dataclass(frozen=True)
-class Size:
-    """The tokens of one image: `crops` items with a budget each, of `rows` x `columns` tokens."""
-
-    rows: int
-    columns: int
-    crops: int = 1
-
-    @property
-    def name(self) -> str:
-        """As it stands in tables."""
-        total = f"N = {self.crops * self.rows * self.columns:,}"
-        return f"{total} in {self.crops} crops" if self.crops > 1 else total
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that differs between a GPU's run and a small one.
-
-    Attributes
-    ----------
-    towers, sizes, images
-        Of the section ``selection``. Every size meets every tower.
-    compared
-        Sizes of the section ``agreement``.
-    features, width
-        C of the tokens' features, and D of the language model that reads them.
-    vision, text, lite
-        Shapes of the LLaVA's tower, of the 7B language model, and of the trained selector.
-    prompts
-        Images of a prompt in the section ``prefill``, one number for each case.
-    answer
-        Tokens that `generate` adds.
-    video_tower, frames, frames_per_set
-        Of the section ``video``.
-    lengths, heads, key_heads, dim, mask_images
-        Of the section ``masks``.
-    turns
-        Timed turns of what takes milliseconds; what takes longer has fewer.
-    """
-
-    towers: Mapping[str, Tower]
-    sizes: Sequence[Size]
-    images: Sequence[int]
-    compared: Sequence[Size]
-    features: int
-    width: int
-    vision: Mapping[str, Any]
-    text: Shape
-    lite: Shape
-    prompts: Sequence[int]
-    answer: int
-    video_tower: Mapping[str, int]
-    frames: Sequence[int]
-    frames_per_set: int
-    lengths: Sequence[int]
-    heads: int
-    key_heads: int
-    dim: int
-    mask_images: int
-    turns: int
-
-
-SO400M = {
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-}
-_SIZES = Size(24, 24), Size(30, 40), Size(24, 24, crops=5)
-FULL = Plan(
-    towers={
-        "CLIP-L/14-336": Tower("clip", bench_generate.CLIP_L),
-        # At 336 pixels, for 576 tokens. At 384 the tower takes longer, so its share is less.
-        "SigLIP-so400m/14-336": Tower("siglip", {**SO400M, "image_size": 336}),
-        "Qwen3-VL-8B": Tower(
-            "qwen3-vl",
-            {
-                "depth": 27,
-                "hidden_size": 1152,
-                "intermediate_size": 4304,
-                "num_heads": 16,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "out_hidden_size": 4096,
-                "num_position_embeddings": 2304,
-                "deepstack_visual_indexes": [8, 16, 24],
-            },
-        ),
-    },
-    sizes=_SIZES,
-    images=(1, 4, 16),
-    compared=(*_SIZES, Size(48, 60)),
-    features=1024,
-    width=4096,
-    vision=bench_generate.CLIP_L,
-    text=bench_flexselect.REAL,
-    lite=bench_flexselect.REAL_LITE,
-    prompts=(1, 5),
-    answer=32,
-    video_tower=SO400M,
-    frames=(64, 512),
-    frames_per_set=64,
-    lengths=(16_384, 32_768),
-    heads=28,
-    key_heads=4,
-    dim=128,
-    mask_images=16,
-    turns=7,
-)
-_TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-_SMALL_SIZES = Size(6, 6), Size(5, 8), Size(6, 6, crops=5)
-SMALL = Plan(
-    towers={
-        "CLIP-L/14-336": Tower(
-            "clip", {**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14}
-        ),
-        "SigLIP-so400m/14-336": Tower(
-            "siglip", {**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14}
-        ),
-        "Qwen3-VL-8B": Tower(
-            "qwen3-vl",
-            {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "patch_size": 4,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "out_hidden_size": 64,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0],
-            },
-        ),
-    },
-    sizes=_SMALL_SIZES,
-    images=(1, 2),
-    compared=_SMALL_SIZES,
-    features=32,
-    width=64,
-    vision={**_TINY, "num_attention_heads": 2, "image_size": 84, "patch_size": 14},
-    text=bench_flexselect.QUICK,
-    lite=bench_flexselect.QUICK_LITE,
-    prompts=(1, 2),
-    answer=3,
-    video_tower={**_TINY, "num_attention_heads": 2, "image_size": 40, "patch_size": 4},
-    frames=(2, 8),
-    frames_per_set=4,
-    lengths=(512, 1024),
-    heads=4,
-    key_heads=2,
-    dim=16,
-    mask_images=4,
-    turns=2,
-)
+ENCODER = "encoder"
 
 
 def images(count: int) -> str:
@@ -321,157 +122,6 @@ def building(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-# The results -----------------------------------------------------------------------------------
-
-
-@dataclass
-class Board:
-    """All cases, measured or not, in a file that is written after each of them.
-
-    Attributes
-    ----------
-    file
-        A JSON file.
-    about
-        Machine, releases and shapes.
-    end
-        The time of `time.perf_counter` at which the run ends.
-    results
-        Section -> case -> what was measured, under ``"status": "measured"``; otherwise
-        ``"not measured"`` or ``"failed"``, and ``"why"``.
-    """
-
-    file: Path
-    about: Json
-    end: float
-    results: dict[str, dict[str, Json]]
-    begun: float = field(default_factory=time.perf_counter)
-    ended: bool = False
-    running: tuple[str, str] | None = None
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @classmethod
-    def of(cls, file: Path, about: Json, end: float, cases: Mapping[str, list[str]]) -> Board:
-        """Return a board of cases none of which is measured yet, and write it."""
-        missing = {"status": "not measured", "why": "the run did not get there"}
-        results = {
-            section: {name: dict(missing) for name in names} for section, names in cases.items()
-        }
-        board = cls(file, about, end, results)
-        board.write()
-        return board
-
-    def write(self) -> None:
-        """Replace the file."""
-        with self.lock:
-            text = json.dumps(
-                {
-                    **self.about,
-                    "seconds": round(time.perf_counter() - STARTED, 1),
-                    "complete": not self.cases("not measured", "failed"),
-                    "results": self.results,
-                    "targets": [vars(target) for target in self.targets()],
-                },
-                indent=1,
-            )
-            with replacing(self.file) as part:
-                part.write_text(text + "\n", "utf-8")
-
-    def targets(self) -> list[Target]:
-        """Return the targets; a small run judges none."""
-        found = targets(self.results)
-        return [replace(one, holds=None) for one in found] if self.about["small"] else found
-
-    def cases(self, *statuses: str) -> list[str]:
-        """Return the cases that have one of some statuses, as ``"section: case (why)"``."""
-        return [
-            f"{section}: {name} ({case['why']})"
-            for section, of_section in self.results.items()
-            for name, case in of_section.items()
-            if case["status"] in statuses
-        ]
-
-    def until(self, section: str) -> float:
-        """Return the time of `time.perf_counter` at which a section ends."""
-        names = list(self.results)
-        shares = [SECTIONS[name] for name in names]
-        passed = sum(shares[: names.index(section) + 1]) / sum(shares)
-        return self.begun + passed * (self.end - GRACE - self.begun)
-
-    def run(self, section: str, name: str, work: Callable[[float], Json], least: float = 0) -> None:
-        """Measure a case, unless its section has less than `least` seconds left.
-
-        An error is noted with the case, and the others go on.
-
-        Parameters
-        ----------
-        section, name
-            One of `results`.
-        work
-            Takes the time until which it may go on measuring; returns what it measured.
-        least
-            Seconds.
-        """
-        until = self.until(section)
-        if time.perf_counter() + least >= until:
-            self._note(section, name, {"status": "not measured", "why": "no time was left"})
-            return
-        self.running = section, name
-        try:
-            measured = {"status": "measured", **work(until)}
-        except Exception as error:
-            measured = failure(error)
-        self._note(section, name, measured)
-        self.running = None
-
-    def _note(self, section: str, name: str, case: Json) -> None:
-        with self.lock:
-            if not self.ended:
-                self.results[section][name] = case
-                self.write()
-
-    def fail(self, section: str, error: Exception) -> None:
-        """Note an error with all cases of a section that are not measured."""
-        for name, case in self.results[section].items():
-            if case["status"] != "measured":
-                self._note(section, name, failure(error))
-
-    def finish(self) -> int:
-        """Write and print what is known now; return the exit code."""
-        with self.lock:
-            if self.running is not None:
-                section, name = self.running
-                why = "the time ran out while it was measured"
-                self.results[section][name] = {"status": "not measured", "why": why}
-            self.write()
-            self.ended = True
-            print_end(self)
-        same = all(
-            case["same"] for case in self.results.get("agreement", {}).values() if "same" in case
-        )
-        return int(bool(self.cases("failed")) or not same)
-
-
-def failure(error: Exception) -> Json:
-    """Return what is noted of a case that failed."""
-    lines = str(error).strip().splitlines() or [""]
-    return {"status": "failed", "why": f"{type(error).__name__}: {lines[0]}"}
-
-
-def numbers(measured: Mapping[str, Measured]) -> Json:
-    """Return times in ms and peaks in MiB, by variant."""
-    return {
-        name: {
-            "ms": round(one.median * 1e3, 4),
-            "low": round(min(one.seconds) * 1e3, 4),
-            "high": round(max(one.seconds) * 1e3, 4),
-            "turns": len(one.seconds),
-            "peak_mib": None if one.peak is None else round(one.peak / 2**20, 1),
-        }
-        for name, one in measured.items()
-    }
 
 
 # Agreement -------------------------------------------------------------------------------------
@@ -899,99 +549,6 @@ def mask_run(case: bench_masks.Case, kind: str, device: torch.device) -> Callabl
     return lambda: Prepared(case.mask(kind, DENSITY), device)(case.query, case.key, case.value)
 
 
-# Targets ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is aimed at, what was measured, and whether that is enough; None: not measured."""
-
-    name: str
-    measured: str
-    holds: bool | None
-
-
-def targets(results: Mapping[str, Mapping[str, Json]]) -> list[Target]:
-    """Return the targets, judged by the cases that are measured."""
-    cases = {
-        section: {name: case for name, case in of.items() if case["status"] == "measured"}
-        for section, of in results.items()
-    }
-    prefills = _starting(cases, "prefill, ")
-    answers = _starting(cases, "generate, ")
-    return [
-        _agreement_target(cases.get("agreement", {})),
-        *(_share_target(cases.get("selection", {}), method) for method in BLIND),
-        *(_reading_target(prefills, name) for name in PREFILLED if name not in BLIND),
-        *(_bound_target(prefills, name) for name in PREFILLED),
-        *(_answer_target(answers, name) for name in RECOMMENDED),
-    ]
-
-
-def _starting(cases: Mapping[str, Mapping[str, Json]], start: str) -> dict[str, Json]:
-    found = cases.get("prefill", {})
-    return {name: case["runs"] for name, case in found.items() if name.startswith(start)}
-
-
-def _worst(name: str, found: Sequence[tuple[float, str]], limit: float, most: bool) -> Target:
-    """Judge the worst of some numbers: the highest where `most`, otherwise the lowest."""
-    if not found:
-        return Target(name, "not measured", None)
-    value, where = max(found) if most else min(found)
-    holds = value <= limit if most else value >= limit
-    return Target(name, f"{value:.1%} ({where})", holds)
-
-
-def _agreement_target(cases: Mapping[str, Json]) -> Target:
-    name = "the device keeps what the CPU keeps, alone and in a batch"
-    if not cases:
-        return Target(name, "not measured", None)
-    count = sum(sum(case["different"].values()) for case in cases.values())
-    return Target(name, f"{count} tokens differ", count == 0)
-
-
-def _share_target(cases: Mapping[str, Json], method: str) -> Target:
-    """Judge selection against every tower."""
-    shares = []
-    for name, case in cases.items():
-        runs = case["runs"]
-        towers = [tower for tower in FULL.towers if tower in runs]
-        for run, one in runs.items():
-            what, _, label = run.rpartition(", ")
-            shares += [
-                (one["ms"] / runs[tower]["ms"], f"{tower}, {name}, keep {label}")
-                for tower in towers
-                if what in (method, f"{method} of {tower}")
-            ]
-    name = f"{method}: selection at most {BLIND_SHARE:.0%} of the tower"
-    return _worst(name, shares, BLIND_SHARE, most=True)
-
-
-def _reading_target(prefills: Mapping[str, Json], method: str) -> Target:
-    """Judge selection against what it saves of the prefill."""
-    shares = []
-    for case, runs in prefills.items():
-        saved = runs[UNPRUNED]["ms"] - runs[SHORT]["ms"]
-        taken = runs[f"{method}, selecting"]["ms"]
-        shares.append((taken / saved if saved > 0 else math.inf, case))
-    name = f"{method}: selection at most {READING_SHARE:.0%} of the saved prefill"
-    return _worst(name, shares, READING_SHARE, most=True)
-
-
-def _bound_target(prefills: Mapping[str, Json], method: str) -> Target:
-    """Judge prefill, encoding and selecting counted, against a prompt that really is short."""
-    shares = [(runs[SHORT]["ms"] / runs[method]["ms"], case) for case, runs in prefills.items()]
-    name = f"{method}: prefill at least {OF_BOUND:.0%} of the bound"
-    return _worst(name, shares, OF_BOUND, most=False)
-
-
-def _answer_target(answers: Mapping[str, Json], method: str) -> Target:
-    """Judge `generate` against the unpruned one."""
-    shares = [(runs[method]["ms"] / runs[UNPRUNED]["ms"], case) for case, runs in answers.items()]
-    name = f"{method}: generate takes less time than unpruned"
-    return _worst(name, shares, 1.0, most=True)
-
-
 # Printing --------------------------------------------------------------------------------------
 
 
@@ -1029,21 +586,6 @@ def print_runs(title: str, found: Json) -> None:
         times = (f"{one[which]:.2f}" for which in ("ms", "low", "high"))
         table.add_row(name, *times, str(one["turns"]), peak)
     console.print(table)
-
-
-def print_end(board: Board) -> None:
-    """Print the targets, and what was not measured."""
-    table = table_of("targets", "target", "measured, at worst", "", words=["target", ""])
-    for target in board.targets():
-        verdict = {True: "holds", False: "does not hold", None: ""}[target.holds]
-        table.add_row(target.name, target.measured, verdict)
-    console.print(table)
-    if board.about["small"]:
-        console.print("--small shows that the script runs; at its sizes the targets say nothing.")
-    for status in ("not measured", "failed"):
-        for case in board.cases(status):
-            console.print(f"{status}: {case}")
-    console.print(f"{time.perf_counter() - STARTED:.0f} s. Written: {board.file}")
 
 
 def about(plan: Plan, device: torch.device, small: bool) -> Json:
@@ -1088,20 +630,6 @@ RUNS: dict[str, Callable[[Board, Plan, torch.device], None]] = {
 }
 
 
-def end_in_time(board: Board) -> threading.Timer:
-    """Start a thread that ends the process when the time is over, whatever the device does."""
-
-    def end() -> None:
-        code = board.finish()
-        sys.stdout.flush()
-        os._exit(code)  # the main thread may wait for a kernel or a compiler
-
-    timer = threading.Timer(max(0.0, board.end - time.perf_counter()), end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -1121,7 +649,7 @@ def main() -> int:
     cases = cases_of(plan)
     cases = {name: cases[name] for name in SECTIONS if name in (arguments.only or SECTIONS)}
     description = about(plan, device, arguments.small)
-    board = Board.of(arguments.out, description, STARTED + arguments.seconds, cases)
+    board = Board.of(arguments.out, description, STARTED, arguments.seconds, cases)
     timer = end_in_time(board)
     with torch.inference_mode():
         for section in cases:

@@ -48,6 +48,11 @@ def bench() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def bench_results(bench: Any) -> Any:
+    return importlib.import_module("bench_gpu_results")
+
+
+@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """Return what a small run wrote and printed."""
     out = tmp_path_factory.mktemp("bench") / "out.json"
@@ -135,8 +140,7 @@ def test_without_a_gpu_it_says_what_runs(bench: Any, tmp_path: Path) -> None:
 @pytest.fixture
 def board(bench: Any, tmp_path: Path) -> Any:
     cases = {"agreement": ["a", "b"], "masks": ["c", "d"]}
-    end = time.perf_counter() + 1000
-    return bench.Board.of(tmp_path / "out.json", {"small": False}, end, cases)
+    return bench.Board.of(tmp_path / "out.json", {"small": False}, time.perf_counter(), 1000, cases)
 
 
 def written(board: Any) -> Any:
@@ -145,9 +149,10 @@ def written(board: Any) -> Any:
 
 def test_each_case_is_written_when_it_is_measured(board: Any) -> None:
     assert written(board)["agreement"]["a"]["status"] == "not measured"
-    board.run("agreement", "a", lambda until: {"same": True, "different": {}})
+    agreed = {"same": True, "different": {}, "not compared": []}
+    board.run("agreement", "a", lambda until: agreed)
     assert written(board)["agreement"] == {
-        "a": {"status": "measured", "same": True, "different": {}},
+        "a": {"status": "measured", **agreed},
         "b": {"status": "not measured", "why": "the run did not get there"},
     }
 
@@ -190,10 +195,10 @@ from pathlib import Path
 import bench_gpu
 now = time.perf_counter()
 cases = {"agreement": ["a"], "masks": ["c"]}
-board = bench_gpu.Board.of(Path(sys.argv[1]), {"small": True}, now + 1, cases)
+board = bench_gpu.Board.of(Path(sys.argv[1]), {"small": True}, now, 1, cases)
 bench_gpu.end_in_time(board)
 board.end += 1000  # a case begins that was expected to fit
-board.run("agreement", "a", lambda until: {"same": True, "different": {}})
+board.run("agreement", "a", lambda until: {"different": {}, "not compared": []})
 board.run("masks", "c", lambda until: time.sleep(120))
 """
 
@@ -230,7 +235,8 @@ def test_other_tokens_than_the_cpus_are_found_and_end_with_an_error(board: Any, 
     count = bench.different(items, items, ByBatch(), 0.25)
     assert count == 2 * 2 * 2  # items, alone on either device, tokens kept
     assert bench.different(items, items, bench.build("information", {}), 0.25) == 0
-    board.run("agreement", "a", lambda until: {"same": False, "different": {"by-batch": count}})
+    disagreed = {"same": False, "different": {"by-batch": count}, "not compared": []}
+    board.run("agreement", "a", lambda until: disagreed)
     assert board.targets()[0].holds is False
     assert board.finish() == 1
 
@@ -238,7 +244,7 @@ def test_other_tokens_than_the_cpus_are_found_and_end_with_an_error(board: Any, 
 # Targets
 
 
-def test_targets_are_judged_by_the_worst_case(bench: Any) -> None:
+def test_targets_are_judged_by_the_worst_case(bench_results: Any) -> None:
     tower = "CLIP-L/14-336"
     runs = {
         tower: {"ms": 10.0},
@@ -269,7 +275,7 @@ def test_targets_are_judged_by_the_worst_case(bench: Any) -> None:
             "prefill, 5 images": {"status": "not measured", "why": "no time was left"},
         },
     }
-    found = {target.name: target for target in bench.targets(results)}
+    found = {target.name: target for target in bench_results.targets(results)}
     holds = {name: target.holds for name, target in found.items() if target.holds is not None}
     assert holds == {
         "information: selection at most 3% of the tower": False,
@@ -319,3 +325,27 @@ def test_runs_take_turns_and_stop_in_time(bench: Any) -> None:
     assert calls.count("one") == 2
     found = bench.in_turn(variants, 1, warm_up=False)
     assert calls.count("one") == 3
+
+
+# Shapes
+
+
+def test_the_full_shapes_are_those_of_the_public_models(bench: Any) -> None:
+    def millions(model: Any) -> int:
+        return round(sum(weight.numel() for weight in model.parameters()) / 1e6)
+
+    plan = bench.FULL
+    with torch.inference_mode(), bench.building(torch.device("meta")):
+        towers = {name: bench.build_tower(tower) for name, tower in plan.towers.items()}
+        language = bench.bench_generate.build_model(plan.vision, plan.text.settings())
+        pictures = bench.tower_run(
+            plan.towers["SigLIP-so400m/14-336"], towers["SigLIP-so400m/14-336"], plan.sizes[1], 2
+        )()
+    assert {name: millions(tower) for name, tower in towers.items()} == {
+        "CLIP-L/14-336": 304,
+        "SigLIP-so400m/14-336": 413,  # 428 with its pooling head
+        "Qwen3-VL-8B": 576,
+    }
+    assert millions(language.model.language_model) == 7070  # Qwen2-7B's, without its head
+    assert next(language.parameters()).dtype == torch.bfloat16
+    assert pictures.last_hidden_state.shape == (2, 1200, 1152)
