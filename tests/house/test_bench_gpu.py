@@ -332,7 +332,7 @@ def test_runs_take_turns_and_stop_in_time(bench: Any) -> None:
 
 def test_the_full_shapes_are_those_of_the_public_models(bench: Any) -> None:
     def millions(model: Any) -> int:
-        return round(sum(weight.numel() for weight in model.parameters()) / 1e6)
+        return round(sum(int(weight.numel()) for weight in model.parameters()) / 1e6)
 
     plan = bench.FULL
     with torch.inference_mode(), bench.building(torch.device("meta")):
