@@ -33,7 +33,7 @@ from tokenprune.registry import register
 from tokenprune.selecting import select
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
-from tokenprune.selectors.diversity import pick_diverse
+from tokenprune.selectors.divprune import pick_diverse
 from tokenprune.selectors.information import RelevantInformation
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.selectors.zeroth_order import ZerothOrder

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,14 +39,31 @@ def folded_sum(values: Tensor, dim: int) -> Tensor:
         `values` without `dim`, of the same dtype.
     """
     while (length := values.shape[dim]) > 1:
-        # The first half is added to the second, element by element; an odd last slice waits for the
-        # next round.
-        half = length // 2
-        folded = values.narrow(dim, 0, half) + values.narrow(dim, half, half)
-        if length % 2:
-            folded = torch.cat([folded, values.narrow(dim, length - 1, 1)], dim)
+        # What lies past the largest power of two is added to the front, then one half to the other:
+        # as if zeros were behind it up to the next power of two, and as kernels can do, too.
+        half = 1 << ((length - 1).bit_length() - 1)
+        folded = values.narrow(dim, 0, length - half) + values.narrow(dim, half, length - half)
+        if length < 2 * half:
+            rest = values.narrow(dim, length - half, 2 * half - length)
+            folded = torch.cat([folded, rest], dim)
         values = folded
     return values.squeeze(dim)
+
+
+def square_root(values: Tensor) -> Tensor:
+    """Return the square root, rounded correctly, so that it is the same on every device.
+
+    torch's own is, on CUDA. On a CPU it may come from a library that is off by a last bit in one of
+    two hundred cases; numpy takes the processor's instruction.
+
+    Parameters
+    ----------
+    values
+        Floating point, any shape, at least 0.
+    """
+    if values.device.type != "cpu":
+        return values.sqrt()
+    return torch.from_numpy(np.sqrt(values.numpy()))
 
 
 def blocks_of(rows: Tensor, size: int) -> list[Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.selectors.diversity import IntegerRows
+from tokenprune.greedy.rows import IntegerRows
 
 _BLOCK_ENTRIES = 2**24  # float64 entries of a block of cosines: 128 MiB
 

@@ -369,7 +369,7 @@ def test_a_projector_that_overflows_is_named() -> None:
 def test_copies_tie_even_where_arithmetic_depends_on_position() -> None:
     source = torch.tensor([0, 1, 0, 2, 1, 0])
     rows = torch.randn(3, C, generator=torch.Generator().manual_seed(0))[source]
-    scores = _with_exact_ties(lambda x: torch.arange(len(x)) * 1e-7 + x.sum(-1), rows)
+    [scores] = _with_exact_ties(lambda x: torch.arange(len(x)) * 1e-7 + x.sum(-1), rows[None])
     assert torch.equal(scores, scores[torch.tensor([0, 1, 0, 3, 1, 0])])
 
 

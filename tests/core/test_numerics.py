@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from tokenprune.greedy.rows import IntegerRows
 from tokenprune.numerics import first_equal_row, folded_sum, full_precision
-from tokenprune.selectors.diversity import IntegerRows
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 16, 25, 1023])

@@ -89,7 +89,7 @@ def default_dtype(tokens: TokenBatch) -> Tensor:
         (made(last_of_a_tie), "first_of_equal_tokens.*lowest index"),
         (made(drawn), "leaves_all_alone.*global generator"),
         (made(overwritten), "(twice in a row|embeddings was changed)"),
-        (made(all_pairs), "no_matrix_of_all_pairs: with 4000 tokens"),
+        (made(all_pairs), "no_matrix_of_all_pairs: with 5000 tokens"),
         (made(default_dtype), "same_in_any_surroundings.*under (float64|another default device)"),
     ],
 )
@@ -118,8 +118,9 @@ def test_the_example_of_contributing_keeps_the_promises(
     text = (ROOT / "CONTRIBUTING.md").read_text()
     section = text.split("## A method in ten lines")[1].split("\n## ")[0]
     code = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     (tmp_path / "example_of_contributing.py").write_text("\n".join(code))
     monkeypatch.syspath_prepend(str(tmp_path))
     module = importlib.import_module("example_of_contributing")
     check_selector(module.EmbeddingNorm(shortest=True))
+    check_selector(module.Unlike())

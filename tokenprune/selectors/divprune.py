@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from tokenprune.greedy.engine import Some, pick
+from tokenprune.greedy.items import Items
 from tokenprune.selectors.base import Picks, Selector
-from tokenprune.selectors.diversity import pick_diverse
 from tokenprune.tokens import TokenBatch
 
 
@@ -21,7 +25,8 @@ class DivPrune(Selector):
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal
     Models", arXiv 2503.02175, and its released code. Unlike there, a token that is taken is
     masked: exact duplicates and half precision could otherwise pick one index twice. The start
-    costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D).
+    costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D), and on a GPU all products of
+    up to 4,096 tokens.
     """
 
     name: ClassVar[str] = "divprune"
@@ -32,3 +37,42 @@ class DivPrune(Selector):
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
         return Picks(pick_diverse(tokens.require("embeddings"), keep))
+
+
+def pick_diverse(
+    embeddings: Tensor,
+    keep: int | Sequence[int],
+    weights: Tensor | None = None,
+    first: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """Take `keep` tokens of each item: always the one of highest weight * distance to the taken.
+
+    See `tokenprune.greedy.objectives.farthest`.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    keep
+        K of all items or of each, between 1 and N.
+    weights
+        float32 [B, N], at least 0; None for the same weight everywhere.
+    first
+        LongTensor [B], the token each item starts with; None for the token farthest from its
+        nearest neighbour (DivPrune's start).
+    sizes
+        How many tokens each item has of its own, if not N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending; 0 behind an item's own K.
+    """
+
+    def choose(items: Items, some: Some) -> Tensor:
+        return items.farthest(
+            None if weights is None else weights[some], None if first is None else first[some[0]]
+        )
+
+    return pick(embeddings, keep, choose, sizes)

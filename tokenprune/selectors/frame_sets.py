@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.selectors.base import Selector, top_k
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class FrameSets(Selector):
             self.frames_per_set,
             keep,
             scores.device,
-            lambda members, share: self.pick_of_set(tokens, members, scores[:, members], share),
+            lambda members, share: self.pick_of_set(
+                tokens, members, of_set(scores, members), share
+            ),
         )
 
     def pick_of_set(
@@ -105,7 +108,7 @@ class FrameSets(Selector):
         tokens
             B items of one shape.
         members
-            LongTensor [n], the tokens of the set.
+            LongTensor [n], the tokens of the set; see `of_set`.
         scores
             float32 [B, n], what `score_sets` returned for it.
         share
@@ -133,19 +136,32 @@ def pick_in_sets(
         Where the tokens of the sets are wanted.
     pick
         Given the tokens of a set, LongTensor [n], and its share, returns which of the n stay,
-        LongTensor [B, share].
+        LongTensor [B, share], ascending.
 
     Returns
     -------
     Tensor
         LongTensor [B, K], ascending.
     """
-    sets = [members.to(device) for members in frame_sets(grid, frames_per_set)]
+    sets = frame_sets(grid, frames_per_set)
+    if len(sets) == 1:
+        return pick(sets[0], keep)
     of_sets = shares(keep, [len(members) for members in sets])
+    sets = [to_device(members, device) for members in sets]
     picks = [
         members[pick(members, share)] for members, share in zip(sets, of_sets, strict=True) if share
     ]
     return torch.cat(picks, dim=1).sort(dim=1).values
+
+
+def of_set(values: Tensor, members: Tensor) -> Tensor:
+    """Return what belongs to the tokens of a set, [B, n, ...], out of values [B, N, ...].
+
+    On a GPU nothing is copied for the only set there is.
+    """
+    if len(members) == values.shape[1]:
+        return values
+    return values[:, to_device(members, values.device)]
 
 
 def frame_sets(grid: tuple[int, int, int], frames_per_set: int) -> list[Tensor]:

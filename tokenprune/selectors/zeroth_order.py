@@ -18,9 +18,10 @@ from tokenprune.errors import (
     UnreadableProjectorError,
     UnsupportedModelError,
 )
-from tokenprune.numerics import directional_derivative, first_equal_row, full_precision
+from tokenprune.greedy import engine
+from tokenprune.numerics import directional_derivative, full_precision
 from tokenprune.selectors.base import Selector, top_k
-from tokenprune.selectors.diversity import pick_diverse
+from tokenprune.selectors.divprune import pick_diverse
 from tokenprune.tokens import Projector, TokenBatch
 from tokenprune.tower import sensitivity
 from tokenprune.tower.model_projector import check_alike, entry_dtype, module_of, read_projector
@@ -137,8 +138,7 @@ class ZerothOrder(Selector):
         features = tokens.require("features")
         with torch.no_grad(), full_precision(features.device):
             measure = self._measure(tokens.require_projector(), features)
-            # One item at a time: products of the same shape round the same way in any batch.
-            scores = torch.stack([_with_exact_ties(measure, item) for item in features])
+            scores = _with_exact_ties(measure, features)
         finite = scores.isfinite().all(dim=-1)
         if not bool(finite.all()):
             raise TokensError(
@@ -151,9 +151,8 @@ class ZerothOrder(Selector):
         """Return LongTensor [B, K], ascending: by S [B, N], and with `diversity` no two alike."""
         if not self.diversity:
             return top_k(scores, keep)
-        lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
-        weights = ((scores - lowest) / (highest - lowest + 1e-8)).masked_fill(lowest == highest, 1)
-        return pick_diverse(tokens.require("embeddings"), keep, weights, weights.argmax(dim=-1))
+        weights, first = engine.scaled(scores)
+        return pick_diverse(tokens.require("embeddings"), keep, weights, first)
 
     def _measure(self, projector: Projector, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the features [N, C] of one item to its S [N]."""
@@ -255,10 +254,12 @@ def _say_once(projector: Projector, text: str) -> None:
     warnings.warn(text, UserWarning, stacklevel=2)
 
 
-def _with_exact_ties(measure: Callable[[Tensor], Tensor], item: Tensor) -> Tensor:
-    """Return S, float32 [N], bit-equal for equal rows: a matrix product does not promise that."""
-    # A copy starts at an aligned address, as an item that comes alone does.
-    return measure(item.clone()).float()[first_equal_row(item)]
+def _with_exact_ties(measure: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+    """Return S, float32 [B, N], bit-equal for equal rows: products of matrices may differ there."""
+    # One item at a time: products of the same shape round the same way in any batch. A copy starts
+    # at an aligned address, as an item that comes alone does.
+    scores = torch.stack([measure(item.clone()).float() for item in features])
+    return scores.gather(1, engine.first_equal_rows(features))
 
 
 def _unit_directions(count: int, width: int, seed: int) -> Tensor:

@@ -1,0 +1,622 @@
+"""The kernels against the torch versions, index for index and bit for bit.
+
+Triton's interpreter runs them on the CPU. It has to be chosen before Triton is imported, so they
+run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tokenprune import VisualTokens
+from tokenprune.greedy import engine
+from tokenprune.greedy.engine import Some, fused_on_cpu, pick
+from tokenprune.greedy.items import Items, TorchItems
+from tokenprune.greedy.rows import IntegerRows
+from tokenprune.numerics import first_equal_row
+from tokenprune.registry import build
+from tokenprune.selecting import select_many
+from tokenprune.testing import make_item
+
+Run = Callable[..., Any]
+Shape = tuple[int, int, int]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Run a function in the process of the interpreter and return what it returns."""
+    yield from _process("1", _patch_once)
+
+
+def _process(interpret: str, begin: Callable[[], None] | None = None) -> Iterator[Run]:
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", interpret)
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=begin) as executor:
+            yield lambda function, *arguments: executor.submit(function, *arguments).result()
+
+
+def _patch_once() -> None:
+    """Have the interpreter patch Triton's language once, and not at each call of a function.
+
+    It takes three quarters of the time otherwise. The process runs nothing but kernels.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from tokenprune.greedy.fused import kernels
+
+    if hasattr(interpreter, "_patch_lang"):
+        scope = interpreter._patch_lang(kernels.launch)  # `tl`, which that file sees
+        interpreter._patch_lang(tl.sum.fn)  # `tl.core`
+        scope = type(scope)()
+        interpreter._patch_lang = lambda _: scope
+
+
+def draw(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Return rows [B, N, D], among them equal ones, opposite ones and one of zeros."""
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+    rows[:, 1] = rows[:, -1]
+    rows[:, 2] = 0
+    rows[:, 3] = -rows[:, 4]
+    return rows
+
+
+def drawn_weights(rows: Tensor, kind: str) -> Tensor | None:
+    """Return float32 [B, N]: with zeros among them or not, or none."""
+    if kind == "none":
+        return None
+    weights = torch.rand(rows.shape[:2], generator=torch.Generator().manual_seed(0))
+    return {"some": weights, "zeros": weights.round()}[kind]
+
+
+SHAPES = [
+    ((2, 7, 5), torch.float64),
+    ((1, 66, 24), torch.bfloat16),
+    ((2, 32, 40), torch.float32),
+    ((1, 20, 72), torch.float16),
+]
+SHAPED = pytest.mark.parametrize(("shape", "dtype"), SHAPES)
+
+
+# Rows ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*SHAPES, ((1, 6, 1100), torch.float32), ((1, 5, 4096), torch.float16)]
+)
+def test_rows_products_and_means(run: Run, shape: Shape, dtype: torch.dtype) -> None:
+    embeddings = draw(shape, dtype)
+    rows = IntegerRows.from_embeddings(embeddings)
+    near = rows.nearest_distances()
+    expected = {
+        "rows": rows.rows,
+        "scales": rows.scales,
+        "squares": rows.squares,
+        "inverse": rows.inverse_norms,
+        "products": rows.rows @ rows.rows.mT,
+        "distances": near,
+        "distances in blocks": near,
+        "mean": rows.mean(),
+        "deviating": 1.0 + rows.deviations(),
+    }
+    found = run(_rows, embeddings)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name].to(value.dtype).view(value.shape), value), name
+
+
+def _rows(embeddings: Tensor) -> dict[str, Tensor]:
+    from tokenprune.greedy.fused import kernels
+
+    size, total, _ = embeddings.shape
+    layout = kernels.Layout.of(total, [total] * size, [1] * size, embeddings.device)
+    rows, scales, squares, inverse = kernels.whole_rows(embeddings.flatten(0, 1))
+    products = kernels.all_products(layout, rows)
+    return {
+        "rows": rows,
+        "scales": scales,
+        "squares": squares,
+        "inverse": inverse,
+        "products": products,
+        "distances": kernels.nearest_distances(layout, products, inverse, 32),
+        # Two blocks where there are more than 64 rows.
+        "distances in blocks": kernels.nearest_distances_in_blocks(layout, rows, inverse, 1, 64),
+        "mean": kernels.mean_rows(layout, rows, scales),
+        "deviating": kernels.deviations(layout, rows, scales, squares),
+    }
+
+
+@pytest.mark.parametrize(("frames", "per_frame"), [(2, 7), (5, 3), (3, 1)])
+@pytest.mark.parametrize("still", [False, True])
+def test_changes(run: Run, frames: int, per_frame: int, still: bool) -> None:
+    embeddings = torch.randn(
+        2, frames, per_frame, 16, generator=torch.Generator().manual_seed(frames)
+    )
+    if still:
+        embeddings[1] = embeddings[1, :1]
+    embeddings = embeddings.flatten(1, 2)
+    expected = IntegerRows.from_embeddings(embeddings).changes(per_frame)
+    for long in (False, True):
+        assert torch.equal(run(_changes, embeddings, per_frame, long), expected)
+
+
+def _changes(embeddings: Tensor, per_frame: int, long: bool) -> Tensor:
+    return _items(embeddings, 1, long).changes(per_frame)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_first_equal_rows(run: Run, dtype: torch.dtype) -> None:
+    source = torch.randint(0, 9, (2, 30), generator=torch.Generator().manual_seed(8))
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(9)).to(dtype)
+    rows[3] = 0.0
+    rows[4] = -0.0  # equals 0.0
+    given = rows[source]
+    expected = torch.stack([first_equal_row(item) for item in given])
+    assert len(expected.unique()) > 5
+    assert torch.equal(run(_first_equal_rows, given), expected)
+
+
+def _first_equal_rows(rows: Tensor) -> Tensor:
+    with fused_on_cpu():
+        return engine.first_equal_rows(rows)
+
+
+def test_scaled(run: Run) -> None:
+    scores = torch.randn(4, 700, generator=torch.Generator().manual_seed(10))
+    scores[1] = 3.25
+    scores[2, ::7] = scores[2].max()
+    scores[3] = 1.0 + scores[3] * 1e-7
+    expected = engine.scaled(scores)
+    for one, other in zip(run(_scaled, scores), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def _scaled(scores: Tensor) -> tuple[Tensor, Tensor]:
+    with fused_on_cpu():
+        return engine.scaled(scores)
+
+
+# Choices ------------------------------------------------------------------------------------------
+
+
+def _items(embeddings: Tensor, keep: int, long: bool) -> Items:
+    from tokenprune.greedy.fused.items import FusedItems, LongItems
+
+    # Two chunks and more: what a program holds is too large for small cases otherwise.
+    size, total, _ = embeddings.shape
+    if long:
+        return LongItems(embeddings, keep)
+    return FusedItems(embeddings, [keep] * size, [total] * size, chunk=32)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["fused", "long"])
+@SHAPED
+def test_most_variance(run: Run, shape: Shape, dtype: torch.dtype, long: bool) -> None:
+    embeddings = draw(shape, dtype)
+    multiple = 1.0 + torch.rand(
+        shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    for keep in sorted({1, 2, min(35, shape[1])}):
+        expected = TorchItems(embeddings, keep).most_variance(multiple, 0.2)
+        assert torch.equal(run(_most_variance, embeddings, multiple, keep, long), expected), keep
+
+
+def _most_variance(embeddings: Tensor, multiple: Tensor, keep: int, long: bool) -> Tensor:
+    return _items(embeddings, keep, long).most_variance(multiple, 0.2)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["fused", "long"])
+@pytest.mark.parametrize("weights", ["none", "some", "zeros"])
+@SHAPED
+def test_farthest(run: Run, shape: Shape, dtype: torch.dtype, weights: str, long: bool) -> None:
+    embeddings = draw(shape, dtype)
+    weight = drawn_weights(embeddings, weights)
+    given = None if weight is None else weight.argmax(dim=-1)
+    for keep in sorted({1, min(23, shape[1])}):
+        expected = TorchItems(embeddings, keep).farthest(weight, given)
+        assert torch.equal(run(_farthest, embeddings, keep, weight, given, long), expected), keep
+
+
+def _farthest(
+    embeddings: Tensor, keep: int, weights: Tensor | None, first: Tensor | None, long: bool
+) -> Tensor:
+    return _items(embeddings, keep, long).farthest(weights, first)
+
+
+def test_the_determinant_alone(run: Run) -> None:
+    """Rows of rank 6, so that nothing is left after some picks."""
+    generator = torch.Generator().manual_seed(5)
+    embeddings = torch.randn(2, 20, 6, generator=generator) @ torch.randn(
+        6, 30, generator=generator
+    )
+    embeddings[0, 3] = embeddings[0, 11]
+    multiple = 1.0 + torch.rand(2, 20, dtype=torch.float64, generator=generator)
+    for long in (False, True):
+        expected = TorchItems(embeddings, 12).most_variance(multiple, 0.0)
+        assert torch.equal(run(_determinant, embeddings, multiple, 12, long), expected)
+
+
+def _determinant(embeddings: Tensor, multiple: Tensor, keep: int, long: bool) -> Tensor:
+    return _items(embeddings, keep, long).most_variance(multiple, 0.0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), [SHAPES[0], SHAPES[1]])
+def test_suppress(run: Run, shape: Shape, dtype: torch.dtype, grouped: bool) -> None:
+    embeddings = draw(shape, dtype)
+    generator = torch.Generator().manual_seed(6)
+    scores = torch.rand(shape[:2], generator=generator).round(decimals=1)
+    groups = torch.randint(0, 3, shape[:2], generator=generator) if grouped else None
+    threshold = torch.tensor([0.1, 0.3])[: shape[0]]
+    keep = min(30, shape[1])
+    kept, count = TorchItems(embeddings, keep).suppress(scores, threshold, groups)
+    expected = [
+        suppressed(*each) for each in zip(
+            embeddings, scores, threshold, [None] * shape[0] if groups is None else groups,
+            strict=True,
+        )
+    ]  # fmt: skip
+    assert kept.tolist() == [order[:keep] for order, _ in expected]
+    assert count.tolist() == [min(keep, free) for _, free in expected]
+    for long in (False, True):
+        found = run(_suppress, embeddings, keep, scores, threshold, groups, long)
+        assert torch.equal(found[0], kept)
+        assert torch.equal(found[1], count)
+
+
+def suppressed(
+    rows: Tensor, scores: Tensor, threshold: Tensor, groups: Tensor | None
+) -> tuple[list[int], int]:
+    """Suppression, straight from its sentence: all tokens in order, and how many are free."""
+    free: list[int] = []
+    by_score = sorted(range(len(rows)), key=lambda token: (-float(scores[token]), token))
+    for token in by_score:
+        others = [other for other in free if groups is None or bool(groups[other] == groups[token])]
+        cosines = [
+            torch.cosine_similarity(rows[token].double(), rows[other].double(), dim=0)
+            for other in others
+        ]
+        if all(float(cosine) <= float(threshold) for cosine in cosines):
+            free.append(token)
+    return free + [token for token in by_score if token not in free], len(free)
+
+
+def _suppress(
+    embeddings: Tensor,
+    keep: int,
+    scores: Tensor,
+    threshold: Tensor,
+    groups: Tensor | None,
+    long: bool,
+) -> tuple[Tensor, Tensor]:
+    return _items(embeddings, keep, long).suppress(scores, threshold, groups)
+
+
+@pytest.mark.parametrize("weights", ["none", "some", "zeros"])
+@pytest.mark.parametrize("shape", [(2, 7, 5), (1, 45, 150)])
+def test_most_cover(run: Run, shape: Shape, weights: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    # Few values, so that gains tie; some below 0, and some above 1.
+    similarity = torch.randint(-3, 11, shape, generator=generator) / 8
+    similarity[:, :, 2] = similarity[:, :, 4]
+    weight = drawn_weights(similarity.mT, weights)
+    for keep in (1, 5):
+        expected = [
+            sorted(covering(each, keep, weight_of_it))
+            for each, weight_of_it in zip(
+                similarity, [None] * shape[0] if weight is None else weight, strict=True
+            )
+        ]
+        assert engine.most_cover(similarity, keep, weight).tolist() == expected
+        assert run(_most_cover, similarity, keep, weight).tolist() == expected
+
+
+def covering(similarity: Tensor, keep: int, weights: Tensor | None) -> list[int]:
+    """Facility location, straight from the formula, in whole eighths."""
+    values = (similarity * 8).long().clamp(0, 8)
+    kept: list[int] = []
+    covered = torch.zeros_like(values[:, 0])
+    for _ in range(keep):
+        gains = (values - covered[:, None]).clamp(min=0).sum(0).tolist()
+        if weights is not None:
+            gains = [
+                gain * float(weight) if weight > 0 else -1.0
+                for gain, weight in zip(gains, weights, strict=True)
+            ]
+        left = [token for token in range(len(gains)) if token not in kept]
+        kept.append(max(left, key=lambda token: (gains[token], -token)))
+        covered = torch.maximum(covered, values[:, kept[-1]])
+    return kept
+
+
+def _most_cover(similarity: Tensor, keep: int, weights: Tensor | None) -> Tensor:
+    with fused_on_cpu():
+        return engine.most_cover(similarity, keep, weights)
+
+
+SIZES, KEEPS = (7, 40, 1, 33, 17), (3, 20, 1, 32, 7)
+
+
+@pytest.mark.parametrize("objective", ["information", "divprune", "weighted", "video"])
+def test_what_lies_behind_an_item_changes_nothing(run: Run, objective: str) -> None:
+    """Items of different sizes, in one batch: each is as it is alone."""
+    items = [draw((1, max(size, 5), 24), torch.float32)[0, :size] for size in SIZES]
+    keeps: Sequence[int] = KEEPS
+    if objective == "video":
+        items = [draw((1, 7 * frames, 8), torch.float32)[0] for frames in (2, 3, 5)]
+        keeps = KEEPS[:3]
+    sizes = list(map(len, items))
+    alone = [
+        _choose(rows[None], [keep], [size], objective)[0].tolist()
+        for rows, keep, size in zip(items, keeps, sizes, strict=True)
+    ]
+    padded = torch.full((len(items), max(sizes), items[0].shape[1]), 1e3)
+    for rows, row in zip(items, padded, strict=True):
+        row[: len(rows)] = rows
+    expected = [kept + [0] * (max(keeps) - len(kept)) for kept in alone]
+    # The torch version takes one after the other.
+    assert _choose(padded, keeps, sizes, objective).tolist() == expected
+    assert run(_chosen_together, padded, keeps, sizes, objective).tolist() == expected
+
+
+def _chosen_together(
+    embeddings: Tensor, keeps: Sequence[int], sizes: Sequence[int], objective: str
+) -> Tensor:
+    with fused_on_cpu():
+        return _choose(embeddings, keeps, sizes, objective)
+
+
+def _choose(
+    embeddings: Tensor, keeps: Sequence[int], sizes: Sequence[int], objective: str
+) -> Tensor:
+    weights = embeddings[..., 0].abs().round(decimals=1)
+
+    def choose(items: Items, some: Some) -> Tensor:
+        if objective == "information":
+            return items.most_variance(items.deviating(), 0.2)
+        if objective == "video":
+            return items.most_variance(1.0 + items.changes(7), 0.2)
+        if objective == "divprune":
+            return items.farthest(None, None)
+        return items.farthest(
+            weights[some], torch.zeros_like(weights[:, 0], dtype=torch.int64)[some[0]]
+        )
+
+    return pick(embeddings, keeps, choose, sizes)
+
+
+@pytest.mark.parametrize(
+    ("fused", "entries", "expected"),
+    [
+        (False, 10**6, [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)]),
+        (True, 10**6, [(0, 3), (3, 4), (4, 5), (5, 6)]),
+        # 9 * (2 * 8 + 3 + 9) entries of the largest, twice.
+        (True, 504, [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6)]),
+    ],
+)
+def test_which_items_go_together(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, entries: int, expected: list[tuple[int, int]]
+) -> None:
+    totals, keeps = (5, 9, 9, 6, 5000, 20), (2, 3, 3, 6, 2, 4)
+    monkeypatch.setattr(engine, "_ENTRIES", entries)
+    assert list(engine._together(totals, keeps, 8, fused)) == expected
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["fused", "long"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_indices_stay_inside_where_numbers_are_none(run: Run, bad: float, long: bool) -> None:
+    """They are used before anybody looks at the numbers."""
+    embeddings = draw((2, 40, 8), torch.float32)
+    embeddings[0, 7, 2] = bad
+    embeddings[1] = bad
+    for kept in run(_of_bad_numbers, embeddings, long):
+        assert kept.shape == (2, 9)
+        assert ((kept >= 0) & (kept < 40)).all()
+
+
+def _of_bad_numbers(embeddings: Tensor, long: bool) -> list[Tensor]:
+    bad = embeddings[..., 2].contiguous()
+    with np.errstate(all="ignore"):
+        items = _items(embeddings, 9, long)
+        with fused_on_cpu():
+            weights, first = engine.scaled(bad)
+        return [
+            items.most_variance(items.deviating(), 0.2),
+            items.farthest(None, None),
+            items.farthest(weights, first),
+            items.suppress(bad, bad[:, 0].contiguous(), None)[0],
+        ]
+
+
+# Whole selectors ----------------------------------------------------------------------------------
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("information", {}),
+    ("information", {"noise": 0.01, "frames_per_set": 2}),
+    ("relevant-information", {"candidates": 0.5}),
+    ("divprune", {}),
+    ("zeroth-order", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_whole_selectors(run: Run, method: str, options: dict[str, Any]) -> None:
+    items = batch_of_items()
+    expected = select_many(items, build(method, options), 0.3)
+    found = run(_selected, method, options, 0.3)
+    for tokens, one, other in zip(items, found, expected, strict=True):
+        assert one == other.kept.tolist(), (tokens.grid, tokens.embeddings)
+
+
+def batch_of_items() -> list[VisualTokens]:
+    """Return images and videos of several sizes and dtypes, some of many copies."""
+    copies = torch.randint(0, 12, (42,), generator=torch.Generator().manual_seed(3))
+    equal = torch.zeros(42, dtype=torch.int64)
+    return [
+        make_item((1, 6, 7), 1),
+        make_item((1, 6, 7), 2, source=copies),
+        make_item((1, 6, 7), 3, source=equal),
+        make_item((1, 3, 9), 4, dtype=torch.bfloat16),
+        make_item((1, 3, 9), 5, dtype=torch.float16),
+        make_item((3, 2, 7), 6),
+        make_item((3, 2, 7), 7, source=equal),
+        make_item((1, 1, 1), 8),
+    ]
+
+
+def _selected(method: str, options: dict[str, Any], keep: int | float) -> list[list[int]]:
+    with fused_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "TorchItems", None)  # nothing goes there
+        picked = select_many(batch_of_items(), build(method, options), keep)
+    return [selection.kept.tolist() for selection in picked]
+
+
+@pytest.mark.parametrize("method", ["information", "divprune", "zeroth-order"])
+def test_long_items(run: Run, method: str) -> None:
+    items = batch_of_items()
+    expected = [each.kept.tolist() for each in select_many(items, build(method, {}), 20)]
+    assert run(_selected_as_long, method) == expected
+
+
+def _selected_as_long(method: str) -> list[list[int]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ALL_PAIRS", 0)
+        return _selected(method, {}, 20)
+
+
+# What the interpreter does not show ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compile_there() -> Iterator[Run]:
+    """Run a function in a process where Triton compiles."""
+    yield from _process("0")
+
+
+@pytest.mark.parametrize(("capability", "names"), [(80, None), (90, ["_products"])])
+def test_kernels_compile_and_fuse_nothing(
+    compile_there: Run, capability: int, names: list[str] | None, tmp_path: Path
+) -> None:
+    """A multiplication fused with an addition rounds once, and so gives other bits than torch."""
+    compiled = compile_there(_compiled, capability, names, str(tmp_path))
+    assert len(compiled) >= (20 if names is None else 2), sorted(compiled)
+    for name, code in compiled.items():
+        for word in ("fma.rn.f64", "fma.rn.f32", "sqrt.approx", "div.full", "div.approx"):
+            assert word not in code, name
+
+
+def _compiled(capability: int, names: list[str] | None, folder: str) -> dict[str, str]:
+    """Compile the kernels as they are launched; return the PTX of each that is different."""
+    import os
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from tokenprune.greedy.fused import kernels
+
+    os.environ["TRITON_CACHE_DIR"] = folder
+    sources: dict[str, tuple[Any, dict[str, int]]] = {}
+
+    def note(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        options = {"num_warps": constants.pop("num_warps", 4)}
+        values = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+        signature, fixed = {}, {}
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                signature[parameter.name] = "constexpr"
+                fixed[parameter.name] = value
+            else:
+                signature[parameter.name] = _type_of(value)
+        name = f"{kernel.__name__} {signature} {fixed}"
+        if names is None or kernel.__name__ in names:
+            sources[name] = (ASTSource(fn=kernel, signature=signature, constexprs=fixed), options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "launch", note)
+        for width in (1024, 4096):
+            _launch_all(torch.zeros(1, 576, width, dtype=torch.bfloat16))
+            if names is None:
+                break
+    target = GPUTarget("cuda", capability, 32)
+    return {
+        name: triton.compile(
+            source, target=target, options={"enable_fp_fusion": False, **options}
+        ).asm["ptx"]
+        for name, (source, options) in sources.items()
+    }
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + str(value.dtype).removeprefix("torch.").replace("float", "fp").replace(
+            "bfp", "bf"
+        ).replace("int", "i")
+    return "fp32" if isinstance(value, float) else "i64" if abs(value) >= 2**31 else "i32"
+
+
+def _launch_all(embeddings: Tensor) -> None:
+    """Launch every kernel; nothing is computed, and nothing depends on what would be."""
+    from tokenprune.greedy.fused import kernels
+    from tokenprune.greedy.fused.items import FusedItems, LongItems
+
+    size, total, _ = embeddings.shape
+    weights, first = torch.zeros(size, total), torch.zeros(size, dtype=torch.int64)
+    groups = torch.zeros(size, total, dtype=torch.int64)
+    items: Items
+    for items in (FusedItems(embeddings, [3], [total]), LongItems(embeddings, 3)):
+        items.most_variance(items.deviating() + items.changes(total // 2), 0.2)
+        items.farthest(weights, first)
+    items = FusedItems(embeddings, [3], [total])
+    items.farthest(None, None)
+    items.suppress(weights, weights[:, 0], groups)
+    similarity = torch.zeros(size, total, total, dtype=torch.float64)
+    kernels.most_cover(similarity, 3, weights.double())
+    kernels.scaled(weights)
+    kernels.first_equal_rows(embeddings)
+    kernels.try_out(embeddings.device)
+
+
+# Where kernels do not run -------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("found", [None, "3.5.1"])
+def test_without_triton_torch_chooses(monkeypatch: pytest.MonkeyPatch, found: str | None) -> None:
+    def version(_: str) -> str:
+        if found is None:
+            raise PackageNotFoundError("triton")
+        return found
+
+    monkeypatch.setattr(engine, "version", version)
+    assert not engine._kernels_run.__wrapped__(GPU)
+    assert not engine.fuses(torch.zeros(1, 2, 3))
+
+
+def test_triton_that_runs_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from tokenprune.greedy.fused import kernels
+
+    def fail(_: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler.\nMore.")
+
+    monkeypatch.setattr(kernels, "try_out", fail)
+    with pytest.warns(UserWarning, match=r"on cuda:0: Failed to find C compiler\. Tokens are"):
+        assert not engine._kernels_run.__wrapped__(GPU)
+    monkeypatch.setattr(kernels, "try_out", lambda _: None)
+    assert engine._kernels_run.__wrapped__(GPU)

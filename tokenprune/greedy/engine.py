@@ -1,0 +1,218 @@
+"""The greedy engine: rows and a number to keep in, what an objective takes of them out.
+
+A method says what its rows and weights are and names an objective; `pick` hands them to the torch
+version (`tokenprune.greedy.objectives`), which is the definition, or to the kernels
+(`tokenprune.greedy.fused`), which take the same tokens on a CUDA device in a few launches and never
+wait for it. `fuses` decides which, and nothing else does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tokenprune.greedy import objectives
+from tokenprune.greedy.items import Items, TorchItems
+from tokenprune.greedy.rows import ALL_PAIRS
+from tokenprune.numerics import first_equal_row
+
+_ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
+_TRITON = (3, 6)  # the oldest that the kernels are written for
+_ON_CPU: ContextVar[bool] = ContextVar("_ON_CPU", default=False)
+
+
+Some = tuple[slice, slice]
+"""Which items of a batch, and which of their rows: an index into what is [B, N]."""
+
+Choose = Callable[[Items, Some], Tensor]
+"""Given some items, and which ones of all they are, return what an objective takes of them."""
+
+
+def pick(
+    embeddings: Tensor,
+    keep: int | Sequence[int],
+    choose: Choose,
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
+    """Choose rows of items, as many items at a time as can go together and memory should hold.
+
+    An item's choice is the one that it has alone. Kernels take items of different sizes in the
+    launches of one.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    keep
+        K of all items or of each, between 1 and its number of rows. Where an item keeps all of
+        them nothing is computed.
+    choose
+        See `Choose`. What it hands over for each row may be anything behind an item's own rows.
+    sizes
+        How many rows each item has of its own, if not N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, max K]: each item's own K ascending, and 0 behind them.
+    """
+    size, total, width = embeddings.shape
+    totals = [total] * size if sizes is None else list(sizes)
+    keeps = [keep] * size if isinstance(keep, int) else list(keep)
+    fused = fuses(embeddings)
+    kept = []
+    for first, last in _together(totals, keeps, width, fused):
+        some = slice(first, last), slice(0, max(totals[first:last]))
+        rows, of_each = embeddings[some], keeps[first:last]
+        if of_each[0] == totals[first]:
+            every = torch.arange(of_each[0], dtype=torch.int64, device=embeddings.device)
+            chosen = every.expand(last - first, -1)
+        else:
+            chosen = choose(_items(rows, of_each, totals[first:last], fused), some)
+        if chosen.shape[1] < max(keeps):
+            chosen = pad(chosen, (0, max(keeps) - chosen.shape[1]))
+        kept.append(chosen)
+    return kept[0] if len(kept) == 1 else torch.cat(kept)
+
+
+def first_equal_rows(rows: Tensor) -> Tensor:
+    """Return LongTensor [B, N], `numerics.first_equal_row` of each item's rows [B, N, C]."""
+    if fuses(rows):
+        from tokenprune.greedy.fused import kernels
+
+        return kernels.first_equal_rows(rows)
+    return torch.stack([first_equal_row(item) for item in rows])
+
+
+def scaled(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale scores to weights from 0 to 1, as ZOO-Prune does (arXiv 2509.24837).
+
+    Parameters
+    ----------
+    scores
+        float32 [B, N].
+
+    Returns
+    -------
+    tuple of Tensor
+        float32 [B, N], ``(s - min) / (max - min + 1e-8)``, or 1 everywhere where all are equal; and
+        LongTensor [B], the first of largest weight.
+    """
+    if fuses(scores):
+        from tokenprune.greedy.fused import kernels
+
+        return kernels.scaled(scores)
+    lowest, highest = scores.amin(-1, keepdim=True), scores.amax(-1, keepdim=True)
+    weights = ((scores - lowest) / (highest - lowest + 1e-8)).masked_fill(lowest == highest, 1)
+    return weights, weights.argmax(dim=-1)
+
+
+def _together(
+    totals: Sequence[int], keeps: Sequence[int], width: int, fused: bool
+) -> Iterator[tuple[int, int]]:
+    """Yield the first of items that go together, and the first behind them."""
+
+    def kind(item: int) -> tuple[int, ...]:
+        alike = totals[item], keeps[item]
+        any_size = fused and totals[item] <= ALL_PAIRS and keeps[item] < totals[item]
+        return () if any_size else alike
+
+    for _, alike in groupby(range(len(totals)), kind):
+        items = list(alike)
+        # About how many float64 entries choosing from an item holds.
+        longest = max(totals[item] for item in items)
+        entries = longest * (2 * width + max(keeps[item] for item in items))
+        if fused and longest <= ALL_PAIRS:
+            entries += longest * longest
+        at_once = max(1, _ENTRIES // entries)
+        for start in range(items[0], items[-1] + 1, at_once):
+            yield start, min(start + at_once, items[-1] + 1)
+
+
+def _items(rows: Tensor, keeps: Sequence[int], totals: Sequence[int], fused: bool) -> Items:
+    if not fused:
+        return TorchItems(rows, keeps[0])
+    # Imports Triton, which is not everywhere.
+    from tokenprune.greedy.fused.items import FusedItems, LongItems
+
+    if max(totals) > ALL_PAIRS:
+        return LongItems(rows, keeps[0])
+    return FusedItems(rows, keeps, totals)
+
+
+def most_cover(similarity: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
+    """Choose by `objectives.most_cover`, which see.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending.
+    """
+    if fuses(similarity):
+        from tokenprune.greedy.fused import kernels
+
+        weight = None if weights is None else weights.to(similarity.device, torch.float64)
+        whole = objectives.whole_similarity(similarity)
+        kept = kernels.most_cover(whole, keep, None if weight is None else weight.contiguous())
+    else:
+        kept = objectives.most_cover(similarity, keep, weights)
+    return kept.sort(dim=-1).values
+
+
+def fuses(embeddings: Tensor) -> bool:
+    """Say whether kernels choose from these rows: on a GPU where Triton runs."""
+    device = embeddings.device
+    return _kernels_run(device) if device.type == "cuda" else _ON_CPU.get()
+
+
+@contextmanager
+def fused_on_cpu() -> Iterator[None]:
+    """Let kernels choose from rows of the CPU as well, inside the block.
+
+    For tests, under Triton's interpreter (``TRITON_INTERPRET=1`` before Triton is imported).
+    """
+    token = _ON_CPU.set(True)
+    try:
+        yield
+    finally:
+        _ON_CPU.reset(token)
+
+
+@cache
+def _kernels_run(device: torch.device) -> bool:
+    """Say whether Triton is there, knows the GPU, and runs a kernel on it."""
+    try:
+        known = tuple(map(int, version("triton").split(".")[:2])) >= _TRITON
+    except PackageNotFoundError:
+        return False
+    if not known or torch.version.hip is not None:
+        return False
+    # Without a GPU nothing is asked: then launches are counted, see `tokenprune.launches`.
+    if torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from tokenprune.greedy.fused import kernels
+
+        kernels.try_out(device)
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        warnings.warn(
+            f"Triton is installed, but runs no kernel on {device}: {reason} Tokens are chosen by "
+            "torch's own operations instead, which is slower and chooses the same. Triton needs a "
+            "C compiler (gcc) and a folder that it can write to (TRITON_CACHE_DIR).",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

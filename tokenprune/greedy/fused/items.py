@@ -1,0 +1,140 @@
+"""Items whose rows, weights and choices are computed by kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tokenprune.greedy.fused import kernels
+from tokenprune.greedy.items import Items, TorchItems
+from tokenprune.greedy.objectives import factors_of
+from tokenprune.greedy.rows import over_mean
+
+_BLOCK_ENTRIES = 2**24  # float64 products held at once of a long item: 128 MiB
+
+
+class FusedItems(Items):
+    """Items of up to `ALL_PAIRS` rows each: a few launches for all of them, whatever K.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    keeps, totals
+        K and number of rows of each item; rows behind them may be any.
+    chunk
+        Tokens that a program looks at together; another number changes no result.
+    """
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        keeps: Sequence[int],
+        totals: Sequence[int],
+        chunk: int = kernels.CHUNK,
+    ) -> None:
+        self._shape = embeddings.shape[:2]
+        self._layout = kernels.Layout.of(self._shape[1], totals, keeps, embeddings.device)
+        self._rows, self._scales, self._squares, self._inverse = kernels.whole_rows(
+            embeddings.flatten(0, 1)
+        )
+        self._chunk = chunk
+
+    def deviating(self) -> Tensor:
+        """Return float64 [B, N]; see `Items`."""
+        found = kernels.deviations(self._layout, self._rows, self._scales, self._squares)
+        return found.view(self._shape)
+
+    def changes(self, per_frame: int) -> Tensor:
+        """Return float64 [B, N]; see `Items`."""
+        found = kernels.changes(self._layout, self._rows, self._inverse, per_frame)
+        kernels.over_mean(self._layout, found, per_frame)
+        return found.view(self._shape)
+
+    def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        given = multiple.contiguous()
+        weighed = kernels.weigh(self._layout, self._squares, self._scales, given, noise)
+        products = kernels.all_products(self._layout, self._rows)
+        return kernels.log_determinant(self._layout, products, self._scales, weighed, self._chunk)
+
+    def farthest(self, weights: Tensor | None, first: Tensor | None) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        products = kernels.all_products(self._layout, self._rows)
+        if first is None:
+            first = kernels.nearest_distances(self._layout, products, self._inverse, self._chunk)
+        given = None if weights is None else weights.contiguous()
+        return kernels.max_min(self._layout, products, self._inverse, given, first, self._chunk)
+
+    def suppress(
+        self, scores: Tensor, threshold: Tensor, groups: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return LongTensor [B, K] and [B]; see `Items`."""
+        products = kernels.all_products(self._layout, self._rows)
+        given = None if groups is None else groups.contiguous()
+        return kernels.suppress(
+            self._layout, products, self._inverse, scores.contiguous(), threshold, given,
+            self._chunk,
+        )  # fmt: skip
+
+
+class LongItems(Items):
+    """Items of one size and of any number of rows: one launch for each row taken, and a few more.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    keep
+        K.
+    """
+
+    def __init__(self, embeddings: Tensor, keep: int) -> None:
+        size, total, _ = embeddings.shape
+        self._layout = kernels.Layout.of(total, [total] * size, [keep] * size, embeddings.device)
+        self._rows, self._scales, self._squares, self._inverse = kernels.whole_rows(
+            embeddings.flatten(0, 1)
+        )
+        self._size, self._keep, self._embeddings = size, keep, embeddings
+
+    def deviating(self) -> Tensor:
+        """Return float64 [B, N]; see `Items`."""
+        found = kernels.deviations(self._layout, self._rows, self._scales, self._squares)
+        return found.view(self._size, -1)
+
+    def changes(self, per_frame: int) -> Tensor:
+        """Return float64 [B, N]; see `Items`."""
+        found = kernels.changes(self._layout, self._rows, self._inverse, per_frame)
+        # A program cannot hold an item this long to fold it.
+        return over_mean(found.view(self._size, -1)[:, per_frame:], per_frame)
+
+    def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        squared = (self._squares * self._scales.square()).view(self._size, -1)
+        return kernels.log_determinant_by_steps(
+            self._rows.view(self._size, -1, self._rows.shape[1]),
+            self._scales,
+            factors_of(squared, multiple, noise),
+            self._keep,
+        )
+
+    def farthest(self, weights: Tensor | None, first: Tensor | None) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        if first is None:
+            first = kernels.nearest_distances_in_blocks(
+                self._layout, self._rows, self._inverse, _BLOCK_ENTRIES, kernels.CHUNK
+            )
+        return kernels.max_min_by_steps(
+            self._rows.view(self._size, -1, self._rows.shape[1]),
+            self._inverse,
+            None if weights is None else weights.contiguous(),
+            first,
+            self._keep,
+        )
+
+    def suppress(
+        self, scores: Tensor, threshold: Tensor, groups: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return LongTensor [B, K] and [B]; see `Items`. In torch: some launches for each row."""
+        return TorchItems(self._embeddings, self._keep).suppress(scores, threshold, groups)

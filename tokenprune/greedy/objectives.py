@@ -1,0 +1,259 @@
+"""The objectives, in torch: what each greedy choice is, on any device.
+
+Every number comes out of exact products of whole numbers (`IntegerRows`), elementwise operations
+and sums of a fixed order. So a choice is the same in any batch, at any position and on any device;
+of equal ones the lowest index is taken.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tokenprune.greedy.rows import IntegerRows
+from tokenprune.numerics import folded_sum, square_root
+
+_AHEAD = 11  # tokens whose products are computed before it is known that they are taken
+
+BLOCK = 16
+"""Tokens taken whose part of a covariance is added up together. A kernel holds so many."""
+
+NOTHING_LEFT = 2.0**-40
+"""Variance up to which, without noise, a token is a combination of those taken: about 1e-12.
+
+A power of two, as numbers in a kernel are float32 unless they come out of a tensor.
+"""
+
+COVER_BITS = 30
+"""Bits behind the point of a similarity, where the covered ones are added up."""
+
+
+def farthest(rows: IntegerRows, keep: int, weights: Tensor | None, first: Tensor) -> Tensor:
+    """Weighted max-min: always the token of highest weight * distance to those taken.
+
+    A token's distance to those taken is ``1 - max cosine``; it is kept up to date with one
+    matrix-vector product a step, O(K * N * D) time and O(N * D) memory. A taken token is never
+    taken again. Tokens of weight 0 come after all others, lowest index first.
+
+    Parameters
+    ----------
+    rows
+        Of B items, N tokens each.
+    keep
+        K, between 1 and N.
+    weights
+        float32 [B, N], at least 0; None for the same weight everywhere.
+    first
+        LongTensor [B], the token each item starts with.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K] in the order taken.
+    """
+    kept = first.new_empty(first.numel(), keep)
+    kept[:, 0] = first
+    closest = rows.cosines_to(first)
+    taken = torch.zeros_like(closest, dtype=torch.bool).scatter_(1, first[:, None], True)
+    for step in range(1, keep):
+        # A cosine that rounds to above 1 must not put a duplicate behind tokens of weight 0.
+        score = (1.0 - closest).clamp_(min=0.0)
+        if weights is not None:
+            score.mul_(weights).masked_fill_(weights == 0, -1.0)
+        # torch.argmax gives the first of equal values.
+        pick = score.masked_fill_(taken, -math.inf).argmax(dim=-1)
+        kept[:, step] = pick
+        taken.scatter_(1, pick[:, None], True)
+        if step + 1 < keep:
+            # The largest cosine to any taken one is that to the earlier ones or to the last.
+            torch.maximum(closest, rows.cosines_to(pick), out=closest)
+    return kept
+
+
+def most_variance(rows: IntegerRows, multiple: Tensor, keep: int, noise: float) -> Tensor:
+    """Log-determinant: always the token with most variance left, given those taken.
+
+    The gain of a token is ``log(1 + variance left / σ²)``, which grows with the variance left, so
+    the token of largest variance is the greedy choice. The variances are those of the tokens given
+    the ones taken: a pivoted Cholesky factorisation of ``K + σ² I`` has them on its diagonal, and
+    adds a row of its factor for each token taken.
+
+    Parameters
+    ----------
+    rows
+        Of B items, N tokens each.
+    multiple
+        float64 [B, N], each token's variance as a multiple of its length.
+    keep
+        K, between 1 and N.
+    noise
+        σ² as a multiple of the mean variance. With 0 it is the determinant of K alone, as in
+        CDPruner (arXiv 2506.10967), and a token that has next to nothing left (`NOTHING_LEFT`)
+        explains nothing.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K] in the order taken.
+    """
+    factors, variance, level = factors_of(rows.squared_norms(), multiple, noise)
+    size, total = variance.shape
+    taken = torch.zeros_like(variance, dtype=torch.bool)
+    item = torch.arange(size, dtype=torch.int64, device=variance.device)
+    kept = torch.empty(size, keep, dtype=torch.int64, device=variance.device)
+    # The rows of the Cholesky factor that belong to the tokens taken, over all tokens; those that
+    # are not there yet add nothing.
+    count = -(-keep // BLOCK)
+    triangle = torch.zeros(count, BLOCK, size, total, dtype=torch.float64, device=variance.device)
+    # Reading all rows for a product is what takes the time. So each reading also makes the products
+    # of the tokens that may be next, those of most variance now; it does not change the choice.
+    known = kept[:, :0]
+    products = triangle.new_empty(size, 0, total)
+    for step in range(keep):
+        left = variance.masked_fill(taken, -math.inf)
+        # torch.argmax gives the first of equal values.
+        pick = left.argmax(dim=-1)
+        kept[:, step] = pick
+        taken.scatter_(1, pick[:, None], True)
+        if step + 1 == keep:
+            break
+        if not bool((known == pick[:, None]).any(dim=1).all()):
+            likely = left.topk(min(_AHEAD, total), dim=-1).indices
+            known = torch.cat([pick[:, None], likely], dim=1)
+            products = rows.products_with(known)
+        # Where the pick is among the known ones; argmax of bools is not on every device.
+        column = (known == pick[:, None]).byte().argmax(dim=1)
+        covariance = products[item, column] * factors * factors[item, pick, None]
+        if step:
+            earlier = triangle[: -(-step // BLOCK)]
+            # Folded, as a matrix product would add in an order that the batch decides; and one
+            # block after another, as no kernel holds all of them.
+            for block in folded_sum(earlier * earlier[:, :, item, pick, None], dim=1):
+                covariance -= block
+        spread = variance[item, pick] + level
+        if not noise:
+            spread = spread.masked_fill(spread <= NOTHING_LEFT, math.inf)
+        triangle[step // BLOCK, step % BLOCK] = covariance / square_root(spread)[:, None]
+        variance = (variance - triangle[step // BLOCK, step % BLOCK].square()).clamp_(min=0.0)
+    return kept
+
+
+def factors_of(squared: Tensor, multiple: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what rows are multiplied by and their variances then, float64 [B, N], and σ², [B].
+
+    Parameters
+    ----------
+    squared
+        float64 [B, N], each row's ||embedding||².
+    multiple
+        float64 [B, N], each token's variance as a multiple of its length.
+    noise
+        σ² as a multiple of the mean variance.
+    """
+    # ||row|| ** -0.5 makes squared lengths lengths; 0 where the row is.
+    factors = square_root(square_root(squared)).reciprocal()
+    factors.masked_fill_(factors.isinf(), 0.0)
+    # Variances are squares of what the rows are multiplied by.
+    factors *= square_root(multiple)
+    variance = squared * factors.square()
+    level = folded_sum(variance, dim=1) * (noise / variance.shape[1])
+    # All rows are zero: nothing is divided by 0, and ties go to the lowest index.
+    return factors, variance, level.masked_fill(level == 0, 1.0) if noise else level
+
+
+def most_cover(similarity: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
+    """Facility location: always the token that adds most to how well all targets are covered.
+
+    A target is covered as well as it is similar to the most similar token taken; nothing below 0
+    covers. Gains are sums of whole numbers, so they are exact in any order. A taken token is never
+    taken again. Tokens of weight 0 come after all others, lowest index first.
+
+    Parameters
+    ----------
+    similarity
+        Floating point [B, M, N], of M targets to N tokens; what is above 1 counts as 1. M may be up
+        to 2**22.
+    keep
+        K, between 1 and N.
+    weights
+        Floating point [B, N], at least 0: what gains are multiplied by; None for 1.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K] in the order taken.
+    """
+    whole = whole_similarity(similarity)
+    size, _, total = whole.shape
+    weight = None if weights is None else weights.to(whole.device, torch.float64)
+    kept = torch.empty(size, keep, dtype=torch.int64, device=whole.device)
+    covered = torch.zeros_like(whole[..., :1])
+    taken = torch.zeros(size, total, dtype=torch.bool, device=whole.device)
+    for step in range(keep):
+        gain = (whole - covered).clamp_(min=0.0).sum(dim=1)
+        if weight is not None:
+            gain.mul_(weight).masked_fill_(weight == 0, -1.0)
+        # torch.argmax gives the first of equal values.
+        pick = gain.masked_fill_(taken, -math.inf).argmax(dim=-1)
+        kept[:, step] = pick
+        taken.scatter_(1, pick[:, None], True)
+        own = whole.gather(2, pick[:, None, None].expand(-1, whole.shape[1], 1))
+        torch.maximum(covered, own, out=covered)
+    return kept
+
+
+def whole_similarity(similarity: Tensor) -> Tensor:
+    """Return similarities as whole multiples of 2**-30, float64, from 0 to 2**30."""
+    most = 2.0**COVER_BITS
+    return similarity.to(torch.float64, copy=True).mul_(most).round_().clamp_(0.0, most)
+
+
+def suppress(
+    rows: IntegerRows,
+    scores: Tensor,
+    threshold: Tensor,
+    keep: int,
+    groups: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Suppression: always the token of highest score that is not too similar to one taken.
+
+    Where none is left, those that were too similar follow, highest score first. Of equal scores the
+    lowest index is taken.
+
+    Parameters
+    ----------
+    rows
+        Of B items, N tokens each.
+    scores
+        float32 [B, N], finite.
+    threshold
+        float32 [B]: tokens whose cosine is above it are too similar.
+    keep
+        K, between 1 and N.
+    groups
+        LongTensor [B, N]: only tokens of one group suppress each other. None for one group.
+
+    Returns
+    -------
+    tuple of Tensor
+        LongTensor [B, K] in the order taken, and LongTensor [B], how many of them came before those
+        that were too similar.
+    """
+    size = len(scores)
+    kept = torch.empty(size, keep, dtype=torch.int64, device=scores.device)
+    count = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    free, rest = scores.clone(), scores.clone()
+    for step in range(keep):
+        some = free.amax(dim=-1) > -math.inf
+        count += some
+        # torch.argmax gives the first of equal values.
+        pick = torch.where(some[:, None], free, rest).argmax(dim=-1)
+        kept[:, step] = pick
+        alike = rows.cosines_to(pick) > threshold[:, None]
+        if groups is not None:
+            alike &= groups == groups.gather(1, pick[:, None])
+        free.masked_fill_(alike, -math.inf).scatter_(1, pick[:, None], -math.inf)
+        rest.scatter_(1, pick[:, None], -math.inf)
+    return kept, count
