@@ -36,6 +36,7 @@ API: dict[str, tuple[str, ...]] = {
     "tokenprune": (
         "tokenprune.errors",
         "tokenprune.question.attention",
+        "tokenprune.launches",
         "tokenprune.numerics",
         "tokenprune.testing",
     ),

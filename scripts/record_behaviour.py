@@ -57,6 +57,7 @@ MODULES = (
     "tokenprune.errors",
     "tokenprune.masks",
     "tokenprune.numerics",
+    "tokenprune.launches",
     "tokenprune.testing",
     "tokenprune.selectors.base",
     "tokenprune.question.attention",

@@ -22,6 +22,10 @@ class TokensError(TokenPruneError, ValueError):
     """The visual tokens that were given are incomplete, inconsistent or not finite."""
 
 
+class WeightsChangedError(TokenPruneError, RuntimeError):
+    """Weights were edited behind torch's back since they were last looked at; call again."""
+
+
 class UnknownMethodError(TokenPruneError, LookupError):
     """No selector is registered under that name."""
 

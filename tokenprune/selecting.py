@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget, Keep
-from tokenprune.errors import OptionError, TokensError
+from tokenprune.checking import BatchCheck, check_kind
+from tokenprune.errors import OptionError, TokensError, WeightsChangedError
+from tokenprune.late import looking_later
 from tokenprune.registry import build
 from tokenprune.selection import Selection
-from tokenprune.selectors.base import Picks, Selector, check_picks
+from tokenprune.selectors.base import Picks, Selector
 from tokenprune.tokens import TokenBatch, VisualTokens, batch_key, stack
 
 
@@ -63,7 +66,9 @@ def select_many(
 ) -> list[Selection]:
     """Choose which tokens of each item stay; items of one shape are done in one batch.
 
-    An object that comes several times among the items is processed once.
+    On a GPU a batch may also hold items of different sizes (`Selector.takes_sizes`), and the host
+    waits for the device once, when all is selected. An object that comes several times among the
+    items is processed once.
 
     Parameters
     ----------
@@ -87,6 +92,80 @@ def select_many(
     BudgetError, TokensError, SelectorError
         As for `select`; an error about tokens names the item.
     """
+    try:
+        return select_unchecked(items, selector, keep, known=known).checked()
+    except WeightsChangedError:  # what they were is forgotten now
+        return select_unchecked(items, selector, keep, known=known).checked()
+
+
+@dataclass(frozen=True, eq=False)
+class Unchecked:
+    """Selections whose numbers the host has not looked at: the device may still be computing them.
+
+    Attributes
+    ----------
+    selections
+        One per item. They may be used in what the device is given to do: their indices are inside
+        the items. What comes of it must not be handed on before `checked` was called.
+    """
+
+    selections: list[Selection]
+    _batches: list[_Selected]
+
+    def checked(self) -> list[Selection]:
+        """Return the selections, once it is known that nothing is wrong with them.
+
+        Raises
+        ------
+        TokensError, SelectorError
+            As `select_many`.
+        WeightsChangedError
+            If weights were changed behind torch's back since the last call, and were not read anew.
+        """
+        self.on_host()
+        return self.selections
+
+    def on_host(self) -> list[Tensor]:
+        """Return the kept tokens of each selection on the CPU, LongTensor [K]; see `checked`."""
+        kept: dict[int, Tensor] = {}
+        for batch in self._batches:
+            for selection, of_item in zip(batch.selections, batch.check.kept(), strict=True):
+                kept[id(selection)] = of_item
+        return [
+            kept[id(selection)] if id(selection) in kept else selection.kept.cpu()
+            for selection in self.selections
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Selected:
+    """The selections of one batch, and what there is to check of them."""
+
+    check: BatchCheck
+    selections: list[Selection]
+
+
+def select_unchecked(
+    items: Sequence[VisualTokens],
+    selector: Selector,
+    keep: Keep | Budget,
+    *,
+    known: Sequence[Selection | None] | None = None,
+) -> Unchecked:
+    """Choose which tokens of each item stay, without a wait for a GPU; see `select_many`.
+
+    On a GPU whatever has to do with numbers is checked by `Unchecked.checked` alone.
+
+    Parameters
+    ----------
+    items, selector, keep, known
+        As for `select_many`.
+
+    Raises
+    ------
+    BudgetError, TokensError, SelectorError
+        As for `select_many`, for all that is known without the device.
+    """
     budget = Budget.of(keep)
     if selector.needs_picture:
         _check_pictures(items, selector)
@@ -103,23 +182,29 @@ def select_many(
             continue
         scores[index] = _reusable_scores(selector, before)
         # Items without scores need them computed, so the two never share a batch.
-        key = (scores[index] is None, *batch_key(items[index], selector.needs))
+        fresh = scores[index] is None
+        any_size = fresh and selector.takes_sizes and _on_gpu(items[index])
+        key = (fresh, *batch_key(items[index], selector.needs, any_size))
         groups.setdefault(key, []).append(index)
+    batches = []
     with torch.no_grad():
         for indices in groups.values():
-            batch = stack([items[index] for index in indices], selector.needs)
-            picks = _pick(selector, batch, budget, [scores[index] for index in indices])
-            for row, index in enumerate(indices):
-                selections[index] = Selection(
-                    # A copy, so that one item's selection does not keep the whole batch alive.
-                    kept=picks.kept[row].clone(),
-                    total=batch.total,
-                    grid=batch.grid,
-                    scores=None if picks.scores is None else picks.scores[row].clone(),
-                    is_picture=batch.is_picture,
-                )
+            batch = _select_batch(
+                [items[index] for index in indices],
+                selector,
+                budget,
+                [scores[index] for index in indices],
+            )
+            batches.append(batch)
+            selections.update(zip(indices, batch.selections, strict=True))
     _say_if_nothing_was_pruned(budget, selections.values())
-    return [selections[index] for index in first]
+    return Unchecked([selections[index] for index in first], batches)
+
+
+def _on_gpu(item: VisualTokens) -> bool:
+    """Say whether an item is where launches cost more than padding."""
+    tensors = (item.features, item.embeddings, item.cls_attention)
+    return any(tensor.is_cuda for tensor in tensors if tensor is not None)
 
 
 def _first_places(items: Sequence[VisualTokens], selector: Selector) -> list[int]:
@@ -145,19 +230,72 @@ def _reusable_scores(selector: Selector, before: Selection | None) -> Tensor | N
     return before.scores
 
 
+def _select_batch(
+    items: Sequence[VisualTokens],
+    selector: Selector,
+    budget: Budget,
+    scores: Sequence[Tensor | None],
+) -> _Selected:
+    """Select from items of one batch, from each one's scores float32 [N] where they are known."""
+    batch = stack(items, selector.needs)
+    keeps = list(map(budget.count, batch.sizes))
+    check = BatchCheck(batch, selector)
+    on_gpu = batch.device.type == "cuda"
+    if not on_gpu:
+        check.check_inputs()  # nothing to wait for, and no selector is shown what is wrong
+    try:
+        with looking_later() as looks:
+            picks = _pick(selector, batch, keeps, scores)
+    except Exception:
+        check.check_inputs()  # the likely reason
+        raise
+    picks = check_kind(selector, batch, picks, max(keeps))
+    kept, found = picks.kept, picks.scores
+    if on_gpu:
+        # Each copy is a launch there, so there is one of a batch; and none of what was made for it.
+        kept, found = _of_batch(selector, batch, picks)
+    check.take(picks, keeps, looks)
+    if not on_gpu:
+        check.kept()
+    selections = [
+        Selection(
+            kept=_own(kept[row, :keep], on_gpu),
+            total=item.total,
+            grid=item.grid,
+            scores=None if found is None else _own(found[row, : item.total], on_gpu),
+            is_picture=item.is_picture,
+        )
+        for row, (item, keep) in enumerate(zip(items, keeps, strict=True))
+    ]
+    return _Selected(check, selections)
+
+
+def _of_batch(selector: Selector, batch: TokenBatch, picks: Picks) -> tuple[Tensor, Tensor | None]:
+    """Return kept tokens and scores that are nobody else's, with indices inside the items."""
+    kept, scores = picks.kept, picks.scores
+    if type(selector).__module__.startswith("tokenprune."):
+        # They return what they made; rows that are the same memory become rows of their own.
+        return kept.contiguous(), None if scores is None else scores.contiguous()
+    # They are checked only after they were used as indices.
+    return kept.clamp(0, batch.total - 1), None if scores is None else scores.clone()
+
+
+def _own(row: Tensor, on_gpu: bool) -> Tensor:
+    """Return a row as a copy, so that an item's selection does not keep the whole batch alive."""
+    return row if on_gpu else row.clone()
+
+
 def _pick(
-    selector: Selector, batch: TokenBatch, budget: Budget, scores: Sequence[Tensor | None]
+    selector: Selector, batch: TokenBatch, keeps: Sequence[int], scores: Sequence[Tensor | None]
 ) -> Picks:
     """Return what stays of a batch, from each item's scores float32 [N] where they are known."""
-    count = budget.count(batch.total)
+    if batch.grids is not None:
+        return selector.select_sizes(batch, keeps)
     known = [score for score in scores if score is not None]
     if known:
         stacked = torch.stack(known).to(batch.device)
-        picks = Picks(selector.pick(batch, stacked, count), stacked)
-    else:
-        picks = selector.select(batch, count)
-    check_picks(selector, batch, picks, count)
-    return picks
+        return Picks(selector.pick(batch, stacked, keeps[0]), stacked)
+    return selector.select(batch, keeps[0])
 
 
 def _check_pictures(items: Sequence[VisualTokens], selector: Selector) -> None:
@@ -183,7 +321,7 @@ def _say_if_nothing_was_pruned(budget: Budget, selections: Iterable[Selection]) 
             "than that: nothing of them was pruned. Give a smaller number, or a fraction such as "
             "keep=0.1.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tokenprune.errors import TokensError
 from tokenprune.question.attention import QueryReader
+from tokenprune.transfer import to_device
 
 Projector = Callable[[Tensor], Tensor]
 """Maps vision features [..., C] to what the language model reads [..., D]."""
@@ -22,6 +24,9 @@ FROM_PROMPT = frozenset({"query_attention", "question"})
 """Those of them that depend on the prompt's text: another prompt, another selection."""
 
 _TENSORS = ("features", "embeddings", "cls_attention", "query_attention", "question")
+
+_TOKEN_AXIS = {"features": -2, "embeddings": -2, "cls_attention": -1, "query_attention": -1}
+"""Of the inputs that a method of any sizes may need, the axis that counts tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,10 +139,13 @@ class TokenBatch:
     The fields are those of `VisualTokens` with a leading axis B. Only the inputs in the method's
     `needs` are guaranteed; `require` returns a tensor, or raises if it is missing.
 
+    A selector that says so (`Selector.takes_sizes`) is also given items of different sizes: N is
+    that of the largest then, and rows behind an item's own tokens are there but mean nothing.
+
     Attributes
     ----------
     grid
-        (T, R, W) of every item.
+        (T, R, W) of every item; (1, 1, N) where sizes differ.
     is_picture
         Whether neighbours in the grid are neighbours in a picture; where not, the grid is (1, 1, N)
         and says nothing but N.
@@ -157,6 +165,8 @@ class TokenBatch:
         [B, H, Q, N], or the reader of the batch's only item, or None.
     question
         [B, Q] or None.
+    grids
+        Of each item, where sizes differ; else None.
     """
 
     grid: tuple[int, int, int]
@@ -169,6 +179,7 @@ class TokenBatch:
     query_attention: Tensor | QueryReader | None = None
     question: Tensor | None = None
     is_picture: bool = True
+    grids: tuple[tuple[int, int, int], ...] | None = None
 
     @property
     def size(self) -> int:
@@ -176,10 +187,40 @@ class TokenBatch:
         return len(self.labels)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many tokens each item has of its own, B numbers of at most N."""
+        if self.grids is None:
+            return (self.total,) * self.size
+        return tuple(map(math.prod, self.grids))
+
+    @property
     def total(self) -> int:
-        """N, the number of tokens of each item."""
+        """N, the number of tokens of each item, or of the largest."""
         frames, rows, columns = self.grid
         return frames * rows * columns
+
+    def each(self, name: str) -> list[Tensor]:
+        """Return what `require` returns item by item, without padding: [N, C], [H, N] or [N].
+
+        Raises
+        ------
+        TokensError
+            If the batch does not have it.
+        """
+        axis = _TOKEN_AXIS[name]
+        both = zip(self.require(name), self.sizes, strict=True)
+        return [of_item.narrow(axis, 0, size) for of_item, size in both]
+
+    def alone(self, index: int) -> TokenBatch:
+        """Return a batch of one of the items, of its own tokens."""
+        fields: dict[str, Any] = {}
+        for name in _TENSORS:
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                own = self.each(name)[index] if name in _TOKEN_AXIS else value[index]
+                fields[name] = own[None]
+        grid = self.grid if self.grids is None else self.grids[index]
+        return replace(self, grid=grid, grids=None, labels=self.labels[index : index + 1], **fields)
 
     def require(self, name: str) -> Tensor:
         """Return the tensor called `name`.
@@ -228,13 +269,30 @@ class TokenBatch:
         return self.projector
 
 
-def batch_key(item: VisualTokens, needs: Sequence[str]) -> tuple[object, ...]:
-    """Return what two items must share to be put into one batch for a method with these needs."""
-    key: list[object] = [item.grid, item.is_picture]
+def batch_key(
+    item: VisualTokens, needs: Sequence[str], any_size: bool = False
+) -> tuple[object, ...]:
+    """Return what two items must share to be put into one batch for a method with these needs.
+
+    Parameters
+    ----------
+    item
+        One of them.
+    needs
+        The method's.
+    any_size
+        Whether they may have different numbers of tokens; see `stack`.
+    """
+    key: list[object] = [item.is_picture]
+    if not any_size:
+        key.append(item.grid)
     for name in needs:
         value = getattr(item, name)
         if isinstance(value, Tensor):
-            key.append((name, tuple(value.shape), value.dtype, value.device))
+            shape = list(value.shape)
+            if any_size and name in _TOKEN_AXIS:
+                del shape[_TOKEN_AXIS[name]]
+            key.append((name, tuple(shape), value.dtype, value.device))
         else:
             # Projectors and readers have no equality: the same object, or another batch.
             key.append((name, id(value)))
@@ -243,6 +301,9 @@ def batch_key(item: VisualTokens, needs: Sequence[str]) -> tuple[object, ...]:
 
 def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
     """Stack items of one `batch_key`, with just the inputs in `needs`.
+
+    Items of different sizes, whose keys are those of `any_size`, are padded. What their numbers
+    are is not looked at; see `tokenprune.checking`.
 
     Parameters
     ----------
@@ -259,15 +320,17 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
     Raises
     ------
     TokensError
-        If an item lacks one of `needs`, or has a NaN or an infinity in it. The item is named.
+        If an item lacks one of `needs`. The item is named.
     """
     first = items[0]
-    fields: dict[str, Tensor] = {}
-    readers: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     device = next(
         (value.device for name in _TENSORS if isinstance(value := getattr(first, name), Tensor)),
         torch.device("cpu"),
     )
+    grids = tuple(item.grid for item in items)
+    padded = len(set(grids)) > 1
+    places = _places_of_padded([item.total for item in items], device) if padded else None
     for name in needs:
         for item in items:
             if getattr(item, name) is None:
@@ -275,32 +338,41 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
                     f"{item.label}: this method needs {name}, and VisualTokens has none. It needs: "
                     f"{', '.join(needs)}."
                 )
-        if name == "projector":
-            continue
-        tensors = [getattr(item, name) for item in items]
-        if not isinstance(tensors[0], Tensor):
-            readers[name] = tensors[0]  # `batch_key` puts each reader into a batch of its own
-            continue
-        stacked = torch.stack(tensors) if len(tensors) > 1 else tensors[0][None].contiguous()
-        finite = stacked.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            count = int((~stacked[bad].isfinite()).sum())
-            raise TokensError(
-                f"{items[bad].label}: {name} holds {count} NaN or infinite values. They come from "
-                "the vision encoder: check the image, and the encoder's dtype (float16 overflows; "
-                "bfloat16 or float32 do not)."
-            )
-        fields[name] = stacked
+        values = [getattr(item, name) for item in items]
+        if not isinstance(values[0], Tensor):
+            fields[name] = values[0]  # `batch_key` puts what is no tensor into a batch of its own
+        elif places is not None and name in _TOKEN_AXIS:
+            fields[name] = _padded(values, _TOKEN_AXIS[name], places)
+        else:
+            one = len(values) == 1
+            fields[name] = values[0][None].contiguous() if one else torch.stack(values)
     return TokenBatch(
-        grid=first.grid,
+        grid=(1, 1, max(item.total for item in items)) if padded else first.grid,
         labels=tuple(item.label for item in items),
         device=device,
-        projector=first.projector if "projector" in needs else None,
         is_picture=first.is_picture,
+        grids=grids if padded else None,
         **fields,
-        **readers,
     )
+
+
+def _places_of_padded(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Return LongTensor [B * N], for each row of a padded batch one of the items laid end to end.
+
+    Behind an item's own tokens its first one stands again: a number like all others.
+    """
+    columns = torch.arange(max(sizes), device="cpu")
+    lengths = torch.tensor(sizes, device="cpu")[:, None]
+    starts = lengths.cumsum(0) - lengths
+    own: Tensor = columns.where(columns < lengths, 0)
+    return to_device((starts + own).flatten(), device)
+
+
+def _padded(values: Sequence[Tensor], axis: int, places: Tensor) -> Tensor:
+    """Return values of items of different sizes as [B, ...], in two launches for any B."""
+    together = torch.cat(list(values), dim=axis).index_select(axis, places)
+    by_item: Tensor = together.unflatten(axis, (len(values), -1))
+    return by_item.movedim(values[0].ndim + axis, 0)
 
 
 def _is_float(tensor: Tensor) -> bool:

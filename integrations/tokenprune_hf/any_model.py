@@ -35,10 +35,11 @@ from tokenprune.families.any import (
     told_grid,
 )
 from tokenprune.question.prompt import counted_interval
+from tokenprune.remembered import Remembered
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import VisualTokens
 from tokenprune.tower.any_attention import check_lengths
-from tokenprune.tower.layouts import Grid
+from tokenprune.tower.layouts import Grid, places_on
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune.tower.structure import of_noise, same
 from tokenprune.tower.tracing import NotFoundError, Way
@@ -114,9 +115,9 @@ class AnyModel(VisionModel):
         self._tracer = Tracer(model, model.get_decoder())
         if self._tracer.layers and model.config.model_type not in (*LINE_ENDS, *PROJECTED_LATER):
             family.given |= TRACED
-        self._pictures_of: dict[Layout, list[Tensor]] = {}
-        self._behind_of: dict[bytes, Behind] = {}
-        self._sound: set[tuple[Layout, bool]] = set()
+        self._pictures_of: Remembered[Layout, list[Tensor]] = Remembered()
+        self._behind_of: Remembered[bytes, Behind] = Remembered()
+        self._sound: Remembered[tuple[Layout, bool], bool] = Remembered()
         self._found_projectors: dict[str, tuple[Way, ModelProjector]] = {}
         self._expected = _Expected()
         self._arrived = False
@@ -124,7 +125,11 @@ class AnyModel(VisionModel):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what knows this model's own modules: a copy finds it in its own."""
         tracer = Tracer(self.model, self.model.get_decoder())
-        own: dict[str, Any] = {"_behind_of": {}, "_found_projectors": {}, "_sound": set()}
+        own: dict[str, Any] = {
+            "_behind_of": Remembered(),
+            "_found_projectors": {},
+            "_sound": Remembered(),
+        }
         return {**super().__getstate__(), "_tracer": tracer, **own}
 
     # Positions ---------------------------------------------------------------------------------
@@ -260,10 +265,14 @@ class AnyModel(VisionModel):
             if behind is not None and seen is not None:
                 self._check_found(behind, (layout, tuple(sizes)), pictures, traced)
                 more = looked_at(behind, seen, traced)
+            found = [one for one in enumerate(zip(pictures, grids, strict=True)) if len(one[1][0])]
+            places = places_on([own for _, (own, _) in found], rows.device)
             items = [
-                Item(own, self._tokens(rows, own, grid, f"{inputs.modality} {number}", more))
-                for number, (own, grid) in enumerate(zip(pictures, grids, strict=True))
-                if len(own)
+                Item(
+                    own,
+                    self._tokens(rows, len(own), place, grid, f"{inputs.modality} {number}", more),
+                )
+                for (number, (own, grid)), place in zip(found, places, strict=True)
             ]
             if behind is not None and "projector" in traced:
                 projector = self._found_projector(inputs.modality, behind)
@@ -293,17 +302,15 @@ class AnyModel(VisionModel):
         UnsupportedModelError
             If what is needed could not be found.
         """
-        if layout not in self._behind_of:
 
-            def run() -> Tensor:
-                return torch.cat(self._run(inputs.modality, of_noise(inputs.arguments))[1])
+        def run() -> Tensor:
+            return torch.cat(self._run(inputs.modality, of_noise(inputs.arguments))[1])
 
-            try:
-                with torch.no_grad():
-                    self._behind_of[layout], _ = self._tracer.behind(run)
-            except NotFoundError as error:
-                raise self._not_found(needs, str(error)) from error
-        behind = self._behind_of[layout]
+        try:
+            with torch.no_grad():
+                behind = self._behind_of.made(layout, lambda: self._tracer.behind(run)[0])
+        except NotFoundError as error:
+            raise self._not_found(needs, str(error)) from error
         if "cls_attention" in needs and behind.unscored:
             raise self._not_found(["cls_attention"], behind.unscored)
         return behind
@@ -317,7 +324,7 @@ class AnyModel(VisionModel):
     ) -> None:
         """Raise unless tokens were found behind every row that holds something of the pixels."""
         scored = "cls_attention" in needs
-        if (layout, scored) in self._sound:
+        if self._sound.get((layout, scored)):
             return  # to look at it waits for the device
         if bool((behind.places.tokens[torch.cat(list(pictures))] < 0).any()):
             raise self._not_found(
@@ -329,7 +336,7 @@ class AnyModel(VisionModel):
                     check_lengths(behind.lengths, behind.places.tokens[of_picture])
             except NotFoundError as error:
                 raise self._not_found(["cls_attention"], str(error)) from error
-        self._sound.add((layout, scored))
+        self._sound.put((layout, scored), True)
 
     def _not_found(self, needs: Collection[str], why: str) -> UnsupportedModelError:
         return UnsupportedModelError(
@@ -407,7 +414,7 @@ class AnyModel(VisionModel):
 
     def _grids(self, inputs: EncoderInputs, sizes: Sequence[int]) -> list[Grid | None]:
         """Return frames, rows and columns of each entry's tokens, where the inputs tell them."""
-        told: Tensor | None = inputs.arguments.get(f"{inputs.modality}_grid_thw")
+        told: Tensor | None = inputs.told.get(f"{inputs.modality}_grid_thw")
         if told is None or len(told) != len(sizes):
             return [None] * len(sizes)
         return [
@@ -418,15 +425,16 @@ class AnyModel(VisionModel):
     def _tokens(
         self,
         rows: Tensor,
-        of_picture: Tensor,
+        size: int,
+        of_picture: slice | Tensor,
         grid: Grid | None,
         label: str,
         more: Mapping[str, Any],
     ) -> VisualTokens:
-        if grid is not None and math.prod(grid) != len(of_picture):
+        if grid is not None and math.prod(grid) != size:
             grid = None  # some rows are structure
         return VisualTokens(
-            grid or (1, 1, len(of_picture)),
+            grid or (1, 1, size),
             embeddings=self.as_read(rows[of_picture]),
             is_picture=grid is not None,
             label=label,
@@ -442,7 +450,7 @@ class AnyModel(VisionModel):
     def _pictures(
         self, inputs: EncoderInputs, layout: bytes, rows: Tensor, sizes: Sequence[int]
     ) -> list[Tensor]:
-        """Return LongTensors, of each entry the rows that hold something of the pixels.
+        """Return LongTensors on the CPU, of each entry the rows that hold something of the pixels.
 
         The others (newlines, separators) are the same whatever the picture, so the encoder is run
         once more, on noise, and what it returns again is one. Which rows these are depends on the
@@ -451,21 +459,17 @@ class AnyModel(VisionModel):
         """
         numbers = torch.arange(len(rows)).split(list(sizes))
         kind = self.model.config.model_type
-        if kind in LINE_ENDS:
-            is_code = ~self._ends_line(rows, LINE_ENDS[kind]).cpu()
-            parts = is_code.split(list(sizes))
-            found = [part[own] for part, own in zip(numbers, parts, strict=True)]
-            return [of_picture.to(rows.device) for of_picture in found]
-        known = layout, tuple(sizes)
-        if known not in self._pictures_of:
-            _, others = self._run(inputs.modality, of_noise(inputs.arguments))
-            holds_pixels = ~same(rows, torch.cat(others)).cpu()
+
+        def find() -> list[Tensor]:
+            if kind in LINE_ENDS:
+                holds_pixels = ~self._ends_line(rows, LINE_ENDS[kind]).cpu()
+            else:
+                _, others = self._run(inputs.modality, of_noise(inputs.arguments))
+                holds_pixels = ~same(rows, torch.cat(others)).cpu()
             parts = holds_pixels.split(list(sizes))
-            # At the end, so that another thread finds all of it or nothing.
-            self._pictures_of[known] = [
-                in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)
-            ]
-        return [of_picture.to(rows.device) for of_picture in self._pictures_of[known]]
+            return [in_entry[part] for in_entry, part in zip(numbers, parts, strict=True)]
+
+        return self._pictures_of.made((layout, tuple(sizes)), find)
 
     def _ends_line(self, rows: Tensor, token: str | None) -> Tensor:
         """Return BoolTensor [R], where rows are the embedding of the token that ends a line."""
@@ -501,7 +505,7 @@ def _runs(placeholders: Tensor) -> list[int]:
 def _layout(inputs: EncoderInputs) -> bytes:
     """Return what tells how rows lie: all that an encoder is given but the pixels' values."""
     digest = hashlib.sha256(inputs.modality.encode())
-    for name, value in sorted(inputs.arguments.items()):
+    for name, value in sorted(inputs.told.items()):
         if isinstance(value, Tensor) and name.startswith("pixel_values"):
             value = value.shape
         elif isinstance(value, Tensor):

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from tokenprune.errors import PromptError, TokenPruneError
 from tokenprune.selection import Selection
+from tokenprune.transfer import ToHost
 from tokenprune_hf.attached import ThreadState, named_arguments, named_call
-from tokenprune_hf.caches import Filling, Held, Holding, cache_length
+from tokenprune_hf.caches import Cache, Filling, Held, Holding, cache_length
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.generate_arguments import FullPromptStreamer, refuse, setting, shift_lengths
 from tokenprune_hf.proportional import ProportionalAttention
@@ -54,6 +55,10 @@ class _Call(ThreadState):
         Whether a step has read it.
     chosen
         What the thread's last call chose; None before its first one.
+    to_check
+        What the running call chose, until it is checked.
+    reading
+        Whether the running step begins with the prompt, on its way to the host.
     """
 
     depth: int = 0
@@ -62,6 +67,8 @@ class _Call(ThreadState):
     known: Shortened | None = None
     read: bool = False
     chosen: Chosen | None = None
+    to_check: Chosen | None = None
+    reading: ToHost | None = None
 
 
 class _GenerateOutput(Protocol):
@@ -124,7 +131,9 @@ class Calls:
         """Stand in front of the model's own `forward`."""
         # A call with pixels inside `generate` is no step of it: a logits processor makes it.
         if self._call.generating and not _brings_pixels(kwargs):
-            return plain(*args, **self._step(kwargs))
+            result = plain(*args, **self._step(kwargs))
+            self._check()
+            return result
         with self._running():
             named = named_arguments(self._model, args, kwargs)
             with Filling[Shortened](cache_of(named)) as filling:
@@ -148,7 +157,28 @@ class Calls:
                 else:
                     return plain(*args, **kwargs)
                 self._count_keys(filling.holding.prompt)
-                return plain(**call)
+                result = plain(**call)
+                self._check()
+                return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _check(self) -> None:
+        """Raise unless what was chosen for the running call may be used; note it if it may.
+
+        Done when the prompt was handed to the language model and nothing that came of it has left:
+        the device then goes on while the host looks.
+
+        Raises
+        ------
+        TokensError, SelectorError
+            As `tokenprune.select_many`.
+        """
+        reading, self._call.reading = self._call.reading, None
+        if reading is not None and not bool(reading.arrived()[0]):
+            raise _unread()
+        chosen, self._call.to_check = self._call.to_check, None
+        if chosen is not None:
+            self._note(chosen.checked())
 
     def _step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return a step of `generate`, with the kept rows where it reads the prompt.
@@ -172,7 +202,12 @@ class Calls:
             )
         cache = cache_of(kwargs)
         length = shortened.prompt.length
-        if shortened.is_prompt_of(input_ids):
+        # Told by its tokens and not by the step's number: without a cache every step reads it.
+        reads = input_ids.shape[1] >= length and shortened.begins(input_ids)
+        if isinstance(reads, Tensor) and input_ids.shape[1] == length and _is_empty(cache):
+            # A first step like all others: it is looked at once the step is on its way.
+            self._call.reading, reads = ToHost([reads]), True
+        if bool(reads):
             self._call.read = True
             self._vision.will_read(shortened.arguments["position_ids"])
             # `generate` may have encoded what is neither image nor video (audio).
@@ -197,16 +232,17 @@ class Calls:
         call, proportional = self._call, self.proportional
         # The other one's state is put back at the end: a logits processor of `generate` may call
         # the model, and the steps that follow are the outer call's again.
-        before = call.prompt, call.known, call.generating, call.read
+        before = call.prompt, call.known, call.generating, call.read, call.to_check
         counted = None if proportional is None else proportional.logs
         call.prompt, call.known, call.generating, call.read = None, None, False, False
+        call.to_check = None
         call.depth += 1
         try:
             yield
         finally:
             call.depth -= 1
             self._vision.will_read(None)
-            call.prompt, call.known, call.generating, call.read = before
+            call.prompt, call.known, call.generating, call.read, call.to_check = before
             if proportional is not None:
                 proportional.logs = counted
 
@@ -305,10 +341,7 @@ class Calls:
                 "lost. Let calls in other threads end before the block does."
             )
         if not read:
-            raise PromptError(
-                "generate did not read the pruned prompt: its own loop put other tokens in front. "
-                "Use the plain generate of transformers, or call the model itself."
-            )
+            raise _unread()
         return output
 
     # Both --------------------------------------------------------------------------------------
@@ -325,15 +358,18 @@ class Calls:
             Whether it goes on from a cache that is known to hold a pruned prompt.
         """
         known: Sequence[Selection | None] | None = arguments.pop("known", None)
-        encoded = self._pruner.encoded(arguments, known_cache)
-        if encoded is None:
+        brought = self._pruner.encoded(arguments, known_cache)
+        if brought is None:
             self._note(NOTHING)
             return None
+        encoded, on_host = brought
         with torch.no_grad():
-            placeholders = find_placeholders(self._vision, arguments["input_ids"], encoded)
-            chosen = self._pruner.choose(arguments, encoded, placeholders, known)
-            self._note(chosen)
-            return self._pruner.shorten(arguments, encoded, placeholders, chosen)
+            placeholders = find_placeholders(self._vision, on_host["input_ids"], encoded)
+            device = arguments["input_ids"].device
+            chosen = self._pruner.choose(on_host, encoded, placeholders, known, device)
+            shortened = self._pruner.shorten(arguments, on_host, encoded, placeholders, chosen)
+            self._call.to_check = chosen
+            return shortened
 
 
 # What a cache holds -------------------------------------------------------------------------------
@@ -385,6 +421,18 @@ def _generated(
         after=sequences[:, prompt.prompt.length :],
         # Sequences are made of several beams' rows, and the cache ends in the beams' own order.
         refusal=_BEAMS if beams > 1 else None,
+    )
+
+
+def _is_empty(cache: Cache | None) -> bool:
+    """Say whether a step fills a new cache, so that it reads the prompt or nothing does."""
+    return cache is not None and cache_length(cache) == 0
+
+
+def _unread() -> PromptError:
+    return PromptError(
+        "generate did not read the pruned prompt: its own loop put other tokens in front. "
+        "Use the plain generate of transformers, or call the model itself."
     )
 
 

@@ -305,7 +305,7 @@ def _modality(
     items = []
     for number, described in enumerate(said["items"]):
         name, grid = f"{modality}.items.{number}", tuple(described["grid"])
-        of_item = tensor(f"{name}.rows")
+        of_item = tensor(f"{name}.rows").cpu()
         fit = of_item.ndim == 1 and of_item.dtype == torch.long and len(of_item) == math.prod(grid)
         # Beyond the rows, or from the end, would be another item's.
         within = fit and bool(((of_item >= 0) & (of_item < count)).all())

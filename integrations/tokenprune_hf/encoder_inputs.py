@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from tokenprune.families.llava import LlavaNext
 from tokenprune.families.minicpm import NemotronOmni
 from tokenprune.families.molmo import Molmo2, pooled_media
 from tokenprune.tower.layouts import Grid, Medium, Sides, grids_by_position
+from tokenprune.transfer import to_host
 
 _TARGET_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 """What MiniCPM-V calls the rows and columns of patches of each picture; Nemotron VL says
@@ -21,6 +22,10 @@ _TARGET_SIZES = {"image": "target_sizes", "video": "target_sizes_videos"}
 
 VIDEO_FRAMES = "video_frames"
 """The argument in which a caller says which pictures are the frames of one video."""
+
+
+_FEW = 2**12
+"""Numbers of an argument, no whole ones, that are read at most: times of frames, and no pixels."""
 
 
 @dataclass
@@ -37,12 +42,20 @@ class EncoderInputs:
         How many of the pictures, in order, make one video each, where the inputs do not tell.
     placeholders
         BoolTensor [B, L], where the prompts have the modality's, for models without a family.
+    on_host
+        Those of the arguments that say how rows lie, on the CPU; see `arguments_on_host`.
     """
 
     modality: str
     arguments: dict[str, Any] = field(default_factory=dict)
     video_frames: Sequence[int] | None = None
     placeholders: Tensor | None = None
+    on_host: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The arguments, those on the CPU that are known there."""
+        return {**self.arguments, **self.on_host}
 
     @property
     def pixels(self) -> Tensor:
@@ -50,6 +63,27 @@ class EncoderInputs:
         names = (name for name in self.arguments if name.startswith("pixel_values"))
         pixels: Tensor = self.arguments[next(names)]
         return pixels
+
+
+def arguments_on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments with all that is read of them copied to the CPU, in one wait.
+
+    These are ids, masks, sizes and the like: whole numbers, and the few others that there are of
+    an image. Before the encoder runs, a device has nothing to do that would be waited for.
+
+    Parameters
+    ----------
+    arguments
+        By name.
+    """
+    read = {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, Tensor)
+        and not name.startswith("pixel_values")
+        and (not value.is_floating_point() or value.numel() <= _FEW)
+    }
+    return {**arguments, **dict(zip(read, to_host(read.values()), strict=True))}
 
 
 def media_of(family: Family, inputs: EncoderInputs, sizes: Sequence[int]) -> list[Medium]:
@@ -94,7 +128,7 @@ def sizes_of(family: Family, inputs: EncoderInputs, total: int) -> list[int]:
 
 def _without_rows(family: Family, inputs: EncoderInputs, returned: int) -> list[Medium]:
     """Return the images or videos, whose rows are not filled in yet."""
-    modality, arguments = inputs.modality, inputs.arguments
+    modality, arguments = inputs.modality, inputs.told
     grids = arguments.get(f"{modality}_grid_thw")
     if grids is not None:
         return [Medium(modality, 0, grid=_grid(grid)) for grid in grids.tolist()]

@@ -7,7 +7,7 @@ run of the encoder.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from tokenprune.errors import PromptError
 from tokenprune.selection import Selection
+from tokenprune.transfer import to_device
 from tokenprune_hf.any_model import vision_model_of_any_type
+from tokenprune_hf.encoder_inputs import arguments_on_host
 from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel
 
 
@@ -154,8 +156,24 @@ def encode(model: Any, *, needs: Sequence[str] | None = None, **inputs: Any) -> 
         return encode_media(vision, inputs, needs)
 
 
-def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence[str]) -> Encoded:
+def encode_media(
+    vision: VisionModel,
+    arguments: dict[str, Any],
+    needs: Sequence[str],
+    on_host: dict[str, Any] | None = None,
+) -> Encoded:
     """Encode whatever pixels a call's arguments hold.
+
+    Parameters
+    ----------
+    vision
+        The model's.
+    arguments
+        The call's, by name.
+    needs
+        What to gather.
+    on_host
+        What `arguments_on_host` returned for them, where that was called before.
 
     Raises
     ------
@@ -166,6 +184,9 @@ def encode_media(vision: VisionModel, arguments: dict[str, Any], needs: Sequence
     needs = tuple(need for need in needs if need in ENCODED)
     if not of_modalities:
         raise PromptError("there are no pixel values among the inputs: nothing to encode.")
+    known = arguments_on_host(arguments) if on_host is None else on_host
+    for given, same in zip(of_modalities, vision.encoder_inputs(known), strict=True):
+        given.on_host, given.placeholders = same.arguments, same.placeholders
     return Encoded({given.modality: vision.encode(given, needs) for given in of_modalities}, needs)
 
 
@@ -175,21 +196,35 @@ class KeptRows:
 
     Attributes
     ----------
+    encoded
+        What the encoder returned.
     staying
-        BoolTensor [R] over all rows the encoder returned.
+        BoolTensor [R] over all its rows, where they are.
+    counts
+        How many rows of each item stay; None where every row does.
     """
 
     encoded: EncodedModality
     staying: Tensor
+    counts: Sequence[int] | None = None
 
     @classmethod
     def of(cls, encoded: EncodedModality, selections: Sequence[Selection]) -> KeptRows:
         """Mark the rows that stay: those selected, and those that belong to no item."""
-        staying = cls.all_of(encoded).staying
-        for item, selection in zip(encoded.items, selections, strict=True):
-            staying[item.rows] = False
-            staying[item.rows[selection.kept]] = True
-        return cls(encoded, staying)
+        device = encoded.rows.device
+        staying = torch.ones(len(encoded.rows), dtype=torch.bool, device="cpu")
+        own = [item.rows for item in encoded.items]
+        if not own:
+            return cls(encoded, to_device(staying, device), ())
+        in_items = torch.cat(own)
+        staying[in_items] = False
+        # All items in a few launches: kept tokens count from each one's first, which is known.
+        counts = list(map(len, selections))
+        starts = torch.tensor([0, *map(len, own[:-1])], device="cpu").cumsum(0)
+        before = starts.repeat_interleave(torch.tensor(counts, device="cpu"))
+        kept = torch.cat([selection.kept.to(device) for selection in selections])
+        rows = to_device(in_items, device)[kept + to_device(before, device)]
+        return cls(encoded, to_device(staying, device).index_fill(0, rows, True), counts)
 
     @classmethod
     def all_of(cls, encoded: EncodedModality) -> KeptRows:
@@ -207,33 +242,83 @@ class KeptRows:
         repeats
             How often `generate` repeats each prompt (beams, returned sequences).
         """
-        pictures = self._pictures(self.encoded.rows, per_sample, repeats)
+        ends_of_prompts = set(itertools.accumulate(per_sample))
+        edges = sorted({0, *ends_of_prompts, *itertools.accumulate(self.encoded.sizes)})
+        edges, kept = self._kept_between(edges, ends_of_prompts)
+        # How many there are is known, so they are sorted to the front: `nonzero` would wait.
+        order = torch.sort(self.staying.to(torch.uint8), stable=True, descending=True).indices
+        indices = order[: sum(kept)]
+        ends = [end in ends_of_prompts for end in edges[1:]]
+
+        def pictures_of(rows: Tensor) -> list[Tensor]:
+            return _pictures(rows[indices.to(rows.device)].split(kept), ends, repeats)
+
+        pictures = pictures_of(self.encoded.rows)
         pooled: Any = pictures
         if self.encoded.stacked:
             # Pictures that keep different numbers of rows make no tensor [n, K, D]. Forwards lay
             # rows one after another anyway, so one picture of all rows serves as well.
             same = len({len(picture) for picture in pictures}) == 1
             pooled = torch.stack(pictures) if same else torch.cat(pictures)[None]
-        deepstack = [self._pictures(layer, per_sample, repeats) for layer in self.encoded.deepstack]
+        deepstack = list(map(pictures_of, self.encoded.deepstack))
         return self.encoded.container.output(pooled, deepstack)
 
-    def _pictures(self, rows: Tensor, per_sample: Sequence[int], repeats: int) -> list[Tensor]:
-        """Return what stays of rows [R, D], one tensor a picture; each prompt's repeated in a row.
+    def _kept_between(
+        self, edges: Sequence[int], ends_of_prompts: Collection[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return edges, and how many rows stay between each and the next.
 
-        A picture of which nothing stays (a frame of a pruned video) is left out.
+        How many of an item stay is known, and not which: edges inside of items are left out, so
+        that the device is not asked. Forwards lay the rows of pictures one after another anyway.
+
+        Parameters
+        ----------
+        edges
+            Of pictures and prompts, in rows.
+        ends_of_prompts
+            Those of them that may not be left out.
         """
-        ends_of_prompts = set(itertools.accumulate(per_sample))
-        edges = sorted({0, *ends_of_prompts, *itertools.accumulate(self.encoded.sizes)})
-        # How many rows stay in front of each edge, so that the device is waited for once.
-        staying_before = torch.nn.functional.pad(self.staying.cumsum(0), (1, 0))
-        kept = staying_before[edges].diff().tolist()
-        # Rows come in the order of prompts, so a prompt's pictures are those up to its end; as
-        # `generate` lays out batches, repeats of a prompt follow each other.
-        result: list[Tensor] = []
-        of_prompt: list[Tensor] = []
-        for end, picture in zip(edges[1:], rows[self.staying].split(kept), strict=True):
-            of_prompt += [picture] if len(picture) else []
-            if end in ends_of_prompts:
-                result += of_prompt * repeats
-                of_prompt = []
-        return result
+        if self.counts is None:
+            return list(edges), [stop - start for start, stop in itertools.pairwise(edges)]
+        spans = [(int(item.rows[0]), int(item.rows[-1])) for item in self.encoded.items]
+        inside = {edge for edge in edges for first, last in spans if first < edge <= last}
+        if inside & set(ends_of_prompts):  # an item of two prompts
+            staying_before = torch.nn.functional.pad(self.staying.cumsum(0), (1, 0))
+            places = to_device(torch.tensor(edges, device="cpu"), self.staying.device)
+            counted: list[int] = staying_before[places].diff().tolist()
+            return list(edges), counted
+        left = [edge for edge in edges if edge not in inside]
+        kept = [stop - start for start, stop in itertools.pairwise(left)]
+        place = 0
+        for item, (first, _), count in zip(self.encoded.items, spans, self.counts, strict=True):
+            place = 0 if left[place] > first else place  # crops may stand among each other
+            while left[place + 1] <= first:
+                place += 1
+            kept[place] -= len(item.rows) - count
+        return left, kept
+
+
+def _pictures(kept: Sequence[Tensor], ends: Sequence[bool], repeats: int) -> list[Tensor]:
+    """Return what stays of each picture, each prompt's repeated in a row.
+
+    A picture of which nothing stays (a frame of a pruned video) is left out.
+
+    Parameters
+    ----------
+    kept
+        [n, D] of each picture, or of the part of it that one prompt has.
+    ends
+        Whether a prompt's pictures end with it.
+    repeats
+        How often each prompt comes.
+    """
+    # Rows come in the order of prompts, so a prompt's pictures are those up to its end; as
+    # `generate` lays out batches, repeats of a prompt follow each other.
+    result: list[Tensor] = []
+    of_prompt: list[Tensor] = []
+    for picture, is_end in zip(kept, ends, strict=True):
+        of_prompt += [picture] if len(picture) else []
+        if is_end:
+            result += of_prompt * repeats
+            of_prompt = []
+    return result

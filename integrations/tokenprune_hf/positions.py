@@ -15,7 +15,7 @@ prompt that loses no token is left to the engine, so that its answer is the plai
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,16 +36,19 @@ def full_positions(
     encoded: Encoded,
     placeholders: Mapping[str, Tensor],
     mask: Tensor,
-    pruned: Tensor,
+    pruned: Sequence[bool],
 ) -> Tensor:
-    """Return the positions of the unpruned prompts: the caller's, or else the engine's own.
+    """Return the positions of the unpruned prompts as the engine counts, or as was published.
+
+    They are counted on the CPU, where the engine looks at every run of tokens: on a device each
+    look would be a wait.
 
     Parameters
     ----------
     vision
         The model's.
     arguments
-        The call's, by name, with input_ids [B, L].
+        The call's, by name, with input_ids [B, L]; what is read of them on the CPU.
     encoded
         What the encoder returned.
     placeholders
@@ -53,7 +56,7 @@ def full_positions(
     mask
         [B, L], 0 where there is padding.
     pruned
-        BoolTensor [B], which prompts lose a token.
+        For each prompt, whether it loses a token.
 
     Returns
     -------
@@ -61,9 +64,6 @@ def full_positions(
         LongTensor [B, L], or [3 or 4, B, L] on models with M-RoPE.
     """
     input_ids: Tensor = arguments["input_ids"]
-    given: Tensor | None = arguments.get("position_ids")
-    if given is not None:
-        return given.expand(*given.shape[:-2], *input_ids.shape)
     # Models with M-RoPE read sizes of images, token types and whatever else tells where tokens are.
     known = {
         name: value
@@ -83,6 +83,12 @@ def full_positions(
     if not vision.mrope or not vision.family.text_behind_items:
         return positions
     return count_as_published(vision, arguments, encoded, placeholders, positions, mask, pruned)
+
+
+def given_positions(arguments: Mapping[str, Any]) -> Tensor:
+    """Return the positions that the caller gave, LongTensor [..., B, L]."""
+    given: Tensor = arguments["position_ids"]
+    return given.expand(*given.shape[:-2], *arguments["input_ids"].shape)
 
 
 def original_positions(
@@ -154,7 +160,7 @@ def count_as_published(
     placeholders: Mapping[str, Tensor],
     positions: Tensor,
     mask: Tensor,
-    samples: Tensor,
+    samples: Sequence[bool],
 ) -> Tensor:
     """Return the engine's positions with those of some prompts counted as the papers count.
 
@@ -174,7 +180,7 @@ def count_as_published(
     mask
         [B, L], 0 where there is padding.
     samples
-        BoolTensor [B], which prompts.
+        For each prompt, whether it is counted so.
 
     Returns
     -------
@@ -187,10 +193,10 @@ def count_as_published(
     for kind, places in enumerate(placeholders.values(), start=1):
         kinds[places[:, 0], places[:, 1]] = kind
     times = _times(vision, arguments, encoded, placeholders)
-    for sample in samples.nonzero()[:, 0].tolist():
+    for sample in (number for number, is_pruned in enumerate(samples) if is_pruned):
         for columns, offsets in times.get(sample, ()):
             result[-3, sample, columns] = result[-3, sample, columns[0]] + offsets
-        real = mask[sample].bool()
+        real = mask[sample].nonzero()[:, 0]
         result[-3:, sample, real] = move_text_behind_items(
             result[-3:, sample, real], kinds[sample, real]
         )
@@ -246,7 +252,7 @@ def _times(
     places = placeholders["video"]
     result: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for item, step in zip(encoded.modalities["video"].items, seconds, strict=False):
-        of_item = places[item.rows.to(places.device)]
+        of_item = places[item.rows]
         frames, rows, columns = item.tokens.grid
         interval = float(step) * vision.frame_interval("video")
         # In float64, as vLLM does: in float32 a time on a whole position may fall below it.

@@ -40,25 +40,20 @@ class ShortPrompt:
     full_length: int
 
     @classmethod
-    def of(cls, staying: Tensor, attention_mask: Tensor) -> ShortPrompt:
+    def of(cls, staying: Tensor, length: int, padded_right: bool) -> ShortPrompt:
         """Work out the short prompts; padding is laid anew, on the side the caller used.
 
         Parameters
         ----------
         staying
-            BoolTensor [B, L], False where a placeholder is dropped.
-        attention_mask
-            [B, L], 0 at the caller's padding.
-
-        Returns
-        -------
-        ShortPrompt
-            As long as the longest prompt that is left.
+            BoolTensor [B, L], False where a placeholder is dropped, and at the caller's padding.
+        length
+            How many columns stay of the longest prompt. It is told, as whoever chose knows it
+            before the device does.
+        padded_right
+            The side.
         """
-        staying = staying & attention_mask.bool()
-        length = max(int(staying.sum(dim=1).max()), 1)
-        ends_padded, starts_padded = (attention_mask[:, [-1, 0]].amin(dim=0) < 1).tolist()
-        padded_right = ends_padded and not starts_padded
+        length = max(length, 1)
         # Prompts lose different numbers of tokens, so new padding levels them.
         # The sort is stable: it moves what goes to the padded side and leaves the rest in order.
         order = torch.sort(staying.to(torch.uint8), dim=1, stable=True, descending=padded_right)
@@ -79,6 +74,11 @@ class ShortPrompt:
         """Return LongTensor [B]: where a column of the full prompt went, or -1 where it is gone."""
         is_column = (self.columns == column) & self.valid
         return torch.where(is_column.any(dim=1), is_column.long().argmax(dim=1), -1)
+
+
+def pads_right(attention_mask: Tensor) -> bool:
+    """Say whether a mask [B, L] on the CPU has padding behind prompts, and in front of none."""
+    return bool(attention_mask[:, -1].amin() < 1 <= attention_mask[:, 0].amin())
 
 
 def check_attention_mask(

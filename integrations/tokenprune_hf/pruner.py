@@ -12,22 +12,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenprune.budget import Budget
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.representation import tokens_represented
-from tokenprune.selecting import check_known, select_many
+from tokenprune.selecting import Unchecked, check_known, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
+from tokenprune.transfer import to_device
 from tokenprune_hf.caches import cache_length
+from tokenprune_hf.encoder_inputs import arguments_on_host
 from tokenprune_hf.encoding import Encoded, encode_media
 from tokenprune_hf.engine import cache_of
-from tokenprune_hf.reading import prompt_items
+from tokenprune_hf.reading import placed_items
 from tokenprune_hf.shortened import Application, Shortened
 from tokenprune_hf.shortening import shorten_prompt
-from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel
+from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel, first_places
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,29 @@ class Chosen:
     selections
         Of every item, in prompt order.
     seconds
-        How long that took.
+        How long that took; on a GPU, until the device was told.
     by_modality
         The same selections in the order of the encoder's items, per modality.
+    unchecked
+        What is left to check of them; see `checked`.
     """
 
     selections: list[Selection]
     seconds: float
     by_modality: dict[str, list[Selection]]
+    unchecked: Unchecked | None = None
+
+    def checked(self) -> Chosen:
+        """Return the same, once it is known that it may be used.
+
+        Raises
+        ------
+        TokensError, SelectorError
+            As `tokenprune.select_many`.
+        """
+        if self.unchecked is not None:
+            self.unchecked.checked()
+        return dataclasses.replace(self, unchecked=None)
 
 
 NOTHING = Chosen([], 0.0, {})
@@ -74,7 +92,9 @@ class Pruner:
     application: Application
     proportional: bool
 
-    def encoded(self, arguments: dict[str, Any], known_cache: bool) -> Encoded | None:
+    def encoded(
+        self, arguments: dict[str, Any], known_cache: bool
+    ) -> tuple[Encoded, dict[str, Any]] | None:
         """Encode a call's images and videos; None where it brings none.
 
         Parameters
@@ -83,6 +103,12 @@ class Pruner:
             The call's, by name; ``encoded`` is taken out of them.
         known_cache
             Whether it goes on from a cache that is known to hold a pruned prompt.
+
+        Returns
+        -------
+        tuple or None
+            What was encoded, and the call's arguments on the CPU; see
+            `tokenprune_hf.encoder_inputs.arguments_on_host`.
 
         Raises
         ------
@@ -110,8 +136,9 @@ class Pruner:
                 "pruning finds visual tokens by their id: pass input_ids, and no inputs_embeds, "
                 "together with images or videos."
             )
+        on_host = arguments_on_host(arguments)
         if encoded is None:
-            encoded = encode_media(self.vision, arguments, self.selector.needs)
+            encoded = encode_media(self.vision, arguments, self.selector.needs, on_host)
         from_encoder = [name for name in self.selector.needs if name in ENCODED]
         missing = [name for name in from_encoder if name not in encoded.needs]
         if missing:
@@ -119,7 +146,7 @@ class Pruner:
                 f"encoded was made without {', '.join(missing)}, which method "
                 f"{self.selector.name!r} needs. Encode again with needs including them."
             )
-        return encoded
+        return encoded, on_host
 
     def _check_no_placeholders(self, input_ids: Tensor | None) -> None:
         """Raise if a prompt that speaks of images goes on from a cache of unknown content."""
@@ -137,17 +164,18 @@ class Pruner:
 
     def choose(
         self,
-        arguments: Mapping[str, Any],
+        on_host: Mapping[str, Any],
         encoded: Encoded,
         placeholders: Mapping[str, Tensor],
         known: Sequence[Selection | None] | None,
+        device: torch.device,
     ) -> Chosen:
-        """Choose the tokens of every item.
+        """Choose the tokens of every item; what there is to check is left to `Chosen.checked`.
 
         Parameters
         ----------
-        arguments
-            The call's, by name.
+        on_host
+            The call's arguments, by name, on the CPU.
         encoded
             What its images and videos were encoded to.
         placeholders
@@ -155,42 +183,57 @@ class Pruner:
         known
             A selection for each item in prompt order that was made before, or None where it is to
             be made now; None for no item.
+        device
+            Where the model takes ids.
         """
         started = time.perf_counter()
-        items = prompt_items(self.vision, arguments, encoded, self.selector.needs)
+        items = placed_items(
+            self.vision, on_host, encoded, placeholders, self.selector.needs, device
+        )
         # Items come by modality, and a prompt may have its images and videos in any order. An item
         # stands where its first row does: prompt, then column.
         first_row = {
-            (modality, index): placeholders[modality][int(item.rows[0])].tolist()
+            (modality, index): place
             for modality, media in encoded.modalities.items()
-            for index, item in enumerate(media.items)
+            for index, place in enumerate(first_places(media, placeholders[modality]))
         }
         in_prompt = sorted(first_row, key=first_row.__getitem__)
         earlier = [None] * len(in_prompt) if known is None else list(known)
         check_known(earlier, [items[modality][index].total for modality, index in in_prompt])
         known_of = dict(zip(in_prompt, earlier, strict=True))
+        # Items of one shape go through the selector together, and come back in their order.
+        every = [one for tokens in items.values() for one in tokens]
+        already = [known_of[name, index] for name in items for index in range(len(items[name]))]
+        unchecked = select_unchecked(every, self.selector, self.budget, known=already)
+        chosen = iter(unchecked.selections)
         by_modality = {}
         for modality, tokens in items.items():
-            already = [known_of[modality, index] for index in range(len(tokens))]
-            # Items of one shape go through the selector together, and come back in their order.
-            selections = select_many(tokens, self.selector, self.budget, known=already)
+            selections = [next(chosen) for _ in tokens]
             if self.proportional:
                 selections = _represent(self.vision, encoded.modalities[modality], selections)
             by_modality[modality] = selections
         selections = [by_modality[modality][index] for modality, index in in_prompt]
-        return Chosen(selections, time.perf_counter() - started, by_modality)
+        return Chosen(selections, time.perf_counter() - started, by_modality, unchecked)
 
     def shorten(
         self,
         arguments: Mapping[str, Any],
+        on_host: Mapping[str, Any],
         encoded: Encoded,
         placeholders: Mapping[str, Tensor],
         chosen: Chosen,
     ) -> Shortened:
-        """Leave out of a call's prompts what was not chosen; arguments as for `choose`."""
-        selections = chosen.by_modality
-        how = self.positions, self.application
-        return shorten_prompt(self.vision, arguments, encoded, placeholders, selections, *how)
+        """Leave out of a call's prompts what was not chosen; see `shorten_prompt`."""
+        return shorten_prompt(
+            self.vision,
+            arguments,
+            on_host,
+            encoded,
+            placeholders,
+            chosen.by_modality,
+            self.positions,
+            self.application,
+        )
 
 
 def _represent(
@@ -201,7 +244,7 @@ def _represent(
     for item, selection in zip(media.items, selections, strict=True):
         if selection.represented is None:
             # By what the language model reads, whatever the selector looked at.
-            rows = vision.as_read(media.rows[item.rows])
+            rows = vision.as_read(media.rows[to_device(item.rows, media.rows.device)])
             counts = tokens_represented(rows[None], selection.kept[None])
             selection = dataclasses.replace(selection, represented=counts[0])
         result.append(selection)

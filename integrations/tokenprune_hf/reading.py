@@ -20,11 +20,13 @@ from tokenprune.question.attention import QueryKeys
 from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
+from tokenprune.transfer import to_device
+from tokenprune_hf.encoder_inputs import arguments_on_host
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.positions import full_positions
 from tokenprune_hf.prefix import READ_BY_MODALITY, read_layers
 from tokenprune_hf.shortening import attention_mask_of, find_placeholders
-from tokenprune_hf.vision import EncodedModality, Item, VisionModel
+from tokenprune_hf.vision import VisionModel
 
 
 def prompt_items(
@@ -50,35 +52,75 @@ def prompt_items(
         not known which tiles make a video.
     """
     if not FROM_PROMPT & set(needs):
-        return {
-            modality: [item.tokens for item in media.items]
-            for modality, media in encoded.modalities.items()
-        }
-    input_ids: Tensor = arguments["input_ids"]
-    placeholders = find_placeholders(vision, input_ids, encoded)
-    attention_mask = attention_mask_of(vision, arguments)
+        return _of_encoder(encoded)
+    on_host = arguments_on_host(arguments)
+    placeholders = find_placeholders(vision, on_host["input_ids"], encoded)
+    device: torch.device = arguments["input_ids"].device
+    return placed_items(vision, on_host, encoded, placeholders, needs, device)
+
+
+def placed_items(
+    vision: VisionModel,
+    on_host: Mapping[str, Any],
+    encoded: Encoded,
+    placeholders: Mapping[str, Tensor],
+    needs: Sequence[str],
+    device: torch.device,
+) -> dict[str, list[VisualTokens]]:
+    """Return `prompt_items` of a call whose arguments were read already.
+
+    Parameters
+    ----------
+    vision
+        The model's.
+    on_host
+        A call's arguments, by name, with input_ids [B, L]; what is read of them on the CPU.
+    encoded
+        What the encoder returned.
+    placeholders
+        See `tokenprune_hf.shortening.find_placeholders`.
+    needs
+        A selector's.
+    device
+        Where the model takes ids.
+
+    Raises
+    ------
+    PromptError
+        If no text comes after an item, or it is not known which tiles make a video.
+    """
+    if not FROM_PROMPT & set(needs):
+        return _of_encoder(encoded)
+    # Each item's prompt is laid out on the host, so that the device is not waited for item by item.
+    input_ids: Tensor = on_host["input_ids"]
+    attention_mask = attention_mask_of(vision, on_host)
     any_placeholder = torch.zeros_like(input_ids, dtype=torch.bool)
     for modality in ("image", "video"):
         any_placeholder |= input_ids == vision.token_id(modality)
-    own = OwnPositions(vision, arguments, encoded, placeholders, attention_mask)
+    counted = OwnPositions(vision, on_host, encoded, placeholders, attention_mask)
     result: dict[str, list[VisualTokens]] = {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
         vision.check_videos_told(media, places)
         result[modality] = []
-        for item in media.items:
-            sample = int(places[item.rows[0], 0])
+        if not media.items:
+            continue
+        rows_of_items = [item.rows for item in media.items]
+        for item, own in zip(media.items, rows_of_items, strict=True):
+            sample = int(places[own[0], 0])
             text = (attention_mask[sample].bool() & ~any_placeholder[sample]).nonzero()[:, 0]
-            prompt, rows = _item_prompt(media, item, places, input_ids[sample], text)
-            rows = rows.to(media.rows.device)
+            prompt, rows = _item_prompt(
+                item.tokens, own, rows_of_items, places, input_ids[sample], text
+            )
+            rows = to_device(rows, media.rows.device)
             added: dict[str, Any] = {}
             if "question" in needs:
-                added["question"] = prompt.question
+                added["question"] = to_device(prompt.question, device)
             if "query_attention" in needs:
-                unpruned = partial(own.around, sample, places[item.rows.to(places.device), 1], text)
+                unpruned = partial(counted.around, sample, places[own, 1], text)
                 interval = vision.interval_read(modality, item.tokens.grid, unpruned)
                 added["query_attention"] = PromptReader(
-                    DecoderLayers(vision, own.numbered),
+                    DecoderLayers(vision, device, counted.numbered),
                     prompt,
                     vision.as_read(media.rows[rows]),
                     [layer[rows] for layer in media.deepstack],
@@ -89,29 +131,43 @@ def prompt_items(
     return result
 
 
+def _of_encoder(encoded: Encoded) -> dict[str, list[VisualTokens]]:
+    """Return every item's tokens as the encoder made them."""
+    return {
+        modality: [item.tokens for item in media.items]
+        for modality, media in encoded.modalities.items()
+    }
+
+
 def _item_prompt(
-    media: EncodedModality, item: Item, places: Tensor, ids: Tensor, text: Tensor
+    tokens: VisualTokens,
+    rows: Tensor,
+    rows_of_items: Sequence[Tensor],
+    places: Tensor,
+    ids: Tensor,
+    text: Tensor,
 ) -> tuple[ItemPrompt, Tensor]:
     """Return an item's part in its prompt, and which rows of the encoder `SetPrompt.sources` means.
 
     Parameters
     ----------
-    media, item
-        What the encoder returned.
+    tokens
+        The item's.
+    rows
+        LongTensor [N], its rows among all R that the encoder returned.
+    rows_of_items
+        Those of each item.
     places
         LongTensor [R, 2]: prompt and column of each row.
     ids, text
         The prompt [L] and the columns of its text.
     """
-    rows = item.rows.to(places.device)
     columns = places[rows, 1]
     # Rows of other prompts and of all items are taken. Those left inside the item are newlines,
     # which are read with it and never ranked.
     taken = places[:, 0] != places[rows[0], 0]
-    for other in media.items:
-        taken[other.rows.to(places.device)] = True
+    taken[torch.cat(list(rows_of_items))] = True
     loose = loose_rows(places[:, 1], rows, taken)
-    tokens = item.tokens
     prompt = ItemPrompt(ids, text, columns, places[loose, 1], tokens.grid, tokens.label)
     return prompt, torch.cat([rows, loose])
 
@@ -124,7 +180,8 @@ class OwnPositions:
     vision
         The model's.
     arguments
-        A call's, by name. Positions among them are left out: sets are counted by the model's rule.
+        A call's, by name, on the CPU. Positions among them are left out: sets are counted by the
+        model's rule.
     encoded
         What the encoder returned.
     placeholders
@@ -147,7 +204,7 @@ class OwnPositions:
 
     @cached_property
     def _positions(self) -> Tensor:
-        unpruned = torch.zeros_like(self._rest[2][:, 0], dtype=torch.bool)
+        unpruned = [False] * len(self._rest[2])
         return full_positions(self._vision, self._arguments, *self._rest, unpruned)
 
     @property
@@ -188,11 +245,14 @@ class DecoderLayers:
     ----------
     vision
         Whose language model reads.
+    device
+        Where it takes ids.
     numbered
         Whether, of positions on several axes, the decoder is told the number of each token first.
     """
 
     vision: VisionModel
+    device: torch.device
     numbered: bool = True
 
     def reference_layer(self, asked: int | None) -> int:
@@ -209,6 +269,7 @@ class DecoderLayers:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D]."""
+        ids = to_device(ids, self.device)
         embedded: Tensor = self.vision.model.get_input_embeddings()(ids)
         return embedded
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
+from tokenprune.transfer import to_device
 from tokenprune_hf.encoding import KeptRows
 from tokenprune_hf.prompt import TYPE_IDS, ShortPrompt
 
@@ -47,6 +48,9 @@ class Shortened:
         the selections do not say.
     visual
         BoolTensor [B, S], True where a column is a row of the encoder.
+    text_at_end
+        How many columns at the end are text, and no padding, in every prompt: they have kept their
+        distance to the end.
     """
 
     input_ids: Tensor
@@ -57,6 +61,7 @@ class Shortened:
     following: Tensor
     logs: Tensor
     visual: Tensor
+    text_at_end: int = 0
 
     def without_media(self) -> Shortened:
         """Return what is needed to go on from the prompt, without the encoder's rows."""
@@ -113,6 +118,7 @@ class Shortened:
             following=self.arguments["position_ids"][..., length],
             logs=self.logs[:, :length],
             visual=self.visual[:, :length],
+            text_at_end=0,
         )
 
     def encoder_outputs(self, batch: int) -> dict[str, Any]:
@@ -123,14 +129,11 @@ class Shortened:
             for modality, kept in self.kept.items()
         }
 
-    def is_prompt_of(self, input_ids: Tensor) -> bool:
-        """Say whether [B * repeats, ...] begins with this prompt, and so needs the kept rows."""
-        # Told by its tokens and not by the step's number: without a cache every step reads it.
+    def begins(self, input_ids: Tensor) -> Tensor:
+        """Say whether [B * repeats, ...], no shorter than the prompt, begins with it: one bool."""
         short = self.arguments["input_ids"]
-        if input_ids.shape[1] < self.prompt.length:
-            return False
         prompts = short.repeat_interleave(len(input_ids) // len(short), dim=0)
-        return torch.equal(input_ids[:, : self.prompt.length], prompts)
+        return (input_ids[:, : self.prompt.length] == prompts.to(input_ids.device)).all()
 
     def positions_after(self, since: int, count: int, batch: int) -> Tensor:
         """Return the positions [..., batch, count] of tokens that come after the prompt.
@@ -169,6 +172,8 @@ class Shortened:
         """Whether some prompt's last token was dropped, so that its position is not in the end."""
         # Possible where an image ends the prompt. The engine takes the last position it is given
         # and counts on from there: too low by those that were dropped behind it.
+        if self.text_at_end:
+            return False
         last = self.prompt.new_column(self.prompt.full_length - 1)
         return bool((last < 0).any())
 
@@ -178,7 +183,7 @@ class Shortened:
         result.update(self.arguments)
         result["mm_encoder_outputs"] = self.encoder_outputs(len(self.input_ids))
         if (wanted := arguments.get("logits_to_keep")) is not None:
-            result["logits_to_keep"] = _short_logits(wanted, self.prompt)
+            result["logits_to_keep"] = _short_logits(wanted, self.prompt, self.text_at_end)
         return result
 
     def continued_call(
@@ -295,8 +300,17 @@ class Shortened:
         return torch.cat([short, given[:, full:].to(short)], dim=1)
 
 
-def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
+def _short_logits(wanted: int | Tensor, prompt: ShortPrompt, text_at_end: int) -> int | Tensor:
     """Turn `logits_to_keep`, which counts the full prompt, into the short prompt's terms.
+
+    Parameters
+    ----------
+    wanted
+        Of the full prompt.
+    prompt
+        How it was shortened.
+    text_at_end
+        See `Shortened`.
 
     Raises
     ------
@@ -305,21 +319,25 @@ def _short_logits(wanted: int | Tensor, prompt: ShortPrompt) -> int | Tensor:
     """
     full = prompt.full_length
     if isinstance(wanted, int):
-        if wanted == 0:
-            return 0
+        if wanted <= text_at_end:
+            return wanted
         columns = list(range(max(full - wanted, 0), full))
     else:
-        columns = [int(column) % full for column in wanted]
+        columns = [column % full for column in wanted.tolist()]
+        if min(columns, default=0) >= full - text_at_end:
+            kept = torch.tensor([column - full + prompt.length for column in columns], device="cpu")
+            return to_device(kept, prompt.columns.device)
     # The engine takes one list of columns for the whole batch, so a token must have come to the
     # same column in every prompt. A number of last tokens becomes a list: among them may have been
     # dropped ones, and the short prompt's last tokens would be others.
-    moved = [prompt.new_column(column) for column in columns]
-    if any(bool((short != short[0]).any()) or int(short[0]) < 0 for short in moved):
+    moved = torch.stack([prompt.new_column(column) for column in columns]).tolist()
+    if any(min(short) != max(short) or short[0] < 0 for short in moved):
         raise PromptError(
             f"logits_to_keep={wanted} asks for logits at a token that was dropped, or that stands "
             "at different places in the batch. Ask for fewer of the last tokens, or for all (0)."
         )
-    return torch.tensor([int(short[0]) for short in moved], device=prompt.columns.device)
+    kept = torch.tensor([short[0] for short in moved], device="cpu")
+    return to_device(kept, prompt.columns.device)
 
 
 def _other_batch(batch: int) -> PromptError:

@@ -23,7 +23,7 @@ from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES, attending_layers
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
-from tokenprune.tower.layouts import Grid, Medium
+from tokenprune.tower.layouts import Grid, Medium, places_on
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune_hf.attention import scoring_layer, watch_attention
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs, media_of
@@ -44,8 +44,8 @@ class Item:
     Attributes
     ----------
     rows
-        LongTensor [N], the item's rows among all rows the encoder returned for the modality.
-        Rows that belong to no item (newline tokens, a CLS token) always stay.
+        LongTensor [N] on the CPU, ascending: the item's rows among all rows the encoder returned
+        for the modality. Rows that belong to no item (newline tokens, a CLS token) always stay.
     tokens
         What the selector may look at.
     """
@@ -268,7 +268,7 @@ class VisionModel:
         media
             What the encoder returned.
         places
-            LongTensor [R, 2]: prompt and column of each row.
+            LongTensor [R, 2] on the CPU: prompt and column of each row.
 
         Raises
         ------
@@ -277,7 +277,6 @@ class VisionModel:
         """
         if media.videos_told or len(media.items) < 2:
             return
-        places = places.cpu()
         apart = (places[1:, 0] == places[:-1, 0]) & (places[1:, 1] != places[:-1, 1] + 1)
         if bool(apart.any()):
             raise PromptError(
@@ -451,21 +450,24 @@ class VisionModel:
         items = []
         start = 0
         laid_out = self.family.rows_of(media, features, attention)
+        segments = [self.family.segments(medium) for medium in media]
+        places = iter(places_on([one.rows for of_one in segments for one in of_one], rows.device))
         for number, (medium, of_medium) in enumerate(zip(media, laid_out, strict=True)):
             features_of_medium, scores = of_medium
-            for segment in self.family.segments(medium):
+            for segment in segments[number]:
                 # Segments count from their medium's first row, items from the modality's.
-                in_medium = segment.rows.to(rows.device)
+                place = next(places)
                 label = f"{medium.modality} {number}"
+                of_rows = rows[start : start + medium.rows]
                 items.append(
                     Item(
-                        in_medium + start,
+                        segment.rows + start,
                         VisualTokens(
                             grid=segment.grid or (1, 1, len(segment.rows)),
                             is_picture=segment.grid is not None,
-                            features=features_of_medium[in_medium],
-                            embeddings=rows[in_medium + start],
-                            cls_attention=None if scores is None else scores[:, in_medium],
+                            features=features_of_medium[place],
+                            embeddings=of_rows[place],
+                            cls_attention=None if scores is None else scores[:, place],
                             projector=self.projector(inputs.modality),
                             label=f"{label}, {segment.label}" if segment.label else label,
                         ),
@@ -473,6 +475,19 @@ class VisionModel:
                 )
             start += medium.rows
         return items
+
+
+def first_places(media: EncodedModality, places: Tensor) -> list[list[int]]:
+    """Return prompt and column of each item's first row, which is where the item stands.
+
+    Parameters
+    ----------
+    media
+        What the encoder returned.
+    places
+        LongTensor [R, 2] on the CPU: prompt and column of each row.
+    """
+    return [places[item.rows[0]].tolist() for item in media.items]
 
 
 def entries_of(value: Tensor | Sequence[Tensor]) -> list[Tensor]:

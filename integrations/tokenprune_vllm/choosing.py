@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from vllm.logger import init_logger
 
 from tokenprune.config import PruningConfig
-from tokenprune.errors import ConfigError, TokensError
+from tokenprune.errors import ConfigError, TokensError, WeightsChangedError
 from tokenprune.families.any import TRACED, AnyFamily, found_projector, not_counted
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
 from tokenprune.question.prompt import ItemPrompt, counted_interval, loose_rows
 from tokenprune.question.reader import PromptReader
-from tokenprune.selecting import select_many
+from tokenprune.selecting import Unchecked, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
-from tokenprune.tower.layouts import Grid, Segment
+from tokenprune.tower.layouts import Grid, Segment, places_on
 from tokenprune.tower.model_projector import ModelProjector
+from tokenprune.transfer import to_device
 from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_calls import Item
 from tokenprune_vllm.prompt_positions import item_positions
@@ -37,7 +38,7 @@ from tokenprune_vllm.scoring import (
     watch,
 )
 from tokenprune_vllm.settings import ServerSettings
-from tokenprune_vllm.tracing import Tracer, decoder_of
+from tokenprune_vllm.tracing import Layout, Tracer, decoder_of
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
 
@@ -108,22 +109,31 @@ class Chooser:
             if self._projector is not None and "projector" in selector.needs:
                 selector.check_projector(self._projector)
 
-    def find(self, run: Callable[[], list[Tensor]]) -> None:
+    def find(self, run: Callable[[], list[Tensor]], items: Sequence[Item]) -> None:
         """Find, in a model of no family, what the methods look at behind the rows.
 
         Parameters
         ----------
         run
             Encodes noise, and returns its rows [n, D] item by item.
+        items
+            What is encoded next; the noise is of their sizes.
 
         Raises
         ------
         UnsupportedModelError, OptionError
             If it could not be found, or a method does not work with it.
         """
-        if self._tracer is None or self._tracer.way is not None:
+        if self._tracer is None:
             return
-        self._tracer.find(lambda: torch.cat([rows[:, : self._width] for rows in run()]))
+
+        def encoded() -> list[Tensor]:
+            return [rows[:, : self._width] for rows in run()]
+
+        if self._tracer.way is not None:
+            self._tracer.remember(encoded, _layout_of(items))
+            return
+        self._tracer.find(lambda: torch.cat(encoded()))
         way = self._tracer.way
         readers = [one for one in self._selectors.values() if "projector" in one.needs]
         if way is not None and readers:
@@ -141,6 +151,8 @@ class Chooser:
         self, items: Sequence[Item], rows: list[Tensor], watched: Any
     ) -> list[list[Selection]]:
         """Return one selection for each segment of each item; none where the item is not pruned.
+
+        They are on the host, which waits for the device once.
 
         Parameters
         ----------
@@ -165,23 +177,34 @@ class Chooser:
         if not groups:
             return selections
         seen = self._seen(items, rows, watched)
-        # Items of one method and budget are chosen from together.
+        where = _rows_of_segments(items, rows)
+        # Items of one method and budget are chosen from together, and all groups are looked at
+        # only when the last one was handed to the device.
+        begun = []
         for members in groups.values():
             pruning = cast(PruningConfig, items[members[0]].ticket.pruning)
             tokens = [
-                self._tokens_of(index, items[index], segment, rows[index], *seen[index])
+                self._tokens_of(
+                    index, items[index], number, rows[index], where[index], *seen[index]
+                )
                 for index in members
-                for segment in items[index].ticket.region.segments
+                for number in range(len(items[index].ticket.region.segments))
             ]
+            begun.append(
+                (members, tokens, _Choice(self._selectors[pruning.method], pruning, tokens))
+            )
+        for members, tokens, choice in begun:
             owners = [i for i in members for _ in items[i].ticket.region.segments]
-            selector = self._selectors[pruning.method]
             try:
-                chosen = select_many(tokens, selector, pruning.keep)
+                try:
+                    chosen = choice.made()
+                except WeightsChangedError:  # by a trainer; what they were is forgotten now
+                    chosen = choice.again(tokens).made()
             except TokensError as error:
                 # One image whose numbers overflowed must not end the server for everybody, nor
                 # leave NaNs in its KV cache.
                 logger.error("tokenprune: %s They count as 0 here.", error)
-                chosen = select_many(list(map(_finite, tokens)), selector, pruning.keep)
+                chosen = choice.again(list(map(_finite, tokens))).made()
                 for index in members:
                     rows[index] = rows[index].nan_to_num(0.0, 0.0, 0.0)
             for index, selection in zip(owners, chosen, strict=True):
@@ -199,7 +222,7 @@ class Chooser:
                 "tokenprune cannot tell apart. Send them in requests of their own."
             )
         if self._tracer is not None:
-            return self._tracer.looked_at(watched, rows, self._width)
+            return self._tracer.looked_at(watched, rows, self._width, _layout_of(items))
         if self._entrance is None:
             return [(None, None)] * len(items)
         attention = None
@@ -212,15 +235,30 @@ class Chooser:
         self,
         index: int,
         item: Item,
-        segment: Segment,
+        number: int,
         rows: Tensor,
+        where: Sequence[slice | Tensor],
         features: Tensor | None,
         attention: Tensor | None,
     ) -> VisualTokens:
-        """Return what a selector looks at of one segment of an item."""
-        in_item = segment.rows.to(rows.device)
+        """Return what a selector looks at of one segment of an item.
+
+        Parameters
+        ----------
+        index
+            The item's among those encoded together.
+        item, number
+            The item, and which of its segments.
+        rows
+            [n, D] of the item.
+        where
+            Where each of its segments has its rows; see `_rows_of_segments`.
+        features, attention
+            [n, C] and [H, n], where they are known.
+        """
+        segment, in_item = item.ticket.region.segments[number], where[number]
         tokens = VisualTokens(
-            grid=segment.grid or (1, 1, len(in_item)),
+            grid=segment.grid or (1, 1, len(segment.rows)),
             is_picture=segment.grid is not None,
             features=None if features is None else features[in_item],
             # Behind the first D numbers of a row comes what goes into deeper layers.
@@ -264,7 +302,7 @@ class Chooser:
         reader = None
         if self._language_model is not None:
             interval = self._interval(item, segment, tokens.grid) if self._family.mrope else None
-            order = torch.cat([segment.rows, loose]).to(rows.device)
+            order = to_device(torch.cat([segment.rows, loose]), rows.device)
             embeddings, *deeper = rows[order].split(self._language_model.width, dim=1)
             reader = PromptReader(
                 self._language_model, prompt, embeddings, deeper, tokens.grid, interval
@@ -296,6 +334,60 @@ class Chooser:
             # One image must not end the server for everybody.
             logger.error("tokenprune: %s It is read by rows and columns.", not_counted("the model"))
         return interval or 1
+
+
+class _Choice:
+    """A choice that the device is making.
+
+    Parameters
+    ----------
+    selector, pruning
+        How.
+    tokens
+        From what.
+    """
+
+    def __init__(
+        self, selector: Selector, pruning: PruningConfig, tokens: Sequence[VisualTokens]
+    ) -> None:
+        self._selector, self._pruning = selector, pruning
+        self._unchecked: Unchecked | None = None
+        # What is known at once to be wrong with some items is told with the rest.
+        self._error: TokensError | None = None
+        try:
+            self._unchecked = select_unchecked(tokens, selector, pruning.keep)
+        except TokensError as error:
+            self._error = error
+
+    def again(self, tokens: Sequence[VisualTokens]) -> _Choice:
+        """Return the same choice from other tokens."""
+        return _Choice(self._selector, self._pruning, tokens)
+
+    def made(self) -> list[Selection]:
+        """Return the selections, on the host.
+
+        Raises
+        ------
+        TokensError
+            If numbers of the tokens are not finite.
+        """
+        if self._unchecked is None:
+            raise cast(TokensError, self._error)
+        both = zip(self._unchecked.selections, self._unchecked.on_host(), strict=True)
+        return [replace(selection, kept=kept) for selection, kept in both]
+
+
+def _layout_of(items: Sequence[Item]) -> Layout:
+    """Return what tells apart how rows of these items may lie, together."""
+    return tuple((item.ticket.modality, item.ticket.layout) for item in items)
+
+
+def _rows_of_segments(items: Sequence[Item], rows: Sequence[Tensor]) -> list[list[slice | Tensor]]:
+    """Return where each segment of each item has its rows [n, D]: a slice where they are one."""
+    segments = [item.ticket.region.segments for item in items]
+    places = places_on([one.rows for of_item in segments for one in of_item], rows[0].device)
+    each = iter(places)
+    return [[next(each) for _ in of_item] for of_item in segments]
 
 
 def _readable(projector: nn.Module, family: Family) -> ModelProjector:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.transfer import to_device
 
 _BASE = 256
 _POSITIONS = re.compile(
@@ -35,9 +36,10 @@ def to_columns(offsets: Tensor, dtype: torch.dtype) -> Tensor:
 
 def from_columns(columns: Tensor) -> Tensor:
     """Return the LongTensor [A, n] that `to_columns` was given."""
-    digits = columns.long().unflatten(1, (-1, DIGITS))
-    powers = torch.tensor([_BASE**power for power in range(DIGITS)], device=columns.device)
-    offsets: Tensor = (digits * powers).sum(-1).T
+    lowest, *higher = columns.long().unflatten(1, (-1, DIGITS)).unbind(-1)
+    for power, digits in enumerate(higher, start=1):
+        lowest = lowest + digits * _BASE**power
+    offsets: Tensor = lowest.T
     return offsets
 
 
@@ -80,7 +82,7 @@ class PositionOffsets:
         self._offsets[:, : max(self._written, tokens)] = 0
         self._written = 0
         if offsets is not None and is_row is not None:
-            where = is_row.to(self._offsets.device).expand(len(self._offsets), -1)
+            where = to_device(is_row, self._offsets.device).expand(len(self._offsets), -1)
             self._offsets[:, :tokens].masked_scatter_(where, offsets)
             self._written = tokens
 

@@ -7,6 +7,7 @@ the caches apart, and gives each image or video two more fields for the worker (
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,9 @@ class Ticket:
         How many entries of each tensor that holds all items end to end are its own.
     shared
         The names of values that all items share.
+    layout
+        Tells apart how rows may lie, where no family says it: a digest of all that the processor
+        made of it but the pixels' values.
     """
 
     modality: str
@@ -72,6 +76,7 @@ class Ticket:
     medium: Medium | None = None
     entries: Mapping[str, int] = field(default_factory=dict)
     shared: Sequence[str] = ()
+    layout: str = ""
 
     @property
     def visual(self) -> bool:
@@ -89,6 +94,7 @@ class Ticket:
                 "medium": None if self.medium is None else asdict(self.medium),
                 "entries": dict(self.entries),
                 "shared": list(self.shared),
+                "layout": self.layout,
             }
         )
         return {
@@ -108,9 +114,10 @@ class Ticket:
             None if values["medium"] is None else Medium(**values["medium"]),
             values["entries"],
             values["shared"],
+            values["layout"],
         )
 
-    def layout(self) -> tuple[Tensor, Tensor | None]:
+    def shrunk(self) -> tuple[Tensor, Tensor | None]:
         """Return token ids and row mask as they stand in the prompt, see `Region.shrink`."""
         if self.pruning is None:
             return self.region.token_ids, self.region.is_row
@@ -266,14 +273,15 @@ class PruningProcessor:
             medium = medium_of(self._family, modality, rows, fields)
             segments = self._family.segments(medium)
         region = Region(ids, is_row, tuple(segments))
-        ticket = Ticket(modality, pruning, region, medium, *_held_together(item))
+        layout = "" if self._family.known else _layout(modality, fields)
+        ticket = Ticket(modality, pruning, region, medium, *_held_together(item), layout)
         batched = MultiModalBatchedField(keep_on_cpu=True)
         packed = ticket.pack()
         if self._server.reads_prompt:
             packed[PROMPT] = pack_prompt([], _DUMMY_QUESTION)  # until the prompt is laid out
         for name, value in packed.items():
             item[name] = MultiModalFieldElem(data=value, field=batched)
-        new_ids, new_is_row = ticket.layout()
+        new_ids, new_is_row = ticket.shrunk()
         details = PrunedDetails(
             full=new_ids.tolist(),
             is_embed=None if new_is_row is None else _Mask(new_is_row),
@@ -525,6 +533,24 @@ def _held_together(item: Any) -> tuple[dict[str, int], list[str]]:
         name for name, element in item.items() if isinstance(element.field, MultiModalSharedField)
     ]
     return entries, shared
+
+
+def _layout(modality: str, fields: Fields) -> str:
+    """Return what tells apart how the rows of an item lie; see `Ticket.layout`."""
+    digest = hashlib.sha256(modality.encode())
+    for name, value in sorted(fields.items()):
+        if isinstance(value, Tensor):
+            seen: object = tuple(value.shape)
+            # Pixels are no whole numbers, or bytes.
+            if not value.is_floating_point() and value.dtype != torch.uint8:
+                seen = seen, value.tolist()
+        else:
+            shaped = isinstance(value, (list, tuple)) and all(
+                isinstance(one, Tensor) for one in value
+            )
+            seen = [tuple(one.shape) for one in value] if shaped else value
+        digest.update(repr((name, seen)).encode())
+    return digest.hexdigest()[:32]
 
 
 def _less(kwargs: Mapping[str, object]) -> dict[str, object]:

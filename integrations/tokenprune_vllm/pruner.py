@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.selection import Selection
 from tokenprune.tower.structure import of_noise, same
+from tokenprune.transfer import to_device
 from tokenprune_vllm import metrics
 from tokenprune_vllm.choosing import Chooser, logger
 from tokenprune_vllm.encoder_calls import EncoderCall, Item
@@ -116,7 +118,7 @@ class Pruner:
         kept: list[Tensor] = []
         for items, of_items in EncoderCall(arguments).runs(self._most_rows):
             if items[0].ticket.visual:
-                self.chooser.find(functools.partial(_encode_noise, encode, of_items))
+                self.chooser.find(functools.partial(_encode_noise, encode, of_items), items)
             with self.chooser.watching() as watched:
                 rows = list(encode(**of_items))
             self._check_rows(items, rows, encode, of_items)
@@ -173,10 +175,11 @@ class Pruner:
         """Return the kept rows of each item, and count the time."""
         start = time.perf_counter()
         selections = self.chooser.choose(items, rows, watched)
-        kept = [
-            self._keep(item, of_item, chosen)
+        plans = [
+            self._plan(item, len(of_item), of_item.dtype, chosen)
             for item, of_item, chosen in zip(items, rows, selections, strict=True)
         ]
+        kept = self._keep(items, rows, plans)
         spent = time.perf_counter() - start
         prunings = [(item.ticket.modality, item.ticket.pruning) for item in items]
         methods = [(modality, pruning.method) for modality, pruning in prunings if pruning]
@@ -184,51 +187,104 @@ class Pruner:
             metrics.count_time(modality, method, spent / len(methods))
         return kept
 
-    def _keep(self, item: Item, rows: Tensor, selections: Sequence[Selection]) -> Tensor:
-        """Return one item's rows that stay, in the order of its region in the prompt."""
-        region = item.ticket.region
-        stays = torch.ones(region.total, dtype=torch.bool)
-        for segment, selection in zip(
-            region.segments if selections else (), selections, strict=True
-        ):
-            stays[segment.rows] = False
-            stays[segment.rows[selection.kept.cpu()]] = True
-        columns = region.is_row.nonzero()[:, 0]
-        if item.ticket.pruning is not None and region.rows_move():
-            # How many rows stand on which side of the text inside was not known when the prompt
-            # was made: the text's embeddings come along as rows.
-            in_prompt = torch.ones_like(region.is_row)
-            in_prompt[columns] = stays
-            filled = rows.new_zeros(region.length, rows.shape[1])
-            filled[columns.to(rows.device)] = rows
-            if self._carries_ids:
-                self._text_travels = True
-            else:
-                filled[:, : self._width][(~region.is_row).to(rows.device)] = self._embed_text(
-                    region.text().to(rows.device)
-                )
-            kept = filled[in_prompt.to(rows.device)]
-            columns = in_prompt.nonzero()[:, 0]
-            ids = torch.where(region.is_row, 0, region.token_ids + 1)[columns]
-        else:
-            kept = rows[stays.nonzero()[:, 0].to(rows.device)]
-            columns = columns[stays]
-            ids = torch.zeros_like(columns)
-        return self._with_columns(item, kept, columns, ids)
-
-    def _with_columns(self, item: Item, kept: Tensor, columns: Tensor, ids: Tensor) -> Tensor:
-        """Return rows with what travels behind them: their positions, and ids of text.
+    def _plan(
+        self, item: Item, count: int, dtype: torch.dtype, selections: Sequence[Selection]
+    ) -> _Plan:
+        """Return what is made of one item's rows, worked out on the host.
 
         Parameters
         ----------
         item
             Whose rows they are.
-        kept
-            [n, D].
+        count, dtype
+            How many there are, and of what numbers.
+        selections
+            Of its segments, on the host; none where it is not pruned.
+        """
+        region = item.ticket.region
+        stays = torch.ones(region.total, dtype=torch.bool, device="cpu")
+        for segment, selection in zip(
+            region.segments if selections else (), selections, strict=True
+        ):
+            stays[segment.rows] = False
+            stays[segment.rows[selection.kept]] = True
+        order = stays.nonzero()[:, 0]
+        columns = region.is_row.nonzero()[:, 0]
+        text = None
+        if item.ticket.pruning is not None and region.rows_move():
+            # How many rows stand on which side of the text inside was not known when the prompt
+            # was made: the text's embeddings come along, behind the rows.
+            sources = torch.empty(region.length, dtype=torch.int64, device="cpu")
+            sources[columns] = torch.arange(count, device="cpu")
+            is_text = ~region.is_row
+            sources[is_text] = torch.arange(count, count + int(is_text.sum()), device="cpu")
+            in_prompt = torch.ones_like(region.is_row)
+            in_prompt[columns] = stays
+            text = region.text()
+            columns = in_prompt.nonzero()[:, 0]
+            order = sources[columns]
+            ids = torch.where(region.is_row, 0, region.token_ids + 1)[columns]
+            self._text_travels |= self._carries_ids
+        else:
+            columns = columns[stays]
+            ids = torch.zeros_like(columns)
+        return _Plan(order, self._columns_behind(item, columns, ids, dtype), text)
+
+    def _keep(
+        self, items: Sequence[Item], rows: Sequence[Tensor], plans: Sequence[_Plan]
+    ) -> list[Tensor]:
+        """Return each item's rows that stay, with what travels behind them.
+
+        They come in the order of its region in the prompt.
+        """
+        if not plans:
+            return []
+        device = rows[0].device
+        # One copy each for what the host worked out of all items.
+        counts = [len(plan.order) for plan in plans]
+        orders = to_device(torch.cat([plan.order for plan in plans]), device).split(counts)
+        behind: Sequence[Tensor | None] = [None] * len(plans)
+        if plans[0].behind is not None:
+            together = torch.cat([plan.behind for plan in plans if plan.behind is not None])
+            behind = to_device(together, device).split(counts)
+        kept = []
+        for of_item, plan, order, columns in zip(rows, plans, orders, behind, strict=True):
+            if plan.text is not None:
+                of_item = torch.cat([of_item, self._rows_of_text(of_item, plan.text)])
+            staying = of_item.index_select(0, order)
+            kept.append(staying if columns is None else torch.cat([staying, columns], dim=1))
+        return kept
+
+    def _rows_of_text(self, rows: Tensor, ids: Tensor) -> Tensor:
+        """Return rows [n, D] of the text inside an item: its embeddings, and 0 for deeper layers.
+
+        Where it travels as ids the model embeds it itself, and all is 0.
+        """
+        made = rows.new_zeros(len(ids), rows.shape[1])
+        if not self._carries_ids:
+            made[:, : self._width] = self._embed_text(to_device(ids, rows.device))
+        return made
+
+    def _columns_behind(
+        self, item: Item, columns: Tensor, ids: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what travels behind the rows of an item, on the host: positions, and ids of text.
+
+        Parameters
+        ----------
+        item
+            Whose rows they are.
         columns
             LongTensor [n], where each stands in the item's region.
         ids
             LongTensor [n], 0 for a row, and of text its id + 1.
+        dtype
+            Of the rows.
+
+        Returns
+        -------
+        Tensor or None
+            [n, X] of `dtype`; None where nothing does.
         """
         behind: list[Tensor] = []
         if self._offsets is not None:
@@ -237,10 +293,10 @@ class Pruner:
                 offsets = positions[: self._axes, columns]
             else:  # sound, whose positions are in the prompt's already
                 offsets = columns.new_zeros(self._axes, len(columns))
-            behind.append(to_columns(offsets, kept.dtype))
+            behind.append(to_columns(offsets, dtype))
         if self._carries_ids:
-            behind.append(to_columns(ids[None], kept.dtype))
-        return torch.cat([kept, *(one.to(kept.device) for one in behind)], dim=1)
+            behind.append(to_columns(ids[None], dtype))
+        return torch.cat(behind, dim=1) if behind else None
 
     def _embed_text(self, ids: Tensor) -> Tensor:
         embedded: Tensor = self._model.get_language_model().embed_input_ids(ids)
@@ -317,6 +373,26 @@ class Pruner:
         if self._offsets is None:
             return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
         return prompt_positions(self._model.engine_positions, tokens, features)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is made of the rows of one item, on the host.
+
+    Attributes
+    ----------
+    order
+        LongTensor [n]: which rows stay, in order. Those of the text inside are counted behind the
+        encoder's.
+    behind
+        [n, X], what travels behind them; None where nothing does.
+    text
+        LongTensor, ids of the text inside that comes along; None where none does.
+    """
+
+    order: Tensor
+    behind: Tensor | None
+    text: Tensor | None
 
 
 @torch.inference_mode()

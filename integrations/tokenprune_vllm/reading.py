@@ -22,6 +22,7 @@ from tokenprune.families.base import Family
 from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.reader import SetPrompts
+from tokenprune.transfer import to_device
 from tokenprune_vllm.own_states import own_states
 
 _TOLD_BY_MODALITY = frozenset({"visual_token_mask"})
@@ -106,7 +107,7 @@ class LanguageModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D]."""
-        embedded: Tensor = self._embed(ids.to(self.device))
+        embedded: Tensor = self._embed(to_device(ids, self.device))
         return embedded
 
     @property
@@ -128,16 +129,17 @@ class LanguageModel:
     ) -> list[dict[int, QueryKeys]]:
         found = []
         for index, states in enumerate(prompts.states):
-            is_visual, asked = prompts.is_visual[index], prompts.asked[index]
+            visual, asked = prompts.visual[index], prompts.asked[index]
             # Rows for deeper layers lie end to end, all prompts' visual tokens one after the other.
-            first = int(prompts.is_visual[:index].sum())
-            of_prompt = slice(first, first + int(is_visual.sum()))
+            first = sum(map(len, prompts.visual[:index]))
+            of_prompt = slice(first, first + len(visual))
             deeper = []
             for rows in prompts.deeper:
                 deeper.append(torch.zeros_like(states))
-                deeper[-1][is_visual] = rows[of_prompt]
+                deeper[-1][visual] = rows[of_prompt]
             seen: dict[int, QueryKeys] = {}
-            beside = {name: is_visual[:, None] for name in self._told_by_modality}
+            is_visual = prompts.is_visual[index, :, None]
+            beside = dict.fromkeys(self._told_by_modality, is_visual)
             for number in layers:
                 positions = prompts.positions[..., index, :].contiguous()
                 query, key, value, inputs, scale = self._read(

@@ -1,7 +1,9 @@
 """What stands behind the rows of a model of no family, found in vLLM's own modules.
 
 `tokenprune.tower.tracing` follows values from the rows back to the tower: once on noise, before the
-first images, and then in each call, whose images may be of any sizes.
+first images, and then in each call, whose images may be of any sizes. Following them waits for the
+device again and again. So sizes that come a second time are followed on noise and remembered: on
+images, rows that happen to be equal could be taken for each other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from vllm.model_executor.models.transformers.multimodal import MultiModalMixin
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.any import USE_ANOTHER
+from tokenprune.remembered import Remembered
 from tokenprune.tower.any_attention import (
     Pictures,
     check_attention,
@@ -73,6 +76,26 @@ class _Run:
         return Pictures.of(None, self.edges, self.shape)
 
 
+Layout = tuple[tuple[str, str], ...]
+"""Modality and `tokenprune_vllm.processor.Ticket.layout` of each item that is encoded together."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What holds for all calls of one layout.
+
+    Attributes
+    ----------
+    places
+        What stands behind each row.
+    pictures
+        Of each run of the scoring layer, which tokens see each other.
+    """
+
+    places: Places
+    pictures: Sequence[Pictures]
+
+
 @dataclass
 class Seen:
     """What hooks saw while the encoder ran once."""
@@ -108,6 +131,8 @@ class Tracer:
         self.layers = [Layer(one.stack, one.module, _inside(one)) for one in layers]
         self.way: Way | None = None
         self._has_cls = False
+        self._known: Remembered[Layout, _Known] = Remembered()
+        self._met: Remembered[Layout, bool] = Remembered()
 
     def find(self, run: Callable[[], Tensor]) -> None:
         """Find the way, by an encoder that is run on noise.
@@ -139,6 +164,51 @@ class Tracer:
             raise self._refusal(error) from error
         self.way = way
 
+    def remember(self, run: Callable[[], list[Tensor]], layout: Layout) -> None:
+        """Find what holds for a layout that is met for the second time, on noise.
+
+        Those that never come again cost nothing so.
+
+        Parameters
+        ----------
+        run
+            Encodes noise of these sizes, and returns its rows [n, D] item by item.
+        layout
+            Of the call.
+        """
+        if self.way is None or self._known.get(layout) is not None:
+            return
+        met = self._met.get(layout)
+        self._met.put(layout, met is None)
+        if not met:  # the first time; or it was tried, and is followed in each call
+            return
+        with self._watching(self.way) as seen:
+            rows = run()
+        try:
+            found = self._followed(self.way, seen, rows)
+        except NotFoundError:
+            return  # images tell, or raise
+        device = rows[0].device
+        places = Places(found.places.features.to(device), found.places.tokens.to(device))
+        self._known.put(layout, _Known(places, found.pictures))
+
+    def _followed(self, way: Way, seen: Seen, rows: Sequence[Tensor]) -> _Known:
+        """Return what one call says of its layout.
+
+        Raises
+        ------
+        NotFoundError
+            If it is not what it was on the way that was found.
+        """
+        places = self._places(way, seen, torch.cat(list(rows)))
+        if "cls_attention" not in self._needs:
+            return _Known(places, ())
+        pictures = [run.pictures() for run in seen.runs]
+        lengths = _lengths(seen, pictures)
+        for tokens in places.tokens.split(list(map(len, rows))):
+            check_lengths(lengths, tokens)
+        return _Known(places, pictures)
+
     @contextmanager
     def watching(self) -> Iterator[Seen]:
         """Collect what `looked_at` needs while the encoder runs in the block."""
@@ -158,7 +228,7 @@ class Tracer:
             yield Seen(calls, runs)
 
     def looked_at(
-        self, seen: Seen, rows: Sequence[Tensor], width: int
+        self, seen: Seen, rows: Sequence[Tensor], width: int, layout: Layout
     ) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return features [rows, C] and attention [H, rows] of each item of one call.
 
@@ -170,6 +240,8 @@ class Tracer:
             [n, D] of each item.
         width
             Behind the first so many numbers of a row comes what goes into deeper layers.
+        layout
+            Of the call.
 
         Raises
         ------
@@ -180,22 +252,19 @@ class Tracer:
             raise RuntimeError("the way from tower to rows was not looked for")
         counts = [len(of_item) for of_item in rows]
         try:
-            together = torch.cat([of_item[:, :width] for of_item in rows])
-            places = self._places(self.way, seen, together)
-            features = self.way.features(seen.calls, places).split(counts)
-            if "cls_attention" not in self._needs:
-                return [(of_item, None) for of_item in features]
-            pictures = [run.pictures() for run in seen.runs]
-            lengths = _lengths(seen, pictures)
-            for tokens in places.tokens.split(counts):
-                check_lengths(lengths, tokens)
+            known = self._known.get(layout)
+            if known is None or len(known.places.tokens) != sum(counts):
+                known = self._followed(self.way, seen, [of_item[:, :width] for of_item in rows])
+            features = self.way.features(seen.calls, known.places).split(counts)
         except NotFoundError as error:
             raise self._refusal(error) from error
+        if "cls_attention" not in self._needs:
+            return [(of_item, None) for of_item in features]
         scores = [
             scores_of(run.query, run.key, run.scale, of_run, self._has_cls)
-            for run, of_run in zip(seen.runs, pictures, strict=True)
+            for run, of_run in zip(seen.runs, known.pictures, strict=True)
         ]
-        of_rows = mean_of_tokens(torch.cat(scores, dim=-1), places.tokens)
+        of_rows = mean_of_tokens(torch.cat(scores, dim=-1), known.places.tokens)
         if get_tensor_model_parallel_world_size() > 1:
             (of_rows,) = all_heads(of_rows[None], self._config.vision_config)
         return list(zip(features, of_rows.split(counts, dim=1), strict=True))

@@ -78,7 +78,7 @@ def test_a_ticket_comes_back_as_it_was() -> None:
     assert again.shared == ["image_token_id"]
     off = Ticket.unpack(*Ticket("video", None, one).pack().values())
     assert off.pruning is None
-    assert torch.equal(off.layout()[0], one.token_ids)
+    assert torch.equal(off.shrunk()[0], one.token_ids)
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from tokenprune.families.base import frames_of
 from tokenprune.families.qwen import Qwen2VL
 from tokenprune.tower.layouts import Grid, Medium, order_of_windows
+from tokenprune.transfer import to_device
 
 
 class KimiK25(Qwen2VL):
@@ -51,7 +52,7 @@ class KimiK25(Qwen2VL):
     def _merged_frames(self, medium: Medium, attention: Tensor) -> Tensor:
         """Return [..., patches of a frame], each token's one after another."""
         grid = frames_of(medium)
-        order = order_of_windows(grid, self.merged).to(attention.device)
+        order = to_device(order_of_windows(grid, self.merged), attention.device)
         merged: Tensor = attention[..., order].unflatten(-1, (grid[0], -1)).mean(dim=-2)
         return merged
 

@@ -13,6 +13,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.tower.attention import mean_of_blocks
 from tokenprune.tower.layouts import Crops, Medium, Segment, Sides, check_rows, one_segment
+from tokenprune.transfer import to_device
 
 
 class Llava(Family):
@@ -114,8 +115,8 @@ class LlavaNext(Llava):
 
     def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
         """Put the patches of all crops where the map has them."""
-        patches = self._patches(medium).to(values.device)
-        return values.flatten(0, 1)[patches.clamp(min=0)]
+        patches = self._patches(medium).clamp(min=0)
+        return values.flatten(0, 1)[to_device(patches, values.device)]
 
     def _patches(self, medium: Medium) -> Tensor:
         """Return LongTensor [rows]: of each row its patch among all crops' patches, -1: newline."""

@@ -17,6 +17,7 @@ from tokenprune.families.qwen import Qwen2VL
 from tokenprune.tokens import Projector
 from tokenprune.tower.attention import packed_pictures
 from tokenprune.tower.layouts import Medium, Sides, order_of_windows
+from tokenprune.transfer import to_device
 
 
 class ProjectedTokens(Qwen2VL):
@@ -55,7 +56,7 @@ class ProjectedTokens(Qwen2VL):
     def _per_token_of(self, medium: Medium, attention: Tensor) -> Tensor:
         frames, rows, columns = frames_of(medium)
         places = frames, rows // self.inside, columns // self.inside
-        order = order_of_windows(places, self.last).to(attention.device)
+        order = to_device(order_of_windows(places, self.last), attention.device)
         scores: Tensor = attention[..., order].unflatten(-1, (-1, self.last**2)).mean(dim=-1)
         return scores
 

@@ -14,6 +14,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family, sides_of
 from tokenprune.families.modules import find_projector, find_tower
 from tokenprune.tower.layouts import Medium, Segment, Sides, check_rows
+from tokenprune.transfer import to_device
 
 
 class Molmo2(Family):
@@ -103,7 +104,7 @@ class Molmo2(Family):
 
     def _pooled(self, medium: Medium, attention: Tensor) -> Tensor:
         """Return scores [tokens, H] from those of patches, [crops, H, P]."""
-        patches = torch.tensor(medium.pooling, device=attention.device)
+        patches = to_device(torch.tensor(medium.pooling, device="cpu"), attention.device)
         if medium.modality == "video":  # alike in all frames
             starts = torch.arange(medium.pictures, device=attention.device) * attention.shape[-1]
             patches = torch.where(patches < 0, -1, patches + starts[:, None, None]).flatten(0, 1)
@@ -182,7 +183,8 @@ def _among_marks(medium: Medium, values: Tensor) -> Tensor:
     if medium.holds is None:
         return values
     laid_out = values.new_zeros(medium.rows, values.shape[1])
-    laid_out[torch.tensor(medium.holds, device=values.device)] = values
+    holds = torch.tensor(medium.holds, device="cpu")
+    laid_out[to_device(holds, values.device)] = values
     return laid_out
 
 

@@ -19,6 +19,7 @@ from tokenprune.tower.layouts import (
     one_segment,
     order_of_windows,
 )
+from tokenprune.transfer import to_device
 
 
 class Qwen2VL(Family):
@@ -98,7 +99,7 @@ class Qwen25VL(Qwen2VL):
         vision = self.tower_config
         side = int(vision.window_size) // self.merged // int(vision.patch_size)
         order = order_of_windows(self._token_grid(medium), side)
-        return values[0][order.argsort().to(values.device)]
+        return values[0][to_device(order.argsort(), values.device)]
 
 
 class LlavaOnevision2(Qwen2VL):

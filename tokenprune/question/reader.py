@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.prompt import ItemPrompt, SetPrompt, positions_on_axes
+from tokenprune.transfer import to_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class SetPrompts:
         [S, L, D].
     is_visual
         BoolTensor [S, L], where the rows are; V of them in all.
+    visual
+        The same for each prompt: LongTensors, columns.
     positions
         LongTensor [S, L], or [3, S, L] for models with M-RoPE.
     deeper
@@ -39,6 +42,7 @@ class SetPrompts:
 
     states: Tensor
     is_visual: Tensor
+    visual: Sequence[Tensor]
     positions: Tensor
     deeper: Sequence[Tensor]
     asked: Sequence[Tensor]
@@ -144,19 +148,24 @@ class PromptReader:
         return [{layer: _all_finite(keys) for layer, keys in one.items()} for one in ordered]
 
     def _embedded(self, prompts: Sequence[SetPrompt]) -> SetPrompts:
+        # The prompts are on the host: places and positions are worked out there.
         is_visual = torch.stack([prompt.is_visual for prompt in prompts])
         # Placeholders' ids may lie beyond the vocabulary; what they embed to is written over.
         ids = torch.stack([prompt.ids for prompt in prompts]).masked_fill(is_visual, 0)
-        states = self.layers.embed(ids).clone()
-        is_visual = is_visual.to(states.device)
-        sources = torch.cat([prompt.sources for prompt in prompts]).to(self.rows.device)
-        states[is_visual] = self.rows[sources].to(states)
+        states = self.layers.embed(ids).clone(memory_format=torch.contiguous_format)
+        sources = to_device(torch.cat([prompt.sources for prompt in prompts]), self.rows.device)
+        columns = to_device(torch.cat([prompt.visual for prompt in prompts]), states.device)
+        visual = list(columns.split([len(prompt.visual) for prompt in prompts]))
+        in_all = to_device(is_visual.flatten().nonzero()[:, 0], states.device)
+        states.view(-1, states.shape[-1])[in_all] = self.rows[sources].to(states)
+        asked = to_device(torch.cat([prompt.asked for prompt in prompts]), states.device)
         return SetPrompts(
             states,
-            is_visual,
-            self._positions(is_visual),
+            to_device(is_visual, states.device),
+            visual,
+            to_device(self._positions(is_visual), states.device),
             [rows[sources].to(states) for rows in self.deeper],
-            [prompt.asked.to(states.device) for prompt in prompts],
+            list(asked.split([len(prompt.asked) for prompt in prompts])),
             prompts[0].questions,
         )
 

@@ -8,9 +8,11 @@ come back, ascending, and ties go to the lowest index.
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from torch import Tensor
 from tokenprune.errors import OptionError, SelectorError, did_you_mean
 from tokenprune.selectors.options import check_option
 from tokenprune.tokens import INPUTS, Projector, TokenBatch
+from tokenprune.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class Selector:
         is then selected from each time.
     needs_picture
         Whether the method uses neighbours in the grid; items that are no picture are refused.
+    takes_sizes
+        Whether a batch may have items of different sizes. On a GPU they are then padded and
+        selected in the launches of one: `score` is given batches whose `TokenBatch.sizes` differ,
+        and `select_sizes` takes the place of `select`. A method with a `select` or `pick` of its
+        own needs a `select_sizes` of its own, too.
+    not_finite
+        Where a score that is NaN or infinite comes from the item and not from the method: what to
+        do about it. Such a score raises TokensError then; otherwise a NaN raises SelectorError.
 
     Raises
     ------
@@ -71,11 +82,19 @@ class Selector:
     needs: ClassVar[tuple[str, ...]]
     of_place: ClassVar[bool] = False
     needs_picture: ClassVar[bool] = False
+    takes_sizes: ClassVar[bool] = False
+    not_finite: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "needs" in vars(cls):
             _check_needs(cls.__name__, cls.needs)
+        own = cls.select is not Selector.select or cls.pick is not Selector.pick
+        if cls.takes_sizes and own and cls.select_sizes is Selector.select_sizes:
+            raise SelectorError(
+                f"selector {cls.__name__} says takes_sizes and has a `select` or `pick` of its "
+                "own. Define `select_sizes` as well, or leave takes_sizes out."
+            )
 
     def __post_init__(self) -> None:
         _check_needs(type(self).__name__, self.needs)  # the class may have been changed since
@@ -168,8 +187,30 @@ class Selector:
         """
         # Checked before `pick`, which may use them as an index or a weight.
         scores = self.score(tokens)
-        _check_scores(self, tokens, scores)
+        check_scores(self, tokens, scores)
         return Picks(self.pick(tokens, scores, keep), scores)
+
+    def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
+        """Return the tokens of each item that stay, for items of different sizes.
+
+        Exactly what `select` returns for each item alone. Called only where `takes_sizes` is set.
+
+        Parameters
+        ----------
+        tokens
+            B items, padded to N tokens, of which item i has ``tokens.sizes[i]`` of its own.
+        keeps
+            How many tokens of each item stay, between 1 and its size.
+
+        Returns
+        -------
+        Picks
+            LongTensor [B, max(keeps)]: in row i the first ``keeps[i]`` are item i's, ascending,
+            and what follows is not read. Scores [B, N], behind an item's size any numbers.
+        """
+        scores = self.score(tokens)
+        check_scores(self, tokens, scores)
+        return Picks(top_of_sizes(scores, tokens.sizes, keeps), scores)
 
 
 def top_k(scores: Tensor, keep: int) -> Tensor:
@@ -189,74 +230,60 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     """
     # torch.topk leaves the order of equal scores open; a stable sort does not.
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return order[..., :keep].sort(dim=-1).values
+    return _ascending(order[..., :keep])
 
 
-def check_picks(selector: Selector, tokens: TokenBatch, picks: Picks, keep: int) -> None:
-    """Raise unless a selector returned what it must.
+def top_of_sizes(scores: Tensor, sizes: Sequence[int], keeps: Sequence[int]) -> Tensor:
+    """Return `top_k` of each row's own scores; see `Selector.select_sizes`.
 
     Parameters
     ----------
-    selector
-        Whose `select` it was.
-    tokens
-        The B items it was given.
-    picks
-        What it returned.
-    keep
-        K, how many it was to keep.
+    scores
+        float [B, N] without NaN.
+    sizes, keeps
+        How many scores of each row are its own, and how many of them stay.
 
-    Raises
-    ------
-    SelectorError
-        Saying what it returned and what it must return.
+    Returns
+    -------
+    Tensor
+        LongTensor [B, max(keeps)], N where a row has fewer.
     """
-    if not isinstance(picks, Picks):
-        raise SelectorError(
-            f"`select` of the selector {selector.name!r} returned {type(picks).__name__}; it must "
-            "be tokenprune.Picks(kept, scores)."
-        )
-    kept, shape = picks.kept, (tokens.size, keep)
-    if not isinstance(kept, Tensor) or kept.dtype != torch.int64 or kept.shape != shape:
-        raise SelectorError(
-            f"{tokens.labels[0]}: the selector {selector.name!r} returned kept tokens "
-            f"{_described(kept)}; it must be int64 [B, K] = {list(shape)}, ascending. Correct its "
-            "`select` or `pick`."
-        )
-    flags = [((kept[:, 1:] > kept[:, :-1]).all() & (kept >= 0).all() & (kept < tokens.total).all())]
-    if picks.scores is not None:
-        _check_scores(selector, tokens, picks.scores)
-        flags.append(~picks.scores.isnan().any())
-    # One transfer for both flags: on a GPU each one waits for the device.
-    whole, *numbers = torch.stack([flag.to(kept.device) for flag in flags]).tolist()
-    if not all(numbers):
-        bad = int(cast(Tensor, picks.scores).isnan().any(dim=1).nonzero()[0])
-        raise SelectorError(
-            f"{tokens.labels[bad]}: the scores of the selector {selector.name!r} hold NaN, and "
-            "must be numbers. Correct its `score`."
-        )
-    if not whole:
-        for label, row in zip(tokens.labels, kept.tolist(), strict=True):
-            if sorted(set(row)) != row or row[0] < 0 or row[-1] >= tokens.total:
-                raise SelectorError(
-                    f"{label}: the selector {selector.name!r} returned kept tokens "
-                    f"{row[:20]}{' ...' if len(row) > 20 else ''}; they must ascend, each once, "
-                    f"between 0 and {tokens.total - 1}. Correct its `select` or `pick`."
-                )
+    total, most = scores.shape[-1], max(keeps)
+    # Ones of lowest score lie in front of the padding: the sort is stable.
+    behind = _behind(sizes, total, scores.device)
+    order = torch.sort(
+        scores.masked_fill(behind, -math.inf), dim=-1, descending=True, stable=True
+    ).indices[:, :most]
+    if len(set(keeps)) > 1:
+        order = order.masked_fill(_behind(keeps, most, scores.device), total)
+    return _ascending(order)
 
 
-def _check_scores(selector: Selector, tokens: TokenBatch, scores: Any) -> None:
-    """Raise SelectorError unless scores are float32 [B, N]."""
+def _ascending(indices: Tensor) -> Tensor:
+    """Return LongTensor [..., K] with each row in order."""
+    # On a GPU half the launches of a sort; all are taken, and of equal ones it does not matter.
+    return indices.topk(indices.shape[-1], dim=-1, largest=False, sorted=True).values
+
+
+def _behind(counts: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """Return BoolTensor [B, length], True behind the first so many of each row."""
+    places = torch.arange(length, device="cpu")
+    return to_device(places >= torch.tensor(counts, device="cpu")[:, None], device)
+
+
+def check_scores(selector: Selector, tokens: TokenBatch, scores: Any) -> None:
+    """Raise SelectorError unless scores are float32 [B, N]; what numbers they are is not read."""
     shape = (tokens.size, tokens.total)
     if not isinstance(scores, Tensor) or scores.dtype != torch.float32 or scores.shape != shape:
         raise SelectorError(
             f"{tokens.labels[0]}: the selector {selector.name!r} returned scores "
-            f"{_described(scores)}; it must be float32 [B, N] = {list(shape)}, one for each token "
+            f"{described(scores)}; it must be float32 [B, N] = {list(shape)}, one for each token "
             "of each item. Correct its `score`."
         )
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return what a selector returned, for an error."""
     if isinstance(value, Tensor):
         return f"of dtype {value.dtype} and shape {list(value.shape)}"
     return f"that are a {type(value).__name__}"

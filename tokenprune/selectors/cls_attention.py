@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tokenprune.numerics import folded_sum
@@ -26,12 +27,14 @@ class ClsAttention(Selector):
     summary: ClassVar[str] = "attention of the encoder's CLS token, mean over heads"
     paper: ClassVar[str] = "FasterVLM, arXiv 2412.01818"
     needs: ClassVar[tuple[str, ...]] = ("cls_attention",)
+    takes_sizes: ClassVar[bool] = True
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: `cls_attention` averaged over heads."""
-        attention = tokens.require("cls_attention").float()
-        if attention.ndim == 2:
-            return attention
+        given = tokens.require("cls_attention")
+        if given.ndim == 2:
+            return given.to(torch.float32, copy=True)  # the item's own stays its own
+        attention = given.float()
         # Tensor.mean adds the heads in another order for the last tokens of a row than for the
         # others, so tokens with equal attention would not tie.
         return folded_sum(attention, dim=1) / attention.shape[1]

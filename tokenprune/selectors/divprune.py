@@ -33,10 +33,15 @@ class DivPrune(Selector):
     summary: ClassVar[str] = "distances between the projected tokens"
     paper: ClassVar[str] = "DivPrune, arXiv 2503.02175"
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
+    takes_sizes: ClassVar[bool] = True
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
         return Picks(pick_diverse(tokens.require("embeddings"), keep))
+
+    def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
+        """Return LongTensor [B, max(keeps)]; there are no scores."""
+        return Picks(pick_diverse(tokens.require("embeddings"), keeps, sizes=tokens.sizes))
 
 
 def pick_diverse(

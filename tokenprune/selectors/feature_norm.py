@@ -19,6 +19,7 @@ class FeatureNorm(Selector):
     name: ClassVar[str] = "feature-norm"
     summary: ClassVar[str] = "L2 norm of the encoder's features (baseline)"
     needs: ClassVar[tuple[str, ...]] = ("features",)
+    takes_sizes: ClassVar[bool] = True
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: the norm of each row of `features`."""

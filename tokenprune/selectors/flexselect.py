@@ -18,6 +18,7 @@ from tokenprune.numerics import folded_sum
 from tokenprune.question.attention import QueryKeys, Reduction, question_scores
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device
 
 _ALL = "all"
 
@@ -77,7 +78,9 @@ class FlexSelect(LayerReading):
         given = tokens.require_query_attention()
         if isinstance(given, Tensor):
             attention = given.float()
-            return [self._reduce(attention[..., members.to(given.device)]) for members in sets]
+            return [
+                self._reduce(attention[..., to_device(members, given.device)]) for members in sets
+            ]
         keys_of_sets = given.read(
             sets, self.layer, values=self.weigh_values, hidden=self.drop_sinks
         )

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import OptionError
@@ -25,6 +26,7 @@ from tokenprune.selectors.base import Picks, Selector
 from tokenprune.selectors.frame_sets import of_set, pick_in_sets
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device, to_host
 
 _OUR_OWN = "none: tokenprune's own, see `tokenprune docs selectors`"
 
@@ -57,6 +59,7 @@ class Information(Selector):
 
     name: ClassVar[str] = "information"
     summary: ClassVar[str] = "large or distinctive embeddings that other tokens do not predict"
+    takes_sizes: ClassVar[bool] = True
     paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
 
@@ -82,6 +85,16 @@ class Information(Selector):
             return pick_informative(rows, share, self.noise, frames=frames)
 
         return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, embeddings.device, pick))
+
+    def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
+        """Return LongTensor [B, max(keeps)]; there are no scores."""
+        grids = tokens.grids or (tokens.grid,) * tokens.size
+        if all(frames == 1 for frames, _, _ in grids):
+            rows = tokens.require("embeddings")
+            return Picks(pick_informative(rows, keeps, self.noise, sizes=tokens.sizes))
+        # Videos have sets and changes of their own.
+        alone = (self.select(tokens.alone(index), keep) for index, keep in enumerate(keeps))
+        return Picks(pad_sequence([picks.kept[0] for picks in alone], batch_first=True))
 
 
 @dataclass(frozen=True)
@@ -129,20 +142,22 @@ class RelevantInformation(LayerReading):
         """Return each set's weights, ``1 + r / mean r``; see the class."""
         given = tokens.require_query_attention()
         embeddings = tokens.require("embeddings")
-        candidates = [self._candidates(tokens, members.to(embeddings.device)) for members in sets]
+        there = [to_device(members, embeddings.device) for members in sets]
+        candidates = [self._candidates(tokens, members) for members in there]
         if isinstance(given, Tensor):
             last = given[:, :, -1].float()
-            by_head = [last[..., members.to(given.device)] for members in sets]
+            by_head = [last[..., to_device(members, given.device)] for members in sets]
             attention = [
                 (folded_sum(heads, dim=1) / heads.shape[1]).gather(1, read)
                 for heads, read in zip(by_head, candidates, strict=True)
             ]
         else:
-            # A reader is of one item.
-            read_sets = [
-                members[read[0].to(members.device)]
-                for members, read in zip(sets, candidates, strict=True)
-            ]
+            # A reader is of one item. Its prompts are made on the host, where it is known what is
+            # read if that is all.
+            read_sets = list(sets)
+            if self.candidates < 1:
+                chosen = to_host([read[0] for read in candidates])
+                read_sets = [one[read] for one, read in zip(sets, chosen, strict=True)]
             keys_of_sets = given.read(read_sets, self.layer, values=False, hidden=False)
             attention = [
                 question_scores(_of_last_token(keys), "mean")[None] for keys in keys_of_sets

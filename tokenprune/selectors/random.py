@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import OptionError
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Random(Selector):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "nothing: a fixed random draw (baseline)"
     needs: ClassVar[tuple[str, ...]] = ()
+    takes_sizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,8 +49,18 @@ class Random(Selector):
             )
 
     def score(self, tokens: TokenBatch) -> Tensor:
-        """Return float32 [B, N]: the same permutation of 0 .. N-1 for every item."""
-        # The device is named because a default device may be set, which draws otherwise or fails.
-        generator = torch.Generator(device="cpu").manual_seed(self.seed)
-        order = torch.randperm(tokens.total, generator=generator, device="cpu").float()
-        return order.to(tokens.device).expand(tokens.size, -1)
+        """Return float32 [B, N]: for every item of N tokens the same permutation of 0 .. N-1."""
+        if tokens.grids is None:
+            # A copy, so that whoever is given the scores may change them.
+            order = _order(self.seed, tokens.total).clone()
+            return to_device(order, tokens.device).expand(tokens.size, -1)
+        rows = [_order(self.seed, size) for size in tokens.sizes]
+        return to_device(pad_sequence(rows, batch_first=True), tokens.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(seed: int, total: int) -> Tensor:
+    """Return float32 [total] on the CPU, a permutation drawn from `seed`."""
+    # The device is named because a default device may be set, which draws otherwise or fails.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randperm(total, generator=generator, device="cpu").float()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,33 @@ class Uniform(Selector):
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "nothing: an even grid in space and time (baseline)"
     needs: ClassVar[tuple[str, ...]] = ()
+    takes_sizes: ClassVar[bool] = True
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return the same LongTensor [K] for every item; there are no scores."""
-        frames, rows, columns = tokens.grid
-        kept = [
-            (frame * rows + row) * columns + column
-            for frame, in_frame in zip(
-                _middles(min(keep, frames), frames), _shares(keep, min(keep, frames)), strict=True
-            )
-            for row, column in _spread_in_frame(in_frame, rows, columns)
+        index = torch.tensor(_spread(tokens.grid, keep), dtype=torch.long, device="cpu")
+        return Picks(to_device(index, tokens.device).expand(tokens.size, -1))
+
+    def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
+        """Return LongTensor [B, max(keeps)]; there are no scores."""
+        grids = tokens.grids or (tokens.grid,) * tokens.size
+        rows = [
+            torch.tensor(_spread(grid, keep), dtype=torch.long, device="cpu")
+            for grid, keep in zip(grids, keeps, strict=True)
         ]
-        index = torch.tensor(kept, dtype=torch.long, device=tokens.device)
-        return Picks(index.expand(tokens.size, -1))
+        return Picks(to_device(pad_sequence(rows, batch_first=True), tokens.device))
+
+
+@functools.lru_cache(maxsize=64)
+def _spread(grid: tuple[int, int, int], keep: int) -> tuple[int, ...]:
+    """Return the indices that stay of a grid (T, R, W), ascending."""
+    frames, rows, columns = grid
+    used = min(keep, frames)
+    return tuple(
+        (frame * rows + row) * columns + column
+        for frame, in_frame in zip(_middles(used, frames), _shares(keep, used), strict=True)
+        for row, column in _spread_in_frame(in_frame, rows, columns)
+    )
 
 
 def _middles(parts: int, length: int) -> list[int]:

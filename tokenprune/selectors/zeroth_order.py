@@ -14,7 +14,6 @@ from torch import Tensor
 
 from tokenprune.errors import (
     OptionError,
-    TokensError,
     UnreadableProjectorError,
     UnsupportedModelError,
 )
@@ -26,6 +25,7 @@ from tokenprune.tokens import Projector, TokenBatch
 from tokenprune.tower import sensitivity
 from tokenprune.tower.model_projector import check_alike, entry_dtype, module_of, read_projector
 from tokenprune.tower.projectors import LiftedProjector
+from tokenprune.transfer import to_device
 
 _ROWS = 4096  # rows pushed through the projector at once, tokens times directions
 
@@ -97,6 +97,7 @@ class ZerothOrder(Selector):
     summary: ClassVar[str] = "how strongly the projector reacts to each token, and diversity"
     paper: ClassVar[str] = "ZOO-Prune, arXiv 2509.24837"
     needs: ClassVar[tuple[str, ...]] = ("features", "embeddings", "projector")
+    not_finite: ClassVar[str] = "Check the projector's weights and the features' range."
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,19 +133,11 @@ class ZerothOrder(Selector):
         ------
         OptionError
             If the estimator cannot work with this projector; the message says which can.
-        TokensError
-            If S is not finite.
         """
         features = tokens.require("features")
         with torch.no_grad(), full_precision(features.device):
             measure = self._measure(tokens.require_projector(), features)
             scores = _with_exact_ties(measure, features)
-        finite = scores.isfinite().all(dim=-1)
-        if not bool(finite.all()):
-            raise TokensError(
-                f"{tokens.labels[int((~finite).nonzero()[0])]}: the projector's sensitivity is not "
-                "finite. Check the projector's weights and the features' range."
-            )
         return scores
 
     def pick(self, tokens: TokenBatch, scores: Tensor, keep: int) -> Tensor:
@@ -228,7 +221,7 @@ class ZerothOrder(Selector):
 
     def _directions(self, features: Tensor, working: torch.dtype) -> Tensor:
         drawn = _unit_directions(self.directions, features.shape[-1], self.seed)
-        return drawn.to(features.device, working)
+        return to_device(drawn, features.device).to(working)
 
     def _refusal(self, error: UnsupportedModelError) -> OptionError:
         return OptionError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.transfer import to_device
 
 Sides = tuple[int, int]
 """(height, width) of a picture, or (rows, columns) of tokens."""
@@ -73,6 +74,38 @@ class Medium:
         if self.shapes is not None:
             sides = tuple((int(rows), int(columns)) for rows, columns in self.shapes)
             object.__setattr__(self, "shapes", sides)
+
+
+def one_slice(rows: Tensor) -> slice | None:
+    """Return the slice that ascending indices on the host are, or None where they are none.
+
+    A slice is a view: nothing is copied, and no index has to come to the device.
+    """
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else None
+
+
+def places_on(rows: Sequence[Tensor], device: torch.device) -> list[slice | Tensor]:
+    """Return by what each of some indices on the host is looked up in a tensor of a device.
+
+    Parameters
+    ----------
+    rows
+        LongTensors, ascending, of at least one index.
+    device
+        Where it is.
+
+    Returns
+    -------
+    list
+        Slices where they can be; all other indices come to the device in one copy.
+    """
+    found: list[slice | Tensor | None] = [one_slice(one) for one in rows]
+    missing = [one for one, known in zip(rows, found, strict=True) if known is None]
+    if not missing:
+        return [known for known in found if known is not None]
+    there = iter(to_device(torch.cat(missing), device).split(list(map(len, missing))))
+    return [next(there) if known is None else known for known in found]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes of weights that are numbers and not codes for them."""
 
 
+PLAIN_TYPES: set[type[Tensor]] = {Tensor, nn.Parameter}
+"""Types of tensors that hold their numbers. Others hold codes, shards or promises of them."""
+
 _WATCHES = "only_watches"
 
 
@@ -83,8 +86,7 @@ def why_not_loaded(name: str, tensor: Any) -> str | None:
     """
     if not isinstance(tensor, Tensor):
         return f"the {name} is no tensor (packed, as quantisation does)"
-    # Subclasses hold codes, shards or promises of the numbers.
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in PLAIN_TYPES:
         return f"the {name} is a {_full_name(type(tensor))}, no plain tensor"
     if tensor.is_meta:
         return f"the {name} is not in memory (offloaded, or not loaded)"

@@ -19,18 +19,25 @@ the squared norms of the parts' Jacobians add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
+from tokenprune.errors import (
+    UnreadableProjectorError,
+    UnsupportedModelError,
+    WeightsChangedError,
+)
+from tokenprune.late import look
 from tokenprune.numerics import blocks_of, directional_derivative
 from tokenprune.tower.plain_weights import why_altered, why_not_loaded, why_not_plain
+from tokenprune.transfer import ToHost
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -195,7 +202,10 @@ class Grams:
     Attributes
     ----------
     digests
-        What the weights were when these were made: of each layer, and of the norm's gain.
+        What the weights were when these were made: of each layer, and of the norm's gain. On the
+        CPU.
+    versions
+        How often torch had seen each of them written to.
     kind
         What else they hang on: the number of the norm's parts, and whether it centres.
     parts
@@ -205,6 +215,7 @@ class Grams:
     """
 
     digests: list[Tensor]
+    versions: list[int | None]
     kind: tuple[object, ...]
     parts: list[list[Tensor]]
     outer: list[Tensor]
@@ -273,7 +284,8 @@ class LiftedProjector:
                 self._squared_jacobian_norm(self._front(rows.to(self._dtype)))
                 for rows in blocks_of(features, _ROWS)
             ]
-            return torch.cat(squares).clamp_(min=0.0).sqrt_()
+            together = squares[0] if len(squares) == 1 else torch.cat(squares)
+            return together.clamp_(min=0.0).sqrt_()
 
     def directional_norm(self, features: Tensor, directions: Tensor) -> Tensor:
         """Return the mean over directions u of ||J u||_2 at each row of `features`.
@@ -392,27 +404,53 @@ class LiftedProjector:
     def _grams(self) -> Grams:
         """The model's matrices, from the projector's cache if its weights are what they were."""
         digests = [_digest(weight) for weight in self._weights()]
-        known = self._projector.grams.get(self._dtype)
-        if known is None or known.kind != self._kind or not _same(known.digests, digests):
-            self._projector.grams.pop(self._dtype, None)  # never two sets of matrices at once
-            known = self._build_grams(digests)
-            self._projector.grams[self._dtype] = known
+        grams, dtype = self._projector.grams, self._dtype
+        known = grams.get(dtype)
+        arriving = ToHost(digests)
+        if known is not None and known.kind == self._kind:
+            if digests[0].is_cuda and self._seem_unchanged(known):
+                before = known.digests
+
+                def look_at() -> None:
+                    if not _same(before, arriving.arrived()):
+                        grams.pop(dtype, None)
+                        raise WeightsChangedError(
+                            "the projector's weights were changed through `.data` since the last "
+                            "call, and this one was scored by what they were. Call again: they "
+                            "have been forgotten."
+                        )
+
+                # Reading weights is quick, and waiting until they are read is not.
+                look(look_at)
+                return known
+            if _same(known.digests, arriving.arrived()):
+                return known
+        grams.pop(dtype, None)  # never two sets of matrices at once
+        known = grams[dtype] = self._build_grams(arriving.arrived())
         return known
+
+    def _seem_unchanged(self, known: Grams) -> bool:
+        """Say whether weights are likely to be those of known matrices: nobody trains them."""
+        training = bool(getattr(self._projector.first, "training", False))
+        return not training and known.versions == list(map(_version, self._weights()))
 
     def _build_grams(self, digests: list[Tensor]) -> Grams:
         first = self._centred_parts()
         second = cast(Tensor, self._second)
         parts: list[list[Tensor]] = [[] for _ in first]
         outer: list[Tensor] = []
-        for start in range(0, second.shape[1], _BLOCK):
-            columns = slice(start, min(start + _BLOCK, second.shape[1]))
+        # On a GPU half of the products cost less than the launches of many blocks.
+        width = second.shape[1] if second.is_cuda else _BLOCK
+        for start in range(0, second.shape[1], width):
+            columns = slice(start, min(start + width, second.shape[1]))
             block = second[:, : columns.stop].T @ second[:, columns]
             block[:start] *= 2.0  # these entries stand for their mirror images too
             for blocks, weights in zip(parts, first, strict=True):
                 blocks.append((weights[: columns.stop] @ weights[columns].T).mul_(block))
             if self._norm is not None:
                 outer.append(block)
-        return Grams(digests, self._kind, parts, outer)
+        versions = list(map(_version, self._weights()))
+        return Grams(digests, versions, self._kind, parts, outer)
 
     @property
     def _kind(self) -> tuple[object, ...]:
@@ -445,12 +483,37 @@ def _quadratic(blocks: list[Tensor], vectors: Tensor) -> Tensor:
 
     Only the upper triangle's blocks are multiplied: a little over half of the operations.
     """
-    total = vectors.new_zeros(len(vectors))
-    for block in blocks:
+
+    def of_block(block: Tensor) -> Tensor:
         stop, width = block.shape
         product = vectors[:, :stop] @ block
-        total += product.mul_(vectors[:, stop - width : stop]).sum(-1)
+        return product.mul_(vectors[:, stop - width : stop]).sum(-1)
+
+    total = of_block(blocks[0])
+    for block in blocks[1:]:
+        total += of_block(block)
     return total
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, dict[Any, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What trying a module said of it, as long as its code is the same."""
+
+
+def known_of(module: object) -> dict[Any, Any]:
+    """Return what is remembered of a module; empty once its code is another, and of what is none.
+
+    For what does not depend on weights. On a GPU every try would be a wait; on a CPU modules are
+    tried anew each time.
+    """
+    if not isinstance(module, nn.Module):
+        return {}
+    code = [(id(part), type(part), type(part).forward) for part in module.modules()]
+    before = _KNOWN.get(module)
+    if before is None or before[0] != code:
+        before = _KNOWN[module] = code, {}
+    return before[1]
 
 
 def _digest(weight: Tensor) -> Tensor:
@@ -468,11 +531,14 @@ def _digest(weight: Tensor) -> Tensor:
     return rows.view(integer).sum(-1, dtype=torch.int64)
 
 
-def _same(before: list[Tensor], now: list[Tensor]) -> bool:
-    return len(before) == len(now) and all(
-        old.shape == new.shape and old.device == new.device and torch.equal(old, new)
-        for old, new in zip(before, now, strict=True)
-    )
+def _version(weight: Tensor) -> int | None:
+    """Return how often torch saw a tensor written to; tensors of inference mode do not count it."""
+    return None if weight.is_inference() else weight._version
+
+
+def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Say whether digests on the host are the same."""
+    return len(before) == len(now) and all(map(torch.equal, before, now))
 
 
 def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> _Norm:
@@ -503,14 +569,21 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
         for centred in (True, False)
         for offset in (0.0, 1.0)
     ]
+    known = known_of(norm) if own.type == "cuda" else {}
+    kind = ("norm", width, own_dtype, dtype)
+    if (place := known.get(kind)) is not None:
+        remembered: _Norm = candidates[place]
+        return remembered
     if gain.shape == (width,):
         with torch.no_grad():
             got = norm(probe.to(own_dtype)).to(dtype)
             expected = [candidate(probe.to(own_dtype).to(dtype)) for candidate in candidates]
-        errors = [float((got - values).abs().max()) for values in expected]
+        found = [*((got - values).abs().max() for values in expected), got.abs().max()]
+        *errors, largest = torch.stack(found).tolist()
         nearest = errors.index(min(errors))
         # A few roundings of the norm's own dtype.
-        if errors[nearest] <= 8.0 * torch.finfo(own_dtype).eps * float(got.abs().max()):
+        if errors[nearest] <= 8.0 * torch.finfo(own_dtype).eps * largest:
+            known[kind] = nearest
             return candidates[nearest]
     raise UnsupportedModelError(
         f"MLPProjector: {type(norm).__name__} over {width} entries is neither layer norm nor RMS "
@@ -565,19 +638,25 @@ def _slope_of(activation: Activation | None, device: torch.device) -> Activation
     """
     if activation is None:
         return _ones
-    known = activation
+    applied = activation
 
     def by_forward_mode(hidden: Tensor) -> Tensor:
-        return directional_derivative(known, hidden.clone(), torch.ones_like(hidden))
+        return directional_derivative(applied, hidden.clone(), torch.ones_like(hidden))
 
     learns = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    known = known_of(activation) if device.type == "cuda" else {}
+    if "slope" in known:
+        place: int | None = known["slope"]
+        return by_forward_mode if place is None else _SLOPES[place][1]
+    known["slope"] = None
     if not learns:
         probe = torch.linspace(-6.0, 6.0, 97, dtype=torch.float32, device=device)
         with torch.no_grad():
             values = activation(probe.clone())
-            for function, slope in _SLOPES:
+            for place, (function, slope) in enumerate(_SLOPES):
                 if values.shape == probe.shape and torch.allclose(
                     values.float(), function(probe), rtol=0.0, atol=1e-5
                 ):
+                    known["slope"] = place
                     return slope
     return by_forward_mode
