@@ -4,6 +4,7 @@
     scripts/compare_selectors.py --split validation --scenes 150 --variants   # how ours were chosen
     scripts/compare_selectors.py --out OUT                                    # what they reach
     scripts/compare_selectors.py --weights WEIGHTS --out OUT                  # on another model
+    scripts/compare_selectors.py --candidates --out OUT                       # what is to be read
     scripts/compare_selectors.py --tables RUN [RUN ...]                       # figures as Markdown
 
 Each set is one run of the evaluation in a folder of its own, OUT/SET, that is continued where it
@@ -19,6 +20,9 @@ question too) with its 95 % interval, paired question by question, and McNemar's
 method: it keeps the tokens where the answer is to be seen (see ``tried_selectors.py``), which is
 what a method that reads the question could know at best. It is not an upper bound: the other tokens
 may matter as well.
+
+With ``--candidates``, `relevant-information` alone is run, with every token read and with fewer,
+and the mean over sets, budgets and attention of the paired differences is printed.
 """
 
 from __future__ import annotations
@@ -35,7 +39,14 @@ import torch
 import transformers
 from compare_sets import SETS, STYLED, VIDEOS, written
 from rich.console import Console
-from tried_selectors import ORACLE, choosers, register_published, register_tried
+from tried_selectors import (
+    EVERY_READ,
+    ORACLE,
+    choosers,
+    register_published,
+    register_readings,
+    register_tried,
+)
 
 from tokenprune.families.registry import reference_layer
 from tokenprune_eval.bundled import scenes
@@ -76,6 +87,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=100, help="of each set of videos")
     parser.add_argument("--keep", type=float, nargs="+", help="shares; default: the YAML file's")
     parser.add_argument("--variants", action="store_true", help="what was tried, on single images")
+    parser.add_argument("--candidates", action="store_true", help="what fewer tokens read lose")
     parser.add_argument("--out", type=Path, default=Path("selectors-out"), help="folder of runs")
     parser.add_argument("--tables", type=Path, nargs="+", help="print these runs as Markdown")
     options = parser.parse_args()
@@ -86,6 +98,8 @@ def main() -> None:
         models.setdefault(about, []).extend(cells)
     for about, cells in models.items():
         print_markdown(about, cells)
+    if options.candidates:
+        print_differences(runs)
 
 
 def run(name: str, options: argparse.Namespace, **more: Any) -> Path | None:
@@ -127,6 +141,8 @@ def run(name: str, options: argparse.Namespace, **more: Any) -> Path | None:
     methods = [one for one in settings.method if one != ORACLE or name in STYLED]
     if options.variants and name in (*STYLED, "easy-vqa"):
         methods += register_tried(layers, layer)
+    if options.candidates:
+        methods = ["relevant-information", *register_readings()]
     settings = settings.model_copy(update={"method": methods})
     plan = [Planned(one, settings.conditions()) for one in load_sets(settings)]
     about = (
@@ -347,6 +363,38 @@ def print_types(whole: Cell, cells: Sequence[Cell]) -> None:
             for cell in shown
         ),
     )
+
+
+def print_differences(runs: Sequence[Path]) -> None:
+    """Print how far methods are from `EVERY_READ`, in points, on average over the cells of runs."""
+    found: dict[str, list[float]] = {}
+    for folder in runs:
+        known = read_run(folder)
+        answers: dict[str, dict[str, Any]] = {one.key: {} for one in known.conditions}
+        for record in known.records:
+            if (answer := answer_of(record)) is not None:
+                answers[record.condition][record.item] = answer
+        by_cell = {
+            (one.method, one.keep, one.proportional_attention): answers[one.key]
+            for one in known.conditions
+        }
+        for (method, *cell), own in by_cell.items():
+            reference = by_cell.get((EVERY_READ, *cell))
+            if reference and method != EVERY_READ and (gap := paired(own, reference)):
+                found.setdefault(method, []).append(100 * gap.difference)
+    print_table(
+        ("method",),
+        ("cells", "mean difference", "lowest", "highest"),
+        (
+            (label(method), str(len(gaps)), *(f"{one:+.2f}" for one in _summary(gaps)))
+            for method, gaps in found.items()
+        ),
+    )
+
+
+def _summary(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, lowest and highest."""
+    return sum(values) / len(values), min(values), max(values)
 
 
 def print_table(

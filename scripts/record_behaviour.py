@@ -298,6 +298,8 @@ def _variants(kind: Any) -> Iterator[dict[str, Any]]:
             values = [2]
         elif field.name in ("noise", "candidates"):
             values = [0.5]
+        elif field.name == "min_candidates":
+            values = [1]
         elif field.name == "directions":
             values = [7]
         for value in values:

@@ -48,6 +48,7 @@ from tokenprune_eval.evaluation.runner import Planned
 NOISE = 0.2
 EXPONENT = 0.5
 ORACLE = "oracle"
+EVERY_READ = "relevant-information, every token read"
 
 OfRows = Callable[[Tensor, int], Tensor]
 OfRelevance = Callable[[Tensor, Tensor, int], Tensor]
@@ -66,6 +67,15 @@ def register_published() -> None:
     """Register `evs` and `vidcom2`."""
     for name, choose in (("evs", evs), ("vidcom2", vidcom2)):
         register(_selector(name, partial(_of_each_video, choose)))
+
+
+@cache
+def register_readings() -> list[str]:
+    """Register `readings`; return the names, `EVERY_READ` first."""
+    found = readings()
+    for selector in found:
+        register(selector)
+    return [selector.name for selector in found]
 
 
 @cache
@@ -513,9 +523,19 @@ def asked_variants(layers: int, reference: int) -> list[type[Selector]]:
             for layer in range(layers)
             if layer != reference
         ),
+    ]
+
+
+def readings() -> list[type[Selector]]:
+    """Return `relevant-information` with every token read, and with a share of any number."""
+    return [
+        _subclass(RelevantInformation, EVERY_READ, candidates=1.0),
         *(
             _subclass(
-                RelevantInformation, f"relevant-information, {share} read", candidates=candidates
+                RelevantInformation,
+                f"relevant-information, {share} read",
+                candidates=candidates,
+                min_candidates=1,
             )
             for share, candidates in (("a quarter", 0.25), ("half", 0.5))
         ),

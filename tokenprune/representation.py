@@ -17,11 +17,7 @@ _BLOCK_ENTRIES = 2**24  # float64 entries of a block of cosines: 128 MiB
 
 
 def tokens_represented(embeddings: Tensor, kept: Tensor) -> Tensor:
-    """Count the tokens that each kept token stands for.
-
-    A kept token stands for itself, and a dropped one is stood for by the kept token whose cosine
-    to it is highest; of equal ones by the first. Cosines come out of exact products, so the counts
-    are the same in any batch and on any device. O(N * K * D) time.
+    """Count the tokens that each kept token stands for; see `representatives`.
 
     Parameters
     ----------
@@ -35,10 +31,33 @@ def tokens_represented(embeddings: Tensor, kept: Tensor) -> Tensor:
     Tensor
         LongTensor [B, K]; each row adds up to N.
     """
-    counts = torch.zeros_like(kept)
+    stands_for = representatives(embeddings, kept)
+    return torch.zeros_like(kept).scatter_add_(1, stands_for, torch.ones_like(stands_for))
+
+
+def representatives(embeddings: Tensor, kept: Tensor) -> Tensor:
+    """Return which kept token stands for each token.
+
+    A kept token stands for itself, and a dropped one is stood for by the kept token whose cosine
+    to it is highest; of equal ones by the first. Cosines come out of exact products, so the result
+    is the same in any batch and on any device. O(N * K * D) time.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D], what the language model would read.
+    kept
+        LongTensor [B, K], ascending in each row.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, N], counted among the K.
+    """
+    found = []
     step = max(1, _BLOCK_ENTRIES // max(1, kept.shape[1]))
     # One item, and of it one block of tokens at a time: that is what bounds memory.
-    for item, (tokens, stay) in enumerate(zip(embeddings, kept, strict=True)):
+    for tokens, stay in zip(embeddings, kept, strict=True):
         rows = IntegerRows.from_embeddings(tokens[None])
         whole, inverse = rows.rows[0], rows.inverse_norms[0]
         nearest = []
@@ -49,5 +68,5 @@ def tokens_represented(embeddings: Tensor, kept: Tensor) -> Tensor:
         stands_for = torch.cat(nearest)
         # A kept token may have an exact copy among those before it, and still stands for itself.
         stands_for[stay] = torch.arange(len(stay), device=stay.device)
-        counts[item] = torch.bincount(stands_for, minlength=len(stay))
-    return counts
+        found.append(stands_for)
+    return torch.stack(found)

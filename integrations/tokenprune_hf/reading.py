@@ -289,9 +289,10 @@ class DecoderLayers:
             # The first of four rows numbers the tokens, for the engine's masks.
             plain = torch.arange(positions.shape[2], device=positions.device)
             positions = torch.cat([plain.expand(1, positions.shape[1], -1), positions])
-        elif positions.ndim == 3:
-            # Without such an axis, masks are made of time and would take images for packed prompts.
-            extra["attention_mask"] = torch.ones_like(positions[0])
+        elif positions.ndim == 3 or prompts.gaps:
+            # Without that axis or a mask, masks are made of positions: times and gaps would be
+            # taken for ends of packed prompts.
+            extra["attention_mask"] = torch.ones_like(prompts.is_visual, dtype=torch.int64)
         return read_layers(
             decoder,
             prompts.states,

@@ -25,6 +25,7 @@ from tokenprune.errors import (
 from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys, Reduction, question_scores
 from tokenprune.question.prompt import ItemPrompt, positions_on_axes
+from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.selectors.frame_sets import frame_sets, shares
 
 
@@ -114,8 +115,15 @@ class Reader:
     asked: list[int] = field(default_factory=list)
 
     def read(
-        self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
+        self,
+        sets: Sequence[Tensor],
+        layer: int | None,
+        *,
+        values: bool,
+        hidden: bool,
+        among: Sequence[Tensor] | None = None,
     ) -> list[QueryKeys]:
+        assert among is None
         self.asked.append(len(sets))
         text = self.query.shape[1]
         return [
@@ -301,6 +309,49 @@ def test_labels_come_with_their_frame() -> None:
     assert second.questions == 2
     first = prompt.of_set(torch.tensor([0, 1]))
     assert first.ids.tolist() == [10, 11, 20, 0, 0, 1, 30, 31]
+
+
+@dataclass
+class Layers:
+    """First layers that remember what they are run on; ids embed to themselves."""
+
+    ran: list[SetPrompts] = field(default_factory=list)
+
+    def reference_layer(self, asked: int | None) -> int:
+        return asked or 0
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return ids[..., None].float()
+
+    def run(
+        self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
+    ) -> list[dict[int, QueryKeys]]:
+        self.ran.append(prompts)
+        nothing = torch.zeros(1, 1, 1)
+        return [{layers[0]: QueryKeys(nothing, nothing, one, 1.0)} for one in prompts.asked]
+
+
+@pytest.mark.parametrize("interval", [None, 2])
+def test_tokens_that_are_read_keep_their_positions(interval: int | None) -> None:
+    layers = Layers()
+    rows = torch.arange(100.0, 105.0)[:, None]  # of the item's four tokens, then the newline's
+    made = PromptReader(layers, item_prompt(), rows, [-rows], (2, 1, 2), interval)
+    options: dict[str, Any] = {"values": False, "hidden": False}
+    every = torch.arange(4)
+    made.read([every], None, **options)
+    made.read([every], None, **options, among=[torch.tensor([1, 2])])
+    made.read([every], None, **options, among=[every])
+    whole, some, again = layers.ran
+    left = [0, 1, 2, 4, 5, 6, 8, 9, 10]  # without the first and the last token of the item
+    assert some.states.flatten().tolist() == [10, 11, 20, 101, 21, 102, 104, 30, 31]
+    assert some.states.equal(whole.states[:, left])
+    assert some.positions.equal(whole.positions[..., left])
+    assert some.is_visual.equal(whole.is_visual[:, left])
+    assert some.deeper[0].flatten().tolist() == [-101, -102, -104]
+    assert some.asked[0].tolist() == [3, 5]
+    assert some.questions == 2
+    assert (whole.gaps, some.gaps, again.gaps) == (False, True, False)
+    assert again.positions.equal(whole.positions)
 
 
 def test_no_text_behind() -> None:

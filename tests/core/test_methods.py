@@ -437,7 +437,7 @@ def test_relevant_information_weighs_by_the_last_tokens_attention() -> None:
         np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
 
 
-def test_only_candidates_are_weighed() -> None:
+def test_an_unread_token_weighs_as_the_most_similar_read_one() -> None:
     tokens = dataclasses.replace(
         item(seed=4), query_attention=draw(4, 3, N + 2, seed=9).softmax(-1)[..., 2:]
     )
@@ -445,15 +445,20 @@ def test_only_candidates_are_weighed() -> None:
     assert isinstance(given, Tensor)
     looked_at = array(given)[:, -1].mean(axis=0)
     rows = array(tokens.embeddings)
-    read = most_information(rows, 0.2, 12, 1 + changed(rows))
-    weights = np.ones(N)
-    weights[read] += looked_at[read] / looked_at[read].mean()
-    selection = tokenprune.select(tokens, "relevant-information", 5, candidates=0.25)
-    np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
-    counted = weights + changed(rows)
-    assert selection.kept.tolist() == most_information(rows, 0.2, 5, counted)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    for share, least, count in ((0.25, 5, 12), (0.05, 7, 7)):
+        read = most_information(rows, 0.2, count, 1 + changed(rows))
+        weights = 1 + looked_at[read] / looked_at[read].mean()
+        weights = weights[(unit @ unit[read].T).argmax(axis=1)]
+        options = {"candidates": share, "min_candidates": least}
+        selection = tokenprune.select(tokens, "relevant-information", 5, **options)
+        np.testing.assert_allclose(array(selection.scores), weights, rtol=1e-5)
+        counted = weights + changed(rows)
+        assert selection.kept.tolist() == most_information(rows, 0.2, 5, counted)
     with pytest.raises(OptionError, match=r"candidates=0\.0 .* above 0 and at most 1\.0"):
         build("relevant-information", {"candidates": 0.0})
+    with pytest.raises(OptionError, match=r"min_candidates=0 .* at least 1"):
+        build("relevant-information", {"min_candidates": 0})
 
 
 def test_of_a_long_video_every_set_of_frames_has_its_share() -> None:

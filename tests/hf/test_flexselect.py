@@ -30,7 +30,12 @@ IMAGES = [
 
 
 def attention_by_hand(
-    model: Any, name: str, inputs: dict[str, Any], columns: Sequence[int], row_of: dict[int, Tensor]
+    model: Any,
+    name: str,
+    inputs: dict[str, Any],
+    columns: Sequence[int],
+    row_of: dict[int, Tensor],
+    unread: Sequence[int] = (),
 ) -> list[Tensor]:
     """Run the whole language model, eager, on some columns of a prompt; return every layer's map.
 
@@ -40,6 +45,8 @@ def attention_by_hand(
         Which columns of the first prompt the short one has.
     row_of
         Column -> what stands there in place of the token's embedding.
+    unread
+        Columns that are left out once positions are counted.
     """
     ids = inputs["input_ids"][:1, columns]
     embeddings = model.get_input_embeddings()(ids).clone()
@@ -68,6 +75,16 @@ def attention_by_hand(
         rows = [place.index(column) for column in columns if column in row_of]
         arguments["visual_pos_masks"] = visual
         arguments["deepstack_visual_embeds"] = [torch.cat(list(layer))[rows] for layer in deep]
+    if unread:
+        left = [place for place, column in enumerate(columns) if column not in unread]
+        embeddings, visual = embeddings[:, left], visual[:, left]
+        arguments["position_ids"] = arguments["position_ids"][..., left]
+        arguments["attention_mask"] = torch.ones_like(visual, dtype=torch.int64)
+        if name == "qwen3_vl":
+            arguments["visual_pos_masks"] = visual
+            rows = [n for n, c in enumerate(c for c in columns if c in row_of) if c not in unread]
+            deep = arguments["deepstack_visual_embeds"]
+            arguments["deepstack_visual_embeds"] = [layer[rows] for layer in deep]
     model.set_attn_implementation("eager")
     try:
         output = language_model(
@@ -188,6 +205,36 @@ def test_an_image_is_one_set(name: str) -> None:
             part = attention[:, -questions:][..., [columns.index(place[row]) for row in item]]
             assert selection.scores is not None
             torch.testing.assert_close(selection.scores, part.amax((0, 1)), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_candidates_are_read_where_they_stand_in_the_prompt(name: str) -> None:
+    tiny = TINY[name]
+    model = tiny.model()
+    inputs = prompt(tiny, ["tit"])
+    options: dict[str, Any] = {"candidates": 0.5, "min_candidates": 1, "layer": 1}
+    with torch.no_grad():
+        rows, sizes = encoder_rows(model, inputs, "image")
+        with tokenprune_hf.prune(model, "relevant-information", 3, **options) as pruning:
+            model(**inputs)
+        with tokenprune_hf.prune(model, "information", 0.5) as blind:
+            model(**inputs)
+        place = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0].tolist()
+        (item,) = item_rows(name, inputs, "image", sizes)
+        loose = [place[row] for row in range(len(rows)) if row not in item]
+        text = (inputs["input_ids"][0] != IMAGE).nonzero()[:, 0].tolist()
+        read = [place[item[token]] for token in blind.selections[0].kept.tolist()]
+        unread = [place[row] for row in item if place[row] not in read]
+        assert unread
+        columns = sorted(text + read + unread + loose)
+        row_of = {column: rows[place.index(column)] for column in place}
+        attention = attention_by_hand(model, name, inputs, columns, row_of, unread)[1]
+        left = [column for column in columns if column not in unread]
+        last = attention[:, -1, [left.index(column) for column in read]].mean(dim=0)
+        scores = pruning.selections[0].scores
+    assert scores is not None
+    found = scores[blind.selections[0].kept]
+    torch.testing.assert_close(found, 1 + last / last.mean(), atol=1e-5, rtol=1e-4)
 
 
 def kept_of(model: Any, inputs: dict[str, Any], **options: Any) -> list[list[int]]:

@@ -71,6 +71,11 @@ UNWATCHED = ("gemma3n", "gemma4")
 BOTH_WAYS = tuple(name for name in ("gemma3", "gemma4", "molmo2") if name in FAMILIES)
 OTHERS_BOTH_WAYS = ("gemma4_unified", "paligemma")
 KEEP = 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Items are small here: without these, every token would be read.
+    "relevant-information": {"candidates": 0.5, "min_candidates": 1}
+}
+"""Of the methods that are not asked for with their defaults."""
 EXACT = [family for family in FAMILIES if DTYPES[family] == "float32"]
 ROUNDED = [family for family in FAMILIES if family not in EXACT]
 NEAR = 0.15  # of the logits' standard deviation: what rounding to bfloat16 makes of equal ones
@@ -237,9 +242,14 @@ class Reference:
                 inputs["token_type_ids"] = torch.ones_like(types)
         return inputs.to(self.model.dtype)
 
+    def _asked(self, case: Case) -> dict[str, Any]:
+        """Return the pruning that a case asks for."""
+        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        return {**asked, **OPTIONS.get(asked["method"], {})}
+
     def first(self, case: Case) -> tuple[int, torch.Tensor]:
         """Return the likeliest first token, and its log-probability among all tokens."""
-        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        asked = self._asked(case)
         if asked.pop("off", False):
             asked["keep"] = 1.0
         with torch.no_grad(), tokenprune_hf.prune(self.model, **asked):
@@ -252,7 +262,7 @@ class Reference:
         inputs = self.inputs(case)
         length = inputs["input_ids"].shape[1]
         options = {"max_new_tokens": 8, "do_sample": False}
-        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        asked = self._asked(case)
         if asked.pop("off", False) or not case.pictures:
             inputs.pop("video_frames", None)  # the plain model does not know it
             return self.model.generate(**inputs, **options)[0, length:].tolist(), []
@@ -292,7 +302,7 @@ class Reference:
         if "mm_token_type_ids" in inputs:
             kinds = [inputs["mm_token_type_ids"], torch.zeros_like(more)]
             longer["mm_token_type_ids"] = torch.cat(kinds, dim=1)
-        asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
+        asked = self._asked(case)
         own: list[Selection] = []
         with torch.no_grad():
             if asked.pop("off", False) or not (images or videos):
@@ -359,30 +369,29 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
         limits = {"vision_chunk": 4}
     elif family in VIDEOS:
         limits["video"] = 1 if family in (*APART, *VIDEOS_ALONE) else 2
-    return engine(
-        folder,
-        method,
-        **{
-            "keep": KEEP,
-            "request_methods": methods_of(family)[1:],
-            # vLLM takes an image without tiles for LFM2-VL's largest, and refuses larger ones.
-            "max_num_batched_tokens": 96 if family == "lfm2_vl" else STEP,
-            "max_num_seqs": 8,
-            # A cache that one or two prompts fill: requests push each other out and come back.
-            "max_model_len": LONGEST.get(family, 256),
-            "block_size": 32,
-            # Sliding layers have blocks of their own.
-            "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 * (1 + (family in UNREAD))
-            + 2,
-            "disable_log_stats": False,
-            "limit_mm_per_prompt": limits,
-            "trust_remote_code": family in TRUSTED,
-            "dtype": DTYPES[family],
-            "mm_processor_kwargs": CALLED_WITH.get(family),
-            **(LATENT if family in KIMI else {}),
-            **options,
-        },
-    )
+    settings = {
+        "keep": KEEP,
+        "request_methods": methods_of(family)[1:],
+        # vLLM takes an image without tiles for LFM2-VL's largest, and refuses larger ones.
+        "max_num_batched_tokens": 96 if family == "lfm2_vl" else STEP,
+        "max_num_seqs": 8,
+        # A cache that one or two prompts fill: requests push each other out and come back.
+        "max_model_len": LONGEST.get(family, 256),
+        "block_size": 32,
+        # Sliding layers have blocks of their own.
+        "num_gpu_blocks_override": LONGEST.get(family, 256) // 32 * (1 + (family in UNREAD)) + 2,
+        "disable_log_stats": False,
+        "limit_mm_per_prompt": limits,
+        "trust_remote_code": family in TRUSTED,
+        "dtype": DTYPES[family],
+        "mm_processor_kwargs": CALLED_WITH.get(family),
+        **(LATENT if family in KIMI else {}),
+        **options,
+    }
+    settings["request_methods"] = {
+        name: OPTIONS.get(name, {}) for name in settings["request_methods"]
+    }
+    return engine(folder, method, **settings)
 
 
 def request(family: str, case: Case) -> dict[str, Any]:

@@ -55,7 +55,13 @@ class QueryReader(Protocol):
     """Reads visual tokens together with the question; an adapter's, one for each image or video."""
 
     def read(
-        self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
+        self,
+        sets: Sequence[Tensor],
+        layer: int | None,
+        *,
+        values: bool,
+        hidden: bool,
+        among: Sequence[Tensor] | None = None,
     ) -> Sequence[QueryKeys]:
         """Run the language model up to a layer on each set of the item's tokens.
 
@@ -68,6 +74,10 @@ class QueryReader(Protocol):
             Whose q and k are wanted, counted from 0; None for `reference_layer`'s.
         values, hidden
             Whether `value_norm` and `hidden` are wanted.
+        among
+            LongTensors [r], ascending, for each set: which of its tokens are read, counted in the
+            set. The others are in no prompt, and those that are read keep their positions. None
+            for all tokens.
 
         Raises
         ------

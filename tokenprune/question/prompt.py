@@ -1,12 +1,14 @@
 """The prompt in which a set of an item's tokens is read together with the question.
 
 A set is read as if it was the whole video: all of the prompt's text stands around it, text inside
-the video (time stamps, frame numbers) comes with its frame, and positions are counted afresh.
+the video (time stamps, frame numbers) comes with its frame, and positions are counted afresh. Where
+only some tokens of a set are read, the others are taken out of that prompt, and those that are left
+keep their positions, as in a pruned prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +32,10 @@ class SetPrompt:
         LongTensor [n], the columns of the set's own tokens, in the set's order.
     questions
         Q; the question is the last Q tokens.
+    whole
+        The prompt of all the set's tokens, where some were taken out of this one; None otherwise.
+    columns
+        LongTensor [L], where in `whole` each of these tokens stands; None where that is None.
     """
 
     ids: Tensor
@@ -37,6 +43,8 @@ class SetPrompt:
     sources: Tensor
     asked: Tensor
     questions: int
+    whole: SetPrompt | None = None
+    columns: Tensor | None = None
 
     @property
     def is_visual(self) -> Tensor:
@@ -44,6 +52,30 @@ class SetPrompt:
         mask = torch.zeros_like(self.ids, dtype=torch.bool)
         mask[self.visual] = True
         return mask
+
+    def only(self, read: Tensor) -> SetPrompt:
+        """Return this prompt without the set's tokens that are not read.
+
+        Parameters
+        ----------
+        read
+            LongTensor [r], ascending: which of the set's n tokens stay, counted in the set.
+        """
+        stays = torch.ones_like(self.ids, dtype=torch.bool)
+        stays[self.asked] = False
+        stays[self.asked[read]] = True
+        columns = stays.nonzero()[:, 0]
+        place = stays.cumsum(dim=0) - 1  # where each column that stays comes to stand
+        left = stays[self.visual]
+        return replace(
+            self,
+            ids=self.ids[columns],
+            visual=place[self.visual[left]],
+            sources=self.sources[left],
+            asked=place[self.asked[read]],
+            whole=self,
+            columns=columns,
+        )
 
 
 class ItemPrompt:
@@ -103,14 +135,18 @@ class ItemPrompt:
         self._labels = text[(text > first) & (text < last)]
         self._label_frames = torch.searchsorted(columns, self._labels) // self._per_frame
 
-    def of_set(self, tokens: Tensor) -> SetPrompt:
+    def of_set(self, tokens: Tensor, read: Tensor | None = None) -> SetPrompt:
         """Return the prompt that holds some of the item's tokens and all of the text.
 
         Parameters
         ----------
         tokens
             LongTensor [n], ascending.
+        read
+            LongTensor [r], ascending: which of those n are read; None for all of them.
         """
+        if read is not None and len(read) < len(tokens):
+            return self.of_set(tokens).only(read.to(self._ids.device))
         tokens = tokens.to(self._ids.device)
         frames = torch.unique(tokens // self._per_frame)
         labels = self._labels[torch.isin(self._label_frames, frames)]

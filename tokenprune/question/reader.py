@@ -31,13 +31,16 @@ class SetPrompts:
     visual
         The same for each prompt: LongTensors, columns.
     positions
-        LongTensor [S, L], or [3, S, L] for models with M-RoPE.
+        LongTensor [S, L], or [3, S, L] for models with M-RoPE; with gaps where tokens of a set are
+        not read.
     deeper
         [V, D] each, what is added to the rows behind the first layers (DeepStack).
     asked
         For each prompt LongTensor [n], the columns of the tokens asked about.
     questions
         Q; the last Q tokens of each prompt are the question.
+    gaps
+        Whether positions have gaps.
     """
 
     states: Tensor
@@ -47,6 +50,7 @@ class SetPrompts:
     deeper: Sequence[Tensor]
     asked: Sequence[Tensor]
     questions: int
+    gaps: bool = False
 
 
 class FirstLayers(Protocol):
@@ -114,14 +118,25 @@ class PromptReader:
         )
 
     def read(
-        self, sets: Sequence[Tensor], layer: int | None, *, values: bool, hidden: bool
+        self,
+        sets: Sequence[Tensor],
+        layer: int | None,
+        *,
+        values: bool,
+        hidden: bool,
+        among: Sequence[Tensor] | None = None,
     ) -> list[QueryKeys]:
         """Return q and k of the reference layer for each set; see the protocol."""
         number = self.layers.reference_layer(layer)
-        return [seen[number] for seen in self.read_layers(sets, [number], values, hidden)]
+        return [seen[number] for seen in self.read_layers(sets, [number], values, hidden, among)]
 
     def read_layers(
-        self, sets: Sequence[Tensor], layers: Sequence[int], values: bool, hidden: bool
+        self,
+        sets: Sequence[Tensor],
+        layers: Sequence[int],
+        values: bool,
+        hidden: bool,
+        among: Sequence[Tensor] | None = None,
     ) -> list[dict[int, QueryKeys]]:
         """Return q and k of several layers, by layer, for each set.
 
@@ -131,10 +146,14 @@ class PromptReader:
             As in `read`.
         layers
             Layers of the language model, from 0.
-        values, hidden
+        values, hidden, among
             As in `read`.
         """
-        prompts = [self.prompt.of_set(tokens) for tokens in sets]
+        read_of_sets: Sequence[Tensor | None] = [None] * len(sets) if among is None else among
+        prompts = [
+            self.prompt.of_set(tokens, read)
+            for tokens, read in zip(sets, read_of_sets, strict=True)
+        ]
         found: dict[int, dict[int, QueryKeys]] = {}
         for length in sorted({len(prompt.ids) for prompt in prompts}):
             # Prompts of one length go through the layers together; no padding, so no mask.
@@ -163,19 +182,24 @@ class PromptReader:
             states,
             to_device(is_visual, states.device),
             visual,
-            to_device(self._positions(is_visual), states.device),
+            to_device(self._positions(prompts), states.device),
             [rows[sources].to(states) for rows in self.deeper],
             list(asked.split([len(prompt.asked) for prompt in prompts])),
             prompts[0].questions,
+            any(prompt.whole is not None for prompt in prompts),
         )
 
-    def _positions(self, is_visual: Tensor) -> Tensor:
-        """Return fresh positions of sets [S, L], as if each was a whole video."""
+    def _positions(self, prompts: Sequence[SetPrompt]) -> Tensor:
+        """Return fresh positions of prompts [S, L], as if each set was a whole video."""
+        return torch.stack([self._positions_of(prompt) for prompt in prompts], dim=-2)
+
+    def _positions_of(self, prompt: SetPrompt) -> Tensor:
+        """Return LongTensor [L] or [3, L]."""
+        if prompt.whole is not None:
+            return self._positions_of(prompt.whole)[..., prompt.columns]
         if self.interval is None:
-            count, length = is_visual.shape
-            return torch.arange(length, device=is_visual.device).expand(count, -1)
-        axes = [positions_on_axes(own, self.grid, self.interval) for own in is_visual]
-        return torch.stack(axes, dim=1)
+            return torch.arange(len(prompt.ids), device=prompt.ids.device)
+        return positions_on_axes(prompt.is_visual, self.grid, self.interval)
 
 
 def _finite(values: Tensor) -> Tensor:

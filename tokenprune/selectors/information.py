@@ -22,13 +22,15 @@ from tokenprune.greedy.engine import Some, pick
 from tokenprune.greedy.items import Items
 from tokenprune.numerics import folded_sum
 from tokenprune.question.attention import QueryKeys, question_scores
+from tokenprune.representation import representatives
 from tokenprune.selectors.base import Picks, Selector
-from tokenprune.selectors.frame_sets import of_set, pick_in_sets
+from tokenprune.selectors.frame_sets import of_set, pick_in_sets, shares
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device, to_host
 
 _OUR_OWN = "none: tokenprune's own, see `tokenprune docs selectors`"
+_GROUP = 2048  # tokens of which candidates are chosen together, at most
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,12 @@ class RelevantInformation(LayerReading):
         See `Information`.
     candidates
         Share of each set's tokens that is read with the question: those that `Information` would
-        keep. Reading costs that share of what it would; the others weigh 1. It should be a few
-        times the share that is kept: where it is no larger, the question chooses next to nothing.
+        keep. They are read at their positions in the prompt of the whole set. Any other token has
+        the weight of the read one that it is most similar to. 1.0 reads every token, at up to five
+        times the cost.
+    min_candidates
+        How many of a set's tokens are read at least. Reading fewer saves next to no time: a prompt
+        of a few dozen tokens takes about as long as a shorter one.
     """
 
     name: ClassVar[str] = "relevant-information"
@@ -127,7 +133,8 @@ class RelevantInformation(LayerReading):
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
 
     noise: float = 0.2
-    candidates: float = 1.0
+    candidates: float = 0.2
+    min_candidates: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,13 +144,19 @@ class RelevantInformation(LayerReading):
                 f"option candidates={self.candidates!r} of method {self.name!r} must be above 0 "
                 "and at most 1.0, which reads every token."
             )
+        if self.min_candidates < 1:
+            raise OptionError(
+                f"option min_candidates={self.min_candidates} of method {self.name!r} must be at "
+                "least 1."
+            )
 
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's weights, ``1 + r / mean r``; see the class."""
         given = tokens.require_query_attention()
         embeddings = tokens.require("embeddings")
         there = [to_device(members, embeddings.device) for members in sets]
-        candidates = [self._candidates(tokens, members) for members in there]
+        chosen = [self._candidates(tokens, members) for members in there]
+        candidates = [read for read, _ in chosen]
         if isinstance(given, Tensor):
             last = given[:, :, -1].float()
             by_head = [last[..., to_device(members, given.device)] for members in sets]
@@ -154,26 +167,55 @@ class RelevantInformation(LayerReading):
         else:
             # A reader is of one item. Its prompts are made on the host, where it is known what is
             # read if that is all.
-            read_sets = list(sets)
-            if self.candidates < 1:
-                chosen = to_host([read[0] for read in candidates])
-                read_sets = [one[read] for one, read in zip(sets, chosen, strict=True)]
-            keys_of_sets = given.read(read_sets, self.layer, values=False, hidden=False)
+            whole = all(
+                read.shape[1] == len(members)
+                for read, members in zip(candidates, sets, strict=True)
+            )
+            keys_of_sets = given.read(
+                list(sets),
+                self.layer,
+                values=False,
+                hidden=False,
+                among=None if whole else to_host([read[0] for read in candidates]),
+            )
             attention = [
                 question_scores(_of_last_token(keys), "mean")[None] for keys in keys_of_sets
             ]
         weights = []
-        for members, read, looked_at in zip(sets, candidates, attention, strict=True):
-            # 1, the weight of the average token, for those that were not read.
-            weight = looked_at.new_ones(len(looked_at), len(members))
-            weights.append(weight.scatter_(1, read.to(weight.device), _weights(looked_at)))
+        for (read, standing), looked_at in zip(chosen, attention, strict=True):
+            weight = looked_at.new_zeros(standing.shape)
+            weight.scatter_(1, read.to(weight.device), _weights(looked_at))
+            weights.append(weight.gather(1, standing.to(weight.device)))
         return weights
 
-    def _candidates(self, tokens: TokenBatch, members: Tensor) -> Tensor:
-        """Return LongTensor [B, c], ascending: which of a set's tokens are read."""
-        count = tokens_kept(self.candidates, len(members))
+    def _candidates(self, tokens: TokenBatch, members: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of a set's tokens are read, and which of those stands for each token.
+
+        Returns
+        -------
+        read
+            LongTensor [B, c], ascending.
+        standing
+            LongTensor [B, n]; a token that is read stands for itself.
+        """
+        total, frames = len(members), _frames(tokens, members)
         rows = of_set(tokens.require("embeddings"), members)
-        return pick_informative(rows, count, self.noise, frames=_frames(tokens, members))
+        count = max(tokens_kept(self.candidates, total), min(self.min_candidates, total))
+        every = torch.arange(total, device=rows.device)
+        if count == total:
+            return (every.expand(len(rows), -1),) * 2
+        # A share of the tokens of a large set is many: in groups, time and memory stay linear.
+        groups = _groups(every, frames)
+        standing = torch.empty_like(every).repeat(len(rows), 1)
+        read = []
+        for group, share in zip(groups, shares(count, list(map(len, groups))), strict=True):
+            of_group = rows[:, group]
+            picked = pick_informative(
+                of_group, share, self.noise, frames=_frames(tokens, members[group])
+            )
+            read.append(group[picked])
+            standing[:, group] = read[-1].gather(1, representatives(of_group, picked))
+        return torch.cat(read, dim=1).sort(dim=1).values, standing
 
     def pick_of_set(
         self, tokens: TokenBatch, members: Tensor, scores: Tensor, share: int
@@ -194,6 +236,16 @@ def _frames(tokens: TokenBatch, members: Tensor) -> int:
     """Return how many frames a set of tokens has."""
     _, rows, columns = tokens.grid
     return len(members) // (rows * columns)
+
+
+def _groups(every: Tensor, frames: int) -> list[Tensor]:
+    """Split the tokens of a set [n] into groups that each span all of it, of whole frames."""
+    count = -(-len(every) // _GROUP)
+    if frames == 1:
+        return [every[first::count] for first in range(count)]
+    by_frame = every.view(frames, -1)
+    count = min(count, frames)
+    return [by_frame[first::count].flatten() for first in range(count)]
 
 
 def _of_last_token(seen: QueryKeys) -> QueryKeys:
