@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from tokenprune.tokens import VisualTokens
-from tokenprune.tower.plain_weights import PLAIN_TYPES
+from tokenprune.tower import plain_weights
 from tokenprune.tower.projectors import MLPProjector
 
 DEVICE = torch.device("cuda", 0)
@@ -204,7 +204,7 @@ class DeviceTensor(Tensor):
         return self.cpu().numpy()
 
 
-PLAIN_TYPES.add(DeviceTensor)  # its numbers are there to be read
+plain_weights.PLAIN_TYPES.add(DeviceTensor)  # its numbers are there to be read
 
 
 def on_device(value: Any) -> Any:

@@ -208,7 +208,9 @@ BOUNDS = {
     # Each image's sensitivity is a product of its own, so that it is the same in any batch.
     "zeroth-order": Bound(75, 36),
     "flexselect": Bound(24),
-    "relevant-information": Bound(48),
+    # Candidates are chosen first, and for each other token the most similar one is found, image by
+    # image, so that it is the same in any batch.
+    "relevant-information": Bound(88, 29),
 }
 """What one image, and four in a batch, may launch and wait for, once the model is known."""
 
