@@ -369,6 +369,8 @@ class Calls:
             chosen = self._pruner.choose(on_host, encoded, placeholders, known, device)
             shortened = self._pruner.shorten(arguments, on_host, encoded, placeholders, chosen)
             self._call.to_check = chosen
+            if cache_of(arguments) is not None:
+                self._check()  # a conversation in the caller's cache outlives a bad image
             return shortened
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tokenprune_hf
 from tests.hf.models import TINY, prompt
 from tokenprune.errors import TokensError
 from tokenprune.launches import Launch, counting, on_device
+from tokenprune_hf.engine import cache_argument
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,18 @@ def test_a_nan_is_raised_before_anything_comes_of_it(cuda: bool) -> None:
         assert pruning.selections == before
     # The caller's own prompt at most.
     assert len(streamer.given) <= 1
+
+
+@pytest.mark.parametrize("call", ["forward", "generate"])
+def test_a_nan_leaves_the_callers_cache_as_it_was(call: str) -> None:
+    model = TINY["llava"].model()
+    inputs: dict[str, Any] = prompt(TINY["llava"], ["tit"])
+    inputs["pixel_values"][0, 0, 0, 0] = torch.nan
+    cache = transformers.DynamicCache()
+    with (
+        torch.no_grad(),
+        tokenprune_hf.prune(model, "divprune", keep=0.25),
+        pytest.raises(TokensError, match="NaN"),
+    ):
+        getattr(model, call)(**inputs, **cache_argument(model, cache), use_cache=True)
+    assert cache.get_seq_length() == 0
