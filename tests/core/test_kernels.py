@@ -620,3 +620,29 @@ def test_triton_that_runs_nothing_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         assert not engine._kernels_run.__wrapped__(GPU)
     monkeypatch.setattr(kernels, "try_out", lambda _: None)
     assert engine._kernels_run.__wrapped__(GPU)
+
+
+def test_kernels_that_choose_other_tokens_are_not_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(_alike, False)
+    assert not run(_alike, True)
+    from tokenprune.greedy.fused import items, kernels
+
+    monkeypatch.setattr(kernels, "try_out", lambda _: None)
+    monkeypatch.setattr(items, "chooses_alike", lambda _: False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    with pytest.warns(UserWarning, match=r"chose other tokens than torch there\. Tokens are"):
+        assert not engine._kernels_run.__wrapped__(GPU)
+
+
+def _alike(wrong: bool) -> bool:
+    """Say whether kernels choose alike, or would if it always were the next token."""
+    from tokenprune.greedy.fused import items, kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        if wrong:
+            found = kernels.max_min
+            patch.setattr(kernels, "max_min", lambda *given: (found(*given) + 1) % 70)
+        return items.chooses_alike(torch.device("cpu"))

@@ -200,15 +200,18 @@ def _kernels_run(device: torch.device) -> bool:
     if torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        from tokenprune.greedy.fused import kernels
+        from tokenprune.greedy.fused import items, kernels
 
         kernels.try_out(device)
+        # Once a process, and where there is a GPU: the first call waits for it.
+        if torch.cuda.is_initialized() and not items.chooses_alike(device):
+            raise RuntimeError(f"Triton {version('triton')} chose other tokens than torch there.")
     except NotImplementedError:
         raise
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         warnings.warn(
-            f"Triton is installed, but runs no kernel on {device}: {reason} Tokens are chosen by "
+            f"Triton is installed, but not used on {device}: {reason} Tokens are chosen by "
             "torch's own operations instead, which is slower and chooses the same. Triton needs a "
             "C compiler (gcc) and a folder that it can write to (TRITON_CACHE_DIR).",
             UserWarning,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tokenprune.greedy.fused import kernels
@@ -138,3 +139,24 @@ class LongItems(Items):
     ) -> tuple[Tensor, Tensor]:
         """Return LongTensor [B, K] and [B]; see `Items`. In torch: some launches for each row."""
         return TorchItems(self._embeddings, self._keep).suppress(scores, threshold, groups)
+
+
+def chooses_alike(device: torch.device) -> bool:
+    """Say whether kernels choose on a device what torch chooses on the CPU.
+
+    Kernels are tested in an interpreter, which is no GPU: so a process that has one looks itself,
+    at two items with copies and a row of zeros among them.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    rows = torch.randn(2, 70, 96, generator=generator, device="cpu")
+    rows[:, 5], rows[:, 7] = rows[:, 40], 0
+    keep = 24
+    fused = FusedItems(rows.to(device), [keep] * 2, [rows.shape[1]] * 2)
+    return all(
+        torch.equal(one.cpu(), other)
+        for one, other in zip(_chosen(fused), _chosen(TorchItems(rows, keep)), strict=True)
+    )
+
+
+def _chosen(items: Items) -> tuple[Tensor, Tensor]:
+    return items.most_variance(items.deviating(), noise=0.2), items.farthest(None, None)
