@@ -83,10 +83,13 @@ class LanguageModel:
                     "method that needs no language model."
                 )
         told = {
-            name for layer in self._layers for name in inspect.signature(layer.forward).parameters
+            name
+            for layer in self._layers
+            for name, taken in inspect.signature(layer.forward).parameters.items()
+            if taken.default is taken.empty and taken.kind is not taken.VAR_KEYWORD
         }
         self._told_by_modality = told & _TOLD_BY_MODALITY
-        unknown = told - {"positions", "hidden_states", "residual", "kwargs"} - _TOLD_BY_MODALITY
+        unknown = told - {"positions", "hidden_states", "residual"} - _TOLD_BY_MODALITY
         if unknown:
             raise UnsupportedModelError(
                 f"the layers of the language model {type(whole).__name__} are told "

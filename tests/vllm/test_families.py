@@ -71,13 +71,20 @@ UNWATCHED = ("gemma3n", "gemma4")
 BOTH_WAYS = tuple(name for name in ("gemma3", "gemma4", "molmo2") if name in FAMILIES)
 OTHERS_BOTH_WAYS = ("gemma4_unified", "paligemma")
 KEEP = 5
-OPTIONS: dict[str, dict[str, Any]] = {
+_OPTIONS: dict[str, dict[str, Any]] = {
     # Items are small here: without these, every token would be read.
     "relevant-information": {"candidates": 0.5, "min_candidates": 1}
 }
 """Of the methods that are not asked for with their defaults."""
 EXACT = [family for family in FAMILIES if DTYPES[family] == "float32"]
 ROUNDED = [family for family in FAMILIES if family not in EXACT]
+
+
+def options_of(family: str, method: str) -> dict[str, Any]:
+    """Return a method's options; of rounded rows other candidates are chosen, so all are read."""
+    return {} if family in ROUNDED else _OPTIONS.get(method, {})
+
+
 NEAR = 0.15  # of the logits' standard deviation: what rounding to bfloat16 makes of equal ones
 NEARLY = {"minicpmv4_7": 0.25}  # at one of its cases transformers is 0.13 from itself in float32
 LONGEST = {
@@ -245,7 +252,7 @@ class Reference:
     def _asked(self, case: Case) -> dict[str, Any]:
         """Return the pruning that a case asks for."""
         asked = {"method": methods_of(self.family)[0], "keep": KEEP, **case.asked}
-        return {**asked, **OPTIONS.get(asked["method"], {})}
+        return {**asked, **options_of(self.family, asked["method"])}
 
     def first(self, case: Case) -> tuple[int, torch.Tensor]:
         """Return the likeliest first token, and its log-probability among all tokens."""
@@ -389,7 +396,7 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
         **options,
     }
     settings["request_methods"] = {
-        name: OPTIONS.get(name, {}) for name in settings["request_methods"]
+        name: options_of(family, name) for name in settings["request_methods"]
     }
     return engine(folder, method, **settings)
 

@@ -210,9 +210,9 @@ class RelevantInformation(LayerReading):
         read = []
         for group, share in zip(groups, shares(count, list(map(len, groups))), strict=True):
             of_group = rows[:, group]
-            picked = pick_informative(
-                of_group, share, self.noise, frames=_frames(tokens, members[group])
-            )
+            # Groups of one image's tokens are a part of its frame.
+            of_frames = 1 if frames == 1 else _frames(tokens, members[group])
+            picked = pick_informative(of_group, share, self.noise, frames=of_frames)
             read.append(group[picked])
             standing[:, group] = read[-1].gather(1, representatives(of_group, picked))
         return torch.cat(read, dim=1).sort(dim=1).values, standing
