@@ -206,15 +206,22 @@ def _taking(layer: Any) -> Any:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_TAKING, _take)
-    attention = copy.copy(layer.self_attn)
+    layer = getattr(layer, "_orig_mod", layer)  # what `torch.compile` returned runs the original
+    attention = _own_copy(layer.self_attn)
     attention.config = copy.copy(attention.config)
     attention.config._attn_implementation_internal = _TAKING
-    taking = copy.copy(layer)
+    taking = _own_copy(layer)
     taking._modules = {**layer._modules, "self_attn": attention}
-    for copied in (attention, taking):
-        # What was put in front of the original's forward (accelerate, kernels) would run that.
-        copied.__dict__.pop("forward", None)
     return taking
+
+
+def _own_copy(module: Any) -> Any:
+    """Return a shallow copy of a module that runs the forward of its class."""
+    copied = copy.copy(module)
+    # What was put in front of the original's forward (accelerate, torch.compile) would run that.
+    copied.__dict__.pop("forward", None)
+    copied._compiled_call_impl = None
+    return copied
 
 
 def _take(
@@ -259,13 +266,10 @@ def _first_layers(language_model: Any, layers: Sequence[int], probes: Sequence[_
         kept[number] = _Watched(number, kept[number], probes, last=number == last)
     # A shallow copy shares all modules but those that are replaced here, so that other threads run
     # the original meanwhile. Its `norm` has nothing to do: nobody looks at the output.
-    prefix = copy.copy(language_model)
+    prefix = _own_copy(language_model)
     prefix._modules = {
         **language_model._modules,
         "layers": nn.ModuleList(kept),
         "norm": nn.Identity(),
     }
-    # What was put in front of the original's forward (accelerate, torch.compile) would run that.
-    prefix.__dict__.pop("forward", None)
-    prefix._compiled_call_impl = None
     return prefix

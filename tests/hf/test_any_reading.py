@@ -20,6 +20,7 @@ from tests.hf.test_every_type import marked
 from tests.hf.type_table import TYPES, VIDEOS
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.registry import FAMILIES, attending_layers
+from tokenprune.question.prompt import counted_interval
 from tokenprune_hf import any_model
 from tokenprune_hf.any_model import AnyModel
 from tokenprune_hf.prefix import sliding_window
@@ -153,6 +154,17 @@ def test_others_are_refused_with_the_reason(kind: str) -> None:
         tokenprune_hf.prune(model, "flexselect", KEEP, positions=TYPES[kind].positions),
     ):
         model(**inputs)
+
+
+def test_positions_are_compared_whatever_the_default_device_is() -> None:
+    positions = torch.tensor([[3, 3, 4, 4, 6, 7], [3, 4, 3, 4, 6, 7], [3, 3, 3, 3, 6, 7]])
+    positions[1:, 2:4] = positions[1:, :2]
+    positions[:, 4:] = torch.tensor([5, 6])
+    is_visual = torch.tensor([True] * 4 + [False] * 2)
+    with torch.device("meta"):
+        assert counted_interval(positions, is_visual, (2, 2, 1)) == 1
+        assert counted_interval(positions, is_visual, (1, 4, 1)) is None
+        assert counted_interval(positions.flip(0), is_visual, (2, 2, 1)) is None
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl"])

@@ -404,3 +404,24 @@ def test_a_layer_with_a_window_is_refused(of_config: bool) -> None:
         pytest.raises(UnsupportedModelError, match="sees 8 tokens only"),
     ):
         model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("how", ["each.compile()", "torch.compile(each)"])
+def test_layers_that_are_compiled_one_by_one_are_read_alike(how: str) -> None:
+    model, inputs = TINY["llava"].model(), prompt(TINY["llava"], ["it"])
+    layers = model.model.language_model.layers
+
+    def selections() -> list[Any]:
+        with torch.no_grad(), tokenprune_hf.prune(model, "flexselect", 5, layer=1) as pruning:
+            model(**inputs)
+        scores = [one.scores for one in pruning.selections]
+        return [each.tolist() for each in scores if each is not None]
+
+    expected = selections()
+    assert len(expected) == 1
+    for number, layer in enumerate(list(layers)):
+        if how == "each.compile()":
+            layer.compile(backend="eager")
+        else:
+            layers[number] = torch.compile(layer, backend="eager")
+    assert selections() == expected

@@ -252,7 +252,8 @@ def counted_interval(
     _, rows, columns = grid
     per_frame = rows * columns
     values, sizes = torch.unique_consecutive(is_visual.cpu(), return_counts=True)
-    cell = torch.arange(per_frame)
+    # The device is named because a default device may be set.
+    cell = torch.arange(per_frame, device="cpu")
     sides = torch.stack([cell // columns, cell % columns])[:, None]
     intervals: list[int] = []
     start = int(positions[0, 0])
@@ -260,7 +261,8 @@ def counted_interval(
         counted = run - start
         start = int(run.max()) + 1
         if not visual:
-            if not torch.equal(counted, torch.arange(run.shape[1]).expand_as(counted)):
+            steps = torch.arange(run.shape[1], device="cpu")
+            if not torch.equal(counted, steps.expand_as(counted)):
                 return None
             continue
         if run.shape[1] % per_frame:
