@@ -211,13 +211,18 @@ def main() -> None:
         f"{processor()}, {torch.get_num_threads()} threads, {clock.__name__}\n{releases_line()}\n"
     )
     everything = not (arguments.correlations or arguments.cost or arguments.growth)
+    parts: list[Callable[[], None]] = []
+    if everything or arguments.cost:
+        parts.append(lambda: cost(console, arguments.runs))
+    if everything or arguments.growth:
+        parts.append(lambda: growth(console, min(arguments.runs, 3)))
+    if everything or arguments.correlations:
+        parts.append(lambda: correlations(console, arguments.tokens))
     with torch.inference_mode():
-        if everything or arguments.cost:
-            cost(console, arguments.runs)
-        if everything or arguments.growth:
-            growth(console, min(arguments.runs, 3))
-        if everything or arguments.correlations:
-            correlations(console, arguments.tokens)
+        for index, part in enumerate(parts):
+            if index:
+                console.print("\n")  # where scripts/update_docs.py takes parts apart
+            part()
 
 
 if __name__ == "__main__":

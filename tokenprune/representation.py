@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenprune.greedy.rows import IntegerRows
+from tokenprune.greedy.engine import fuses
+from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
 
 _BLOCK_ENTRIES = 2**24  # float64 entries of a block of cosines: 128 MiB
 
@@ -54,6 +55,10 @@ def representatives(embeddings: Tensor, kept: Tensor) -> Tensor:
     Tensor
         LongTensor [B, N], counted among the K.
     """
+    if fuses(embeddings) and embeddings.shape[1] <= ALL_PAIRS:
+        from tokenprune.greedy.fused import kernels  # imports Triton, which is not everywhere
+
+        return kernels.representatives(embeddings, kept)
     found = []
     step = max(1, _BLOCK_ENTRIES // max(1, kept.shape[1]))
     # One item, and of it one block of tokens at a time: that is what bounds memory.

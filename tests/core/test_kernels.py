@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,17 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from tokenprune import VisualTokens
+from tests.core.test_projectors import NORMS
+from tests.core.test_projectors import features as projector_features
+from tests.core.test_projectors import make as make_projector
+from tokenprune import VisualTokens, numerics
 from tokenprune.greedy import engine
 from tokenprune.greedy.engine import Some, fused_on_cpu, pick
 from tokenprune.greedy.items import Items, TorchItems
 from tokenprune.greedy.rows import IntegerRows
 from tokenprune.numerics import first_equal_row
 from tokenprune.registry import build
+from tokenprune.representation import representatives
 from tokenprune.selecting import select_many
 from tokenprune.testing import make_item
+from tokenprune.tower.projectors import LiftedProjector, _digest
 
 Run = Callable[..., Any]
 Shape = tuple[int, int, int]
@@ -497,6 +504,88 @@ def _selected_as_long(method: str) -> list[list[int]]:
         return _selected(method, {}, 20)
 
 
+# Sums and representatives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((3, 12, 77), 1), ((2, 1, 5), 1), ((4, 575), -1), ((7,), 0), ((2, 33, 2, 3), 1)],
+)
+def test_folded_sums(run: Run, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(8), dtype=dtype)
+    assert torch.equal(run(_folded_sum, values, dim), numerics.folded_sum(values, dim))
+
+
+def _folded_sum(values: Tensor, dim: int) -> Tensor:
+    with fused_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numerics, "folded_sum", None)  # nothing goes there
+        return engine.folded_sum(values, dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [1, 5, 33])
+def test_representatives(run: Run, keep: int, dtype: torch.dtype) -> None:
+    rows = draw((3, 33, 19), dtype)
+    drawn = torch.rand(3, 33, generator=torch.Generator().manual_seed(keep)).argsort(dim=1)
+    kept = drawn[:, :keep].sort(dim=1).values
+    expected = representatives(rows, kept)
+    assert torch.equal(run(_representatives, rows, kept), expected)
+    assert torch.equal(run(_representatives, rows, kept, 2 * 33**2), expected)  # two at once
+
+
+def _representatives(rows: Tensor, kept: Tensor, products: int | None = None) -> Tensor:
+    from tokenprune.greedy.fused import kernels
+
+    with fused_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IntegerRows, "from_embeddings", None)  # nothing goes there
+        if products is not None:
+            patch.setattr(kernels, "_PRODUCTS", products)
+        return representatives(rows, kept)
+
+
+# The projector's Jacobian -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_jacobian_norm_of_kernels(run: Run, norm: str, dtype: torch.dtype) -> None:
+    expected = lifted(norm, dtype).jacobian_norm(projector_features(), 3.0)
+    found = run(_jacobian_norm, norm, dtype)
+    torch.testing.assert_close(found, expected)
+
+
+def lifted(norm: str, dtype: torch.dtype) -> LiftedProjector:
+    projector = make_projector(norm, F.gelu)
+    for part in (projector.first, projector.second, projector.norm):
+        if isinstance(part, nn.Module):
+            part.to(dtype)
+    return projector.lifted(dtype)
+
+
+def _jacobian_norm(norm: str, dtype: torch.dtype) -> Tensor:
+    with fused_on_cpu(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiftedProjector, "_squared_jacobian_norm", None)  # nothing goes there
+        return lifted(norm, dtype).jacobian_norm(projector_features(), 3.0)
+
+
+def test_digest_of_kernels(run: Run) -> None:
+    expected, found = _digest_of_weights(), run(_digest_of_weights, True)
+    assert torch.equal(found, expected)
+    changed = run(_digest_of_weights, True, 1)
+    assert (changed != expected).sum() == 1
+
+
+def _digest_of_weights(fused: bool = False, changed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(5, 7), (3, 1028), (9,), (2, 4)]
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    weights[1] = weights[1].bfloat16()
+    weights[1][2, 1027] += changed
+    with fused_on_cpu() if fused else nullcontext():
+        return _digest(weights)
+
+
 # What the interpreter does not show ---------------------------------------------------------------
 
 
@@ -516,6 +605,16 @@ def test_kernels_compile_and_fuse_nothing(
     for name, code in compiled.items():
         for word in ("fma.rn.f64", "fma.rn.f32", "sqrt.approx", "div.full", "div.approx"):
             assert word not in code, name
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_projectors_compile(compile_there: Run, capability: int, tmp_path: Path) -> None:
+    compiled = compile_there(_compiled, capability, list(OF_PROJECTORS), str(tmp_path))
+    assert {name.split()[0] for name in compiled} == OF_PROJECTORS
+
+
+OF_PROJECTORS = {"_normalise", "_take", "_sums"}
+"""Kernels that round as they like: products of matrices beside them do, too."""
 
 
 def _compiled(capability: int, names: list[str] | None, folder: str) -> dict[str, str]:
@@ -543,7 +642,7 @@ def _compiled(capability: int, names: list[str] | None, folder: str) -> dict[str
             else:
                 signature[parameter.name] = _type_of(value)
         name = f"{kernel.__name__} {signature} {fixed}"
-        if names is None or kernel.__name__ in names:
+        if kernel.__name__ in names if names else kernel.__name__ not in OF_PROJECTORS:
             sources[name] = (ASTSource(fn=kernel, signature=signature, constexprs=fixed), options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -588,7 +687,12 @@ def _launch_all(embeddings: Tensor) -> None:
     kernels.most_cover(similarity, 3, weights.double())
     kernels.scaled(weights)
     kernels.first_equal_rows(embeddings)
+    kernels.folded_sum(weights, 1)
+    kernels.representatives(embeddings, groups[:, :3])
     kernels.try_out(embeddings.device)
+    with fused_on_cpu():
+        for norm in ("no norm", "layer norm of 4 parts", "rms norm"):
+            lifted(norm, torch.float32).jacobian_norm(projector_features())
 
 
 # Where kernels do not run -------------------------------------------------------------------------

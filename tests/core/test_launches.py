@@ -206,11 +206,10 @@ BOUNDS = {
     "divprune": Bound(24),
     "information": Bound(24),
     # Each image's sensitivity is a product of its own, so that it is the same in any batch.
-    "zeroth-order": Bound(75, 36),
+    "zeroth-order": Bound(24, 10),
     "flexselect": Bound(24),
-    # Candidates are chosen first, and for each other token the most similar one is found, image by
-    # image, so that it is the same in any batch.
-    "relevant-information": Bound(88, 29),
+    # Candidates are chosen before the question is read: 26 launches of these.
+    "relevant-information": Bound(51, 1),
 }
 """What one image, and four in a batch, may launch and wait for, once the model is known."""
 

@@ -176,9 +176,9 @@ def test_matrices_are_computed_once_and_again_when_weights_change(
     builds: list[object] = []
     build = LiftedProjector._build_grams
 
-    def counted(self: LiftedProjector, digests: list[Tensor]) -> object:
+    def counted(self: LiftedProjector, digest: Tensor) -> object:
         builds.append(self)
-        return build(self, digests)
+        return build(self, digest)
 
     monkeypatch.setattr(LiftedProjector, "_build_grams", counted)
     projector = make("layer norm", F.gelu)

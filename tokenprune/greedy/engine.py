@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from tokenprune import numerics
 from tokenprune.greedy import objectives
 from tokenprune.greedy.items import Items, TorchItems
 from tokenprune.greedy.rows import ALL_PAIRS
@@ -166,6 +167,18 @@ def most_cover(similarity: Tensor, keep: int, weights: Tensor | None = None) -> 
     else:
         kept = objectives.most_cover(similarity, keep, weights)
     return kept.sort(dim=-1).values
+
+
+def folded_sum(values: Tensor, dim: int) -> Tensor:
+    """Return `numerics.folded_sum`, in one launch where kernels run."""
+    if fuses(values):
+        from tokenprune.greedy.fused import kernels
+
+        # Shorter numbers are rounded at every addition by torch, and not by a kernel.
+        exact = values.dtype in (torch.float32, torch.float64)
+        if exact and values.shape[dim] <= kernels.FOLDED:
+            return kernels.folded_sum(values, dim)
+    return numerics.folded_sum(values, dim)
 
 
 def fuses(embeddings: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tokenprune.numerics import folded_sum
+from tokenprune.greedy.engine import folded_sum
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, TokensError
-from tokenprune.numerics import folded_sum
+from tokenprune.greedy.engine import folded_sum
 from tokenprune.question.attention import QueryKeys, Reduction, question_scores
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch

@@ -18,9 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import OptionError
-from tokenprune.greedy.engine import Some, pick
+from tokenprune.greedy.engine import Some, folded_sum, pick
 from tokenprune.greedy.items import Items
-from tokenprune.numerics import folded_sum
 from tokenprune.question.attention import QueryKeys, question_scores
 from tokenprune.representation import representatives
 from tokenprune.selectors.base import Picks, Selector

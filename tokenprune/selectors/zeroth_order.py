@@ -169,7 +169,7 @@ class ZerothOrder(Selector):
         width = features.shape[-1]
         closed = self.estimator in ("auto", "frobenius")
         if closed or (self.estimator == "jvp" and self.directions >= width):
-            return lambda item: lifted.jacobian_norm(item) / math.sqrt(width)
+            return lambda item: lifted.jacobian_norm(item, math.sqrt(width))
         directions = self._directions(features, working)
         if self.estimator == "jvp":
             return lambda item: lifted.directional_norm(item, directions)
@@ -249,10 +249,19 @@ def _say_once(projector: Projector, text: str) -> None:
 
 def _with_exact_ties(measure: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     """Return S, float32 [B, N], bit-equal for equal rows: products of matrices may differ there."""
-    # One item at a time: products of the same shape round the same way in any batch. A copy starts
-    # at an aligned address, as an item that comes alone does.
-    scores = torch.stack([measure(item.clone()).float() for item in features])
+    # One item at a time: products of the same shape round the same way in any batch.
+    measured = [measure(_aligned(item)).float() for item in features]
+    scores = measured[0][None] if len(measured) == 1 else torch.stack(measured)
     return scores.gather(1, engine.first_equal_rows(features))
+
+
+def _aligned(item: Tensor) -> Tensor:
+    """Return an item that starts at an aligned address, as all do that come alone.
+
+    On a GPU memory starts there; on the CPU it may be another library's.
+    """
+    whole = item.is_cuda and item.storage_offset() == 0 and item.is_contiguous()
+    return item if whole else item.clone()
 
 
 def _unit_directions(count: int, width: int, seed: int) -> Tensor:

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Protocol, cast
 
 import torch
@@ -34,14 +35,17 @@ from tokenprune.errors import (
     UnsupportedModelError,
     WeightsChangedError,
 )
+from tokenprune.greedy.engine import fuses
 from tokenprune.late import look
 from tokenprune.numerics import blocks_of, directional_derivative
+from tokenprune.remembered import Remembered
 from tokenprune.tower.plain_weights import why_altered, why_not_loaded, why_not_plain
 from tokenprune.transfer import ToHost
 
 Activation = Callable[[Tensor], Tensor]
 
 _ROWS = 1024  # tokens done at once: bounds the hidden activations held to _ROWS * H
+_ROWS_FUSED = 4096  # the same where kernels run: each block costs a GPU launches
 _BLOCK = 512  # columns of the quadratic form's matrix done at once
 _ENTRIES = 2**24  # entries of the widest intermediate when directions are pushed through
 
@@ -201,9 +205,8 @@ class Grams:
 
     Attributes
     ----------
-    digests
-        What the weights were when these were made: of each layer, and of the norm's gain. On the
-        CPU.
+    digest
+        int64 [rows], on the CPU: what the weights were when these were made.
     versions
         How often torch had seen each of them written to.
     kind
@@ -212,13 +215,16 @@ class Grams:
         For each part of the norm the blocks of ``(W2' W2) o (A A')``.
     outer
         The blocks of ``W2' W2``, where there is a norm.
+    bias
+        [H], what is added to A h, if anything.
     """
 
-    digests: list[Tensor]
+    digest: Tensor
     versions: list[int | None]
     kind: tuple[object, ...]
     parts: list[list[Tensor]]
     outer: list[Tensor]
+    bias: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,8 +277,8 @@ class LiftedProjector:
             hidden = F.linear(hidden, self._second, self._lift(self._projector.second.bias))
         return hidden
 
-    def jacobian_norm(self, features: Tensor) -> Tensor:
-        """Return ||J||_F at each row of `features` [N, C], as [N] in this object's dtype.
+    def jacobian_norm(self, features: Tensor, divisor: float = 1.0) -> Tensor:
+        """Return ||J||_F / divisor at each row of `features` [N, C], [N] in this object's dtype.
 
         Exact up to rounding, see the formulas at the top of this file. N * H * (H + 2C) floating
         point operations without a norm, that again for every part of one; the matrices (half of
@@ -280,12 +286,18 @@ class LiftedProjector:
         again whenever the weights have changed.
         """
         with torch.no_grad():
+            if self._second is not None and fuses(self._second):
+                norms = [
+                    self._fused_jacobian_norm(rows.to(self._dtype), divisor)
+                    for rows in blocks_of(features, _ROWS_FUSED)
+                ]
+                return norms[0] if len(norms) == 1 else torch.cat(norms)
             squares = [
                 self._squared_jacobian_norm(self._front(rows.to(self._dtype)))
                 for rows in blocks_of(features, _ROWS)
             ]
             together = squares[0] if len(squares) == 1 else torch.cat(squares)
-            return together.clamp_(min=0.0).sqrt_()
+            return together.clamp_(min=0.0).sqrt_().div_(divisor)
 
     def directional_norm(self, features: Tensor, directions: Tensor) -> Tensor:
         """Return the mean over directions u of ||J u||_2 at each row of `features`.
@@ -330,6 +342,42 @@ class LiftedProjector:
             inner = _quadratic(blocks, slopes)
             inner -= self._shrinkage(front, part) * _quadratic(grams.outer, slopes * pushed)
             total += inner / front.scales[:, part].square()
+        return total
+
+    def _fused_jacobian_norm(self, features: Tensor, divisor: float) -> Tensor:
+        """Return what `jacobian_norm` does of a block of tokens, with kernels between products."""
+        from tokenprune.tower import kernels  # imports Triton, which is not everywhere
+
+        grams, norm = self._grams, self._norm
+        if norm is None:
+            bias = self._lift(self._projector.first.bias)
+            slopes = self._projector._slope(F.linear(features, self._first, bias))
+            return kernels.norm_without(slopes @ grams.parts[0][0], slopes, divisor)
+        groups = self._projector.norm_groups
+        scaled, inverse, shrinkage = kernels.normalise(
+            torch.unflatten(features, -1, (groups, -1)), norm.gain, norm.epsilon, norm.centred
+        )
+        pushed = [
+            F.linear(scaled[:, part], weights)
+            for part, weights in enumerate(self._first.chunk(groups, dim=-1))
+        ]
+        hidden = _sum_of(pushed)
+        slopes = self._projector._slope(hidden if grams.bias is None else hidden + grams.bias)
+        total = slopes.new_empty(len(slopes))
+        for part, along in enumerate(pushed):
+            kernels.add_part(
+                total,
+                slopes @ grams.parts[part][0],
+                slopes,
+                (
+                    (slopes * along) @ grams.outer[0],
+                    along,
+                    inverse[:, part],
+                    shrinkage[:, part],
+                ),
+                first=part == 0,
+                divisor=divisor if part == groups - 1 else None,
+            )
         return total
 
     def _squared_jacobian_norm_of_one_layer(self, front: _Front) -> Tensor:
@@ -383,12 +431,19 @@ class LiftedProjector:
             F.linear(normalised[:, part] * self._norm.gain, weights)
             for part, weights in enumerate(columns)
         ]
-        hidden = torch.stack(pushed).sum(0) if len(pushed) > 1 else pushed[0].clone()
-        if bias is not None:
-            hidden += bias
-        if self._norm.shift is not None:
-            hidden += self._first @ self._norm.shift.repeat(self._projector.norm_groups)
+        hidden = _sum_of(pushed)
+        if (moved := self._bias_behind_norm()) is not None:
+            hidden = hidden + moved
         return _Front(hidden, normalised, pushed, scales.squeeze(-1))
+
+    def _bias_behind_norm(self) -> Tensor | None:
+        """Return [H], what is added to A h: the first layer's bias, and what the shift becomes."""
+        bias = self._lift(self._projector.first.bias)
+        shift = None if self._norm is None else self._norm.shift
+        if shift is None:
+            return bias
+        shift = shift.repeat(self._projector.norm_groups)
+        return self._first @ shift if bias is None else torch.addmv(bias, self._first, shift)
 
     def _centred_parts(self) -> list[Tensor]:
         """Return A of each part, [H, c]: W1 with the gain, and centred for layer norm."""
@@ -403,16 +458,16 @@ class LiftedProjector:
     @cached_property
     def _grams(self) -> Grams:
         """The model's matrices, from the projector's cache if its weights are what they were."""
-        digests = [_digest(weight) for weight in self._weights()]
+        digest = _digest(self._weights())
         grams, dtype = self._projector.grams, self._dtype
         known = grams.get(dtype)
-        arriving = ToHost(digests)
+        arriving = ToHost([digest])
         if known is not None and known.kind == self._kind:
-            if digests[0].is_cuda and self._seem_unchanged(known):
-                before = known.digests
+            if digest.is_cuda and self._seem_unchanged(known):
+                before = known.digest
 
                 def look_at() -> None:
-                    if not _same(before, arriving.arrived()):
+                    if not torch.equal(before, arriving.arrived()[0]):
                         grams.pop(dtype, None)
                         raise WeightsChangedError(
                             "the projector's weights were changed through `.data` since the last "
@@ -423,10 +478,10 @@ class LiftedProjector:
                 # Reading weights is quick, and waiting until they are read is not.
                 look(look_at)
                 return known
-            if _same(known.digests, arriving.arrived()):
+            if torch.equal(known.digest, arriving.arrived()[0]):
                 return known
         grams.pop(dtype, None)  # never two sets of matrices at once
-        known = grams[dtype] = self._build_grams(arriving.arrived())
+        known = grams[dtype] = self._build_grams(arriving.arrived()[0])
         return known
 
     def _seem_unchanged(self, known: Grams) -> bool:
@@ -434,13 +489,14 @@ class LiftedProjector:
         training = bool(getattr(self._projector.first, "training", False))
         return not training and known.versions == list(map(_version, self._weights()))
 
-    def _build_grams(self, digests: list[Tensor]) -> Grams:
+    def _build_grams(self, digest: Tensor) -> Grams:
         first = self._centred_parts()
         second = cast(Tensor, self._second)
         parts: list[list[Tensor]] = [[] for _ in first]
         outer: list[Tensor] = []
-        # On a GPU half of the products cost less than the launches of many blocks.
-        width = second.shape[1] if second.is_cuda else _BLOCK
+        # On a GPU half of the products cost less than the launches of many blocks. Kernels take
+        # one block.
+        width = second.shape[1] if second.is_cuda or fuses(second) else _BLOCK
         for start in range(0, second.shape[1], width):
             columns = slice(start, min(start + width, second.shape[1]))
             block = second[:, : columns.stop].T @ second[:, columns]
@@ -450,7 +506,7 @@ class LiftedProjector:
             if self._norm is not None:
                 outer.append(block)
         versions = list(map(_version, self._weights()))
-        return Grams(digests, versions, self._kind, parts, outer)
+        return Grams(digest, versions, self._kind, parts, outer, self._bias_behind_norm())
 
     @property
     def _kind(self) -> tuple[object, ...]:
@@ -458,9 +514,11 @@ class LiftedProjector:
 
     def _weights(self) -> list[Tensor]:
         """Return the tensors that `Grams` is computed from."""
-        layers = (self._projector.first, self._projector.second)
-        weights = [layer.weight for layer in layers if layer is not None]
-        return weights if self._norm is None else [*weights, self._norm.gain]
+        first, second, norm = self._projector.first, self._projector.second, self._norm
+        used = [first.weight, None if second is None else second.weight, first.bias]
+        if norm is not None:
+            used += [norm.gain, norm.shift]
+        return [weight for weight in used if weight is not None]
 
     @property
     def _part_width(self) -> int:
@@ -516,29 +574,42 @@ def known_of(module: object) -> dict[Any, Any]:
     return before[1]
 
 
-def _digest(weight: Tensor) -> Tensor:
-    """Return int64 [rows], which changes with any bit of `weight`, short of an exact coincidence.
+def _digest(weights: Sequence[Tensor]) -> Tensor:
+    """Return int64 [rows of all], which changes with any bit, short of an exact coincidence.
 
     Reading the weights is the only way to notice every change: version counters miss edits
     through ``.data``, which weight loaders and adapter merges use, and inference tensors have none.
     """
-    rows = weight.detach()
-    if rows.ndim == 2 and rows.stride(-1) != 1 and rows.stride(0) == 1:
+    readable = [_as_integers(weight.detach()) for weight in weights]
+    if fuses(readable[0]):
+        from tokenprune.tower import kernels  # imports Triton, which is not everywhere
+
+        return kernels.sums(readable)
+    ends = list(accumulate(map(len, readable)))
+    digest = readable[0].new_empty(ends[-1], dtype=torch.int64)
+    for rows, end in zip(readable, ends, strict=True):
+        torch.sum(rows, -1, dtype=torch.int64, out=digest[end - len(rows) : end])
+    return digest
+
+
+def _sum_of(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(0)
+
+
+def _as_integers(weight: Tensor) -> Tensor:
+    """Return the bits of a matrix or a vector as whole numbers [rows, n]."""
+    rows = weight[None] if weight.ndim == 1 else weight
+    if rows.stride(-1) != 1 and rows.stride(0) == 1:
         rows = rows.T
     rows = rows.contiguous()
     row_bytes = rows.shape[-1] * rows.element_size()
     integer = {0: torch.int64, 4: torch.int32}.get(row_bytes % 8, torch.int16)
-    return rows.view(integer).sum(-1, dtype=torch.int64)
+    return rows.view(integer)
 
 
 def _version(weight: Tensor) -> int | None:
     """Return how often torch saw a tensor written to; tensors of inference mode do not count it."""
     return None if weight.is_inference() else weight._version
-
-
-def _same(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
-    """Say whether digests on the host are the same."""
-    return len(before) == len(now) and all(map(torch.equal, before, now))
 
 
 def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.device) -> _Norm:
@@ -562,19 +633,20 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
         epsilon = torch.finfo(torch.promote_types(own_dtype, torch.float32)).eps
     gain = torch.ones(width, dtype=dtype, device=own) if weight is None else weight.detach()
     shift = None if bias is None else bias.detach().to(dtype)
-    # Not symmetric about zero, so that centring shows.
-    probe = torch.linspace(-1.0, 2.0, width, dtype=dtype, device=own)
-    candidates = [
-        _Norm(centred, gain.to(dtype) + offset, shift, float(epsilon))
-        for centred in (True, False)
-        for offset in (0.0, 1.0)
-    ]
+
+    def candidate_of(centred: bool, offset: float) -> _Norm:
+        lifted = gain.to(dtype)
+        return _Norm(centred, lifted + offset if offset else lifted, shift, float(epsilon))
+
     known = known_of(norm) if own.type == "cuda" else {}
     kind = ("norm", width, own_dtype, dtype)
-    if (place := known.get(kind)) is not None:
-        remembered: _Norm = candidates[place]
-        return remembered
+    if kind in known:
+        return candidate_of(*known[kind])
     if gain.shape == (width,):
+        kinds = [(centred, offset) for centred in (True, False) for offset in (0.0, 1.0)]
+        candidates = [candidate_of(*each) for each in kinds]
+        # Not symmetric about zero, so that centring shows.
+        probe = torch.linspace(-1.0, 2.0, width, dtype=dtype, device=own)
         with torch.no_grad():
             got = norm(probe.to(own_dtype)).to(dtype)
             expected = [candidate(probe.to(own_dtype).to(dtype)) for candidate in candidates]
@@ -583,7 +655,7 @@ def _read_norm(norm: nn.Module, width: int, dtype: torch.dtype, device: torch.de
         nearest = errors.index(min(errors))
         # A few roundings of the norm's own dtype.
         if errors[nearest] <= 8.0 * torch.finfo(own_dtype).eps * largest:
-            known[kind] = nearest
+            known[kind] = kinds[nearest]
             return candidates[nearest]
     raise UnsupportedModelError(
         f"MLPProjector: {type(norm).__name__} over {width} entries is neither layer norm nor RMS "
@@ -608,15 +680,23 @@ def _quick_gelu_slope(hidden: Tensor) -> Tensor:
     return gate * (1.0 + 1.702 * hidden * (1.0 - gate))
 
 
+_ONES: Remembered[tuple[torch.device, torch.dtype], Tensor] = Remembered()
+
+
+def _one(hidden: Tensor) -> Tensor:
+    """Return ones of a tensor's shape; a GPU is told to write one only once."""
+    one = _ONES.made((hidden.device, hidden.dtype), lambda: hidden.new_ones(()))
+    return one.expand_as(hidden)
+
+
 def _silu_slope(hidden: Tensor) -> Tensor:
-    one = hidden.new_ones(()).expand_as(hidden)
-    return cast(Tensor, torch.ops.aten.silu_backward(one, hidden))
+    return cast(Tensor, torch.ops.aten.silu_backward(_one(hidden), hidden))
 
 
 def _gelu_slope(approximate: str) -> Activation:
     def slope(hidden: Tensor) -> Tensor:
-        one = hidden.new_ones(()).expand_as(hidden)
-        return cast(Tensor, torch.ops.aten.gelu_backward(one, hidden, approximate=approximate))
+        slopes = torch.ops.aten.gelu_backward(_one(hidden), hidden, approximate=approximate)
+        return cast(Tensor, slopes)
 
     return slope
 

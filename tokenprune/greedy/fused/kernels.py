@@ -16,6 +16,7 @@ largest: what is wrong is told by whoever looks at the numbers, and must not be 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -39,9 +40,13 @@ CHUNK = 1024
 
 _WARPS = 16  # of a program that makes all choices of an item: it has a multiprocessor for itself
 
+FOLDED = 8192
+"""Numbers that `folded_sum` can add up: a program holds all of them."""
+
 STEP_CHUNK = 64
 """The same where a launch takes one token: fewer, so that there are programs for all of a GPU."""
 
+_PRODUCTS = 2**25  # float64 entries of products that are held at once
 _SIDE = 64  # of the tiles in which products are computed
 _ROUNDED = tl.constexpr(6755399441055744.0)  # 1.5 * 2**52: added, it leaves no bits below 1
 _NOTHING_LEFT = tl.constexpr(NOTHING_LEFT)
@@ -339,6 +344,42 @@ def _folded(values, SIZE: tl.constexpr):
         half: tl.constexpr = SIZE // 2
         result = _folded(tl.sum(tl.reshape(values, (2, half)), axis=0), half)
     return result
+
+
+@triton.jit
+def _fold(values, sums, length, inner, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Sum over the middle axis of values [outer, length, inner]."""
+    outer = tl.program_id(0).to(tl.int64)
+    across = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    place = tl.arange(0, SIZE)
+    inside = (place < length)[:, None] & (across < inner)[None, :]
+    from_place = (outer * length + place)[:, None] * inner + across[None, :]
+    found = _folded_columns(tl.load(values + from_place, inside, 0.0), SIZE, WIDE)
+    tl.store(sums + outer * inner + across, found, across < inner)
+
+
+@triton.jit
+def _folded_columns(values, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Return the sum of each column of values [SIZE, WIDE], in the order of `folded_sum`."""
+    if SIZE == 1:
+        result = tl.sum(values, axis=0)
+    else:
+        half: tl.constexpr = SIZE // 2
+        halves = tl.sum(tl.reshape(values, (2, half, WIDE)), axis=0)
+        result = _folded_columns(halves, half, WIDE)
+    return result
+
+
+def folded_sum(values: Tensor, dim: int) -> Tensor:
+    """Do as `tokenprune.numerics.folded_sum`, over at most `FOLDED` numbers."""
+    dim = dim % values.ndim
+    length, before, behind = values.shape[dim], values.shape[:dim], values.shape[dim + 1 :]
+    sums = values.new_empty((*before, *behind))
+    size, inner = triton.next_power_of_2(length), math.prod(behind)
+    wide = max(1, min(64, FOLDED // size, triton.next_power_of_2(inner)))
+    grid = (math.prod(before), triton.cdiv(inner, wide))
+    launch(_fold, grid, values.contiguous(), sums, length, inner, SIZE=size, WIDE=wide)
+    return sums
 
 
 @triton.jit
@@ -645,6 +686,52 @@ def first_equal_rows(rows: Tensor) -> Tensor:
     grid = (total, size)
     launch(_first_equal, grid, given, hashes, first, total, width, CHUNK=CHUNK, DEPTH=depth)
     return first
+
+
+@triton.jit
+def _standing(table, products, inverse, kept, standing, longest, CHUNK: tl.constexpr):
+    """Write which kept token a token is most similar to; a kept one is so to itself."""
+    own = tl.program_id(0)
+    item = tl.program_id(1).to(tl.int64)
+    entry = table + item * _COLUMNS
+    total = tl.load(entry + _TOTAL).to(tl.int32)
+    keep = tl.load(entry + _KEEP).to(tl.int32)
+    kept += tl.load(entry + _KEPT)
+    inverse += tl.load(entry + _START)
+    line = products + tl.load(entry + _PAIRS) + own.to(tl.int64) * total
+    mine = tl.load(inverse + own)
+    best = tl.full((), float("-inf"), tl.float32)
+    pick = tl.full((), 0, tl.int32)
+    itself = tl.full((), -1, tl.int32)
+    for start in range(0, keep, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        inside = place < keep
+        there = tl.load(kept + place, inside, 0)
+        norms = mine * tl.load(inverse + there, inside, 0.0)
+        cosine = (tl.load(line + there, inside, 0.0) * norms).to(tl.float32)
+        best, pick = _better(best, pick, tl.where(inside, cosine, float("-inf")), start)
+        itself = tl.maximum(itself, tl.max(tl.where(inside & (there == own), place, -1), axis=0))
+    found = tl.where(itself >= 0, itself, pick)
+    tl.store(standing + item * longest + own, found.to(tl.int64))
+
+
+def representatives(embeddings: Tensor, kept: Tensor) -> Tensor:
+    """Do as `tokenprune.representation.representatives`, for up to `ALL_PAIRS` tokens."""
+    size, total, _ = embeddings.shape
+    standing = torch.empty(size, total, dtype=torch.int64, device=embeddings.device)
+    kept = kept.contiguous()
+    at_once = max(1, _PRODUCTS // total**2)
+    for start in range(0, size, at_once):
+        some = slice(start, min(start + at_once, size))
+        count = some.stop - some.start
+        layout = Layout.of(total, [total] * count, [kept.shape[1]] * count, embeddings.device)
+        rows, _, _, inverse = whole_rows(embeddings[some].flatten(0, 1))
+        products = all_products(layout, rows)
+        launch(
+            _standing, (total, count), layout.table, products, inverse, kept[some],
+            standing[some], total, CHUNK=CHUNK,
+        )  # fmt: skip
+    return standing
 
 
 # Choices ------------------------------------------------------------------------------------------
