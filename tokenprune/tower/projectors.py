@@ -346,15 +346,15 @@ class LiftedProjector:
 
     def _fused_jacobian_norm(self, features: Tensor, divisor: float) -> Tensor:
         """Return what `jacobian_norm` does of a block of tokens, with kernels between products."""
-        from tokenprune.tower import kernels  # imports Triton, which is not everywhere
+        from tokenprune.greedy.fused import jacobian  # imports Triton, which is not everywhere
 
         grams, norm = self._grams, self._norm
         if norm is None:
             bias = self._lift(self._projector.first.bias)
             slopes = self._projector._slope(F.linear(features, self._first, bias))
-            return kernels.norm_without(slopes @ grams.parts[0][0], slopes, divisor)
+            return jacobian.norm_without(slopes @ grams.parts[0][0], slopes, divisor)
         groups = self._projector.norm_groups
-        scaled, inverse, shrinkage = kernels.normalise(
+        scaled, inverse, shrinkage = jacobian.normalise(
             torch.unflatten(features, -1, (groups, -1)), norm.gain, norm.epsilon, norm.centred
         )
         pushed = [
@@ -365,7 +365,7 @@ class LiftedProjector:
         slopes = self._projector._slope(hidden if grams.bias is None else hidden + grams.bias)
         total = slopes.new_empty(len(slopes))
         for part, along in enumerate(pushed):
-            kernels.add_part(
+            jacobian.add_part(
                 total,
                 slopes @ grams.parts[part][0],
                 slopes,
@@ -582,9 +582,9 @@ def _digest(weights: Sequence[Tensor]) -> Tensor:
     """
     readable = [_as_integers(weight.detach()) for weight in weights]
     if fuses(readable[0]):
-        from tokenprune.tower import kernels  # imports Triton, which is not everywhere
+        from tokenprune.greedy.fused import jacobian  # imports Triton, which is not everywhere
 
-        return kernels.sums(readable)
+        return jacobian.sums(readable)
     ends = list(accumulate(map(len, readable)))
     digest = readable[0].new_empty(ends[-1], dtype=torch.int64)
     for rows, end in zip(readable, ends, strict=True):
