@@ -7,6 +7,7 @@ looked up.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -44,11 +45,16 @@ TESTED = {
 }
 """Engine -> what was tested, by `scripts/test` and by hand."""
 
-_WARNED: set[str] = set()
+_WARNED = "TOKENPRUNE_WARNED_OF"
+"""The environment variable with the engines that were warned of.
+
+vLLM starts several processes, and each loads the plugin: what one has said, those that it starts
+inherit and do not say again.
+"""
 
 
 def warn_untested(engine: str, version: str) -> None:
-    """Warn, once per process and engine, if a release was not tested.
+    """Warn, once for each engine in a process and those that it starts, of an untested release.
 
     Parameters
     ----------
@@ -58,9 +64,10 @@ def warn_untested(engine: str, version: str) -> None:
         What is running.
     """
     tested = TESTED[engine]
-    if engine in _WARNED or tested.covers(version):
+    warned = os.environ.get(_WARNED, "").split()
+    if engine in warned or tested.covers(version):
         return
-    _WARNED.add(engine)
+    os.environ[_WARNED] = " ".join([*warned, engine])
     warnings.warn(
         f"{engine} {version} was not tested with this tokenprune; {_said(tested.oldest)} to "
         f"{_said(tested.newest)} were. If it fails or answers oddly, install "

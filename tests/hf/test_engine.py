@@ -152,7 +152,7 @@ def test_an_untested_release_is_warned_of_at_prune(
     begin: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny() if begin is trimmed else TINY["llava"].model()
-    monkeypatch.setattr(releases, "_WARNED", set())
+    monkeypatch.setenv(releases._WARNED, "")
     # As it is now: transformers puts another module in its own place while it loads models.
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "99.1.0")
     with (

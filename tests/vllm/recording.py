@@ -53,6 +53,10 @@ class Recording:
         """Run the encoder on as many images at once as vLLM hands over."""
         self.model_runner.get_model()._pruner._most_rows = 10**9
 
+    def runner(self) -> str:
+        """Return the module of the model runner's class."""
+        return str(type(self.model_runner).__module__)
+
     def memory(self) -> dict[str, int]:
         """Return how many encoded images the worker still holds, and how many requests."""
         runner = self.model_runner

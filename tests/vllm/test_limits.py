@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import tokenprune_vllm
 from tests.vllm import checkpoints
 from tests.vllm.engines import answer, engine, greedy, kept
+from tokenprune import releases
 from tokenprune.arguments import Parser
 from tokenprune.config import PruningConfig
 from tokenprune.errors import (
@@ -26,9 +28,10 @@ from tokenprune.errors import (
     OptionError,
     UnknownMethodError,
     UnsupportedModelError,
+    UntestedReleaseWarning,
 )
 from tokenprune_eval.bundled.model import bundled_model_path
-from tokenprune_vllm import serve
+from tokenprune_vllm import plugin, serve
 from tokenprune_vllm.export import export
 from tokenprune_vllm.hooks import check_overridden
 from tokenprune_vllm.refusals import check_engine, room_for_positions
@@ -132,6 +135,16 @@ def test_a_vllm_told_not_to_load_the_plugin(llava: Path, monkeypatch: pytest.Mon
         tokenprune_vllm.engine_args(llava, "cls-attention", 4)
 
 
+def test_an_untested_vllm_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(releases._WARNED, "")
+    monkeypatch.setattr(vllm, "__version__", "99.0.0")
+    with pytest.warns(UntestedReleaseWarning, match=r"vllm 99\.0\.0 .* 0\.32 to 0\.33"):
+        plugin.register()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UntestedReleaseWarning)
+        plugin.register()
+
+
 def test_own_overrides_are_kept(llava: Path) -> None:
     overrides = {"text_config": {"max_position_embeddings": 64}, "torch_dtype": "float32"}
     merged = tokenprune_vllm.engine_args(llava, "uniform", 4, hf_overrides=overrides)
@@ -147,6 +160,7 @@ def test_own_overrides_are_kept(llava: Path) -> None:
         ({"mm_encoder_tp_mode": "data"}, "mm-encoder-tp-mode"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
         ({"mm_processor_kwargs": {"use_audio_in_video": True}}, "use_audio_in_video"),
+        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "ubatch-size"),
     ],
 )
 def test_settings_of_vllm_that_do_not_go_together(
