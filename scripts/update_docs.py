@@ -6,6 +6,7 @@
         (or its parts, --cost first, one after another)
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
     .venv/bin/python scripts/bench_vllm.py > docs/bench_vllm.txt
+    .venv/bin/python scripts/bench_speculation.py --work WORK > docs/bench_speculation.txt
     .venv/bin/tokenprune eval --config scripts/eval.yaml
     .venv/bin/python scripts/update_docs.py demo-out/full/results.json --eval eval-out
 
@@ -250,7 +251,9 @@ def main() -> None:
     if arguments.eval is not None:
         texts.update(eval_texts(arguments.eval))
     fill(ROOT / "README.md", texts)
-    fill(ROOT / "docs" / "serving.md", {"bench": f"\n{fenced('bench_vllm.txt')}\n"})
+    benches = {"bench": "bench_vllm.txt", "speculation": "bench_speculation.txt"}
+    texts = {name: f"\n{fenced(file)}\n" for name, file in benches.items()}
+    fill(ROOT / "docs" / "serving.md", texts)
 
 
 if __name__ == "__main__":

@@ -173,25 +173,29 @@ def shorten_prompt(
         for name, fill in fills.items()
         if isinstance(values.get(name), Tensor)
     }
+    pruned = _loses_some(selections, encoded, placeholders, len(input_ids))
     if arguments.get("position_ids") is not None:
         full = given_positions(arguments)
     else:
-        pruned = _loses_some(selections, encoded, placeholders, len(input_ids))
         found = full_positions(vision, on_host, encoded, placeholders, told_mask, pruned)
         full = to_device(found, device)
     short_mask = short["attention_mask"]
-    if positions == "original":
-        published = vision.mrope and arguments.get("position_ids") is None
-        numbered = original_positions(
+    numbered = compact_positions(full, short_mask)
+    if positions == "original" or not all(pruned):
+        own = original_positions(
             full,
             prompt,
             mask,
             short_mask,
-            published=published,
+            published=vision.mrope and arguments.get("position_ids") is None,
             masks_axis=vision.has_masks_axis(full),
         )
-    else:
-        numbered = compact_positions(full, short_mask)
+        # A prompt that loses nothing is the engine's, whatever is asked for.
+        compact = to_device(torch.tensor(pruned, device="cpu"), device) & (positions == "compact")
+        numbered = (
+            torch.where(compact[:, None], numbered[0], own[0]),
+            torch.where(compact, numbered[1], own[1]),
+        )
     short["position_ids"], following = numbered
     shape = prompt.columns.shape
     return Shortened(

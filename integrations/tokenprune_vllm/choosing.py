@@ -17,27 +17,32 @@ from tokenprune.families.any import TRACED, AnyFamily, found_projector, not_coun
 from tokenprune.families.base import Family
 from tokenprune.families.modules import layers_of
 from tokenprune.question.prompt import ItemPrompt, counted_interval, loose_rows
-from tokenprune.question.reader import PromptReader
+from tokenprune.question.reader import FirstLayers, PromptReader
 from tokenprune.selecting import Unchecked, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
+from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.layouts import Grid, Segment, places_on
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune.transfer import to_device
+from tokenprune_vllm.adapters import Adapters
 from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_calls import Item
 from tokenprune_vllm.prompt_positions import item_positions
-from tokenprune_vllm.reading import LanguageModel
+from tokenprune_vllm.reading import Adapted, LanguageModel
 from tokenprune_vllm.scoring import (
     all_heads,
     entrance_of,
     keep_weights_plain,
+    only_dtype,
     plain_linear,
+    real_heads,
     scoring_layer,
     watch,
 )
 from tokenprune_vllm.settings import ServerSettings
+from tokenprune_vllm.sharing import Sharing, sharing_of
 from tokenprune_vllm.tracing import Layout, Tracer, decoder_of
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
@@ -56,6 +61,8 @@ class Chooser:
         The server's.
     vllm_config
         vLLM's.
+    adapters
+        LoRA adapters of the language model that a method may have to read with.
 
     Attributes
     ----------
@@ -69,12 +76,19 @@ class Chooser:
     """
 
     def __init__(
-        self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
+        self,
+        model: Any,
+        family: Family,
+        settings: ServerSettings,
+        vllm_config: Any,
+        adapters: Adapters | None = None,
     ) -> None:
         self._model = model
         self._family = family
+        self._adapters = adapters
         self._counted: set[str] = set()  # modalities, in a model of no family
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
         self._selectors: dict[str, Selector] = {
             name: replace(settings.default, method=name, options=dict(options)).selector()
             for name, options in settings.methods.items()
@@ -95,15 +109,23 @@ class Chooser:
             self._has_cls = family.has_cls(tower)
         projector = family.projector(model) if family.known else None
         self._entrance = None if projector is None else entrance_of(projector)
+        self._sharing: Sharing | None = None
+        if self._entrance is not None:
+            self._sharing = sharing_of(model, family, self._entrance, vllm_config)
+        if self._sharing is not None and not TRACED & needs:
+            self._entrance = None  # nothing is gathered that nobody looks at
         self._projector: ModelProjector | None = None
         if projector is not None and "projector" in needs:
-            self._projector = _readable(projector, family)
+            self._projector = _readable(projector, family, self._dtype)
         elif "projector" in needs:
             # Which of them is a projector is not known before weights are loaded.
             keep_weights_plain(model, besides=decoder_of(model))
         self._language_model: LanguageModel | None = None
         if "query_attention" in needs:
             self._language_model = LanguageModel(model, family, vllm_config)
+            for selector in self._selectors.values():
+                if isinstance(selector, LayerReading):
+                    self._language_model.reference_layer(selector.layer)
         for selector in self._selectors.values():
             selector.check_model(family.config)
             if self._projector is not None and "projector" in selector.needs:
@@ -138,6 +160,7 @@ class Chooser:
         readers = [one for one in self._selectors.values() if "projector" in one.needs]
         if way is not None and readers:
             self._projector = found_projector(way, plain_linear)
+            self._projector.dtype = only_dtype(self._projector.module, self._dtype)
             for selector in readers:
                 selector.check_projector(self._projector)
 
@@ -145,6 +168,8 @@ class Chooser:
         """Collect what `choose` needs while the encoder runs in the block."""
         if self._tracer is not None:
             return self._tracer.watching()
+        if self._sharing is not None:
+            return self._sharing.watching(self._entrance, self._attention)
         return watch(self._entrance, self._attention)
 
     def choose(
@@ -225,11 +250,15 @@ class Chooser:
             return self._tracer.looked_at(watched, rows, self._width, _layout_of(items))
         if self._entrance is None:
             return [(None, None)] * len(items)
-        attention = None
-        if self._attention is not None:
-            scores = self._family.attention(watched, media, self._has_cls)
-            attention = all_heads(scores, self._family.tower_config)
-        return self._family.rows_of(media, watched.features, attention)
+        family, sharing, attention = self._family, self._sharing, None
+        if self._attention is not None and sharing is not None:
+            scores = sharing.attention(watched, media, self._has_cls)
+            attention = real_heads(scores, family.tower_config)
+        elif self._attention is not None:
+            scores = family.attention(watched, media, self._has_cls)
+            attention = all_heads(scores, family.tower_config)
+        features = watched.features if sharing is None else sharing.features(watched, media)
+        return family.rows_of(media, features, attention)
 
     def _tokens_of(
         self,
@@ -304,9 +333,10 @@ class Chooser:
             interval = self._interval(item, segment, tokens.grid) if self._family.mrope else None
             order = to_device(torch.cat([segment.rows, loose]), rows.device)
             embeddings, *deeper = rows[order].split(self._language_model.width, dim=1)
-            reader = PromptReader(
-                self._language_model, prompt, embeddings, deeper, tokens.grid, interval
-            )
+            layers: FirstLayers = self._language_model
+            if self._adapters is not None:
+                layers = Adapted(self._language_model, self._adapters, item.adapter)
+            reader = PromptReader(layers, prompt, embeddings, deeper, tokens.grid, interval)
         return replace(tokens, question=prompt.question, query_attention=reader)
 
     def _interval(self, item: Item, segment: Segment, grid: Grid) -> int:
@@ -390,7 +420,7 @@ def _rows_of_segments(items: Sequence[Item], rows: Sequence[Tensor]) -> list[lis
     return [[next(each) for _ in of_item] for of_item in segments]
 
 
-def _readable(projector: nn.Module, family: Family) -> ModelProjector:
+def _readable(projector: nn.Module, family: Family, dtype: torch.dtype) -> ModelProjector:
     """Return a projector that selectors can call and read."""
     keep_weights_plain(projector)
 
@@ -398,7 +428,12 @@ def _readable(projector: nn.Module, family: Family) -> ModelProjector:
         return family.around_projector(projector, run, features)
 
     # Under tensor parallelism all ranks have to call or read it together.
-    return ModelProjector(projector, lambda: layers_of(projector, plain_linear), around)
+    return ModelProjector(
+        projector,
+        lambda: layers_of(projector, plain_linear),
+        around,
+        only_dtype(projector, dtype),
+    )
 
 
 def _finite(tokens: VisualTokens) -> VisualTokens:

@@ -8,7 +8,7 @@ into memory.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,15 @@ class Item:
         Its own part of the encoder's arguments, but for what lies end to end or is shared.
     before, after
         LongTensors, ids of the text around it, or None where no method reads it.
+    adapter
+        vLLM's number of its request's LoRA adapter, 0 for none, where a method reads with it.
     """
 
     ticket: Ticket
     fields: Fields
     before: Tensor | None = None
     after: Tensor | None = None
+    adapter: int = 0
 
 
 class EncoderCall:
@@ -46,6 +49,8 @@ class EncoderCall:
     ----------
     arguments
         What vLLM calls it with.
+    adapters
+        Number of items -> the adapter of each, where a method reads with them.
 
     Raises
     ------
@@ -53,7 +58,11 @@ class EncoderCall:
         If the items were prepared without tokenprune.
     """
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        adapters: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
         self._arguments = dict(arguments)
         tickets, regions = self._arguments.pop(TICKET, None), self._arguments.pop(REGION, None)
         prompts = self._arguments.pop(PROMPT, None)
@@ -68,14 +77,12 @@ class EncoderCall:
         ]
         together = {name for ticket in unpacked for name in (*ticket.entries, *ticket.shared)}
         stacked = {name: value for name, value in self._arguments.items() if name not in together}
-        self._items = [
-            Item(
-                ticket,
-                {name: value[index] for name, value in stacked.items()},
-                *(() if prompts is None else unpack_prompt(prompts[index])),
-            )
-            for index, ticket in enumerate(unpacked)
-        ]
+        adapter_of = [0] * len(unpacked) if adapters is None else adapters(len(unpacked))
+        self._items = []
+        for index, ticket in enumerate(unpacked):
+            before, after = (None, None) if prompts is None else unpack_prompt(prompts[index])
+            fields = {name: value[index] for name, value in stacked.items()}
+            self._items.append(Item(ticket, fields, before, after, adapter_of[index]))
 
     def runs(self, most_rows: int) -> Iterator[tuple[list[Item], dict[str, Any]]]:
         """Yield items that are encoded together, and the encoder's arguments for them.

@@ -6,16 +6,20 @@ import copy
 import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from types import SimpleNamespace
 from typing import Any
 
 from tokenprune.budget import Keep
 from tokenprune.config import Positions, PruningConfig
-from tokenprune.errors import ConfigError, InputFileError, reason_of
+from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
 from tokenprune.families.registry import FAMILIES
 from tokenprune.providers import model_path
 from tokenprune.registry import find
 from tokenprune_vllm.lookup import architecture_of
-from tokenprune_vllm.settings import KEY, ServerSettings
+from tokenprune_vllm.settings import KEY, MARK, ServerSettings
+
+TOWER_LORA = "enable_tower_connector_lora"
+"""vLLM's argument for adapters of towers."""
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
 
@@ -79,7 +83,35 @@ def engine_args(
             "hf_overrides must be a dict here: tokenprune adds its own keys to it, which it cannot "
             f"do to a {type(given).__name__}."
         )
+    if kept_apart(overrides, bool(engine.get("enable_lora")), bool(engine.get(TOWER_LORA))):
+        engine[TOWER_LORA] = True
     return {"model": path, **engine, "hf_overrides": merge(given or {}, overrides)}
+
+
+def kept_apart(overrides: Mapping[str, Any], lora: bool, tower: bool) -> bool:
+    """Say whether vLLM has to keep images of requests with other LoRA adapters apart.
+
+    It does so by its option for adapters of towers, which no pruned model has: see
+    `tokenprune_vllm.adapters`.
+
+    Parameters
+    ----------
+    overrides
+        What `pruning_overrides` returned.
+    lora, tower
+        Whether adapters are asked for, and also for the tower.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If they are asked for the tower.
+    """
+    if tower:
+        raise UnsupportedModelError(
+            "tokenprune does not work together with --enable-tower-connector-lora: adapters are "
+            "those of the language model. Leave that out, or serve the model without tokenprune."
+        )
+    return lora and bool(ServerSettings.from_config(SimpleNamespace(**overrides)).readers)
 
 
 def pruning_overrides(
@@ -116,7 +148,7 @@ def pruning_overrides(
     if pruning.positions == "original" and not architecture.mrope:
         # vLLM asks a model for the positions of its prompts only if the config has M-RoPE in it.
         # The text config is left alone: the rotary embedding itself stays what it is.
-        overrides["mrope_section"] = [1, 1, 1]
+        overrides["mrope_section"] = list(MARK)
     elif not architecture.mrope and "mrope_section" in config:
         overrides["mrope_section"] = None  # left by an export with original positions
     return overrides

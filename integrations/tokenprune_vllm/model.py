@@ -11,12 +11,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune_vllm import drafting
+from tokenprune_vllm.adapters import modules_with_adapters
 from tokenprune_vllm.encoder_inputs import family_of
 from tokenprune_vllm.positions import check_tables
 from tokenprune_vllm.processor import largest_items
 from tokenprune_vllm.pruner import Pruner
 from tokenprune_vllm.refusals import check_engine, room_for_positions
 from tokenprune_vllm.settings import ServerSettings
+from tokenprune_vllm.stages import hand_on, taken_over, with_room
 
 
 class PrunedModel:
@@ -38,13 +41,41 @@ class PrunedModel:
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if not family.known and settings.default.positions == "original":
             check_tables(self.get_language_model(), config.get_text_config())  # type: ignore[attr-defined]
+        if drafting.is_drafted(vllm_config):
+            drafting.prepare(self, settings.default.positions == "original")
         self._pruner = Pruner(self, family, settings, vllm_config)
+        pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self._hands_on = pipeline and settings.default.positions == "original"
+        if self._hands_on:
+            make: Any = self.make_empty_intermediate_tensors  # type: ignore[has-type]
+            self.make_empty_intermediate_tensors = with_room(make, 3 if family.mrope else 1)
         self._pruner.say(largest_items(vllm_config.model_config))
+
+    # Adapters ----------------------------------------------------------------------------------
+
+    @property
+    def supports_tower_connector_lora(self) -> bool:
+        """Whether vLLM tells which adapter is whose before it encodes; see `adapters`."""
+        return self._pruner.adapters is not None
+
+    def get_mm_mapping(self) -> Any:
+        """Return which modules belong to what, for vLLM's LoRA."""
+        own = getattr(super(), "get_mm_mapping", None)
+        return modules_with_adapters(self, own and own(), self._pruner.adapters)
+
+    def get_mm_lora_token_counts(
+        self, *, modality: str, mm_kwargs: Any, num_mm_embeds: int
+    ) -> tuple[int, int | None]:
+        """Return how many tokens an item has in the tower that `get_mm_mapping` names."""
+        adapters = self._pruner.adapters
+        if adapters is None:
+            raise RuntimeError("vLLM asks for tokens of a tower that takes no adapters")
+        return adapters.announce(mm_kwargs, num_mm_embeds)
 
     # Rows --------------------------------------------------------------------------------------
 
     def embed_multimodal(self, **kwargs: object) -> list[Tensor]:
-        """Run the encoder; return each item's kept rows, with its position columns if any."""
+        """Run the encoder; return each item's kept rows, their positions behind them in memory."""
         return self._pruner.embed(super().embed_multimodal, kwargs)  # type: ignore[misc]
 
     def embed_input_ids(
@@ -54,7 +85,7 @@ class PrunedModel:
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Embed a batch; the rows' positions are taken off and kept for `forward`."""
+        """Embed a batch; the rows' positions are kept for `forward`."""
         input_ids, rows, is_row = self._pruner.take_columns(
             input_ids, multimodal_embeddings, is_multimodal
         )
@@ -89,10 +120,13 @@ class PrunedModel:
         **kwargs: object,
     ) -> Any:
         """Run vLLM's forward with each kept token at its own position."""
-        return super().forward(  # type: ignore[misc]
-            input_ids,
-            self._pruner.positions(positions),
-            intermediate_tensors,
-            inputs_embeds,
-            **kwargs,
+        if self._hands_on and intermediate_tensors is not None:
+            intermediate_tensors, positions = taken_over(intermediate_tensors)
+        else:
+            positions = self._pruner.positions(positions)
+        output = super().forward(  # type: ignore[misc]
+            input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
         )
+        if self._hands_on:
+            hand_on(output, positions)
+        return output

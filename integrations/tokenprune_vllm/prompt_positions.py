@@ -101,7 +101,7 @@ def prompt_positions(
     places: list[tuple[PlaceholderRange, Region, int]] = []
     end = 0
     for feature in sorted(features, key=lambda feature: feature.mm_position.offset):
-        ticket = Ticket.unpack(feature.data[TICKET].data, feature.data[REGION].data)
+        ticket = Ticket.unpack(*_fields(feature))
         region, place = ticket.region, feature.mm_position
         unpruned += tokens[end : place.offset]
         if ticket.visual:
@@ -119,6 +119,18 @@ def prompt_positions(
         end = start + region.length
     parts.append(positions[:, end:])
     return torch.cat(parts, dim=1).contiguous(), len(unpruned) + delta - len(tokens)
+
+
+def loses_nothing(features: Sequence[Any]) -> bool:
+    """Say whether every token of a prompt's images and videos stands in it."""
+    return all(
+        feature.mm_position.length == Ticket.unpack(*_fields(feature)).region.length
+        for feature in features
+    )
+
+
+def _fields(feature: Any) -> tuple[Tensor, Tensor]:
+    return feature.data[TICKET].data, feature.data[REGION].data
 
 
 def _of_region(positions: Tensor, place: PlaceholderRange, region: Region, start: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from tokenprune.errors import ConfigError, UnsupportedModelError
 from tokenprune.families.base import Family
@@ -22,10 +22,12 @@ from tokenprune.selection import Selection
 from tokenprune.tower.structure import of_noise, same
 from tokenprune.transfer import to_device
 from tokenprune_vllm import metrics
+from tokenprune_vllm.adapters import Adapters
+from tokenprune_vllm.carrying import carry, taken
 from tokenprune_vllm.choosing import Chooser, logger
 from tokenprune_vllm.encoder_calls import EncoderCall, Item
 from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
-from tokenprune_vllm.prompt_positions import item_positions, prompt_positions
+from tokenprune_vllm.prompt_positions import item_positions, loses_nothing, prompt_positions
 from tokenprune_vllm.settings import ServerSettings
 
 _NOISES = 4
@@ -49,7 +51,9 @@ class Pruner:
     Attributes
     ----------
     chooser
-        What chooses the rows.
+        What chooses the rows; None on later stages of a pipeline, which get no images.
+    adapters
+        Those that a method may have to read with; None where there are none.
     mrope
         Whether the model itself counts positions on three axes.
     """
@@ -61,7 +65,13 @@ class Pruner:
         self._family = family
         self._settings = settings
         self._checked: set[str] = set()
-        self.chooser = Chooser(model, family, settings, vllm_config)
+        self.adapters: Adapters | None = None
+        if vllm_config.lora_config is not None and settings.readers:
+            self.adapters = Adapters(model)
+        staged = vllm_config.parallel_config.pipeline_parallel_size > 1
+        self.chooser: Chooser | None = None
+        if not staged or get_pp_group().is_first_rank:
+            self.chooser = Chooser(model, family, settings, vllm_config, self.adapters)
         scheduler = vllm_config.scheduler_config
         self._width = int(vllm_config.model_config.get_inputs_embeds_size())
         self._most_rows = int(
@@ -72,13 +82,16 @@ class Pruner:
         self._carries_ids = not family.known
         # Looking for it waits for the device, so it is looked for only once there may be some: from
         # the first item that has text among its rows on, or where rows are encoded elsewhere.
-        self._text_travels = vllm_config.ec_transfer_config is not None
+        self._copied = vllm_config.ec_transfer_config is not None
+        self._text_travels = self._copied
         self.mrope = family.mrope
         self._axes = 3 if family.mrope else 1
         self._offsets: PositionOffsets | None = None
+        self._columns = DIGITS * self._carries_ids  # that travel with each row
         if settings.default.positions == "original":
             device = torch.get_default_device()
             self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
+            self._columns += DIGITS * self._axes
 
     def say(self, largest: Mapping[str, tuple[int, int]]) -> None:
         """Say at the start how this server prunes.
@@ -101,7 +114,7 @@ class Pruner:
                 f"{sizes or 'image or video is switched off'}. Give a smaller keep, or serve the "
                 "model without tokenprune."
             )
-        if get_tensor_model_parallel_rank() == 0:
+        if self.chooser is not None and get_tensor_model_parallel_rank() == 0:
             logger.info(
                 "tokenprune: %s, keep %s, %s positions; scoring layer %s; tokens of the largest %s",
                 default.method,
@@ -116,13 +129,18 @@ class Pruner:
     def embed(self, encode: Callable[..., Any], arguments: Mapping[str, Any]) -> list[Tensor]:
         """Encode the items of one call and return the rows of each that stay."""
         kept: list[Tensor] = []
-        for items, of_items in EncoderCall(arguments).runs(self._most_rows):
+        adapters = None if self.adapters is None else self.adapters.take
+        for items, of_items in EncoderCall(arguments, adapters).runs(self._most_rows):
+            chooser = self.chooser
+            if chooser is None:  # here the engine measures memory, and throws the rows away
+                kept += encode(**of_items)
+                continue
             if items[0].ticket.visual:
-                self.chooser.find(functools.partial(_encode_noise, encode, of_items), items)
-            with self.chooser.watching() as watched:
+                chooser.find(functools.partial(_encode_noise, encode, of_items), items)
+            with chooser.watching() as watched:
                 rows = list(encode(**of_items))
             self._check_rows(items, rows, encode, of_items)
-            kept += self._prune(items, rows, watched)
+            kept += self._prune(chooser, items, rows, watched)
         return kept
 
     def _check_rows(
@@ -171,10 +189,12 @@ class Pruner:
         self._checked.add(modality)
 
     @torch.inference_mode()
-    def _prune(self, items: Sequence[Item], rows: list[Tensor], watched: Any) -> list[Tensor]:
+    def _prune(
+        self, chooser: Chooser, items: Sequence[Item], rows: list[Tensor], watched: Any
+    ) -> list[Tensor]:
         """Return the kept rows of each item, and count the time."""
         start = time.perf_counter()
-        selections = self.chooser.choose(items, rows, watched)
+        selections = chooser.choose(items, rows, watched)
         plans = [
             self._plan(item, len(of_item), of_item.dtype, chosen)
             for item, of_item, chosen in zip(items, rows, selections, strict=True)
@@ -252,7 +272,7 @@ class Pruner:
             if plan.text is not None:
                 of_item = torch.cat([of_item, self._rows_of_text(of_item, plan.text)])
             staying = of_item.index_select(0, order)
-            kept.append(staying if columns is None else torch.cat([staying, columns], dim=1))
+            kept.append(staying if columns is None else carry(staying, columns, self._copied))
         return kept
 
     def _rows_of_text(self, rows: Tensor, ids: Tensor) -> Tensor:
@@ -307,7 +327,7 @@ class Pruner:
     def take_columns(
         self, input_ids: Tensor, rows: Any, is_row: Tensor | None
     ) -> tuple[Tensor, Any, Tensor | None]:
-        """Take off what travels behind the rows of a batch; remember positions for `positions`.
+        """Read what travels with the rows of a batch; remember positions for `positions`.
 
         Parameters
         ----------
@@ -327,15 +347,17 @@ class Pruner:
             if self._offsets is not None:
                 self._offsets.write(None, None, len(input_ids))
             return input_ids, rows, is_row
-        if self._carries_ids:
-            ids = [from_columns(of_item[:, -DIGITS:])[0] for of_item in rows]
-            rows = [of_item[:, :-DIGITS] for of_item in rows]
+        if not self._columns:
+            return input_ids, rows, is_row
+        pairs = [taken(of_item, self._columns, self._copied) for of_item in rows]
+        rows = [of_item for of_item, _ in pairs]
+        columns = [behind for _, behind in pairs]
         if self._offsets is not None:
-            columns = self._axes * DIGITS
-            offsets = from_columns(torch.cat([of_item[:, -columns:] for of_item in rows]))
+            axes = self._axes * DIGITS
+            offsets = from_columns(torch.cat([behind[:, :axes] for behind in columns]))
             self._offsets.write(offsets, is_row, len(input_ids))
-            rows = [of_item[:, :-columns] for of_item in rows]
         if self._carries_ids and self._text_travels and is_row is not None:
+            ids = [from_columns(behind[:, -DIGITS:])[0] for behind in columns]
             return self._text_again(input_ids, rows, is_row, ids)
         return input_ids, rows, is_row
 
@@ -371,6 +393,8 @@ class Pruner:
     ) -> tuple[Tensor, int]:
         """Return positions [3, L] of a pruned prompt and the distance of the next one from L."""
         if self._offsets is None:
+            if loses_nothing(features):  # the model's own, as without the plugin
+                return self._model.engine_positions(list(tokens), list(features))
             return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
         return prompt_positions(self._model.engine_positions, tokens, features)
 

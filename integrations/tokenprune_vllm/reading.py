@@ -3,6 +3,10 @@
 The engine's layers run as they are, with the weights they have, on one prompt at a time. Only what
 looks into the paged KV cache is left aside meanwhile: plain causal attention stands in its place.
 Layers that keep a state in place of keys get one of their own (`own_states`).
+
+Under tensor parallelism all ranks read the same prompts in the same order, since layers wait for
+all of them; each has some of the heads, which are put together in the order of ranks. In a pipeline
+the first stage reads, where images are encoded, as far as its layers go.
 """
 
 from __future__ import annotations
@@ -10,12 +14,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.base import Family
@@ -23,6 +30,7 @@ from tokenprune.families.registry import attending_layers, reference_layer
 from tokenprune.question.attention import QueryKeys
 from tokenprune.question.reader import SetPrompts
 from tokenprune.transfer import to_device
+from tokenprune_vllm.adapters import Adapters
 from tokenprune_vllm.own_states import own_states
 
 _TOLD_BY_MODALITY = frozenset({"visual_token_mask"})
@@ -49,8 +57,9 @@ class LanguageModel:
 
     def __init__(self, model: Any, family: Family, vllm_config: Any) -> None:
         self._vllm_config = vllm_config
+        self._ranks = int(vllm_config.parallel_config.tensor_parallel_size)
         whole = model.get_language_model()
-        self._embed = whole.embed_input_ids
+        self._whole = whole
         self._layers: list[Any] = list(getattr(getattr(whole, "model", whole), "layers", ()))
         self._config = family.config
         self._text_config = family.config.get_text_config()
@@ -66,10 +75,14 @@ class LanguageModel:
             for number, layer in enumerate(self._layers)
             if isinstance(getattr(layer, "linear_attn", None), MambaBase)
         }
-        attending = [one for n, one in enumerate(self._layers) if n not in self._stateful]
+        held = [one for one in self._layers if not isinstance(one, PPMissingLayer)]
+        self._held = len(held)
+        attending = [one for n, one in enumerate(held) if n not in self._stateful]
         for layer in attending or [None]:
             attention: Any = getattr(layer, "self_attn", None)
-            parts = ("qkv_proj", "o_proj", "rotary_emb", "attn", "scaling", "head_dim")
+            parts = ["qkv_proj", "o_proj", "rotary_emb", "attn", "scaling", "head_dim"]
+            if self._ranks > 1:
+                parts.append("total_num_kv_heads")
             if not all(hasattr(attention, part) for part in parts):
                 raise UnsupportedModelError(
                     f"the language model {type(whole).__name__} has layers of a kind that cannot "
@@ -84,7 +97,7 @@ class LanguageModel:
                 )
         told = {
             name
-            for layer in self._layers
+            for layer in held
             for name, taken in inspect.signature(layer.forward).parameters.items()
             if taken.default is taken.empty and taken.kind is not taken.VAR_KEYWORD
         }
@@ -99,19 +112,35 @@ class LanguageModel:
             )
 
     def reference_layer(self, asked: int | None) -> int:
-        """Return the layer to read, from 0."""
-        return reference_layer(
-            self._config.model_type,
-            len(self._layers),
-            self.width,
-            asked,
-            attending_layers(self._text_config),
+        """Return the layer to read, from 0.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If there is no such layer, it does not attend, or it is on a later stage.
+        """
+        count = len(self._layers)
+        number = reference_layer(
+            self._config.model_type, count, self.width, asked, attending_layers(self._text_config)
         )
+        if number >= self._held:
+            raise UnsupportedModelError(
+                f"layer {number} is to be read with the question, and the pipeline's first stage, "
+                f"where images are encoded, has {self._held} of {count} layers. Give it more of "
+                "them (VLLM_PP_LAYER_PARTITION, which says how many each stage has), choose an "
+                "earlier layer (--option layer=...), or use flexselect-lite."
+            )
+        return number
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return [S, L, D]."""
-        embedded: Tensor = self._embed(to_device(ids, self.device))
-        return embedded
+        # All tokens in one row, as the engine embeds a batch: so do embeddings with adapters.
+        flat: Tensor = self._whole.embed_input_ids(to_device(ids, self.device).flatten())
+        return flat.view(*ids.shape, -1)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Return what reads: vLLM may have put others in the place of the first ones."""
+        return self._whole.modules()  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:
@@ -148,12 +177,14 @@ class LanguageModel:
                 query, key, value, inputs, scale = self._read(
                     number, states, positions, deeper, beside
                 )
+                norm = value[:, asked].float().abs().sum(dim=-1) if values else None
+                groups = getattr(self._layers[number].self_attn, "total_num_kv_heads", None)
                 seen[number] = QueryKeys(
-                    query=query[:, -prompts.questions :],
-                    key=key,
+                    query=self._of_all_ranks(query[:, -prompts.questions :]),
+                    key=self._of_all_ranks(key, groups),
                     visual=asked,
                     scale=scale,
-                    value_norm=value[:, asked].float().abs().sum(dim=-1) if values else None,
+                    value_norm=None if norm is None else self._of_all_ranks(norm, groups),
                     hidden=inputs[asked] if hidden else None,
                 )
             found.append(seen)
@@ -185,7 +216,7 @@ class LanguageModel:
         Returns
         -------
         query, key, value
-            [heads, L, d].
+            [heads, L, d], this rank's.
         hidden
             [L, D], the layer's input.
         scale
@@ -211,12 +242,64 @@ class LanguageModel:
         query, key, value = taking.taken
         return query, key, value, hidden, float(layer.self_attn.scaling)
 
+    def _of_all_ranks(self, heads: Tensor, total: int | None = None) -> Tensor:
+        """Put the heads of all ranks together, in the order of ranks.
+
+        Parameters
+        ----------
+        heads
+            [heads of this rank, ...].
+        total
+            How many there are; where that is less than ranks, neighbours have the same one. None:
+            as many as all ranks have.
+        """
+        if self._ranks == 1:
+            return heads
+        together: Tensor = tensor_model_parallel_all_gather(heads.contiguous(), dim=0)
+        return together if total is None else together[:: len(together) // total]
+
     def _attending_plainly(self, number: int) -> AbstractContextManager[None]:
         """Let a layer attend without the paged cache; one that keeps a state does not attend."""
         if number in self._stateful:
             return nullcontext()
         attention = self._layers[number].self_attn
         return _in_place_of(attention, _Causal(attention))
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """A language model that reads with a LoRA adapter: a `question.reader.FirstLayers`, too.
+
+    Attributes
+    ----------
+    language_model
+        Whose layers read.
+    adapters
+        The adapters of the model.
+    adapter
+        Which of them, by vLLM's number.
+    """
+
+    language_model: LanguageModel
+    adapters: Adapters
+    adapter: int
+
+    def reference_layer(self, asked: int | None) -> int:
+        """Return the layer to read, from 0."""
+        return self.language_model.reference_layer(asked)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return [S, L, D]."""
+        with self.adapters.active(self.adapter, ids.numel(), self.language_model.modules()):
+            return self.language_model.embed(ids)
+
+    def run(
+        self, prompts: SetPrompts, layers: Sequence[int], values: bool, hidden: bool
+    ) -> list[dict[int, QueryKeys]]:
+        """Run the layers on one prompt after the other; all of them are of one length."""
+        tokens = prompts.states.shape[1]
+        with self.adapters.active(self.adapter, tokens, self.language_model.modules()):
+            return self.language_model.run(prompts, layers, values, hidden)
 
 
 class _TakenError(Exception):

@@ -7,12 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.any import TRACED
 from tokenprune.registry import find
+from tokenprune_vllm.drafting import is_drafted
 from tokenprune_vllm.positions import known_positions, rope_types
-from tokenprune_vllm.settings import INTERLEAVED, ServerSettings
-
-_WITHOUT_HIDDEN_STATES = ("ngram", "ngram_gpu", "suffix")
-"""Ways to guess the next tokens from the text alone; others read positions of their own."""
+from tokenprune_vllm.settings import INTERLEAVED, MARK, ServerSettings
 
 
 def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True) -> None:
@@ -37,15 +36,25 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
     speculative = vllm_config.speculative_config
     lora = vllm_config.lora_config
     original = settings.default.positions == "original"
-    readers = [name for name in settings.methods if "query_attention" in find(name).needs]
-    reads = bool(readers)
+    drafted = is_drafted(vllm_config)
+    reads = bool(settings.readers)
+    tracing = [] if known else [name for name in settings.methods if TRACED & set(find(name).needs)]
     reading = (
-        f"together with {readers[0]}, which runs the model's first layers itself" if reads else ""
+        f"together with {settings.readers[0]}, which runs the model's first layers itself"
+        if reads
+        else ""
     )
     table: list[tuple[bool, str]] = [
         (
-            lora is not None and lora.enable_tower_connector_lora,
-            "--enable-tower-connector-lora (it counts an image's tokens by its rows)",
+            # Where a method reads with adapters it says something else, see `adapters`.
+            lora is not None and lora.enable_tower_connector_lora and not reads,
+            "--enable-tower-connector-lora (adapters are those of the language model)",
+        ),
+        (
+            reads and lora is not None and not lora.enable_tower_connector_lora,
+            f"--enable-lora without --enable-tower-connector-lora {reading}: add it, as "
+            "`tokenprune serve` and `engine_args` do, so that vLLM keeps images of requests with "
+            "other adapters apart",
         ),
         (
             bool(multimodal.video_pruning_rate),
@@ -56,8 +65,12 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
             f"{INTERLEAVED} (the sound of a video stands among its tokens)",
         ),
         (
-            multimodal.mm_encoder_tp_mode == "data",
-            "--mm-encoder-tp-mode data (ranks would each choose for their own images)",
+            bool(tracing)
+            and multimodal.mm_encoder_tp_mode == "data"
+            and parallel.tensor_parallel_size > 1,
+            "--mm-encoder-tp-mode data together with "
+            f"{', '.join(tracing)} for a model of no known family (each rank sees its own images "
+            "in the encoder, and where they are put together was not found)",
         ),
         (
             vllm_config.compilation_config.compile_mm_encoder,
@@ -68,37 +81,32 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
             "--mm-processor-cache-type shm with a method that reads the question",
         ),
         (
-            reads and parallel.tensor_parallel_size > 1,
-            f"--tensor-parallel-size above 1 {reading}",
-        ),
-        (
-            reads and parallel.pipeline_parallel_size > 1,
-            f"--pipeline-parallel-size above 1 {reading}",
-        ),
-        (
-            # The layers of experts wait for all ranks, and the others read nothing just then.
             reads and parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe,
-            f"--data-parallel-size above 1 for a mixture of experts {reading}",
+            f"--data-parallel-size above 1 for a mixture of experts {reading} (experts are spread "
+            "over all ranks, which wait for each other in every layer, and only one reads)",
         ),
-        (reads and vllm_config.quant_config is not None, f"quantised weights {reading}"),
-        (reads and lora is not None, f"--enable-lora {reading}"),
         (
             # Offsets are written for a whole batch, and each part of it would read the first ones.
             original and parallel.use_ubatching,
             "--enable-dbo or --ubatch-size above 1 with --positions original",
         ),
         (
-            # Offsets come with the embeddings, which only the first stage has.
-            original and parallel.pipeline_parallel_size > 1,
-            "--pipeline-parallel-size above 1 with --positions original",
+            # Their queries meet the model's own keys, which stand where they stood unpruned.
+            original and drafted and speculative.use_gemma4_mtp(),
+            "--speculative-config with Gemma 4's own drafter, which reads the cache of the model "
+            "but is told other positions, and --positions original",
         ),
         (
-            # They would be given the columns that travel behind rows.
-            (original or not known)
-            and speculative is not None
-            and speculative.method not in _WITHOUT_HIDDEN_STATES,
-            f"--speculative-config with method {getattr(speculative, 'method', None)!r} and "
-            + ("--positions original" if known else "a model of no known family"),
+            # What `engine_args` and `tokenprune export` write for models that count on one axis.
+            drafted and _marked(speculative.draft_model_config.hf_config),
+            "--speculative-config with a drafter inside an exported checkpoint with original "
+            "positions (`tokenprune serve` on the checkpoint it was made of takes the drafter)",
+        ),
+        (
+            (original or not known) and drafted and vllm_config.ec_transfer_config is not None,
+            "--ec-transfer-config (rows that are sent are wider than a drafter takes them) and "
+            "--speculative-config with method "
+            f"{getattr(speculative, 'method', None)!r}",
         ),
     ]
     refused = [setting for applies, setting in table if applies]
@@ -107,6 +115,10 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
             f"tokenprune does not work together with {'; '.join(refused)}. Leave that out, or "
             "serve the model without tokenprune."
         )
+
+
+def _marked(config: Any) -> bool:
+    return list(getattr(config, "mrope_section", None) or ()) == list(MARK)
 
 
 @contextmanager

@@ -150,11 +150,16 @@ def entrance_of(projector: Any) -> nn.Module:
 def all_heads(attention: Tensor, vision_config: Any) -> Tensor:
     """Put the heads of all ranks together: [B, H / ranks, P] -> [B, H, P].
 
-    vLLM pads some towers with empty heads, and leaves others whole on every rank, where the
-    number of heads does not divide by the ranks; the real ones come first.
+    vLLM leaves some towers whole on every rank, where the number of heads does not divide by the
+    ranks; the real ones come first.
     """
     if get_tensor_model_parallel_world_size() > 1:
         attention = tensor_model_parallel_all_gather(attention.contiguous(), dim=1)
+    return real_heads(attention, vision_config)
+
+
+def real_heads(attention: Tensor, vision_config: Any) -> Tensor:
+    """Leave out the empty heads with which vLLM pads some towers: they come last."""
     # Qwen's configs call them num_heads.
     heads = getattr(vision_config, "num_attention_heads", None) or vision_config.num_heads
     return attention[:, : int(heads)]
@@ -198,9 +203,30 @@ def plain_linear(layer: Any) -> Any:
     return SimpleNamespace(weight=weight, bias=bias)
 
 
+def only_dtype(projector: nn.Module, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the only dtype in which a projector can be called; None where it takes others, too.
+
+    vLLM chooses the kernels of quantised layers by the model's dtype when it loads them.
+
+    Parameters
+    ----------
+    projector
+        One of vLLM's, or anything else.
+    dtype
+        The model's.
+    """
+    methods = [layer.quant_method for layer in projector.modules() if isinstance(layer, LinearBase)]
+    plain = all(isinstance(method, UnquantizedLinearMethod) for method in methods)
+    return None if plain else dtype
+
+
 def keep_weights_plain(projector: nn.Module, besides: nn.Module | None = None) -> None:
-    """Ask vLLM's CPU backend not to repack the projector's matrices, which selectors read."""
+    """Ask vLLM's CPU backend not to repack the projector's matrices, which selectors read.
+
+    Quantised ones are not read, and some of them would run in another kernel.
+    """
     apart = set() if besides is None else set(besides.modules())
     for layer in projector.modules():
-        if isinstance(layer, LinearBase) and layer not in apart:
+        plain = isinstance(getattr(layer, "quant_method", None), UnquantizedLinearMethod)
+        if plain and isinstance(layer, LinearBase) and layer not in apart:
             layer._cpu_skip_gemm_dispatch = True  # vLLM's own mark, read when weights are loaded

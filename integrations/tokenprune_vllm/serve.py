@@ -103,8 +103,10 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     """
     from tokenprune.config import PruningConfig
     from tokenprune_vllm.engine import (
+        TOWER_LORA,
         check_model_impl,
         check_plugin,
+        kept_apart,
         merge,
         pruning_overrides,
         read_config,
@@ -145,6 +147,9 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.allow_request_keep and not trusts:
         more.append("--trust-request-mm-kwargs")
+    tower_lora = f"--{TOWER_LORA.replace('_', '-')}"
+    if kept_apart(ours, _has(more, "--enable-lora"), _has(more, tower_lora)):
+        more.append(tower_lora)
     if model != arguments.model and _value(more, "--served-model-name") is None:
         # Requests name the model as the user did, and not by the folder behind it.
         more += ["--served-model-name", arguments.model]

@@ -18,10 +18,17 @@ from tokenprune import formats
 from tokenprune.budget import keeps_all
 from tokenprune.config import FORMAT, PruningConfig
 from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
+from tokenprune.registry import find
 from tokenprune_vllm.architectures import reads_prompt
 
 KEY = "tokenprune"
 """Where the configuration lies in the model's config, and in a request's mm_processor_kwargs."""
+
+MARK = (1, 1, 1)
+"""The config's ``mrope_section`` where a model with one axis keeps original positions.
+
+With it vLLM asks for the positions of prompts. The rotary embedding does not read it there.
+"""
 
 INTERLEAVED = "use_audio_in_video"
 """What requests to omni models may ask of their processor."""
@@ -90,6 +97,11 @@ class ServerSettings:
     def reads_prompt(self) -> bool:
         """Whether any method that requests may name chooses by the prompt's text."""
         return any(reads_prompt(method) for method in self.methods)
+
+    @property
+    def readers(self) -> list[str]:
+        """The methods among them that run the model's own first layers."""
+        return [name for name in self.methods if "query_attention" in find(name).needs]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types, as they stand in a config.json."""

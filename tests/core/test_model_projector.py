@@ -348,6 +348,35 @@ def test_another_dtype_is_worked_in_beside_the_module() -> None:
     assert in_dtype(lambda x: x, torch.float32) is None
 
 
+class Kernel(Packed):
+    """A layer that an engine's kernel for bfloat16 runs; its scales are of another dtype."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            raise RuntimeError("expect A to be bfloat16")
+        return super().forward(x.detach())
+
+
+def test_kernels_of_one_dtype_are_called_in_it() -> None:
+    first, second = layers()
+    module = nn.Sequential(Kernel(first), nn.GELU(), Kernel(second))
+    with pytest.raises(OptionError, match=r"cannot be evaluated .* expect A to be bfloat16"):
+        select(ModelProjector(module))
+    projector = ModelProjector(module, dtype=torch.bfloat16)
+    assert in_dtype(projector, torch.float32) is None
+    assert projector(draw(2, C, seed=4)).dtype is torch.bfloat16
+    with pytest.warns(UserWarning, match="calls the projector instead"):
+        selection = select(projector)
+    plain = nn.Sequential(Packed(first).plain(), nn.GELU(), Packed(second).plain())
+    assert selection.scores is not None
+    # Differences of numbers with eight bits.
+    torch.testing.assert_close(selection.scores, true_sensitivity(plain), rtol=0.1, atol=0.0)
+
+
 def test_a_method_that_does_not_need_the_projector_never_meets_it() -> None:
     def read() -> MLPProjector:
         raise AssertionError("read")

@@ -11,6 +11,7 @@ import io
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import peft
@@ -378,6 +379,48 @@ def test_peft_models_are_pruned_inside() -> None:
     tokenprune_hf.apply(adapted, "cls-attention", 5)
     tokenprune_hf.remove(adapted)
     assert torch.equal(adapted.generate(**inputs, **GREEDY), plain)
+
+
+@PEFT_WARNS
+@pytest.mark.filterwarnings("ignore:method 'zeroth-order' cannot use the weights:UserWarning")
+@pytest.mark.parametrize(
+    "method", ["cls-attention", "zeroth-order", "information", "flexselect", "relevant-information"]
+)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_images_are_chosen_with_the_adapter_that_is_active(name: str, method: str) -> None:
+    options: dict[str, Any] = {
+        "flexselect": {"layer": 1},
+        "relevant-information": {"layer": 1},
+        "zeroth-order": {"directions": 4096},  # all there are, whether by calls or by weights
+    }.get(method, {})
+    plain, (inputs, *_) = TINY[name].model(), questions(name)
+    target = r".*language_model.*_proj|.*(projector|merger).*(linear_\d|mlp\.[02])"
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=target, init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted: Any = peft.get_peft_model(copy.deepcopy(plain), lora, "one").eval()
+    adapted.add_adapter("another", lora)
+
+    def answer(model: Any) -> tuple[list[int], list[int]]:
+        said = model.generate(**inputs, **GREEDY)[0].tolist()
+        return said, kept_by[id(model)].selections[0].kept.tolist()
+
+    models = {"none": plain}
+    for active in ("one", "another"):
+        adapted.set_adapter(active)
+        models[active] = copy.deepcopy(adapted).merge_and_unload().eval()
+    kept_by: dict[int, Any] = {}
+    with torch.no_grad(), ExitStack() as stack:
+        for model in (adapted, *models.values()):
+            pruning = tokenprune_hf.prune(model, method, 5, **options)
+            kept_by[id(model)] = stack.enter_context(pruning)
+        right = {active: answer(model) for active, model in models.items()}
+        for active in ("one", "another", "one"):
+            adapted.set_adapter(active)
+            assert answer(adapted) == right[active], active
+        with adapted.disable_adapter():
+            assert answer(adapted) == right["none"]
+    if method not in ("cls-attention",):
+        assert len({str(kept) for _, kept in right.values()}) > 1, "adapters do not matter here"
 
 
 @PEFT_WARNS

@@ -186,3 +186,17 @@ def test_positions_of_the_callers_own_stay() -> None:
     with tokenprune_hf.prune(model, "uniform", 0.4, apply="mask"):
         model(**inputs, position_ids=own)
     assert torch.equal(seen[0], own[1:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_compact_positions_of_prompts_that_lose_nothing_are_the_engines(name: str) -> None:
+    model, inputs = setting(name, SAMPLES)
+    with torch.no_grad():
+        expected = model(**inputs).logits[:, -1]
+        with tokenprune_hf.prune(model, "uniform", 1.0, positions="compact"):
+            assert torch.equal(model(**inputs).logits[:, -1], expected)
+        # One that loses something, beside one that does not.
+        model, inputs = setting(name, ["tt", "tit"])
+        plain = model(**inputs).logits[0, -1]
+        with tokenprune_hf.prune(model, "uniform", 1, positions="compact"):
+            torch.testing.assert_close(model(**inputs).logits[0, -1], plain)

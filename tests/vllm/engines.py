@@ -12,6 +12,7 @@ import tokenprune_vllm
 from tests.vllm.processes import forked_processes
 
 RECORDING = "tests.vllm.recording.Recording"
+_OF_RANKS = {"tensor_parallel_size", "pipeline_parallel_size"}
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def engine(
     """Start `vllm.LLM`, pruned where a method is given, and stop it after the block.
 
     Engine and worker share one forked process (`tests.vllm.processes`), which writes where the
-    first one wrote; with `forked=False` and for several ranks vLLM makes its own.
+    first one wrote; several ranks have one each. With `forked=False` vLLM makes its own.
     """
     import vllm
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -44,8 +45,8 @@ def engine(
         arguments = {"model": str(model), **settings}
     else:
         arguments = tokenprune_vllm.engine_args(model, method, keep, **pruning, **settings)
-    forked &= not {"tensor_parallel_size", "distributed_executor_backend"} & set(settings)
-    if forked:
+    forked &= "distributed_executor_backend" not in settings
+    if forked and not _OF_RANKS & set(settings):
         # By its class: vLLM takes the name "uni" for "mp" on a CPU.
         arguments["distributed_executor_backend"] = UniProcExecutor
     with forked_processes() if forked else nullcontext():
@@ -81,7 +82,7 @@ def answer(llm: Any, requests: Sequence[dict[str, Any]], sampling: Any) -> list[
 
 def kept(llm: Any) -> list[list[list[int]]]:
     """Return what was kept since the last call, by item and segment; ranks agree."""
-    ranks = llm.collective_rpc("recorded")
+    ranks = [rank for rank in llm.collective_rpc("recorded") if rank is not None]
     assert all(rank == ranks[0] for rank in ranks)
     llm.collective_rpc("start_recording")
     return list(ranks[0])

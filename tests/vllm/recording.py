@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from tokenprune.errors import UnsupportedModelError
+
 
 class Recording:
     """Methods that `LLM.collective_rpc` calls in the worker."""
@@ -16,19 +18,25 @@ class Recording:
     def start_recording(self) -> None:
         """Note every selection from here on."""
         chooser = self.model_runner.get_model()._pruner.chooser
-        self.seen: list[list[list[int]]] = []
+        self.seen: list[list[list[int]]] | None = None
+        if chooser is None:  # a later stage of a pipeline
+            return
+        seen = self.seen = []
         if not hasattr(chooser, "plain_choose"):
             chooser.plain_choose = chooser.choose
 
         def choose(*arguments: Any) -> Any:
             chosen = chooser.plain_choose(*arguments)
-            self.seen += [[one.kept.tolist() for one in of_item] for of_item in chosen]
+            seen.extend([one.kept.tolist() for one in of_item] for of_item in chosen)
             return chosen
 
         chooser.choose = choose
 
-    def recorded(self) -> list[list[list[int]]]:
-        """Return kept indices: one list for each image or video, in it one for each segment."""
+    def recorded(self) -> list[list[list[int]]] | None:
+        """Return kept indices: one list for each image or video, in it one for each segment.
+
+        None where no images come.
+        """
         return self.seen
 
     def start_noting_positions(self) -> None:
@@ -48,6 +56,50 @@ class Recording:
     def noted_positions(self) -> list[list[list[int]]]:
         """Return them, step by step: in each a list for each axis."""
         return self.positions
+
+    def why_not_read(self, layer: int) -> str | None:
+        """Return why a layer cannot be read with the question, where questions are read."""
+        chooser = self.model_runner.get_model()._pruner.chooser
+        try:
+            return None if chooser is None else str(chooser._language_model.reference_layer(layer))
+        except UnsupportedModelError as error:
+            return str(error)
+
+    def warm_up(self) -> None:
+        """Run the encoder and the model once as vLLM does to measure memory.
+
+        On a CPU without torch.compile it does not, and so never makes the buffers for what later
+        stages of a pipeline are handed: their first request would end the engine, pruned or not.
+        """
+        self.model_runner.profile_run()
+
+    def start_noting_drafts(self) -> None:
+        """Note what the drafter is called with, and what the model, from here on."""
+        self.drafts: dict[str, list[Any]] = {"model": [], "positions": [], "slots": [], "rows": []}
+        runner = self.model_runner
+        model, drafter = runner.get_model(), runner.drafter.model
+        if not hasattr(drafter, "plain_forward"):
+            model.plain_forward, drafter.plain_forward = model.forward, drafter.forward
+
+        def forward(*arguments: Any, **named: Any) -> Any:
+            self.drafts["model"].append(named["inputs_embeds"].tolist())
+            return model.plain_forward(*arguments, **named)
+
+        def draft(*arguments: Any, **named: Any) -> Any:
+            from vllm.forward_context import get_forward_context
+
+            positions, given = named["positions"], named["inputs_embeds"]
+            self.drafts["positions"].append(positions.reshape(-1, positions.shape[-1]).tolist())
+            slots = next(iter(get_forward_context().slot_mapping.values()))
+            self.drafts["slots"].append(slots.tolist())
+            self.drafts["rows"].append(None if given is None else given.tolist())
+            return drafter.plain_forward(*arguments, **named)
+
+        model.forward, drafter.forward = forward, draft
+
+    def noted_drafts(self) -> dict[str, list[Any]]:
+        """Return them, call by call: embeddings, the drafter's positions, slots and embeddings."""
+        return self.drafts
 
     def encode_together(self) -> None:
         """Run the encoder on as many images at once as vLLM hands over."""
@@ -122,7 +174,8 @@ def _on_flat_heads(forward: Any) -> Any:
     """Return `forward` of a rotary embedding, called with the heads of q and k in one dimension."""
 
     def run(positions: Any, query: Any, key: Any, *more: Any) -> Any:
-        turned = forward(positions, query.flatten(1), key.flatten(1), *more)
+        # Of a single head `flatten` makes no copy, and the caller writes into what it gave.
+        turned = forward(positions, query.flatten(1).clone(), key.flatten(1).clone(), *more)
         return tuple(one.view(given.shape) for one, given in zip(turned, (query, key), strict=True))
 
     return run

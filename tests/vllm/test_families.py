@@ -395,9 +395,10 @@ def start(family: str, folder: Path, method: str | None = None, **options: Any) 
         **(LATENT if family in KIMI else {}),
         **options,
     }
-    settings["request_methods"] = {
-        name: options_of(family, name) for name in settings["request_methods"]
-    }
+    if not isinstance(settings["request_methods"], dict):
+        settings["request_methods"] = {
+            name: options_of(family, name) for name in settings["request_methods"]
+        }
     return engine(folder, method, **settings)
 
 

@@ -155,9 +155,7 @@ def test_own_overrides_are_kept(llava: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline-parallel-size"),
         ({"video_pruning_rate": 0.5}, "video-pruning-rate"),
-        ({"mm_encoder_tp_mode": "data"}, "mm-encoder-tp-mode"),
         ({"compilation_config": {"compile_mm_encoder": True}}, "compile_mm_encoder"),
         ({"mm_processor_kwargs": {"use_audio_in_video": True}}, "use_audio_in_video"),
         ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "ubatch-size"),

@@ -131,11 +131,8 @@ def test_no_text_behind_it(pair: Questioned) -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("qwen2_5_vl", {"tensor_parallel_size": 2}, "tensor-parallel-size above 1"),
-        ("qwen2_5_vl", {"enable_lora": True}, "enable-lora"),
-        ("qwen2_5_vl", {"quantization": "fp8", "dtype": "bfloat16"}, "quantised weights"),
         ("qwen2_5_vl", {"mm_processor_cache_type": "shm"}, "mm-processor-cache-type shm"),
-        ("qwen3_vl_moe", {"data_parallel_size": 2}, "data-parallel-size above 1 for a mixture"),
+        ("qwen3_vl_moe", {"data_parallel_size": 2}, "wait for each other in every layer"),
     ],
 )
 def test_settings_of_vllm_that_do_not_go_together(

@@ -70,8 +70,10 @@ class Worker:
         )
         vllm_config = SimpleNamespace(
             scheduler_config=scheduler,
-            model_config=SimpleNamespace(get_inputs_embeds_size=lambda: width),
+            model_config=SimpleNamespace(get_inputs_embeds_size=lambda: width, dtype=torch.float32),
             ec_transfer_config=None,
+            parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+            lora_config=None,
         )
         settings = ServerSettings.build(pruning)
         with counting(), torch.device("cuda:0" if cuda else "cpu"):

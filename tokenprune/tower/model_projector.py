@@ -37,6 +37,10 @@ class ModelProjector:
         Returns its structure as it is now; None where that is not known.
     around
         What the model does around the module, for example grouping patches; None for nothing.
+    dtype
+        The only one in which the module can be called, where the kernels of its quantised layers
+        take no other. None where it can be called in that of its weights, and a copy of it with
+        its plain weights in another one in that one.
     """
 
     def __init__(
@@ -44,8 +48,10 @@ class ModelProjector:
         module: nn.Module,
         read: Callable[[], MLPProjector] | None = None,
         around: Around | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.module = module
+        self.dtype = dtype
         self._read = read
         self._around = around
 
@@ -150,6 +156,8 @@ def probe_rows(width: int, count: int = 2) -> Tensor:
 
 def entry_dtype(projector: Projector, features: Tensor) -> torch.dtype:
     """Return the dtype in which a projector takes its features: that of its first real weight."""
+    if isinstance(projector, ModelProjector) and projector.dtype is not None:
+        return projector.dtype
     if isinstance(projector, MLPProjector):
         dtype = projector.first.weight.dtype
         return dtype if dtype in FLOATS else features.dtype
@@ -166,7 +174,7 @@ def module_of(projector: Projector) -> nn.Module | None:
 
 
 def in_dtype(projector: Projector, dtype: torch.dtype) -> Projector | None:
-    """Return a projector that works in another dtype, or None where it has no module to read.
+    """Return a projector that works in another dtype, or None where there is none.
 
     The module itself is left alone, since other threads may be calling it: a twin has the same
     children, hooks and settings, and converted weights. Weights that are not plain numbers are
@@ -180,7 +188,7 @@ def in_dtype(projector: Projector, dtype: torch.dtype) -> Projector | None:
         float32 or float64.
     """
     module = module_of(projector)
-    if module is None:
+    if module is None or (isinstance(projector, ModelProjector) and projector.dtype is not None):
         return None
     twin = _twin(module, dtype, {})
     if isinstance(projector, ModelProjector):
