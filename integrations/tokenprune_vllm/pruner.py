@@ -394,7 +394,8 @@ class Pruner:
         """Return positions [3, L] of a pruned prompt and the distance of the next one from L."""
         if self._offsets is None:
             if loses_nothing(features):  # the model's own, as without the plugin
-                return self._model.engine_positions(list(tokens), list(features))
+                own: tuple[Tensor, int] = self._model.engine_positions(list(tokens), list(features))
+                return own
             return torch.arange(len(tokens)).expand(3, -1).contiguous(), 0
         return prompt_positions(self._model.engine_positions, tokens, features)
 
