@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tokenprune.budget import tokens_kept as tokens_kept
     from tokenprune.config import PruningConfig as PruningConfig
     from tokenprune.errors import TokenPruneError as TokenPruneError
+    from tokenprune.merging import Merge as Merge
     from tokenprune.registry import methods as methods
     from tokenprune.representation import tokens_represented as tokens_represented
     from tokenprune.selecting import select as select
@@ -33,6 +34,7 @@ DISTRIBUTION = "tokenprune-vlm"
 _HOMES = {
     "Keep": "budget",
     "MLPProjector": "tower.projectors",
+    "Merge": "merging",
     "Picks": "selectors.base",
     "PruningConfig": "config",
     "Selection": "selection",

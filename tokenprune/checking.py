@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import SelectorError, TokensError
 from tokenprune.late import Look
+from tokenprune.merging import Merge
 from tokenprune.selectors.base import Picks, Selector, check_scores, described
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import ToHost, to_host
@@ -28,12 +30,14 @@ class BatchCheck:
     tokens
         The B items of the batch.
     selector
-        Which of the inputs are looked at: those it needs.
+        Who chooses.
+    inputs
+        Which inputs are looked at: those that the selector is given.
     """
 
-    def __init__(self, tokens: TokenBatch, selector: Selector) -> None:
+    def __init__(self, tokens: TokenBatch, selector: Selector, inputs: Sequence[str]) -> None:
         self._tokens, self._selector = tokens, selector
-        given = {name: getattr(tokens, name) for name in selector.needs}
+        given = {name: getattr(tokens, name) for name in inputs}
         self._inputs = {
             name: one
             for name, one in given.items()
@@ -75,7 +79,8 @@ class BatchCheck:
         self._keeps, self._has_scores, self._looks = keeps, found.scores is not None, looks
         if found.scores is not None:
             _write_largest(found.scores, self._largest[-1])
-        self._found = ToHost((found.kept, self._largest))
+        self._merged = _ranges(found.merges or ())
+        self._found = ToHost((found.kept, self._largest, *self._merged.values()))
 
     def kept(self) -> list[Tensor]:
         """Return the kept tokens of each item, LongTensor [K] on the host, once all is checked.
@@ -90,12 +95,14 @@ class BatchCheck:
         WeightsChangedError
             If the selector used weights that are others by now.
         """
-        kept, largest = self._found.arrived()
+        kept, largest, *ranges = self._found.arrived()
         self._check_inputs(largest[: len(self._inputs)])
         for look in self._looks:
             look()
         if self._has_scores:
             self._check_scores(largest[-1])
+        for index, of_item in zip(self._merged, ranges, strict=True):
+            self._check_merge(index, of_item.tolist())
         rows = zip(self._tokens.labels, kept, self._keeps, self._tokens.sizes, strict=True)
         return [self._checked(label, row[:keep], total) for label, row, keep, total in rows]
 
@@ -126,6 +133,19 @@ class BatchCheck:
             "its `score`."
         )
 
+    def _check_merge(self, index: int, ranges: Sequence[float]) -> None:
+        """Raise if a merge counts outside the item, or weighs with what is no number."""
+        first, last, lowest, highest, total = ranges
+        keep, size = self._keeps[index], self._tokens.sizes[index]
+        if first >= 0 and last < keep and lowest >= 0 and highest < size and math.isfinite(total):
+            return
+        raise SelectorError(
+            f"{self._tokens.labels[index]}: the selector {self._selector.name!r} returned a merge "
+            f"into {first:.0f} to {last:.0f} of tokens {lowest:.0f} to {highest:.0f} with weights "
+            f"that add up to {total:g}. It must be into 0 to {keep - 1} of 0 to {size - 1}, with "
+            "weights that are numbers. Correct its `select`."
+        )
+
     def _checked(self, label: str, kept: Tensor, total: int) -> Tensor:
         ascends = kept.numel() < 2 or bool((kept[1:] > kept[:-1]).all())
         if ascends and int(kept[0]) >= 0 and int(kept[-1]) < total:
@@ -154,7 +174,42 @@ def check_kind(selector: Selector, tokens: TokenBatch, picks: object, keep: int)
         )
     if picks.scores is not None:
         check_scores(selector, tokens, picks.scores)
+    if picks.merges is not None:
+        _check_merges(selector, tokens, picks.merges)
     return picks
+
+
+def _check_merges(selector: Selector, tokens: TokenBatch, merges: object) -> None:
+    """Raise SelectorError unless there is a merge, or None, for each item, of the right dtypes."""
+    given = list(merges) if isinstance(merges, Sequence) else [merges]
+    for merge in given:
+        if merge is None:
+            continue
+        parts: list[Any] = [getattr(merge, name, None) for name in ("into", "of", "weight")]
+        dtypes = [part.dtype if isinstance(part, Tensor) else None for part in parts]
+        alike = len({part.shape if isinstance(part, Tensor) else None for part in parts}) == 1
+        if dtypes == [torch.int64, torch.int64, torch.float32] and alike and parts[0].ndim == 1:
+            continue
+        raise SelectorError(
+            f"{tokens.labels[0]}: the selector {selector.name!r} returned a merge of "
+            f"{', '.join(map(described, parts))}. It must be tokenprune.Merge(into, of, weight): "
+            "int64 [M], int64 [M] and float32 [M]. Correct its `select`."
+        )
+    if len(given) != tokens.size:
+        raise SelectorError(
+            f"{tokens.labels[0]}: the selector {selector.name!r} returned {len(given)} merges for "
+            f"{tokens.size} items. Return one for each, or None. Correct its `select`."
+        )
+
+
+def _ranges(merges: Sequence[Merge | None]) -> dict[int, Tensor]:
+    """Return of each item that merges float64 [5]: least and largest `into` and `of`, the sum."""
+    found = {}
+    for index, merge in enumerate(merges):
+        if merge is not None and merge.into.numel():
+            ends = [*merge.into.aminmax(), *merge.of.aminmax(), merge.weight.sum()]
+            found[index] = torch.stack([end.double() for end in ends])
+    return found
 
 
 def _write_largest(values: Tensor, largest: Tensor) -> None:

@@ -184,7 +184,8 @@ def select_unchecked(
         # Items without scores need them computed, so the two never share a batch.
         fresh = scores[index] is None
         any_size = fresh and selector.takes_sizes and _on_gpu(items[index])
-        key = (fresh, *batch_key(items[index], selector.needs, any_size))
+        inputs = selector.inputs_of(items[index])
+        key = (fresh, *batch_key(items[index], inputs, any_size))
         groups.setdefault(key, []).append(index)
     batches = []
     with torch.no_grad():
@@ -237,9 +238,10 @@ def _select_batch(
     scores: Sequence[Tensor | None],
 ) -> _Selected:
     """Select from items of one batch, from each one's scores float32 [N] where they are known."""
-    batch = stack(items, selector.needs)
+    inputs = selector.inputs_of(items[0])
+    batch = stack(items, inputs)
     keeps = list(map(budget.count, batch.sizes))
-    check = BatchCheck(batch, selector)
+    check = BatchCheck(batch, selector, inputs)
     on_gpu = batch.device.type == "cuda"
     if not on_gpu:
         check.check_inputs()  # nothing to wait for, and no selector is shown what is wrong
@@ -250,7 +252,7 @@ def _select_batch(
         check.check_inputs()  # the likely reason
         raise
     picks = check_kind(selector, batch, picks, max(keeps))
-    kept, found = picks.kept, picks.scores
+    kept, found, merges = picks.kept, picks.scores, picks.merges
     if on_gpu:
         # Each copy is a launch there, so there is one of a batch; and none of what was made for it.
         kept, found = _of_batch(selector, batch, picks)
@@ -264,6 +266,8 @@ def _select_batch(
             grid=item.grid,
             scores=None if found is None else _own(found[row, : item.total], on_gpu),
             is_picture=item.is_picture,
+            # Whatever a method says of an item of which everything stays, its rows stay.
+            merge=None if merges is None or keep == item.total else merges[row],
         )
         for row, (item, keep) in enumerate(zip(items, keeps, strict=True))
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tokenprune.merging import Merge, merged_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,9 @@ class Selection:
     represented
         LongTensor [K], how many tokens each kept one stands for, itself included; they add up to
         N. None where that was not asked for.
+    merge
+        Which tokens are added to which kept ones, or None where kept rows stay as they are; see
+        `rows`.
     """
 
     kept: Tensor
@@ -38,10 +44,40 @@ class Selection:
     scores: Tensor | None = None
     represented: Tensor | None = None
     is_picture: bool = True
+    merge: Merge | None = None
 
     def __len__(self) -> int:
         """Return K, how many tokens stay."""
         return self.kept.numel()
+
+    def rows(
+        self,
+        embeddings: Tensor,
+        features: Tensor | None = None,
+        projector: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return what the language model reads in the place of all tokens.
+
+        Parameters
+        ----------
+        embeddings
+            [N, D], the projector's output.
+        features, projector
+            [N, C] and what maps [..., C] to [..., D]; only for a method that adds up features.
+
+        Returns
+        -------
+        Tensor
+            [K, D]: rows of the kept tokens, those of a method that merges added up.
+
+        Raises
+        ------
+        TokensError
+            If features are added up and were not passed.
+        """
+        if self.merge is None:
+            return embeddings[self.kept]
+        return merged_rows(self.merge, self.kept, embeddings, features, projector)
 
     @property
     def mask(self) -> Tensor:
@@ -62,4 +98,5 @@ class Selection:
 
     def __repr__(self) -> str:
         note = "" if self.is_picture else ", no picture"
+        note += "" if self.merge is None else ", merged"
         return f"Selection(kept {len(self)} of {self.total}, grid={self.grid}{note})"

@@ -27,8 +27,9 @@ from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.projectors import MLPProjector
 
-C, D, HEADS = 13, 17, 16
-"""Widths of the features and embeddings that `make_item` makes, and heads of its attention."""
+C, D, HEADS, JOINT = 13, 17, 16, 7
+"""Widths of the features and embeddings that `make_item` makes, heads of its attention, and the
+width of what it has of images and text in one space."""
 
 GRIDS = ((1, 1, 1), (1, 3, 5), (2, 4, 9), (1, 23, 25))
 _QUESTION = (3, 1, 4, 1, 5)
@@ -102,6 +103,17 @@ def make_item(
     features, embeddings = drawn(total, C)[copies], drawn(total, D)[copies]
     attention = drawn(HEADS, total, normal=False)[:, copies]
     question = drawn(HEADS, 3, total, normal=False)[..., copies]
+    others: dict[str, Any] = {
+        "received_attention": drawn(HEADS, total, normal=False)[:, copies],
+        "middle_attention": drawn(HEADS, total, normal=False)[:, copies],
+        "wide_attention": drawn(total, normal=False)[copies],
+        "keys": drawn(HEADS, total, 5)[:, copies],
+        "question_embeddings": drawn(len(_QUESTION), D),
+        "image_embeddings": drawn(total, JOINT)[copies],
+        "text_embeddings": drawn(2, JOINT),
+        "frame_features": drawn(grid[0], C),
+        "pooling_attention": drawn(total, normal=False)[copies],
+    }
     return VisualTokens(
         grid=grid,
         features=features.to(dtype),
@@ -111,6 +123,7 @@ def make_item(
         query_attention=question.to(dtype),
         question=torch.tensor(_QUESTION, device="cpu"),
         label=label,
+        **{name: value.to(dtype) for name, value in others.items()},
     )
 
 
@@ -207,13 +220,14 @@ def first_of_equal_tokens_in_time(selector: Selector, make: ItemMaker) -> None:
 def not_finite_is_named(selector: Selector, make: ItemMaker) -> None:
     """Name the item in an error where an input holds NaN or infinity."""
     whole = ("projector", "question")
-    for name in (need for need in selector.needs if need not in whole):
+    inputs = selector.inputs_of(make((1, 3, 5)))
+    for name in (need for need in inputs if need not in whole):
         for value in (float("nan"), float("inf")):
             items = [make((1, 3, 5), label=f"image {number}") for number in (1, 2, 3)]
             tensor = getattr(items[1], name)
             if not isinstance(tensor, Tensor):
                 continue
-            tensor[..., 1, 3] = value
+            tensor.view(-1)[3] = value
             try:
                 select_many(items, selector, 3)
             except TokensError as error:
@@ -238,9 +252,9 @@ def same_in_any_surroundings(selector: Selector, make: ItemMaker) -> None:
 def same_for_any_strides(selector: Selector, make: ItemMaker) -> None:
     """Let strides of the inputs change nothing, and keep no gradients."""
     plain, moved = make((1, 23, 25)), make((1, 23, 25))
-    for name in ("features", "embeddings", "cls_attention", "query_attention"):
+    for name in selector.inputs_of(moved):
         tensor = getattr(moved, name)
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and tensor.ndim > 1:
             strided = tensor.transpose(-1, -2).contiguous().transpose(-1, -2).requires_grad_()
             object.__setattr__(moved, name, strided)  # frozen, but the check's own
     selection = _select(selector, moved, 40)
@@ -259,7 +273,7 @@ def leaves_all_alone(selector: Selector, make: ItemMaker) -> None:
             "leaves_all_alone: something was drawn from torch's global generator. Draw from a "
             "torch.Generator of the method's own, with a fixed seed."
         )
-    for name in selector.needs:
+    for name in selector.inputs_of(tokens):
         tensor, original = getattr(tokens, name), getattr(before, name)
         if isinstance(tensor, Tensor) and not torch.equal(tensor, original):
             raise SelectorError(f"leaves_all_alone: {name} was changed. Work on a copy.")
@@ -316,6 +330,13 @@ def _same(case: str, what: str, selection: Selection, expected: Selection) -> No
                 f"{int(apart[0])}. Sums and products of a library depend on shape and place: "
                 "compute scores with tokenprune.numerics."
             )
+
+    if (selection.merge is None) != (expected.merge is None):
+        raise SelectorError(f"{case}: {what}, tokens are merged in one case only.")
+    if selection.merge is not None and expected.merge is not None:
+        for part in ("into", "of", "weight"):
+            if not torch.equal(getattr(selection.merge, part), getattr(expected.merge, part)):
+                raise SelectorError(f"{case}: {what}, other tokens are merged, see `{part}`.")
 
 
 def _check_copies(

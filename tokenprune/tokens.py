@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,15 +17,63 @@ from tokenprune.transfer import to_device
 Projector = Callable[[Tensor], Tensor]
 """Maps vision features [..., C] to what the language model reads [..., D]."""
 
-INPUTS = ("features", "embeddings", "cls_attention", "projector", "query_attention", "question")
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the tensor of an input lies.
+
+    Attributes
+    ----------
+    said
+        For an error, as in the docstring of `VisualTokens`.
+    dims
+        How many axes it may have.
+    counts
+        The axis that counts the item's tokens, or its frames, from behind; None where none does.
+    of
+        What that axis counts.
+    """
+
+    said: str
+    dims: tuple[int, ...]
+    counts: int | None = None
+    of: Literal["tokens", "frames"] = "tokens"
+
+
+_LAYOUTS = {
+    "features": _Layout("[N, C]", (2,), -2),
+    "embeddings": _Layout("[N, D]", (2,), -2),
+    "cls_attention": _Layout("[H, N] or [N]", (1, 2), -1),
+    "received_attention": _Layout("[H, N] or [N]", (1, 2), -1),
+    "middle_attention": _Layout("[H, N] or [N]", (1, 2), -1),
+    "wide_attention": _Layout("[N]", (1,), -1),
+    "keys": _Layout("[H, N, d]", (3,), -2),
+    "query_attention": _Layout("[H, Q, N]", (3,), -1),
+    "question": _Layout("[Q]", (1,)),
+    "question_embeddings": _Layout("[Q, D]", (2,)),
+    "image_embeddings": _Layout("[N, J]", (2,), -2),
+    "text_embeddings": _Layout("[S, J]", (2,)),
+    "frame_features": _Layout("[T, G]", (2,), -2, "frames"),
+    "pooling_attention": _Layout("[N]", (1,), -1),
+}
+"""The inputs that are tensors."""
+
+INPUTS = (*_LAYOUTS, "projector")
 """What a selector may name in `needs`."""
 
-FROM_PROMPT = frozenset({"query_attention", "question"})
+FROM_PROMPT = frozenset({"query_attention", "question", "question_embeddings"})
 """Those of them that depend on the prompt's text: another prompt, another selection."""
 
-_TENSORS = ("features", "embeddings", "cls_attention", "query_attention", "question")
+FROM_CALLER = frozenset(
+    {"image_embeddings", "text_embeddings", "frame_features", "pooling_attention"}
+)
+"""Those of them that no adapter gathers: the models that it prunes do not compute them."""
 
-_TOKEN_AXIS = {"features": -2, "embeddings": -2, "cls_attention": -1, "query_attention": -1}
+_TOKEN_AXIS = {
+    name: layout.counts
+    for name, layout in _LAYOUTS.items()
+    if layout.counts is not None and layout.of == "tokens"
+}
 """Of the inputs that a method of any sizes may need, the axis that counts tokens."""
 
 
@@ -48,6 +96,16 @@ class VisualTokens:
     cls_attention
         [H, N] or [N], the softmax attention of the CLS token to each token at the scoring layer;
         on an encoder without CLS token the attention each token receives.
+    received_attention
+        [H, N] or [N], the attention each token receives at the scoring layer: the mean over all
+        queries, that of a CLS token included. Without a CLS token it is ``cls_attention``.
+    middle_attention
+        [H, N] or [N], the attention each token receives at a layer in the middle of the encoder.
+    wide_attention
+        [N], the CLS token's attention at the scoring layer as one head over the full width:
+        softmax of q kᵀ / sqrt(C), the CLS key included in the softmax.
+    keys
+        [H, N, d], each token's keys at the scoring layer.
     projector
         Callable [..., C] -> [..., D]. Closed forms can be used of a `tokenprune.MLPProjector`, a
         ``torch.nn.Linear`` and a ``torch.nn.Sequential`` of an optional norm, a linear layer and,
@@ -58,6 +116,16 @@ class VisualTokens:
         that a long video's attention need not exist at once.
     question
         LongTensor [Q], the ids of the text after the item, in the model's own vocabulary.
+    question_embeddings
+        [Q, D], the language model's input embeddings of that text, up to the end of the user's
+        turn.
+    image_embeddings, text_embeddings
+        [N, J] and [S, J], tokens and parts of the question in a joint space of images and text,
+        such as CLIP's. The models that adapters prune do not compute them.
+    frame_features
+        [T, G], one vector for each frame, such as the output of SigLIP's pooling head. Likewise.
+    pooling_attention
+        [N], the attention of such a head to each token of its frame. Likewise.
     label
         What to call this item in an error, for example ``"image 2"``.
     is_picture
@@ -81,6 +149,15 @@ class VisualTokens:
     question: Tensor | None = None
     label: str = "the item"
     is_picture: bool = True
+    question_embeddings: Tensor | None = None
+    keys: Tensor | None = None
+    received_attention: Tensor | None = None
+    middle_attention: Tensor | None = None
+    wide_attention: Tensor | None = None
+    image_embeddings: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    frame_features: Tensor | None = None
+    pooling_attention: Tensor | None = None
 
     def __post_init__(self) -> None:
         grid = tuple(self.grid)
@@ -98,26 +175,17 @@ class VisualTokens:
                 f"positions in a picture have the grid (1, 1, {self.total}); pass it, or leave "
                 "is_picture out."
             )
-        for name, dims in (
-            ("features", (2,)),
-            ("embeddings", (2,)),
-            ("cls_attention", (1, 2)),
-            ("query_attention", (3,)),
-        ):
+        for name, layout in _LAYOUTS.items():
             tensor: Any = getattr(self, name)
-            if not isinstance(tensor, Tensor):
+            if not isinstance(tensor, Tensor) or name == "question":
                 continue
-            token_axis = 0 if name in ("features", "embeddings") else -1
-            if tensor.ndim not in dims or tensor.shape[token_axis] != self.total:
-                layout = {
-                    "features": "[N, C]",
-                    "embeddings": "[N, D]",
-                    "cls_attention": "[H, N] or [N]",
-                    "query_attention": "[H, Q, N]",
-                }[name]
+            count = self.total if layout.of == "tokens" else grid[0]
+            axis = layout.counts
+            if tensor.ndim not in layout.dims or (axis is not None and tensor.shape[axis] != count):
+                symbol = "N" if layout.of == "tokens" else "T"
                 raise TokensError(
                     f"{self.label}: {name} has shape {list(tensor.shape)}; with grid={self.grid} "
-                    f"it must be {layout} with N={self.total}."
+                    f"it must be {layout.said} with {symbol}={count}."
                 )
         if self.question is not None and (self.question.ndim != 1 or _is_float(self.question)):
             raise TokensError(
@@ -153,18 +221,12 @@ class TokenBatch:
         What to call each item in an error, B strings.
     device
         Where the items live.
-    features
-        [B, N, C] or None.
-    embeddings
-        [B, N, D] or None.
-    cls_attention
-        [B, H, N] or [B, N] or None.
     projector
         One callable for all items, or None.
     query_attention
         [B, H, Q, N], or the reader of the batch's only item, or None.
-    question
-        [B, Q] or None.
+    features, embeddings, cls_attention, and all other tensors of `VisualTokens`
+        With a leading axis B, for example [B, N, C]; or None.
     grids
         Of each item, where sizes differ; else None.
     """
@@ -180,6 +242,15 @@ class TokenBatch:
     question: Tensor | None = None
     is_picture: bool = True
     grids: tuple[tuple[int, int, int], ...] | None = None
+    question_embeddings: Tensor | None = None
+    keys: Tensor | None = None
+    received_attention: Tensor | None = None
+    middle_attention: Tensor | None = None
+    wide_attention: Tensor | None = None
+    image_embeddings: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    frame_features: Tensor | None = None
+    pooling_attention: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -200,7 +271,7 @@ class TokenBatch:
         return frames * rows * columns
 
     def each(self, name: str) -> list[Tensor]:
-        """Return what `require` returns item by item, without padding: [N, C], [H, N] or [N].
+        """Return what `require` returns item by item, without padding: [N, C], [H, N] and so on.
 
         Raises
         ------
@@ -214,7 +285,7 @@ class TokenBatch:
     def alone(self, index: int) -> TokenBatch:
         """Return a batch of one of the items, of its own tokens."""
         fields: dict[str, Any] = {}
-        for name in _TENSORS:
+        for name in _LAYOUTS:
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 own = self.each(name)[index] if name in _TOKEN_AXIS else value[index]
@@ -325,7 +396,7 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
     first = items[0]
     fields: dict[str, Any] = {}
     device = next(
-        (value.device for name in _TENSORS if isinstance(value := getattr(first, name), Tensor)),
+        (value.device for name in _LAYOUTS if isinstance(value := getattr(first, name), Tensor)),
         torch.device("cpu"),
     )
     grids = tuple(item.grid for item in items)
@@ -354,6 +425,23 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
         grids=grids if padded else None,
         **fields,
     )
+
+
+def tokens_at(values: Mapping[str, Tensor], place: Tensor | slice) -> dict[str, Tensor]:
+    """Return inputs of some tokens, by name.
+
+    Parameters
+    ----------
+    values
+        Inputs of more tokens, by name.
+    place
+        LongTensor [n] or a slice: which tokens.
+    """
+    found = {}
+    for name, value in values.items():
+        behind = (slice(None),) * (-1 - _TOKEN_AXIS[name])
+        found[name] = value[(..., place, *behind)]
+    return found
 
 
 def _places_of_padded(sizes: Sequence[int], device: torch.device) -> Tensor:

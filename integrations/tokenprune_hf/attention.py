@@ -53,7 +53,11 @@ def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Mod
     if not isinstance(chosen, int):
         chosen = max(chosen, key=lambda index: index % (len(layers) + 1))
     # hidden_states has one entry more than there are layers: entry 0 is the embedding.
-    layer = layers[chosen % (len(layers) + 1) - 1]
+    return _attention_of(layers[chosen % (len(layers) + 1) - 1], tower, model)
+
+
+def _attention_of(layer: Any, tower: Any, model: str) -> nn.Module:
+    """Return a layer's attention module, or raise UnsupportedModelError."""
     names = ("self_attn", "attention", "attn")
     found = next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
     if found is None or not hasattr(found, "q_proj"):
@@ -63,6 +67,36 @@ def scoring_layer(tower: Any, chosen: int | Sequence[int], model: str) -> nn.Mod
         )
     module: nn.Module = found
     return module
+
+
+def layer_count(tower: Any) -> int:
+    """Return how many layers a vision encoder has."""
+    tower = getattr(tower, "timm_model", tower)
+    return len(tower.blocks if hasattr(tower, "blocks") else _layers(tower))
+
+
+def layer_number(tower: Any, number: int, model: str) -> nn.Module:
+    """Return the attention module of one of a tower's layers.
+
+    Parameters
+    ----------
+    tower
+        A vision encoder.
+    number
+        From 0.
+    model
+        What to call the model in an error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the tower's layers, or their q and k, are not where they are known to be.
+    """
+    tower = getattr(tower, "timm_model", tower)
+    if hasattr(tower, "blocks"):
+        attention: nn.Module = tower.blocks[number].attn
+        return attention
+    return _attention_of(_layers(tower)[number], tower, model)
 
 
 def _layers(tower: object) -> Sequence[Any]:

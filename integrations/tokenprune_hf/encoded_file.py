@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import InputFileError, PromptError, TokensError, reason_of
+from tokenprune.families.base import MIDDLE, SCORING
 from tokenprune.files import replacing
 from tokenprune.formats import check_format
 from tokenprune.tokens import VisualTokens
@@ -164,7 +165,7 @@ def _put(tensors: dict[str, Tensor], modality: str, media: EncodedModality) -> d
     for number, item in enumerate(media.items):
         name, tokens = f"{modality}.items.{number}", item.tokens
         tensors[f"{name}.rows"] = item.rows
-        of_item = {"features": tokens.features, "cls_attention": tokens.cls_attention}
+        of_item = {name: getattr(tokens, name) for name in ("features", *SCORING, *MIDDLE)}
         # As a rule embeddings are rows that are in the file already.
         are_rows = tokens.embeddings is not None and torch.equal(
             tokens.embeddings, media.rows[item.rows]

@@ -7,7 +7,7 @@ run of the encoder.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokenprune.selection import Selection
 from tokenprune.transfer import to_device
 from tokenprune_hf.any_model import vision_model_of_any_type
 from tokenprune_hf.encoder_inputs import arguments_on_host
-from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel
+from tokenprune_hf.vision import ENCODED, USUAL, EncodedModality, Item, VisionModel
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,34 @@ class Encoded:
         return Encoded({"image": taken}, self.needs)
 
 
+def merged(encoded: Encoded, selections: Mapping[str, Sequence[Selection]]) -> Encoded:
+    """Return the same with the rows of kept tokens to which a method adds others.
+
+    Parameters
+    ----------
+    encoded
+        What the encoder returned.
+    selections
+        Per modality, one for each of its items.
+    """
+    modalities = dict(encoded.modalities)
+    for modality, media in encoded.modalities.items():
+        chosen = zip(media.items, selections[modality], strict=True)
+        merging = [(item, one, one.merge) for item, one in chosen if one.merge is not None]
+        if not merging:
+            continue
+        rows, deepstack = media.rows.clone(), [layer.clone() for layer in media.deepstack]
+        for item, selection, merge in merging:
+            tokens, kept = item.tokens, selection.kept
+            own = to_device(item.rows, rows.device)
+            places = own[kept.to(rows.device)]
+            rows[places] = selection.rows(media.rows[own], tokens.features, tokens.projector)
+            for layer, before in zip(deepstack, media.deepstack, strict=True):
+                layer[places] = merge.sums(before[own], kept.to(rows.device)).to(layer.dtype)
+        modalities[modality] = replace(media, rows=rows, deepstack=deepstack)
+    return replace(encoded, modalities=modalities)
+
+
 def join(parts: Sequence[Encoded]) -> Encoded:
     """Return one batch made of several, for prompts in the same order.
 
@@ -132,8 +160,8 @@ def encode(model: Any, *, needs: Sequence[str] | None = None, **inputs: Any) -> 
     model
         A vision-language model of transformers.
     needs
-        What to gather, out of features, embeddings, cls_attention and projector; None: all that
-        the model has.
+        What to gather, out of `tokenprune.tokens.INPUTS`; None: features, embeddings,
+        cls_attention and projector, as far as the model has them.
     **inputs
         What the processor returned; arguments the encoder does not read are left alone.
 
@@ -152,7 +180,7 @@ def encode(model: Any, *, needs: Sequence[str] | None = None, **inputs: Any) -> 
         vision = vision_model_of_any_type(model)
         if needs is None:
             has_none = set() if vision.family.attends else {"cls_attention"}
-            needs = [need for need in ENCODED if need not in has_none]
+            needs = [need for need in USUAL if need not in has_none]
         return encode_media(vision, inputs, needs)
 
 

@@ -25,7 +25,7 @@ from tokenprune.selectors.base import Selector
 from tokenprune.transfer import to_device
 from tokenprune_hf.caches import cache_length
 from tokenprune_hf.encoder_inputs import arguments_on_host
-from tokenprune_hf.encoding import Encoded, encode_media
+from tokenprune_hf.encoding import Encoded, encode_media, merged
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.reading import placed_items
 from tokenprune_hf.shortened import Application, Shortened
@@ -228,7 +228,7 @@ class Pruner:
             self.vision,
             arguments,
             on_host,
-            encoded,
+            merged(encoded, chosen.by_modality),
             placeholders,
             chosen.by_modality,
             self.positions,

@@ -116,6 +116,9 @@ def placed_items(
             added: dict[str, Any] = {}
             if "question" in needs:
                 added["question"] = to_device(prompt.question, device)
+            if "question_embeddings" in needs:
+                words = to_device(vision.marks().users_text(prompt.question), device)
+                added["question_embeddings"] = vision.embedded(words)
             if "query_attention" in needs:
                 unpruned = partial(counted.around, sample, places[own, 1], text)
                 interval = vision.interval_read(modality, item.tokens.grid, unpruned)

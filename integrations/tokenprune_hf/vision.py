@@ -6,7 +6,7 @@ selectors look at is watched meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
@@ -18,14 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.any import rope_axes
-from tokenprune.families.base import Family
+from tokenprune.families.base import MIDDLE, SCORING, Family
 from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES, attending_layers
+from tokenprune.question.prompt import Marks
 from tokenprune.selectors.base import Selector
-from tokenprune.tokens import Projector, VisualTokens
+from tokenprune.tokens import Projector, VisualTokens, tokens_at
 from tokenprune.tower.layouts import Grid, Medium, places_on
 from tokenprune.tower.model_projector import ModelProjector
-from tokenprune_hf.attention import scoring_layer, watch_attention
+from tokenprune_hf.attention import layer_count, layer_number, scoring_layer, watch_attention
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs, media_of
 from tokenprune_hf.engine import encoder_arguments, encoder_names, rows_per_picture
 from tokenprune_hf.indicators import READS_INDICATORS, give_indicators
@@ -33,7 +34,7 @@ from tokenprune_hf.placing import PLACES_ROWS_IN_BLOCKS, place_kept_rows
 from tokenprune_hf.watching import watch_input
 from tokenprune_hf.wrappers import model_inside
 
-ENCODED = ("features", "embeddings", "cls_attention", "projector")
+ENCODED = ("features", "embeddings", *SCORING, *MIDDLE, "projector")
 """What a run of the vision encoder can give to selectors."""
 
 
@@ -192,6 +193,18 @@ class VisionModel:
             chosen = self.family.feature_layer
         return scoring_layer(self.tower(inputs.modality), chosen, type(self.model).__name__)
 
+    def middle_layer(self, inputs: EncoderInputs, has_cls: bool) -> nn.Module:
+        """Return the attention module of a layer in the middle of the tower; see `Family`.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it cannot be watched.
+        """
+        tower = self.tower(inputs.modality)
+        number = self.family.middle_layer(has_cls, layer_count(tower))
+        return layer_number(tower, number, type(self.model).__name__)
+
     def language_model(self) -> Any:
         """Return the language model without its head: embeddings, layers, norm.
 
@@ -213,6 +226,16 @@ class VisionModel:
         """Return the language model without its head, whatever its attention looks like."""
         found = getattr(self.inner, "language_model", getattr(self.inner, "text_model", None))
         return getattr(found, "model", found)  # Llama 4's and Nemotron VL's have a head
+
+    def marks(self) -> Marks:
+        """Return the ids that are no words of a user."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        return Marks.of(self.model.config, ends)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Return [Q, D], the language model's input embeddings of a text [Q]."""
+        embeddings: Tensor = self.model.get_input_embeddings()(ids[None])[0]
+        return embeddings
 
     def as_read(self, rows: Any) -> Any:
         """Return an encoder's rows as the language model reads them, which few models make late."""
@@ -399,9 +422,12 @@ class VisionModel:
         # the model drops (CLS) or merges (pixel shuffle), each family in its way.
         entrance = entrance_of(self.family.projector(self.inner))
         with ExitStack() as stack:
-            probe = None
-            if "cls_attention" in needs:
+            has_cls = self.family.has_cls(self.tower(inputs.modality))
+            probe = middle = None
+            if set(SCORING) & set(needs):
                 probe = stack.enter_context(watch_attention(self.scoring_layer(inputs)))
+            if set(MIDDLE) & set(needs):
+                middle = stack.enter_context(watch_attention(self.middle_layer(inputs, has_cls)))
             stack.enter_context(watch_input(entrance, keep_input))
             # As the model's own forward calls it, once for all images of the batch.
             output = self.encoder(inputs.modality)(**inputs.arguments, return_dict=True)
@@ -423,12 +449,11 @@ class VisionModel:
             if not self.family.tells_videos:
                 sizes = rows_per_picture(sizes, features)
             media = media_of(self.family, inputs, sizes)
-            attention = None
-            if probe is not None:
-                has_cls = self.family.has_cls(self.tower(inputs.modality))
-                attention = self.family.attention(probe, media, has_cls)
+            looked_at = self.family.looked_at(needs, probe, middle, media, has_cls)
+            heads = 0 if probe is None else probe.key.shape[1]
             embeddings = rows if read is pooled else torch.cat(entries_of(read))
-            items = self._items(inputs, media, embeddings, features, attention)
+            laid_out = self.family.rows_of_all(media, features, looked_at, heads)
+            items = self._items(inputs, media, embeddings, laid_out)
         told = self.family.tells_videos or inputs.video_frames is not None
         stacked = isinstance(pooled, Tensor)
         return EncodedModality(rows, sizes, stacked, deepstack, items, told, container)
@@ -443,17 +468,15 @@ class VisionModel:
         inputs: EncoderInputs,
         media: Sequence[Medium],
         rows: Tensor,
-        features: Tensor,
-        attention: Tensor | None,
+        laid_out: Sequence[tuple[Tensor, Mapping[str, Tensor]]],
     ) -> list[Item]:
         """Return the items of all images or videos, in prompt order."""
         items = []
         start = 0
-        laid_out = self.family.rows_of(media, features, attention)
         segments = [self.family.segments(medium) for medium in media]
         places = iter(places_on([one.rows for of_one in segments for one in of_one], rows.device))
         for number, (medium, of_medium) in enumerate(zip(media, laid_out, strict=True)):
-            features_of_medium, scores = of_medium
+            features_of_medium, looked_at = of_medium
             for segment in segments[number]:
                 # Segments count from their medium's first row, items from the modality's.
                 place = next(places)
@@ -467,9 +490,9 @@ class VisionModel:
                             is_picture=segment.grid is not None,
                             features=features_of_medium[place],
                             embeddings=of_rows[place],
-                            cls_attention=None if scores is None else scores[:, place],
                             projector=self.projector(inputs.modality),
                             label=f"{label}, {segment.label}" if segment.label else label,
+                            **tokens_at(looked_at, place),
                         ),
                     )
                 )
@@ -542,6 +565,10 @@ def whole_model(model: object) -> Any:
     return inside
 
 
+USUAL = ("features", "embeddings", "cls_attention", "projector")
+"""What most methods look at; the rest of `ENCODED` may take more room than the image."""
+
+
 def check_selector(selector: Selector, vision: VisionModel) -> None:
     """Raise unless a selector can serve a model.
 
@@ -554,5 +581,11 @@ def check_selector(selector: Selector, vision: VisionModel) -> None:
     """
     vision.family.check_needs(selector.name, selector.needs)
     selector.check_model(vision.model.config)
+    if selector.merges and vision.model.config.model_type in PROJECTED_LATER:
+        raise UnsupportedModelError(
+            f"method {selector.name!r} adds tokens up, and {type(vision.model).__name__} sends "
+            "what its encoder returns through another layer, which would be given the sums. Use a "
+            "method that merges nothing (see `tokenprune methods`)."
+        )
     if "projector" in selector.needs:
         vision.check_projector(selector)

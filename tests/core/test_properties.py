@@ -15,7 +15,7 @@ import tokenprune
 from tests.hf.lites import saved
 from tokenprune import MLPProjector, Selection, VisualTokens
 from tokenprune.errors import TokensError
-from tokenprune.registry import build
+from tokenprune.registry import build, find
 from tokenprune.selecting import select_many
 from tokenprune.selectors.base import Selector
 from tokenprune.testing import (
@@ -31,10 +31,6 @@ from tokenprune.tokens import TokenBatch
 
 METHODS = list(tokenprune.methods())
 LOOKING = [name for name, method in tokenprune.methods().items() if method.needs]
-PLACELESS = [name for name in LOOKING if name != "flexselect-lite"]
-"""Methods to which a token's place says nothing; a decoder counts positions."""
-OF_TIME = ("information", "relevant-information")
-"""Methods that look at what stood at the same place a frame before."""
 PROJECTOR = make_projector()
 
 
@@ -56,11 +52,10 @@ def choose(tokens: VisualTokens, method: str, keep: Any, **options: Any) -> Sele
 
 def promises(method: str) -> list[str]:
     """Return the checks that a method keeps to."""
-    broken = set()
-    if method not in PLACELESS:
-        broken |= {"first_of_equal_tokens", "first_of_equal_tokens_in_time"}
-    if method in OF_TIME:
-        broken |= {"first_of_equal_tokens_in_time"}
+    by_place = find(method).by_place
+    broken = {"first_of_equal_tokens_in_time"} if by_place else set()
+    if by_place == "place":
+        broken |= {"first_of_equal_tokens"}
     return [name for name in CHECKS if name not in broken]
 
 
@@ -102,7 +97,7 @@ def test_what_comes_twice_or_is_known_is_not_scored_again() -> None:
     assert seen == [2]
 
 
-@pytest.mark.parametrize("method", PLACELESS)
+@pytest.mark.parametrize("method", [name for name in LOOKING if find(name).by_place != "place"])
 def test_tokens_of_zeros(method: str) -> None:
     zeros = VisualTokens(
         grid=(1, 2, 3),

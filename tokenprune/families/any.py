@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from tokenprune.errors import UnsupportedModelError
-from tokenprune.families.base import Family, ModelConfig
+from tokenprune.families.base import Family, ModelConfig, check_adapters_gather
 from tokenprune.families.modules import Plain, layers_in_a_row, layers_of
 from tokenprune.tower.layouts import Grid, Medium, Segment
 from tokenprune.tower.model_projector import ModelProjector
@@ -183,7 +183,7 @@ class AnyFamily(Family):
         super().__init__(config)
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
-        self.given = {"embeddings", "question"}  # engines add what they find
+        self.given = {"embeddings", "question", "question_embeddings"}  # engines add what they find
         if causal and can_be_counted(config):
             self.given.add("query_attention")
 
@@ -194,4 +194,5 @@ class AnyFamily(Family):
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of the model; see `Family.check_needs`."""
+        check_adapters_gather(method, needs)
         check_given(method, needs, self.given, f"a model of the type {self.config.model_type!r}")

@@ -7,16 +7,25 @@ tower and its projector are. It runs nothing: the adapters of the engines do, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.modules import find_projector, find_tower
-from tokenprune.tokens import Projector
-from tokenprune.tower.attention import mean_of_blocks, packed_pictures, whole_pictures
+from tokenprune.tokens import FROM_CALLER, Projector
+from tokenprune.tower.attention import mean_of_blocks, packed_pictures, received, whole_pictures
 from tokenprune.tower.layouts import Grid, Medium, Segment, Sides, check_rows, one_segment
+
+SCORING = ("cls_attention", "received_attention", "wide_attention", "keys")
+"""What selectors look at of q and k of the tower's scoring layer."""
+
+MIDDLE = ("middle_attention",)
+"""Likewise, of a layer in its middle."""
 
 
 class ModelConfig(Protocol):
@@ -52,6 +61,33 @@ class Seen(Protocol):
     @property
     def mask(self) -> Tensor | None:
         """What `tokenprune.tower.attention.received` takes, or None."""
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """q and k of a layer as if it had one head of its full width."""
+
+    seen: Seen
+
+    @property
+    def query(self) -> Tensor:
+        """[B, 1, P, C]."""
+        return self.seen.query.transpose(1, 2).flatten(2)[:, None]
+
+    @property
+    def key(self) -> Tensor:
+        """[B, 1, P, C]."""
+        return self.seen.key.transpose(1, 2).flatten(2)[:, None]
+
+    @property
+    def scale(self) -> float:
+        """1 / sqrt(C)."""
+        return float((self.seen.query.shape[1] * self.seen.query.shape[-1]) ** -0.5)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The layer's."""
+        return self.seen.mask
 
 
 class Family:
@@ -129,6 +165,7 @@ class Family:
         UnsupportedModelError
             Naming what it needs.
         """
+        check_adapters_gather(method, needs)
         self.check_attends(method, needs)
 
     @classmethod
@@ -145,7 +182,7 @@ class Family:
         UnsupportedModelError
             Saying so.
         """
-        if "cls_attention" in needs and not cls.attends:
+        if {*SCORING, *MIDDLE} & set(needs) and not cls.attends:
             raise UnsupportedModelError(
                 f"method {method!r} looks at the attention of the vision tower, and that of a "
                 f"{', '.join(cls.model_types)} ends in convolutions, in which no token attends to "
@@ -290,6 +327,108 @@ class Family:
         lengths = [length for medium in media for length in self.packed_lengths(medium)]
         return packed_pictures(seen.query, seen.key, seen.scale, lengths)[None]
 
+    def middle_layer(self, has_cls: bool, built: int = 0) -> int:
+        """Return the tower's layer, from 0, whose attention is ``middle_attention``.
+
+        Source: HiPrune's released code (arXiv 2508.00553) takes the 9th of CLIP-L's 24 layers and
+        the 16th of Qwen2.5-VL's 32; towers of other depths get the same shares.
+
+        Parameters
+        ----------
+        has_cls
+            Whether the tower puts a CLS token in front of its patches.
+        built
+            How many layers the tower has in the engine, where the config does not say.
+        """
+        tower = self.tower_config
+        named = (getattr(tower, name, None) for name in ("num_hidden_layers", "depth"))
+        layers = next((int(count) for count in named if count), built)
+        return max(0, math.ceil(layers * (3 / 8 if has_cls else 1 / 2)) - 1)
+
+    def looked_at(
+        self,
+        needs: Sequence[str],
+        seen: Seen | None,
+        middle: Seen | None,
+        media: Sequence[Medium],
+        has_cls: bool,
+    ) -> dict[str, Tensor]:
+        """Return what selectors look at of the tower's q and k.
+
+        Parameters
+        ----------
+        needs
+            Of all that is in `SCORING` and `MIDDLE`, what is wanted.
+        seen, middle
+            Of one run of the encoder, the scoring layer and the one in the middle, if asked for.
+        media, has_cls
+            As for `attention`.
+
+        Returns
+        -------
+        dict
+            Name -> float32 [pictures, X, P] without the CLS token, [1, X, P] where the tower packs
+            pictures; X is the heads, 1 for ``wide_attention``, and H * d for ``keys``.
+        """
+        found: dict[str, Tensor] = {}
+        if seen is not None:
+            if "cls_attention" in needs:
+                found["cls_attention"] = self.attention(seen, media, has_cls)
+            if "received_attention" in needs:
+                found["received_attention"] = self._received(seen, media, has_cls)
+            if "wide_attention" in needs:
+                found["wide_attention"] = self.attention(_Wide(seen), media, has_cls)
+            if "keys" in needs:
+                keys = seen.key.float().transpose(2, 3).flatten(1, 2)
+                found["keys"] = self.patches_alone(keys, media, has_cls)
+        if middle is not None and "middle_attention" in needs:
+            found["middle_attention"] = self._received(middle, media, has_cls)
+        return found
+
+    def _received(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return the attention that each patch receives, of all queries."""
+        if self.packed:  # whose attention is that already
+            return self.attention(seen, media, has_cls)
+        of_all = received(seen.query, seen.key, seen.scale, seen.mask)
+        return self.patches_alone(of_all, media, has_cls)
+
+    def patches_alone(self, values: Tensor, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return values [..., P] without those of tokens that are no patches, of all in a tower."""
+        return values[..., 1:] if has_cls else values
+
+    def rows_of_all(
+        self, media: Sequence[Medium], features: Tensor, looked_at: Mapping[str, Tensor], heads: int
+    ) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Return what the tower made of each image or video, one entry for each row.
+
+        Parameters
+        ----------
+        media, features
+            As for `rows_of`.
+        looked_at
+            What `looked_at` returned.
+        heads
+            H, of the scoring layer.
+
+        Returns
+        -------
+        list of tuple
+            Features [rows, C'], and by name what `tokenprune.VisualTokens` takes of them, of which
+            the patches of a token are averaged.
+        """
+        together = torch.cat(list(looked_at.values()), dim=1) if looked_at else None
+        widths = [values.shape[1] for values in looked_at.values()]
+        result = []
+        for of_features, values in self.rows_of(media, features, together):
+            parts = () if values is None else values.split(widths)
+            named = dict(zip(looked_at, parts, strict=True))
+            if "wide_attention" in named:
+                named["wide_attention"] = named["wide_attention"][0]
+            if "keys" in named:
+                named["keys"] = named["keys"].unflatten(0, (heads, -1)).mT
+            result.append((of_features, named))
+        return result
+
     def packed_lengths(self, medium: Medium) -> list[int]:
         """Return the patches of each picture or frame, inside which a packed tower attends."""
         raise NotImplementedError
@@ -391,6 +530,18 @@ class Family:
         Only families with `mrope` are asked.
         """
         return 1
+
+
+def check_adapters_gather(method: str, needs: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if a method looks at what models do not compute."""
+    missing = [need for need in needs if need in FROM_CALLER]
+    if missing:
+        raise UnsupportedModelError(
+            f"method {method!r} looks at {', '.join(missing)}, which vision-language models do not "
+            "compute. Call tokenprune.select(tokenprune.VisualTokens("
+            f"{'=..., '.join(missing)}=..., ...), {method!r}, keep) with what another model made "
+            "of them, or choose another method (see `tokenprune methods`)."
+        )
 
 
 def sides_of(side: Any) -> Sides:

@@ -76,6 +76,11 @@ class MiniCPMV46(OwnSides):
         """Patches on a side of each place that the tower's last layers see."""
         return 1 if self.config.downsample_mode == "4x" else 2
 
+    def middle_layer(self, has_cls: bool, built: int = 0) -> int:
+        """Return the layer nearest to the middle that sees the places of the last layers."""
+        first = 0 if self.inside == 1 else int(self.config.insert_layer_id) + 1
+        return max(first, super().middle_layer(has_cls, built))
+
     @property
     def merged(self) -> int:
         """Patches on a side of each token."""
@@ -179,13 +184,26 @@ class NemotronOmni(ProjectedTokens):
 
     def attention(self, seen: Seen, media: Sequence[Medium], has_cls: bool) -> Tensor:
         """Return the attention score of each patch, float32 [1, H, P] of all pictures."""
-        vision = self.config.vision_config
-        ahead = int(vision.num_cls_tokens) + int(vision.num_registers)
-        lengths = [ahead + one for medium in media for one in self.packed_lengths(medium)]
         # Images come in one sequence, and pictures of a video side by side.
         query, key = (one.transpose(0, 1).flatten(1, 2)[None] for one in (seen.query, seen.key))
-        scores = packed_pictures(query, key, seen.scale, lengths).split(lengths, dim=-1)
-        return torch.cat([picture[:, ahead:] for picture in scores], dim=-1)[None]
+        scores = packed_pictures(query, key, seen.scale, self._lengths(media))
+        return self.patches_alone(scores[None], media, has_cls)
+
+    def patches_alone(self, values: Tensor, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return values [1, X, P] of all pictures without those of what stands ahead of each."""
+        lengths = self._lengths(media)
+        pictures = values.transpose(0, 1).flatten(1).split(lengths, dim=-1)
+        return torch.cat([picture[:, self._ahead :] for picture in pictures], dim=-1)[None]
+
+    def _lengths(self, media: Sequence[Medium]) -> list[int]:
+        """Return the tokens of each picture in the tower."""
+        return [self._ahead + one for medium in media for one in self.packed_lengths(medium)]
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens in front of each picture's patches."""
+        vision = self.config.vision_config
+        return int(vision.num_cls_tokens) + int(vision.num_registers)
 
     def projector(self, model: Any) -> nn.Module:
         """Return the module that the model calls to project."""

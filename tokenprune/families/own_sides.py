@@ -77,6 +77,14 @@ class OwnSides(Family):
         ]
         return torch.cat(pictures, dim=-1)
 
+    def patches_alone(self, values: Tensor, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return values [1, X, P] of all pictures' patches, without padding."""
+        lengths = [length for medium in media for length in self.packed_lengths(medium)]
+        if values.shape[0] == 1 and values.shape[2] == sum(lengths):
+            return values
+        pictures = [values[[place], :, :length] for place, length in enumerate(lengths)]
+        return torch.cat(pictures, dim=-1)
+
     def rows_of(
         self, media: Sequence[Medium], features: Tensor, attention: Tensor | None
     ) -> list[tuple[Tensor, Tensor | None]]:

@@ -94,6 +94,12 @@ class Qwen25VL(Qwen2VL):
             return 1
         return int(self.config.vision_config.tokens_per_second)
 
+    def middle_layer(self, has_cls: bool, built: int = 0) -> int:
+        """Return the layer nearest to the middle that attends to whole pictures, not to windows."""
+        middle = super().middle_layer(has_cls, built)
+        whole = self.tower_config.fullatt_block_indexes
+        return int(min(whole, key=lambda layer: (abs(layer - middle), layer)))
+
     def lay_out(self, medium: Medium, values: Tensor) -> Tensor:
         """Undo the order of windows as the encoder itself does."""
         vision = self.tower_config

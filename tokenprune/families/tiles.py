@@ -170,6 +170,10 @@ class Llama4(Tiles):
         last = seen.query.shape[2] - 1
         return cls_row(seen.query, seen.key, seen.scale, seen.mask, last)[..., :last]
 
+    def patches_alone(self, values: Tensor, media: Sequence[Medium], has_cls: bool) -> Tensor:
+        """Return values [..., P] without that of the CLS token, which stands last."""
+        return values[..., :-1]
+
     def why_unread(self) -> str | None:
         """Say that most layers see a part of a prompt."""
         return "attends to one chunk of the prompt in most of its layers"

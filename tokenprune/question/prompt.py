@@ -8,7 +8,9 @@ keep their positions, as in a pruned prompt.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,6 +165,70 @@ class ItemPrompt:
             asked=place[len(text) : len(text) + len(tokens)],
             questions=len(self._after),
         )
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Ids of a model's vocabulary that are no words of a user.
+
+    Attributes
+    ----------
+    ends
+        Those that end a turn or a text.
+    others
+        Those around images and videos, of padding, and so on.
+    """
+
+    ends: frozenset[int]
+    others: frozenset[int]
+
+    @classmethod
+    def of(cls, config: Any, generation_ends: Any = None) -> Marks:
+        """Return the ids that a model's config names (``..._token_id``).
+
+        Parameters
+        ----------
+        config
+            Of transformers' kind.
+        generation_ends
+            The generation config's ``eos_token_id``: an id, several, or None.
+        """
+        found: dict[bool, set[int]] = {True: set(), False: set()}
+        named = [config.to_dict(), config.get_text_config().to_dict()]
+        pairs = [pair for one in named for pair in one.items() if pair[0].endswith("_token_id")]
+        for name, value in [*pairs, ("eos_token_id", generation_ends)]:
+            several = value if isinstance(value, list | tuple) else [value]
+            ids = {one for one in several if isinstance(one, int) and not isinstance(one, bool)}
+            found[name == "eos_token_id"] |= ids
+        return cls(frozenset(found[True]), frozenset(found[False] - found[True]))
+
+    def users_text(self, ids: Tensor) -> Tensor:
+        """Return what the user says after an item: the last turn that is over, without marks.
+
+        What stands behind its end is the chat template's. Where no turn ends, as in templates whose
+        marks are words, it is all of the text.
+
+        Parameters
+        ----------
+        ids
+            LongTensor [Q] on the CPU, the text after an item.
+
+        Returns
+        -------
+        LongTensor
+            [Q'], at least one; all of `ids` if nothing but marks is left.
+        """
+        given = ids.tolist()
+        places = [place for place, one in enumerate(given) if one in self.ends]
+        turns = [
+            [one for one in given[start:stop] if one not in self.others]
+            for start, stop in itertools.pairwise([0, *(place + 1 for place in places)])
+        ]
+        spoken = [turn[:-1] for turn in turns if len(turn) > 1]
+        if not places:
+            spoken = [[one for one in given if one not in self.others]]
+        words = spoken[-1] if spoken else []
+        return torch.tensor(words or given, dtype=torch.int64, device=ids.device)
 
 
 def loose_rows(columns: Tensor, rows: Tensor, taken: Tensor) -> Tensor:

@@ -12,15 +12,19 @@ import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError, SelectorError, did_you_mean
+from tokenprune.merging import Merge
 from tokenprune.selectors.options import check_option
-from tokenprune.tokens import INPUTS, Projector, TokenBatch
+from tokenprune.tokens import INPUTS, Projector, TokenBatch, VisualTokens
 from tokenprune.transfer import to_device
+
+ByPlace = Literal["", "frame", "place"]
+"""What of a token's place a method looks at; see `Selector.by_place`."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,14 @@ class Picks:
         LongTensor [B, K], ascending in each row.
     scores
         float32 [B, N], or None where the method has no score per token.
+    merges
+        For each item which tokens are added to which kept ones, or None; None where the method
+        merges nothing. What an item of which everything stays has here is left out.
     """
 
     kept: Tensor
     scores: Tensor | None = None
+    merges: Sequence[Merge | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,18 @@ class Selector:
         Title and arXiv number, or where else the method comes from; "" for a baseline.
     needs
         Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
+    optional
+        Likewise, for what the method uses where a caller gives it; no adapter gathers it.
     of_place
         Whether the choice also depends on an item's index in its batch, for example because scores
         were prepared for known items. No method should need it. An item that comes several times
         is then selected from each time.
+    merges
+        Whether it adds tokens to kept ones; see `Picks.merges`.
+    by_place
+        What of a token's place is part of the method, so that exact copies are not
+        interchangeable: ``"frame"`` where it compares frames, ``"place"`` for anything else (an
+        even grid, runs of the raster, neighbours); "" for nothing.
     needs_picture
         Whether the method uses neighbours in the grid; items that are no picture are refused.
     takes_sizes
@@ -80,15 +96,19 @@ class Selector:
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]]
+    optional: ClassVar[tuple[str, ...]] = ()
     of_place: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    by_place: ClassVar[ByPlace] = ""
     needs_picture: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
     not_finite: ClassVar[str] = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "needs" in vars(cls):
-            _check_needs(cls.__name__, cls.needs)
+        for inputs in ("needs", "optional"):
+            if inputs in vars(cls):
+                _check_needs(cls.__name__, inputs, getattr(cls, inputs))
         own = cls.select is not Selector.select or cls.pick is not Selector.pick
         if cls.takes_sizes and own and cls.select_sizes is Selector.select_sizes:
             raise SelectorError(
@@ -97,10 +117,15 @@ class Selector:
             )
 
     def __post_init__(self) -> None:
-        _check_needs(type(self).__name__, self.needs)  # the class may have been changed since
+        _check_needs(type(self).__name__, "needs", self.needs)  # may have been changed since
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             check_option(self.name, field.name, getattr(self, field.name), hints[field.name])
+
+    def inputs_of(self, item: VisualTokens) -> tuple[str, ...]:
+        """Return which inputs of an item the method is given: `needs`, and `optional` ones."""
+        given = [name for name in self.optional if getattr(item, name) is not None]
+        return (*self.needs, *given)
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Selector:
@@ -289,17 +314,17 @@ def described(value: Any) -> str:
     return f"that are a {type(value).__name__}"
 
 
-def _check_needs(name: str, needs: Any) -> None:
-    """Raise SelectorError unless `needs` is a tuple of names out of `INPUTS`."""
+def _check_needs(name: str, which: str, needs: Any) -> None:
+    """Raise SelectorError unless `needs` or `optional` is a tuple of names out of `INPUTS`."""
     if not isinstance(needs, tuple):
-        comma = f" For one name write needs = ({needs!r},)." if isinstance(needs, str) else ""
+        comma = f" For one name write {which} = ({needs!r},)." if isinstance(needs, str) else ""
         raise SelectorError(
-            f"selector {name}: needs={needs!r} is no tuple of names.{comma} "
+            f"selector {name}: {which}={needs!r} is no tuple of names.{comma} "
             f"{did_you_mean('', INPUTS)}"
         )
     for need in needs:
         if need not in INPUTS:
             raise SelectorError(
-                f"selector {name}: needs names {need!r}, which no adapter gathers. "
+                f"selector {name}: {which} names {need!r}, which no adapter gathers. "
                 f"{did_you_mean(str(need), INPUTS)}"
             )

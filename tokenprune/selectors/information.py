@@ -22,7 +22,7 @@ from tokenprune.greedy.engine import Some, folded_sum, pick
 from tokenprune.greedy.items import Items
 from tokenprune.question.attention import QueryKeys, question_scores
 from tokenprune.representation import representatives
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks, Selector
 from tokenprune.selectors.frame_sets import of_set, pick_in_sets, shares
 from tokenprune.selectors.layer_reading import LayerReading
 from tokenprune.tokens import TokenBatch
@@ -63,6 +63,7 @@ class Information(Selector):
     takes_sizes: ClassVar[bool] = True
     paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
+    by_place: ClassVar[ByPlace] = "frame"
 
     noise: float = 0.2
     frames_per_set: int = 64
@@ -130,6 +131,7 @@ class RelevantInformation(LayerReading):
     summary: ClassVar[str] = "information about what the end of the prompt attends to"
     paper: ClassVar[str] = _OUR_OWN
     needs: ClassVar[tuple[str, ...]] = ("query_attention", "embeddings")
+    by_place: ClassVar[ByPlace] = "frame"
 
     noise: float = 0.2
     candidates: float = 0.2

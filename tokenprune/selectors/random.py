@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tokenprune.errors import OptionError
-from tokenprune.selectors.base import Selector
+from tokenprune.selectors.base import ByPlace, Selector
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device
 
@@ -39,6 +39,7 @@ class Random(Selector):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "nothing: a fixed random draw (baseline)"
     needs: ClassVar[tuple[str, ...]] = ()
+    by_place: ClassVar[ByPlace] = "place"
     takes_sizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks, Selector
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device
 
@@ -28,6 +28,7 @@ class Uniform(Selector):
     name: ClassVar[str] = "uniform"
     summary: ClassVar[str] = "nothing: an even grid in space and time (baseline)"
     needs: ClassVar[tuple[str, ...]] = ()
+    by_place: ClassVar[ByPlace] = "place"
     takes_sizes: ClassVar[bool] = True
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:

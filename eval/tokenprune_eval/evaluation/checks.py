@@ -20,6 +20,7 @@ from tokenprune.errors import (
     TokenPruneError,
     reason_of,
 )
+from tokenprune.families.base import MIDDLE, SCORING
 from tokenprune.media.packages import VIDEO
 from tokenprune.packages import check_packages
 from tokenprune_eval.data.choose import missing_media
@@ -270,7 +271,7 @@ def _check_for_transformers(settings: Settings) -> None:
     for condition in settings.conditions():
         selector = settings.pruning(condition).selector()
         check_method(selector, model)
-        if "cls_attention" in selector.needs:
+        if {*SCORING, *MIDDLE} & set(selector.needs):
             vision_model_of_any_type(model).scoring_layer(EncoderInputs("image"))
     if settings.proportional_attention:
         check_proportional_attention(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenprune.errors import OptionError, UnsupportedModelError
 from tokenprune.numerics import full_precision
 from tokenprune.providers import selector_path
+from tokenprune.selectors.base import ByPlace
 from tokenprune.selectors.frame_sets import FrameSets
 from tokenprune.tokens import TokenBatch
 
@@ -35,6 +36,7 @@ class FlexSelectLite(FrameSets):
     summary: ClassVar[str] = "a small decoder trained to rank tokens as the model's own layer does"
     paper: ClassVar[str] = "FlexSelect, arXiv 2506.00993"
     needs: ClassVar[tuple[str, ...]] = ("features", "question")
+    by_place: ClassVar[ByPlace] = "place"  # a decoder counts positions
 
     path: str = ""
 

@@ -64,7 +64,7 @@ from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
 from tokenprune_hf.proportional import ProportionalAttention
-from tokenprune_hf.vision import ENCODED
+from tokenprune_hf.vision import USUAL
 
 _PIXELS = "pixel"
 """How the names of the processor's arguments begin that only the encoder reads."""
@@ -612,8 +612,8 @@ def _all_needs(model: Any) -> set[str]:
     try:
         vision.scoring_layer(EncoderInputs("image"))
     except UnsupportedModelError:
-        return {*ENCODED} - {"cls_attention"}
-    return {*ENCODED}
+        return {*USUAL} - {"cls_attention"}
+    return {*USUAL}
 
 
 class _FirstToken:
