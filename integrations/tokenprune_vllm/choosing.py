@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
@@ -14,16 +14,17 @@ from vllm.logger import init_logger
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError, TokensError, WeightsChangedError
 from tokenprune.families.any import TRACED, AnyFamily, found_projector, not_counted
-from tokenprune.families.base import Family
+from tokenprune.families.base import MIDDLE, SCORING, Family
 from tokenprune.families.modules import layers_of
-from tokenprune.question.prompt import ItemPrompt, counted_interval, loose_rows
+from tokenprune.merging import Merge
+from tokenprune.question.prompt import ItemPrompt, Marks, counted_interval, loose_rows
 from tokenprune.question.reader import FirstLayers, PromptReader
 from tokenprune.selecting import Unchecked, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.selectors.layer_reading import LayerReading
-from tokenprune.tokens import Projector, VisualTokens
-from tokenprune.tower.layouts import Grid, Segment, places_on
+from tokenprune.tokens import Projector, VisualTokens, tokens_at
+from tokenprune.tower.layouts import Grid, Medium, Segment, places_on
 from tokenprune.tower.model_projector import ModelProjector
 from tokenprune.transfer import to_device
 from tokenprune_vllm.adapters import Adapters
@@ -32,9 +33,13 @@ from tokenprune_vllm.encoder_calls import Item
 from tokenprune_vllm.prompt_positions import item_positions
 from tokenprune_vllm.reading import Adapted, LanguageModel
 from tokenprune_vllm.scoring import (
+    AllHeads,
+    Watched,
     all_heads,
     entrance_of,
+    heads_of,
     keep_weights_plain,
+    middle_layer,
     only_dtype,
     plain_linear,
     real_heads,
@@ -103,16 +108,22 @@ class Chooser:
             family.check_needs(selector.name, selector.needs)
         self.attention_name = "none"
         self._attention: nn.Module | None = None
-        if "cls_attention" in needs and family.known:
+        self._middle: nn.Module | None = None
+        self._looked_at = [name for name in (*SCORING, *MIDDLE) if name in needs]
+        if self._looked_at and family.known:
             tower = family.tower(model, "image")
-            self.attention_name, self._attention = scoring_layer(tower)
             self._has_cls = family.has_cls(tower)
+            last_name, last = scoring_layer(tower)
+            if set(SCORING) & needs:
+                self.attention_name, self._attention = last_name, last
+            if set(MIDDLE) & needs:
+                self._middle = middle_layer(tower, family)
         projector = family.projector(model) if family.known else None
         self._entrance = None if projector is None else entrance_of(projector)
         self._sharing: Sharing | None = None
         if self._entrance is not None:
             self._sharing = sharing_of(model, family, self._entrance, vllm_config)
-        if self._sharing is not None and not TRACED & needs:
+        if self._sharing is not None and not (TRACED & needs or self._looked_at):
             self._entrance = None  # nothing is gathered that nobody looks at
         self._projector: ModelProjector | None = None
         if projector is not None and "projector" in needs:
@@ -120,6 +131,11 @@ class Chooser:
         elif "projector" in needs:
             # Which of them is a projector is not known before weights are loaded.
             keep_weights_plain(model, besides=decoder_of(model))
+        self._reads_words = "question_embeddings" in needs
+        if self._reads_words:
+            said = vllm_config.model_config.try_get_generation_config()
+            self._marks = Marks.of(family.config, said.get("eos_token_id"))
+            self._embed_text = model.get_language_model().embed_input_ids
         self._language_model: LanguageModel | None = None
         if "query_attention" in needs:
             self._language_model = LanguageModel(model, family, vllm_config)
@@ -169,8 +185,8 @@ class Chooser:
         if self._tracer is not None:
             return self._tracer.watching()
         if self._sharing is not None:
-            return self._sharing.watching(self._entrance, self._attention)
-        return watch(self._entrance, self._attention)
+            return self._sharing.watching(self._entrance, self._attention, self._middle)
+        return watch(self._entrance, self._attention, self._middle)
 
     def choose(
         self, items: Sequence[Item], rows: list[Tensor], watched: Any
@@ -219,7 +235,8 @@ class Chooser:
                 (members, tokens, _Choice(self._selectors[pruning.method], pruning, tokens))
             )
         for members, tokens, choice in begun:
-            owners = [i for i in members for _ in items[i].ticket.region.segments]
+            each = [(i, n) for i in members for n in range(len(items[i].ticket.region.segments))]
+            owners, numbers = [i for i, _ in each], [n for _, n in each]
             try:
                 try:
                     chosen = choice.made()
@@ -229,17 +246,39 @@ class Chooser:
                 # One image whose numbers overflowed must not end the server for everybody, nor
                 # leave NaNs in its KV cache.
                 logger.error("tokenprune: %s They count as 0 here.", error)
-                chosen = choice.again(list(map(_finite, tokens))).made()
+                tokens = list(map(_finite, tokens))
+                chosen = choice.again(tokens).made()
                 for index in members:
                     rows[index] = rows[index].nan_to_num(0.0, 0.0, 0.0)
             for index, selection in zip(owners, chosen, strict=True):
                 selections[index].append(selection)
+            for index, number, selection, of_segment in zip(
+                owners, numbers, chosen, tokens, strict=True
+            ):
+                if selection.merge is not None:
+                    rows[index] = self._merged(
+                        rows[index], where[index][number], selection, of_segment
+                    )
         return selections
+
+    def _merged(
+        self, rows: Tensor, where: slice | Tensor, selection: Selection, tokens: VisualTokens
+    ) -> Tensor:
+        """Return an item's rows with those of a segment's kept tokens to which others are added."""
+        own, merge = rows[where], cast(Merge, selection.merge)
+        kept = to_device(selection.kept, rows.device)
+        made = selection.rows(own[:, : self._width], tokens.features, tokens.projector)
+        if own.shape[1] > self._width:  # what goes into deeper layers
+            deeper = merge.sums(own[:, self._width :], kept).to(rows.dtype)
+            made = torch.cat([made, deeper], dim=1)
+        result = rows.clone()
+        result[torch.arange(len(rows), device=rows.device)[where][kept]] = made
+        return result
 
     def _seen(
         self, items: Sequence[Item], rows: Sequence[Tensor], watched: Any
-    ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
-        """Return features [rows, C] and attention [H, rows] of each item, where they are known."""
+    ) -> Sequence[tuple[Tensor | None, Mapping[str, Tensor]]]:
+        """Return features [rows, C] of each item, and what `Family.rows_of_all` names."""
         media = [item.ticket.medium for item in items if item.ticket.medium is not None]
         if len(media) < len(items):
             raise ConfigError(
@@ -247,18 +286,35 @@ class Chooser:
                 "tokenprune cannot tell apart. Send them in requests of their own."
             )
         if self._tracer is not None:
-            return self._tracer.looked_at(watched, rows, self._width, _layout_of(items))
+            found = self._tracer.looked_at(watched, rows, self._width, _layout_of(items))
+            return [
+                (features, {} if scores is None else {"cls_attention": scores})
+                for features, scores in found
+            ]
         if self._entrance is None:
-            return [(None, None)] * len(items)
-        family, sharing, attention = self._family, self._sharing, None
-        if self._attention is not None and sharing is not None:
-            scores = sharing.attention(watched, media, self._has_cls)
-            attention = real_heads(scores, family.tower_config)
-        elif self._attention is not None:
-            scores = family.attention(watched, media, self._has_cls)
-            attention = all_heads(scores, family.tower_config)
+            return [(None, {})] * len(items)
+        family, sharing = self._family, self._sharing
+
+        def look(of: Sequence[Medium]) -> dict[str, Tensor]:
+            return self._look(watched, of)
+
+        looked_at = look(media) if sharing is None else sharing.looked_at(look, media)
         features = watched.features if sharing is None else sharing.features(watched, media)
-        return family.rows_of(media, features, attention)
+        heads = heads_of(family.tower_config) if "keys" in looked_at else 0
+        return family.rows_of_all(media, features, looked_at, heads)
+
+    def _look(self, watched: Watched, media: Sequence[Medium]) -> dict[str, Tensor]:
+        """Return what was seen of images that this rank encoded; see `Family.looked_at`."""
+        family, config = self._family, self._family.tower_config
+        apart = self._sharing is None  # then ranks have some of the heads of all images
+        middle = None if watched.middle is None else AllHeads(watched.middle, config, apart)
+        if self._looked_at == ["cls_attention"]:
+            # One number a head and token is gathered, and not its q and k.
+            found = family.looked_at(self._looked_at, watched, None, media, self._has_cls)
+            put_together = all_heads if apart else real_heads
+            return {name: put_together(values, config) for name, values in found.items()}
+        seen = None if self._attention is None else AllHeads(watched, config, apart)
+        return family.looked_at(self._looked_at, seen, middle, media, self._has_cls)
 
     def _tokens_of(
         self,
@@ -268,7 +324,7 @@ class Chooser:
         rows: Tensor,
         where: Sequence[slice | Tensor],
         features: Tensor | None,
-        attention: Tensor | None,
+        looked_at: Mapping[str, Tensor],
     ) -> VisualTokens:
         """Return what a selector looks at of one segment of an item.
 
@@ -282,8 +338,8 @@ class Chooser:
             [n, D] of the item.
         where
             Where each of its segments has its rows; see `_rows_of_segments`.
-        features, attention
-            [n, C] and [H, n], where they are known.
+        features, looked_at
+            What was seen of the item; see `_seen`.
         """
         segment, in_item = item.ticket.region.segments[number], where[number]
         tokens = VisualTokens(
@@ -292,9 +348,9 @@ class Chooser:
             features=None if features is None else features[in_item],
             # Behind the first D numbers of a row comes what goes into deeper layers.
             embeddings=rows[in_item, : self._width],
-            cls_attention=None if attention is None else attention[:, in_item],
             projector=self._projector,
             label=f"{item.ticket.modality} {index} {segment.label}".strip(),
+            **tokens_at(looked_at, in_item),
         )
         pruning = item.ticket.pruning
         if pruning is not None and reads_prompt(pruning.method):
@@ -337,7 +393,16 @@ class Chooser:
             if self._adapters is not None:
                 layers = Adapted(self._language_model, self._adapters, item.adapter)
             reader = PromptReader(layers, prompt, embeddings, deeper, tokens.grid, interval)
-        return replace(tokens, question=prompt.question, query_attention=reader)
+        words = None
+        if self._reads_words:
+            ids = to_device(self._marks.users_text(prompt.question), rows.device)
+            words = self._embed_text(ids)
+        return replace(
+            tokens,
+            question=prompt.question,
+            question_embeddings=words,
+            query_attention=reader,
+        )
 
     def _interval(self, item: Item, segment: Segment, grid: Grid) -> int:
         """Return how many steps lie between frames where a set of them is read.
@@ -443,7 +508,7 @@ def _finite(tokens: VisualTokens) -> VisualTokens:
         query_attention=None if reader is None else reader.made_finite(),
         **{
             name: value.nan_to_num(0.0, 0.0, 0.0)
-            for name in ("features", "embeddings", "cls_attention")
+            for name in ("features", "embeddings", "question_embeddings", *SCORING, *MIDDLE)
             if (value := getattr(tokens, name)) is not None
         },
     )

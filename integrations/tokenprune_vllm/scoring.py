@@ -32,6 +32,7 @@ from vllm.model_executor.models.idefics2_vision_model import Idefics2VisionAtten
 
 from tokenprune.errors import UnreadableProjectorError, UnsupportedModelError
 from tokenprune.families import modules
+from tokenprune.families.base import Family
 from tokenprune.tower.plain_weights import why_altered
 
 
@@ -50,6 +51,8 @@ class Watched:
         The factor on q kᵀ.
     mask
         None: pictures that vLLM encodes together do not see each other.
+    middle
+        q and k of a layer in the middle, where a method asked for it.
     """
 
     seen_features: list[Tensor] = field(default_factory=list)
@@ -57,6 +60,7 @@ class Watched:
     seen_keys: list[Tensor] = field(default_factory=list)
     scale: float = 1.0
     mask: Tensor | None = None
+    middle: Watched | None = None
 
     @property
     def query(self) -> Tensor:
@@ -84,8 +88,7 @@ def scoring_layer(tower: nn.Module) -> tuple[str, nn.Module]:
     UnsupportedModelError
         If its attention does not go through `MMEncoderAttention`.
     """
-    kinds = (MMEncoderAttention, Idefics2VisionAttention)
-    found = [(n, m) for n, m in tower.named_modules() if isinstance(m, kinds)]
+    found = _attentions(tower)
     if not found:
         raise UnsupportedModelError(
             f"the vision tower {type(tower).__name__} computes its attention where tokenprune does "
@@ -97,9 +100,41 @@ def scoring_layer(tower: nn.Module) -> tuple[str, nn.Module]:
     return name, around
 
 
+def middle_layer(tower: nn.Module, family: Family) -> nn.Module:
+    """Return the attention module in the middle of a tower that `scoring_layer` was found in."""
+    # Idefics2's holds another that is left out for some pictures.
+    found = [(n, m) for n, m in _attentions(tower) if not isinstance(m, MMEncoderAttention)]
+    found = found or _attentions(tower)
+    return found[family.middle_layer(family.has_cls(tower), len(found))][1]
+
+
+def _attentions(tower: nn.Module) -> list[tuple[str, nn.Module]]:
+    kinds = (MMEncoderAttention, Idefics2VisionAttention)
+    return [(n, m) for n, m in tower.named_modules() if isinstance(m, kinds)]
+
+
 @contextmanager
-def watch(entrance: nn.Module | None, attention: nn.Module | None) -> Iterator[Watched]:
-    """Collect the projector's input and the scoring layer's q and k while the block runs."""
+def watch(
+    entrance: nn.Module | None, attention: nn.Module | None, middle: nn.Module | None = None
+) -> Iterator[Watched]:
+    """Collect the projector's input and the q and k of layers while the block runs.
+
+    Parameters
+    ----------
+    entrance
+        Where the projector's input is seen, or None.
+    attention, middle
+        Of the scoring layer and of one in the middle, or None.
+    """
+    with ExitStack() as stack:
+        watched = stack.enter_context(_watch(entrance, attention))
+        if middle is not None:
+            watched.middle = stack.enter_context(_watch(None, middle))
+        yield watched
+
+
+@contextmanager
+def _watch(entrance: nn.Module | None, attention: nn.Module | None) -> Iterator[Watched]:
     watched = Watched()
 
     def keep_features(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -158,11 +193,58 @@ def all_heads(attention: Tensor, vision_config: Any) -> Tensor:
     return real_heads(attention, vision_config)
 
 
+@dataclass(frozen=True)
+class AllHeads:
+    """q and k of a layer, of all heads: `tokenprune.families.base.Seen`.
+
+    Attributes
+    ----------
+    watched
+        What this rank saw.
+    vision_config
+        The tower's config.
+    apart
+        Whether ranks have different heads.
+    """
+
+    watched: Watched
+    vision_config: Any
+    apart: bool
+
+    @property
+    def query(self) -> Tensor:
+        """[B, H, P, d]."""
+        return self._whole(self.watched.query)
+
+    @property
+    def key(self) -> Tensor:
+        """[B, H, P, d]."""
+        return self._whole(self.watched.key)
+
+    @property
+    def scale(self) -> float:
+        """The factor on q kᵀ."""
+        return self.watched.scale
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The layer's."""
+        return self.watched.mask
+
+    def _whole(self, of_rank: Tensor) -> Tensor:
+        if self.apart:
+            return all_heads(of_rank, self.vision_config)
+        return real_heads(of_rank, self.vision_config)
+
+
 def real_heads(attention: Tensor, vision_config: Any) -> Tensor:
     """Leave out the empty heads with which vLLM pads some towers: they come last."""
-    # Qwen's configs call them num_heads.
-    heads = getattr(vision_config, "num_attention_heads", None) or vision_config.num_heads
-    return attention[:, : int(heads)]
+    return attention[:, : heads_of(vision_config)]
+
+
+def heads_of(vision_config: Any) -> int:
+    """Return how many heads a tower's config says; Qwen's call them ``num_heads``."""
+    return int(getattr(vision_config, "num_attention_heads", None) or vision_config.num_heads)
 
 
 def plain_linear(layer: Any) -> Any:

@@ -8,7 +8,7 @@ of one size in equal parts, the last of which is filled up with empty pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,10 +58,14 @@ class Sharing:
         self._in_tower = in_tower
         self._shares: list[_Shares] = []
         self._kinds: dict[str, tuple[int, torch.dtype]] = {}
+        self._widths: dict[str, int] = {}
 
     @contextmanager
     def watching(
-        self, entrance: nn.Module | None, attention: nn.Module | None
+        self,
+        entrance: nn.Module | None,
+        attention: nn.Module | None,
+        middle: nn.Module | None = None,
     ) -> Iterator[Watched]:
         """Do as `tokenprune_vllm.scoring.watch`, and note how vLLM shares packed images out."""
         plain: Any = vision.get_load_balance_assignment
@@ -74,24 +78,40 @@ class Sharing:
 
         vision.get_load_balance_assignment = note
         try:
-            with watch(entrance, attention) as watched:
+            with watch(entrance, attention, middle) as watched:
                 yield watched
         finally:
             vision.get_load_balance_assignment = plain
 
-    def attention(self, watched: Watched, media: Sequence[Medium], has_cls: bool) -> Tensor:
-        """Return `tokenprune.families.base.Family.attention` of all images, on every rank."""
+    def looked_at(
+        self, look: Callable[[Sequence[Medium]], dict[str, Tensor]], media: Sequence[Medium]
+    ) -> dict[str, Tensor]:
+        """Return `tokenprune.families.base.Family.looked_at` of all images, on every rank.
+
+        Parameters
+        ----------
+        look
+            Returns it of the images that this rank encoded.
+        media
+            All images.
+        """
         if not self._family.packed:
-            scores = self._family.attention(watched, media, has_cls)
-            return _of_all_parts(scores, sum(medium.pictures for medium in media))
+            pictures = sum(medium.pictures for medium in media)
+            return {name: _of_all_parts(seen, pictures) for name, seen in look(media).items()}
         shares = self._shares_of(media)
         if shares is None:
-            return self._family.attention(watched, media, has_cls)
+            return look(media)
         own = [media[number] for number in shares.of_ranks[get_tensor_model_parallel_rank()]]
         # A tower that had nothing to do was not seen.
-        seen = self._family.attention(watched, own, has_cls)[0].mT if own else None
+        seen = look(own) if own else {}
         lengths = [sum(self._family.packed_lengths(medium)) for medium in media]
-        return self._together("attention", seen, lengths, shares).mT[None]
+        together = torch.cat([one[0].mT for one in seen.values()], dim=1) if seen else None
+        if not self._widths:
+            # vLLM gives the largest image to the first rank, which therefore always has one.
+            widths = {name: one.shape[1] for name, one in seen.items()}
+            self._widths = get_tp_group().broadcast_object(widths, src=0)
+        of_all = self._together("attention", together, lengths, shares).mT[None]
+        return dict(zip(self._widths, of_all.split(list(self._widths.values()), 1), strict=True))
 
     def features(self, watched: Watched, media: Sequence[Medium]) -> Tensor:
         """Return the projector's input of all images, on every rank."""
