@@ -43,7 +43,6 @@ from tried_selectors import (
     EVERY_READ,
     ORACLE,
     choosers,
-    register_published,
     register_readings,
     register_tried,
 )
@@ -137,7 +136,6 @@ def run(name: str, options: argparse.Namespace, **more: Any) -> Path | None:
     if options.keep:
         given["keep"] = options.keep
     settings = read_settings({**given, **more}, _HERE / f"compare_selectors{ending}.yaml")
-    register_published()
     methods = [one for one in settings.method if one != ORACLE or name in STYLED]
     if options.variants and name in (*STYLED, "easy-vqa"):
         methods += register_tried(layers, layer)

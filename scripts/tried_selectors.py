@@ -1,18 +1,9 @@
-"""Selectors that tokenprune does not have: published ones for videos, and what else was tried.
+"""Selectors that tokenprune does not have: what else was tried.
 
-`register_published` and `register_tried` make them methods of this process, so that an evaluation
-runs them by name (``compare_selectors.py``); `choosers` is what knows more than a method may.
-docs/selectors.md says what came of it. Where nothing else is said, a selector is a function of the
-embeddings [B, N, D] and the number of tokens that stay, K, to LongTensor [B, K], ascending.
-
-`evs` and `vidcom2` are published methods for videos that tokenprune does not have:
-
-- EVS (as in vLLM 0.32): the first frame's tokens, then those that are least like the token at the
-  same place of the frame before, by cosine, of the whole video;
-- VidCom2 (arXiv 2505.14454, the variant of its code: Gaussian similarity over the half of the
-  channels that vary least, where the paper has plain cosines), with vLLM's exact reconciliation to
-  the budget: where the frames' shares do not add up to it, the least or most distinctive tokens of
-  the whole video are dropped or added.
+`register_tried` makes them methods of this process, so that an evaluation runs them by name
+(``compare_selectors.py``); `choosers` is what knows more than a method may. docs/selectors.md says
+what came of it. Where nothing else is said, a selector is a function of the embeddings [B, N, D]
+and the number of tokens that stay, K, to LongTensor [B, K], ascending.
 """
 
 from __future__ import annotations
@@ -60,13 +51,6 @@ all text behind the image, averaged or the maximum, over heads too."""
 
 
 # --- as methods ---------------------------------------------------------------------------------
-
-
-@cache
-def register_published() -> None:
-    """Register `evs` and `vidcom2`."""
-    for name, choose in (("evs", evs), ("vidcom2", vidcom2)):
-        register(_selector(name, partial(_of_each_video, choose)))
 
 
 @cache
@@ -175,52 +159,6 @@ class _Asked(LayerReading):
     ) -> Tensor:
         """Return LongTensor [1, share]."""
         return type(self).choose(_rows(tokens)[:, members], scores.double(), share)
-
-
-# --- published ----------------------------------------------------------------------------------
-
-
-def _of_each_video(choose: OfRows, tokens: TokenBatch, keep: int) -> Tensor:
-    """Choose from one video [T, n, D] after the other."""
-    frames = _rows(tokens).unflatten(1, (tokens.grid[0], -1))
-    return torch.stack([choose(one, keep) for one in frames])
-
-
-def evs(frames: Tensor, keep: int) -> Tensor:
-    """Return LongTensor [K], ascending, of a video [T, n, D]; see the module."""
-    unit = normalize(frames, dim=-1)
-    change = 1 - (unit[1:] * unit[:-1]).sum(dim=-1)
-    # The first frame is above every change, which is 2 at most.
-    scores = torch.cat([torch.full_like(frames[:1, :, 0], 255.0), change]).flatten()
-    return scores.argsort(descending=True, stable=True)[:keep].sort().values
-
-
-def vidcom2(frames: Tensor, keep: int) -> Tensor:
-    """Return LongTensor [K], ascending, of a video [T, n, D]; see the module."""
-    count, per_frame, width = frames.shape
-    variance = frames.flatten(0, 1).var(dim=0, unbiased=False)
-    channels = variance.argsort(stable=True)[: max(1, width // 2)]
-    unit = normalize(frames[..., channels], dim=-1)
-
-    def likeness(centre: Tensor) -> Tensor:
-        distance = (unit - centre).square().sum(dim=-1)
-        return torch.stack([(-distance / (2 * 2.0**a)).exp() for a in range(-3, 2)]).sum(dim=0)
-
-    to_video = likeness(unit.mean(dim=(0, 1), keepdim=True))
-    common = to_video + likeness(unit.mean(dim=1, keepdim=True))
-    distinct = -to_video.mean(dim=1)
-    share = ((distinct - distinct.max()) / 0.01).softmax(dim=0)
-    rate = (keep / (count * per_frame) * (1 + share - share.mean())).clamp(max=1.0)
-    shares = (rate * per_frame).round().long().clamp(1, per_frame)
-    # Place of each token in its frame's order, the most distinctive first.
-    place = common.argsort(dim=1, stable=True).argsort(dim=1)
-    taken = (place < shares[:, None]).flatten()
-    scores = common.flatten()
-    # Those taken come before all others, each by score: the budget cuts the worst of them off, or
-    # goes on with the best of the others.
-    order = scores.argsort(stable=True)
-    order = torch.cat([order[taken[order]], order[~taken[order]]])
-    return order[:keep].sort().values
 
 
 # --- what variants are made of ------------------------------------------------------------------

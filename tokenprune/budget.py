@@ -176,3 +176,26 @@ def tokens_kept(keep: Keep | Budget, total: int) -> int:
         If `keep` is no budget or `total` is below 1.
     """
     return Budget.of(keep).count(total)
+
+
+def left_by_rate(total: int, pruning_rate: float) -> int:
+    """Return how many of a video's tokens vLLM's ``--video-pruning-rate`` leaves, rounded down.
+
+    Parameters
+    ----------
+    total
+        N.
+    pruning_rate
+        The share that is dropped, from 0 to below 1.
+
+    Raises
+    ------
+    BudgetError
+        If the rate is no such number.
+    """
+    if not 0.0 <= pruning_rate < 1.0:
+        raise BudgetError(
+            f"pruning_rate={pruning_rate!r} is the share that is dropped, from 0 to below 1. To "
+            "keep a quarter give 0.75."
+        )
+    return int(total * (1.0 - pruning_rate))

@@ -30,12 +30,15 @@ METHODS_GROUP = "tokenprune.methods"
 _OWN = {
     "cls-attention": "tokenprune.selectors.cls_attention:ClsAttention",
     "divprune": "tokenprune.selectors.divprune:DivPrune",
+    "evs": "tokenprune.selectors.evs:Evs",
+    "fastvid": "tokenprune.selectors.fastvid:FastVid",
     "feature-norm": "tokenprune.selectors.feature_norm:FeatureNorm",
     "flexselect": "tokenprune.selectors.flexselect:FlexSelect",
     "information": "tokenprune.selectors.information:Information",
     "random": "tokenprune.selectors.random:Random",
     "relevant-information": "tokenprune.selectors.information:RelevantInformation",
     "uniform": "tokenprune.selectors.uniform:Uniform",
+    "vidcom2": "tokenprune.selectors.vidcom2:VidCom2",
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",
 }
 

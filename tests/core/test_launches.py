@@ -195,8 +195,15 @@ def counting_alone(method: str) -> Iterator[Counted]:
         yield counted
 
 
-GREEDY = ("divprune", "zeroth-order", "information", "relevant-information")
-"""Methods whose tokens Triton kernels choose on a GPU."""
+GREEDY = (
+    "divprune",
+    "fastvid",
+    "information",
+    "relevant-information",
+    "vidcom2",
+    "zeroth-order",
+)
+"""Methods whose tokens Triton kernels choose on a GPU, or that make numbers of theirs."""
 
 BOUNDS = {
     "cls-attention": Bound(24),
@@ -204,12 +211,17 @@ BOUNDS = {
     "random": Bound(24),
     "uniform": Bound(24),
     "divprune": Bound(24),
+    "evs": Bound(24),
+    # Of each item peaks, centres and a merge; of a video the segments are waited for, too.
+    "fastvid": Bound(145, 125),
     "information": Bound(24),
     # Each image's sensitivity is a product of its own, so that it is the same in any batch.
     "zeroth-order": Bound(24, 10),
     "flexselect": Bound(24),
     # Candidates are chosen before the question is read: 26 launches of these.
     "relevant-information": Bound(51, 1),
+    # Means, likeness and counts one after another: each needs all of the one before.
+    "vidcom2": Bound(84, 1),
 }
 """What one image, and four in a batch, may launch and wait for, once the model is known."""
 
@@ -234,6 +246,27 @@ def test_launches_and_waits_of_every_method(method: str, images: int) -> None:
         most = bound.kernels + (images - 1) * bound.an_image
         assert counted.kernels <= most, [launch.operation for launch in counted.launches]
         assert counted.waits <= bound.waits, counted.waiting()
+
+
+@pytest.mark.parametrize(
+    ("method", "kernels", "an_item", "waits"),
+    # fastvid's segments depend on the data, and so does how much there is to launch.
+    [("evs", 24, 1, 1), ("fastvid", 232, 200, 2), ("vidcom2", 84, 1, 1)],
+)
+@pytest.mark.parametrize("videos", [1, 4])
+def test_launches_and_waits_of_videos(
+    method: str, kernels: int, an_item: int, waits: int, videos: int
+) -> None:
+    on_cpu = [without_projector((8, 6, 6), seed) for seed in range(videos)]
+    selector = build(method, options_of(method))
+    with counting_alone(method) as counted:
+        selections = select_many([on_device(one) for one in on_cpu], selector, 128)
+    if method not in GREEDY:
+        for one, expected in zip(selections, select_many(on_cpu, selector, 128), strict=True):
+            assert torch.equal(one.kept.cpu(), expected.kept)
+    most = kernels + (videos - 1) * an_item
+    assert counted.kernels <= most, [launch.operation for launch in counted.launches]
+    assert counted.waits <= waits, counted.waiting()
 
 
 def without_projector(grid: tuple[int, int, int], seed: int) -> VisualTokens:

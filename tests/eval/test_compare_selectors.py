@@ -104,25 +104,19 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setattr("tokenprune.registry._here", {})
     tried = importlib.import_module("tried_selectors")
-    for register in (tried.register_published, tried.register_tried):
-        register.cache_clear()
+    tried.register_tried.cache_clear()
     yield tried
     del sys.modules["tried_selectors"]
 
 
 def test_what_was_tried_keeps_what_it_is_told(tried: ModuleType) -> None:
-    tried.register_published()
     names = tried.register_tried(4, 2)
     assert len({*names}) == len(names) > 50
     torch.manual_seed(0)
     tokens = tokenprune.VisualTokens(
         embeddings=torch.randn(24, 8), cls_attention=torch.rand(2, 24), grid=(2, 3, 4)
     )
-    blind = [
-        name
-        for name in ("evs", "vidcom2", *names)
-        if {*find(name).needs} <= {"embeddings", "cls_attention"}
-    ]
+    blind = [name for name in names if {*find(name).needs} <= {"embeddings", "cls_attention"}]
     assert len(blind) > 25
     for name in blind:
         kept = tokenprune.select(tokens, name, keep=7).kept.tolist()
@@ -140,11 +134,6 @@ def test_the_independent_calculation_is_the_method(tried: ModuleType) -> None:
             tokens = tokenprune.VisualTokens(embeddings=item, grid=(1, 6, 6))
             chosen = tokenprune.select(tokens, "information", keep=keep)
             assert chosen.kept.tolist() == own.tolist()
-
-
-def test_evs_takes_the_first_frame_then_what_changed(tried: ModuleType) -> None:
-    frames = torch.eye(4)[torch.tensor([[0, 1], [0, 1], [2, 1]])]
-    assert tried.evs(frames, 3).tolist() == [0, 1, 4]
 
 
 def test_evidence_may_be_a_smaller_share_of_a_cell() -> None:
