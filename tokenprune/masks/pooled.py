@@ -33,7 +33,7 @@ class PooledBlocks:
     ----------
     keep
         Share of the blocks that a block of queries could see that it keeps, rounded to the nearest
-        number and at least 1; None for no such rule.
+        number and at least 1; None for no such rule. (The authors' code rounds down.)
     mass
         Share of the pooled softmax that the kept blocks hold together; None for no such rule. The
         block with which the share is reached is kept. (The authors' code leaves it out, so that

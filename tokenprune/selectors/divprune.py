@@ -24,8 +24,12 @@ class DivPrune(Selector):
 
     Source: Alvar et al., "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal
     Models", arXiv 2503.02175, and its released code. Unlike there, a token that is taken is
-    masked: exact duplicates and half precision could otherwise pick one index twice. The start
-    costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D), and on a GPU all products of
+    masked: exact duplicates and half precision could otherwise pick one index twice. On LLaVA-NeXT
+    the authors choose one set from all crops and newline tokens of an image; here each item, there
+    a crop, has a budget and a set of its own, and newlines stay: another choice under the same
+    share. A share of N is rounded half to even there and half up here (`tokenprune.tokens_kept`);
+    for the published shares of 576 tokens both are the same, and ``keep=round(0.098 * N)`` gives
+    theirs for any N. The start costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D), and on a GPU all products of
     up to 4,096 tokens.
     """
 
