@@ -335,6 +335,42 @@ def test_frobenius_says_what_to_do_without_weights() -> None:
         tokenprune.select(opaque, "zeroth-order", 4, estimator="frobenius")
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("estimator", ["frobenius", "jvp", "finite-difference"])
+def test_a_projector_cut_to_a_rank(estimator: str, norm: bool) -> None:
+    tokens = item(0, norm)
+    mlp, cut = projector(norm), projector(norm)
+    assert mlp.second is not None
+    assert cut.second is not None
+    options: dict[str, Any] = {"estimator": estimator, "directions": 6}
+    for scale in (1.0, 3.0):  # weights that change are cut anew
+        for layer, own in ((mlp.first, cut.first), (mlp.second, cut.second)):
+            layer.weight.data.mul_(scale)
+            left, values, right = np.linalg.svd(array(layer.weight))
+            low = sum(values[i] * np.outer(left[:, i], right[i]) for i in range(3))
+            own.weight.data.copy_(torch.tensor(low))
+        scores = [
+            array(tokenprune.select(given, "zeroth-order", 5, rank=rank, **options).scores)
+            for given, rank in (
+                (dataclasses.replace(tokens, projector=mlp), 3),
+                (dataclasses.replace(tokens, projector=cut), None),
+                (dataclasses.replace(tokens, projector=mlp), 400),
+                (dataclasses.replace(tokens, projector=mlp), None),
+            )
+        ]
+        np.testing.assert_allclose(scores[0], scores[1], rtol=1e-6)
+        np.testing.assert_allclose(scores[2], scores[3], rtol=1e-6)
+        assert not np.allclose(scores[0], scores[2], rtol=0.05)
+
+
+def test_a_rank_needs_weights() -> None:
+    tokens = dataclasses.replace(item(), projector=lambda x: x)
+    with pytest.raises(OptionError, match=r"rank=2 .* needs the projector's weights.*Leave the"):
+        tokenprune.select(tokens, "zeroth-order", 4, rank=2)
+    with pytest.raises(OptionError, match=r"rank=0 .* must be at least 1 \(the authors have 128"):
+        build("zeroth-order", {"rank": 0})
+
+
 @pytest.mark.parametrize("estimator", ["jvp", "finite-difference"])
 def test_half_precision_projectors_are_lifted_or_refused(estimator: str) -> None:
     tokens = item()

@@ -21,8 +21,9 @@ class ClsAttention(Selector):
     (FasterVLM), arXiv 2412.01818 v1, and its released code: the layer whose output is the
     feature, mean over heads, no renormalisation over patches. On LLaVA-NeXT that code prunes crops
     before their padding is taken off, and has no newline tokens; here a crop's padding is no
-    candidate, and newlines stay, so that the same `keep` is more of what the image shows. On an encoder without CLS token the
-    adapters hand in the attention each token receives, as the same authors do for SigLIP.
+    candidate, and newlines stay, so that the same `keep` is more of what the image shows. On an
+    encoder without CLS token the adapters hand in the attention each token receives, as the same
+    authors do for SigLIP.
     """
 
     name: ClassVar[str] = "cls-attention"

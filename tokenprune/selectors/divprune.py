@@ -29,8 +29,8 @@ class DivPrune(Selector):
     a crop, has a budget and a set of its own, and newlines stay: another choice under the same
     share. A share of N is rounded half to even there and half up here (`tokenprune.tokens_kept`);
     for the published shares of 576 tokens both are the same, and ``keep=round(0.098 * N)`` gives
-    theirs for any N. The start costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D), and on a GPU all products of
-    up to 4,096 tokens.
+    theirs for any N. The start costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D),
+    and on a GPU all products of up to 4,096 tokens.
     """
 
     name: ClassVar[str] = "divprune"

@@ -49,7 +49,12 @@ class ZerothOrder(Selector):
 
     Source: "ZOO-Prune", arXiv 2509.24837, its released code and proposition 3.1. The paper draws
     new directions for every image; here they come from a seed of the method's own, so the same
-    item always gets the same selection. The paper's estimator is ``"finite-difference"``.
+    item always gets the same selection. The paper's estimator is ``"finite-difference"``. Where all
+    S are equal, its code has weights of 0. Its code for LLaVA-NeXT keeps other numbers of tokens,
+    ``int(int(2880 r) / crops)`` of each crop for a share of r, means to keep newline tokens beside
+    them and, by a slip, keeps as many others; and it measures a projector of rank 128 (`rank`).
+    Here a share is one of what unpadding leaves of each crop, rounded half up and not down, and
+    newlines stay.
 
     Parameters
     ----------
@@ -80,6 +85,10 @@ class ZerothOrder(Selector):
         Seed of the directions (not for ``"frobenius"``).
     diversity
         False to keep the tokens of largest S whatever they resemble.
+    rank
+        Cut the matrices of both linear layers to this rank before S is measured, as the authors'
+        code does for LLaVA-NeXT (128); None for the projector as it is. It needs the weights. With
+        ``"frobenius"`` it saves no time: it is for their scores.
 
     Raises
     ------
@@ -92,6 +101,7 @@ class ZerothOrder(Selector):
     step: float = 0.01
     seed: int = 0
     diversity: bool = True
+    rank: int | None = None
 
     name: ClassVar[str] = "zeroth-order"
     summary: ClassVar[str] = "how strongly the projector reacts to each token, and diversity"
@@ -105,6 +115,7 @@ class ZerothOrder(Selector):
             ("directions", self.directions >= 1, "at least 1 (the paper has 64)"),
             ("step", self.step > 0, "above 0 (the paper has 0.01)"),
             ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+            ("rank", self.rank is None or self.rank >= 1, "at least 1 (the authors have 128)"),
         ):
             if not fits:
                 raise OptionError(
@@ -113,14 +124,14 @@ class ZerothOrder(Selector):
                 )
 
     def check_projector(self, projector: Projector) -> None:
-        """Raise if the closed form was asked for and the projector's weights cannot be used.
+        """Raise if what was asked for needs the projector's weights and they cannot be used.
 
         Raises
         ------
         OptionError
-            Saying why, and which estimators need no weights.
+            Saying why, and what needs no weights.
         """
-        if self.estimator == "frobenius":
+        if self._needs_weights:
             try:
                 read_projector(projector)
             except UnsupportedModelError as error:
@@ -156,8 +167,10 @@ class ZerothOrder(Selector):
             mlp = read_projector(projector)
             lifted = mlp.lifted(working)
             check_alike(projector, mlp)
+            if self.rank is not None:
+                lifted = mlp.truncated(self.rank).lifted(working)
         except UnsupportedModelError as error:
-            if self.estimator == "frobenius":
+            if self._needs_weights:
                 raise self._refusal(error) from error
             return self._by_calls(projector, features, working, _reason(error))
         return self._by_weights(lifted, features, working)
@@ -223,7 +236,17 @@ class ZerothOrder(Selector):
         drawn = _unit_directions(self.directions, features.shape[-1], self.seed)
         return to_device(drawn, features.device).to(working)
 
+    @property
+    def _needs_weights(self) -> bool:
+        return self.estimator == "frobenius" or self.rank is not None
+
     def _refusal(self, error: UnsupportedModelError) -> OptionError:
+        if self.rank is not None:
+            return OptionError(
+                f"rank={self.rank} of method {self.name!r} needs the projector's weights: "
+                f"{_reason(error)}. Leave the rank out, or give the projector as a "
+                "tokenprune.MLPProjector."
+            )
         return OptionError(
             f"estimator='frobenius' of method {self.name!r} needs the projector's weights: "
             f"{_reason(error)}. Leave the estimator out, or pass estimator='jvp', which "

@@ -40,7 +40,7 @@ from tokenprune.late import look
 from tokenprune.numerics import blocks_of, directional_derivative
 from tokenprune.remembered import Remembered
 from tokenprune.tower.plain_weights import why_altered, why_not_loaded, why_not_plain
-from tokenprune.transfer import ToHost
+from tokenprune.transfer import ToHost, to_host
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -119,6 +119,7 @@ class MLPProjector:
                 f"{first.weight.shape[1]} inputs of `first` into equal parts."
             )
         self.grams: dict[torch.dtype, Grams] = {}  # the last ones made, for as long as they hold
+        self._truncated: dict[int, tuple[Tensor, MLPProjector]] = {}  # likewise, with a digest
 
     def check(self) -> None:
         """Raise unless the layers compute what their weights say, now.
@@ -167,9 +168,58 @@ class MLPProjector:
         self.check()
         return LiftedProjector(self, dtype)
 
+    def truncated(self, rank: int) -> MLPProjector:
+        """Return the projector with the matrix of each linear layer cut to a rank.
+
+        Of each matrix the largest singular values stay, in float32 or better. It is made once, and
+        again whenever the weights have changed; the host waits to see whether they have.
+
+        Parameters
+        ----------
+        rank
+            At least 1; a matrix of no larger rank stays as it is.
+
+        Raises
+        ------
+        UnreadableProjectorError
+            See `check`.
+        """
+        self.check()
+        layers = [layer for layer in (self.first, self.second) if layer is not None]
+        vectors = [layer.bias for layer in layers if layer.bias is not None]
+        [digest] = to_host([_digest([*(layer.weight for layer in layers), *vectors])])
+        known = self._truncated.get(rank)
+        if known is None or not torch.equal(known[0], digest):
+            with torch.no_grad():
+                first, *second = (_truncated(layer, rank) for layer in layers)
+            made = MLPProjector(
+                first, self.activation, second[0] if second else None, self.norm, self.norm_groups
+            )
+            known = self._truncated[rank] = digest, made
+        return known[1]
+
     @cached_property
     def _slope(self) -> Activation:
         return _slope_of(self.activation, self.first.weight.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A linear layer of weights that were made here."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def _truncated(layer: Affine, rank: int) -> _Layer:
+    """Return a copy of a layer with the largest `rank` singular values of its matrix."""
+    weight = layer.weight.detach()
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    if rank < min(wide.shape):
+        left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        wide = (left[:, :rank] * values[:rank]) @ right[:rank]
+    bias = None if layer.bias is None else layer.bias.detach().to(wide.dtype, copy=True)
+    return _Layer(wide, bias)
 
 
 def _apply(layer: Affine, hidden: Tensor) -> Tensor:
