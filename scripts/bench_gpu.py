@@ -80,6 +80,7 @@ from tokenprune.budget import tokens_kept
 from tokenprune.masks.kernels import Prepared, default_kernel
 from tokenprune.registry import build
 from tokenprune.selecting import select_many
+from tokenprune.tokens import INPUTS
 from tokenprune.tower.attention import mean_of_blocks, packed_pictures, whole_pictures
 from tokenprune_hf import Encoded
 from tokenprune_hf.reading import prompt_items
@@ -131,7 +132,7 @@ def on(device: torch.device, item: VisualTokens, projector: MLPProjector) -> Vis
     """Return an item on another device, with a projector that is there."""
     moved: Json = {
         name: value.to(device)
-        for name in ("features", "embeddings", "cls_attention", "query_attention")
+        for name in INPUTS
         if isinstance(value := getattr(item, name), Tensor)
     }
     return replace(item, projector=projector, **moved)

@@ -19,11 +19,13 @@ from rich.console import Console
 
 import tokenprune
 from tokenprune.files import replacing
-from tokenprune.tokens import FROM_PROMPT
+from tokenprune.tokens import FROM_CALLER, FROM_PROMPT
 
 RECOMMENDED = ("relevant-information", "information")  # README, "Methods"
 BLIND = tuple(
-    name for name, selector in tokenprune.methods().items() if not FROM_PROMPT & set(selector.needs)
+    name
+    for name, selector in tokenprune.methods().items()
+    if not (FROM_PROMPT | FROM_CALLER) & set(selector.needs)
 )
 PREFILLED = (*RECOMMENDED, "flexselect", "cls-attention", "zeroth-order", "divprune")
 UNPRUNED, SHORT = "unpruned", "really short"

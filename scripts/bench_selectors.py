@@ -55,6 +55,10 @@ def make_tokens(projector: MLPProjector, total: int, width: int) -> VisualTokens
         features=features,
         embeddings=projector(features),
         cls_attention=torch.randn(HEADS, total).softmax(-1),
+        received_attention=torch.randn(HEADS, total).softmax(-1),
+        middle_attention=torch.randn(HEADS, total).softmax(-1),
+        wide_attention=torch.randn(total).softmax(-1),
+        keys=torch.randn(HEADS, total, width // HEADS),
         projector=projector,
     )
 

@@ -95,6 +95,15 @@ def make_item(grid: tuple[int, int, int], seed: int, projector: MLPProjector) ->
             cls_attention=drawn(HEADS, total).softmax(-1),
             query_attention=drawn(HEADS, 8, total).softmax(-1),
             question=torch.arange(8),
+            question_embeddings=drawn(8, WIDTH),
+            received_attention=drawn(HEADS, total).softmax(-1),
+            middle_attention=drawn(HEADS, total).softmax(-1),
+            wide_attention=drawn(total).softmax(-1),
+            keys=drawn(HEADS, total, WIDTH // HEADS),
+            image_embeddings=drawn(total, WIDTH),
+            text_embeddings=drawn(1, WIDTH),
+            frame_features=drawn(grid[0], WIDTH),
+            pooling_attention=drawn(total).softmax(-1),
             projector=projector,
         )
     )

@@ -217,6 +217,9 @@ def _write_largest(values: Tensor, largest: Tensor) -> None:
 
     One number in place of a flag for each entry: a single launch reads them all.
     """
+    if not values.numel():  # such as a question without text
+        largest.zero_()
+        return
     axes = tuple(range(1, values.ndim))
     torch.linalg.vector_norm(
         values.to(largest.device), ord=math.inf, dim=axes, dtype=largest.dtype, out=largest

@@ -66,6 +66,37 @@ def square_root(values: Tensor) -> Tensor:
     return torch.from_numpy(np.sqrt(values.numpy()))
 
 
+def exponential(values: Tensor) -> Tensor:
+    """Return e to the power of each number; equal numbers give equal ones wherever they stand.
+
+    torch's own is so on CUDA. On a CPU it comes from a library that takes several numbers at once,
+    and the last of them in another way; numpy takes all of them in one way.
+
+    Parameters
+    ----------
+    values
+        Floating point, any shape.
+    """
+    if values.device.type != "cpu":
+        return values.exp()
+    return torch.from_numpy(np.exp(values.numpy()))
+
+
+def power(values: Tensor, exponent: float) -> Tensor:
+    """Return each number to a power; equal ones alike wherever they stand, as `exponential`.
+
+    Parameters
+    ----------
+    values
+        Floating point, any shape, at least 0.
+    exponent
+        What power.
+    """
+    if values.device.type != "cpu":
+        return values.pow(exponent)
+    return torch.from_numpy(np.power(values.numpy(), exponent))
+
+
 def blocks_of(rows: Tensor, size: int) -> list[Tensor]:
     """Return views of `rows` [N, ...], `size` rows each, the last one with what is left."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]

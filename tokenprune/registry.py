@@ -28,15 +28,21 @@ GROUP = "tokenprune.selectors"
 METHODS_GROUP = "tokenprune.methods"
 
 _OWN = {
+    "cdpruner": "tokenprune.selectors.cdpruner:CDPruner",
+    "cdpruner-llm": "tokenprune.selectors.cdpruner_llm:CDPrunerLLM",
     "cls-attention": "tokenprune.selectors.cls_attention:ClsAttention",
+    "dart": "tokenprune.selectors.dart:Dart",
     "divprune": "tokenprune.selectors.divprune:DivPrune",
     "evs": "tokenprune.selectors.evs:Evs",
     "fastvid": "tokenprune.selectors.fastvid:FastVid",
     "feature-norm": "tokenprune.selectors.feature_norm:FeatureNorm",
     "flexselect": "tokenprune.selectors.flexselect:FlexSelect",
     "information": "tokenprune.selectors.information:Information",
+    "mmtok": "tokenprune.selectors.mmtok:MMTok",
+    "prunesid": "tokenprune.selectors.prunesid:PruneSID",
     "random": "tokenprune.selectors.random:Random",
     "relevant-information": "tokenprune.selectors.information:RelevantInformation",
+    "scope": "tokenprune.selectors.scope:Scope",
     "uniform": "tokenprune.selectors.uniform:Uniform",
     "vidcom2": "tokenprune.selectors.vidcom2:VidCom2",
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",

@@ -25,7 +25,8 @@ from tests.core.test_projectors import NORMS
 from tests.core.test_projectors import features as projector_features
 from tests.core.test_projectors import make as make_projector
 from tokenprune import VisualTokens, numerics
-from tokenprune.greedy import engine
+from tokenprune.greedy import engine, objectives
+from tokenprune.greedy.covering import Targets, cover
 from tokenprune.greedy.engine import Some, fused_on_cpu, pick
 from tokenprune.greedy.items import Items, TorchItems
 from tokenprune.greedy.rows import IntegerRows
@@ -312,26 +313,39 @@ def _suppress(
     return _items(embeddings, keep, long).suppress(scores, threshold, groups)
 
 
-@pytest.mark.parametrize("weights", ["none", "some", "zeros"])
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("weights", ["none", "some", "zeros", "excluded"])
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 45, 150)])
-def test_most_cover(run: Run, shape: Shape, weights: str) -> None:
+def test_most_cover(run: Run, shape: Shape, weights: str, bonus: bool) -> None:
     generator = torch.Generator().manual_seed(7)
     # Few values, so that gains tie; some below 0, and some above 1.
     similarity = torch.randint(-3, 11, shape, generator=generator) / 8
     similarity[:, :, 2] = similarity[:, :, 4]
-    weight = drawn_weights(similarity.mT, weights)
+    weight = drawn_weights(similarity.mT, "some" if weights == "excluded" else weights)
+    if weights == "excluded" and weight is not None:
+        weight[:, [0, 3]] = -1.0
+    more = torch.randint(0, 9, similarity[:, 0].shape, generator=generator) / 8 if bonus else None
     for keep in (1, 5):
         expected = [
-            sorted(covering(each, keep, weight_of_it))
-            for each, weight_of_it in zip(
-                similarity, [None] * shape[0] if weight is None else weight, strict=True
+            sorted(covering(each, keep, weight_of_it, more_of_it))
+            for each, weight_of_it, more_of_it in zip(
+                similarity,
+                [None] * shape[0] if weight is None else weight,
+                [None] * shape[0] if more is None else more,
+                strict=True,
             )
         ]
-        assert engine.most_cover(similarity, keep, weight).tolist() == expected
-        assert run(_most_cover, similarity, keep, weight).tolist() == expected
+        # What looks at all tokens, what looks at few, and the kernel.
+        whole = objectives.whole_similarity(similarity)
+        plain = objectives.most_cover(whole, keep, weight, more).sort().values
+        assert plain.tolist() == expected
+        assert engine.most_cover(similarity, keep, weight, more).tolist() == expected
+        assert run(_most_cover, similarity, keep, weight, more).tolist() == expected
 
 
-def covering(similarity: Tensor, keep: int, weights: Tensor | None) -> list[int]:
+def covering(
+    similarity: Tensor, keep: int, weights: Tensor | None, bonus: Tensor | None
+) -> list[int]:
     """Facility location, straight from the formula, in whole eighths."""
     values = (similarity * 8).long().clamp(0, 8)
     kept: list[int] = []
@@ -339,9 +353,12 @@ def covering(similarity: Tensor, keep: int, weights: Tensor | None) -> list[int]
     for _ in range(keep):
         gains = (values - covered[:, None]).clamp(min=0).sum(0).tolist()
         if weights is not None:
+            gains = [gain * float(weight) for gain, weight in zip(gains, weights, strict=True)]
+        if bonus is not None:
+            gains = [gain + 8 * float(more) for gain, more in zip(gains, bonus, strict=True)]
+        if weights is not None:
             gains = [
-                gain * float(weight) if weight > 0 else -1.0
-                for gain, weight in zip(gains, weights, strict=True)
+                -1.0 if weight < 0 else gain for gain, weight in zip(gains, weights, strict=True)
             ]
         left = [token for token in range(len(gains)) if token not in kept]
         kept.append(max(left, key=lambda token: (gains[token], -token)))
@@ -349,9 +366,104 @@ def covering(similarity: Tensor, keep: int, weights: Tensor | None) -> list[int]
     return kept
 
 
-def _most_cover(similarity: Tensor, keep: int, weights: Tensor | None) -> Tensor:
+def _most_cover(
+    similarity: Tensor, keep: int, weights: Tensor | None, bonus: Tensor | None
+) -> Tensor:
     with fused_on_cpu():
-        return engine.most_cover(similarity, keep, weights)
+        return engine.most_cover(similarity, keep, weights, bonus)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["fused", "long"])
+def test_most_volume(run: Run, long: bool) -> None:
+    """Variances that are given, equal ones and 0 among them, and a row of zeros."""
+    embeddings = draw((2, 40, 33), torch.float32)
+    embeddings[1, 4] = 0
+    generator = torch.Generator().manual_seed(8)
+    variances = torch.rand(2, 40, dtype=torch.float64, generator=generator).round(decimals=1)
+    for keep in (1, 20):
+        expected = TorchItems(embeddings, keep).most_volume(variances)
+        assert torch.equal(run(_most_volume, embeddings, variances, keep, long), expected)
+
+
+def _most_volume(embeddings: Tensor, variances: Tensor, keep: int, long: bool) -> Tensor:
+    return _items(embeddings, keep, long).most_volume(variances)
+
+
+def test_covering_targets_of_their_own(run: Run) -> None:
+    """Similarities of two kinds, made of cosines by kernels and by torch."""
+    rows, others = draw((2, 30, 24), torch.float32), draw((2, 5, 24), torch.float32)
+    for keep in (1, 12):
+        expected = _covered(rows, others, keep)
+        assert torch.equal(run(_fused_cover, rows, others, keep), expected)
+
+
+def _covered(rows: Tensor, others: Tensor, keep: int) -> Tensor:
+    return cover([Targets(others, rows, 0.05, 0.2), Targets(rows, rows, 0.2, 0.02)], keep)
+
+
+def _fused_cover(rows: Tensor, others: Tensor, keep: int) -> Tensor:
+    with fused_on_cpu():
+        return _covered(rows, others, keep)
+
+
+def test_suppression_to_the_end(run: Run) -> None:
+    embeddings = draw((2, 20, 16), torch.float32)
+    scores = torch.rand(2, 20, generator=torch.Generator().manual_seed(9))
+    threshold = torch.tensor([0.1, 0.3])
+    expected = engine.suppress(embeddings, scores, threshold, 20)
+    assert expected[0].sort().values.tolist() == [list(range(20))] * 2
+    assert int(expected[1].max()) < 20
+    for one, other in zip(
+        run(_fused_suppress, embeddings, scores, threshold), expected, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def _fused_suppress(embeddings: Tensor, scores: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    with fused_on_cpu():
+        return engine.suppress(embeddings, scores, threshold, 20)
+
+
+def test_relevance(run: Run) -> None:
+    similar = torch.randn(3, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    similar[1] = 0.25
+    for divisor in (1, -3):
+        expected = engine.relevance(similar, divisor, 1e-6)
+        for one, other in zip(run(_relevance, similar, divisor), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def _relevance(similar: Tensor, divisor: float) -> tuple[Tensor, Tensor]:
+    from tokenprune.greedy.fused.relevance import relevance
+
+    return relevance(similar, divisor, 1e-6, chunk=16)
+
+
+@pytest.mark.parametrize(("of_image", "of_text"), [(1, 0), (4, 4), (5, 2)])
+def test_pivots_and_their_turns(run: Run, of_image: int, of_text: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    norms = torch.randint(0, 9, (2, 47), generator=generator).double()
+    places, free = engine.pivots(norms, 40, of_image, of_text)
+    found = run(_pivots, norms, of_image, of_text)
+    assert torch.equal(found[0], places)
+    assert torch.equal(found[1], free)
+    ranked = torch.rand(2, of_image + of_text, 40, generator=generator).argsort(dim=-1)
+    for left, each in ((0, None), (17, None), (20, 3), (40 - of_image, 2)):
+        keep = of_image + left
+        expected = engine.take_in_turns(ranked, free.clone(), keep, left, each)
+        assert torch.equal(run(_take_in_turns, ranked, free, keep, left, each), expected)
+
+
+def _pivots(norms: Tensor, of_image: int, of_text: int, total: int = 40) -> tuple[Tensor, Tensor]:
+    from tokenprune.greedy.fused.relevance import pivots
+
+    return pivots(norms, total, of_image, of_text, chunk=16)
+
+
+def _take_in_turns(ranked: Tensor, free: Tensor, keep: int, left: int, each: int | None) -> Tensor:
+    from tokenprune.greedy.fused.relevance import take_in_turns
+
+    return take_in_turns(ranked, free, keep, left, each, chunk=16)
 
 
 SIZES, KEEPS = (7, 40, 1, 33, 17), (3, 20, 1, 32, 7)
@@ -445,6 +557,9 @@ def _of_bad_numbers(embeddings: Tensor, long: bool) -> list[Tensor]:
             items.farthest(None, None),
             items.farthest(weights, first),
             items.suppress(bad, bad[:, 0].contiguous(), None)[0],
+            items.most_volume(bad.double()),
+            _fused_cover(embeddings, embeddings[:, :5], 9),
+            _pivots(bad.double(), 5, 4, 30)[0],
         ]
 
 
@@ -456,6 +571,14 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("relevant-information", {"candidates": 0.5}),
     ("divprune", {}),
     ("zeroth-order", {}),
+    ("mmtok", {}),
+    ("scope", {}),
+    ("scope", {"combine": "add", "alpha": 0.5}),
+    ("dart", {}),
+    ("dart", {"per_pivot": 2, "order": "set"}),
+    ("cdpruner", {}),
+    ("cdpruner-llm", {"sign": "minus", "reduction": "max"}),
+    ("prunesid", {}),
 ]
 
 
@@ -616,6 +739,19 @@ def test_kernels_of_projectors_compile(compile_there: Run, capability: int, tmp_
 OF_PROJECTORS = {"_normalise", "_take", "_sums"}
 """Kernels that round as they like: products of matrices beside them do, too."""
 
+EXPONENTIALS = {"_similarities"}
+"""Kernels whose exponential is made of fused operations."""
+
+LEFT_OUT = OF_PROJECTORS | EXPONENTIALS
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_with_an_exponential_compile(
+    compile_there: Run, capability: int, tmp_path: Path
+) -> None:
+    compiled = compile_there(_compiled, capability, list(EXPONENTIALS), str(tmp_path))
+    assert {name.split()[0] for name in compiled} == EXPONENTIALS
+
 
 def _compiled(capability: int, names: list[str] | None, folder: str) -> dict[str, str]:
     """Compile the kernels as they are launched; return the PTX of each that is different."""
@@ -642,7 +778,7 @@ def _compiled(capability: int, names: list[str] | None, folder: str) -> dict[str
             else:
                 signature[parameter.name] = _type_of(value)
         name = f"{kernel.__name__} {signature} {fixed}"
-        if kernel.__name__ in names if names else kernel.__name__ not in OF_PROJECTORS:
+        if kernel.__name__ in names if names else kernel.__name__ not in LEFT_OUT:
             sources[name] = (ASTSource(fn=kernel, signature=signature, constexprs=fixed), options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -670,7 +806,7 @@ def _type_of(value: Any) -> str:
 
 def _launch_all(embeddings: Tensor) -> None:
     """Launch every kernel; nothing is computed, and nothing depends on what would be."""
-    from tokenprune.greedy.fused import kernels
+    from tokenprune.greedy.fused import kernels, relevance
     from tokenprune.greedy.fused.items import FusedItems, LongItems
 
     size, total, _ = embeddings.shape
@@ -684,7 +820,14 @@ def _launch_all(embeddings: Tensor) -> None:
     items.farthest(None, None)
     items.suppress(weights, weights[:, 0], groups)
     similarity = torch.zeros(size, total, total, dtype=torch.float64)
-    kernels.most_cover(similarity, 3, weights.double())
+    kernels.most_cover(similarity, 3, weights.double(), weights.double())
+    items.most_volume(weights.double())
+    relevance.relevance(weights.double(), -2, 1e-6)
+    relevance.write_similarities(
+        similarity, weights.double(), weights.double(), 0.02, 0.1, 42, similarity, 0
+    )
+    _, free = relevance.pivots(weights.double(), total - 20, 4, 4)
+    relevance.take_in_turns(groups[:, None].expand(-1, 8, -1), free, 64, 60, None)
     kernels.scaled(weights)
     kernels.first_equal_rows(embeddings)
     kernels.folded_sum(weights, 1)

@@ -202,6 +202,12 @@ GREEDY = (
     "relevant-information",
     "vidcom2",
     "zeroth-order",
+    "mmtok",
+    "scope",
+    "dart",
+    "cdpruner",
+    "cdpruner-llm",
+    "prunesid",
 )
 """Methods whose tokens Triton kernels choose on a GPU, or that make numbers of theirs."""
 
@@ -218,6 +224,14 @@ BOUNDS = {
     # Each image's sensitivity is a product of its own, so that it is the same in any batch.
     "zeroth-order": Bound(24, 10),
     "flexselect": Bound(24),
+    "mmtok": Bound(24),
+    "scope": Bound(24),
+    # Stacking four items is two launches more.
+    "dart": Bound(24, 1),
+    "cdpruner": Bound(24),
+    "cdpruner-llm": Bound(24),
+    # A decomposition for each image, and quotas that depend on how large its groups are.
+    "prunesid": Bound(88, 20, waits=2),
     # Candidates are chosen before the question is read: 26 launches of these.
     "relevant-information": Bound(51, 1),
     # Means, likeness and counts one after another: each needs all of the one before.

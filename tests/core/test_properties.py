@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,16 @@ from tokenprune.selecting import select_many
 from tokenprune.selectors.base import Selector
 from tokenprune.testing import (
     CHECKS,
-    HEADS,
     C,
     D,
     Largest,
     make_item,
     make_projector,
 )
-from tokenprune.tokens import TokenBatch
+from tokenprune.tokens import INPUTS, TokenBatch
 
 METHODS = list(tokenprune.methods())
 LOOKING = [name for name, method in tokenprune.methods().items() if method.needs]
-PROJECTOR = make_projector()
 
 
 @functools.cache
@@ -99,14 +98,13 @@ def test_what_comes_twice_or_is_known_is_not_scored_again() -> None:
 
 @pytest.mark.parametrize("method", [name for name in LOOKING if find(name).by_place != "place"])
 def test_tokens_of_zeros(method: str) -> None:
-    zeros = VisualTokens(
-        grid=(1, 2, 3),
-        features=torch.zeros(6, C),
-        embeddings=torch.zeros(6, D),
-        cls_attention=torch.zeros(HEADS, 6),
-        projector=PROJECTOR,
-        query_attention=torch.zeros(HEADS, 3, 6),
-    )
+    item = make_item((1, 2, 3))
+    zero: dict[str, Any] = {
+        name: torch.zeros_like(getattr(item, name))
+        for name in INPUTS
+        if name not in ("projector", "question")
+    }
+    zeros = replace(item, **zero)
     assert choose(zeros, method, 4).kept.tolist() == [0, 1, 2, 3]
 
 

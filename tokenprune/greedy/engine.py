@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from tokenprune import numerics
 from tokenprune.greedy import objectives
 from tokenprune.greedy.items import Items, TorchItems
-from tokenprune.greedy.rows import ALL_PAIRS
+from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
 from tokenprune.numerics import first_equal_row
 
 _ENTRIES = 2**26  # float64 entries held at once: 512 MiB, unless a single item needs more
@@ -150,23 +150,215 @@ def _items(rows: Tensor, keeps: Sequence[int], totals: Sequence[int], fused: boo
     return FusedItems(rows, keeps, totals)
 
 
-def most_cover(similarity: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
+def integer_rows(embeddings: Tensor) -> IntegerRows:
+    """Return `IntegerRows.from_embeddings`, in two launches where kernels run."""
+    if not fuses(embeddings):
+        return IntegerRows.from_embeddings(embeddings)
+    from tokenprune.greedy.fused import kernels
+
+    size = embeddings.shape[:2]
+    rows, scales, squares, inverse = kernels.whole_rows(embeddings.flatten(0, 1))
+    return IntegerRows(
+        rows.view(embeddings.shape).double(),
+        squares.view(size),
+        inverse.view(size),
+        scales.view(size),
+    )
+
+
+def most_cover(
+    similarity: Tensor, keep: int, weights: Tensor | None = None, bonus: Tensor | None = None
+) -> Tensor:
     """Choose by `objectives.most_cover`, which see.
+
+    Parameters
+    ----------
+    similarity
+        Floating point [B, M, N], of M targets to N tokens; what is below 0 counts as 0, and what
+        is above 1 as 1.
+    keep, weights, bonus
+        See there.
 
     Returns
     -------
     Tensor
         LongTensor [B, K], ascending.
     """
-    if fuses(similarity):
+    return most_cover_of_whole(objectives.whole_similarity(similarity), keep, weights, bonus)
+
+
+def most_cover_of_whole(
+    whole: Tensor, keep: int, weights: Tensor | None = None, bonus: Tensor | None = None
+) -> Tensor:
+    """Choose as `most_cover` from similarities of `objectives.whole_similarity` [B, M, N]."""
+    targets = whole.shape[1]
+    if fuses(whole):
         from tokenprune.greedy.fused import kernels
 
-        weight = None if weights is None else weights.to(similarity.device, torch.float64)
-        whole = objectives.whole_similarity(similarity)
-        kept = kernels.most_cover(whole, keep, None if weight is None else weight.contiguous())
-    else:
-        kept = objectives.most_cover(similarity, keep, weights)
-    return kept.sort(dim=-1).values
+        weight, more = (
+            None if each is None else each.to(whole.device, torch.float64).contiguous()
+            for each in (weights, bonus)
+        )
+        if more is not None:
+            more = more * 2.0 ** objectives.cover_bits(targets)
+        return kernels.most_cover(whole, keep, weight, more)
+    if whole.device.type != "cpu":
+        return objectives.most_cover(whole, keep, weights, bonus).sort(dim=-1).values
+    # There it costs nothing to find out how few tokens have to be looked at.
+    kept = []
+    for item, columns in enumerate(whole.transpose(1, 2).contiguous()):
+        weight, more = (None if each is None else each[item] for each in (weights, bonus))
+        score = objectives.cover_score(targets, weight, more)
+        kept.append(
+            objectives.most_cover_lazily(columns.sum(dim=1), columns.__getitem__, keep, score)
+        )
+    return torch.stack(kept).sort(dim=-1).values
+
+
+def most_volume(embeddings: Tensor, variances: Tensor, keep: int) -> Tensor:
+    """Log-determinant of given variances: choose by `objectives.most_variance` without noise.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D], whose cosines are the correlations.
+    variances
+        float64 [B, N], at least 0: the diagonal of ``K_ij = cos_ij * sqrt(v_i v_j)``. A token whose
+        embedding is zero has none.
+    keep
+        K, between 1 and N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending.
+    """
+
+    def choose(items: Items, some: Some) -> Tensor:
+        return items.most_volume(variances[some])
+
+    return pick(embeddings, keep, choose)
+
+
+def suppress(
+    embeddings: Tensor, scores: Tensor, threshold: Tensor, keep: int, groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Choose by `objectives.suppress`, which see, from rows [B, N, D]; also with ``keep=N``.
+
+    Returns
+    -------
+    tuple of Tensor
+        LongTensor [B, K] in the order taken, and LongTensor [B], how many came before those that
+        were too similar.
+    """
+    size, total, width = embeddings.shape
+    fused = fuses(embeddings)
+    orders, counts = [], []
+    for first, last in _together([total] * size, [keep] * size, width, fused):
+        some = slice(first, last)
+        items = _items(embeddings[some], [keep] * (last - first), [total] * (last - first), fused)
+        order, count = items.suppress(
+            scores[some], threshold[some], None if groups is None else groups[some]
+        )
+        orders.append(order)
+        counts.append(count)
+    return torch.cat(orders), torch.cat(counts)
+
+
+def relevance(similar: Tensor, divisor: float, least: float) -> tuple[Tensor, Tensor]:
+    """Scale what tokens are to a question, for each item, from about 0 to 1.
+
+    Parameters
+    ----------
+    similar
+        float64 [B, N].
+    divisor
+        What it is divided by before; not 0.
+    least
+        What is added to the difference from the lowest, so that none is 0.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``r = (s - min s + least) / (max s - min s)``, or 1 everywhere where all are equal, float32
+        [B, N]; and its square, float64 [B, N], of the number that was not rounded.
+    """
+    if fuses(similar):
+        from tokenprune.greedy.fused import relevance as kernels
+
+        return kernels.relevance(similar, divisor, least)
+    values = similar / divisor
+    lowest, highest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    scaled_to = (values - lowest + least) / (highest - lowest)
+    scaled_to.masked_fill_(lowest == highest, 1.0)
+    return scaled_to.to(torch.float32), scaled_to.square()
+
+
+def pivots(norms: Tensor, total: int, of_image: int, of_text: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of largest norm of an image's and of its question's, each largest first.
+
+    Parameters
+    ----------
+    norms
+        float64 [B, N + M], the image's rows and those of the question behind them.
+    total
+        N.
+    of_image, of_text
+        How many of each, at most N and M.
+
+    Returns
+    -------
+    tuple of Tensor
+        LongTensor [B, of_image + of_text], counted among the N + M, of equal ones the first; and
+        float32 [B, N + M], 0 for those and 1 for the others.
+    """
+    if fuses(norms):
+        from tokenprune.greedy.fused import relevance as kernels
+
+        return kernels.pivots(norms, total, of_image, of_text)
+    image, text = (
+        part.sort(dim=-1, descending=True, stable=True).indices
+        for part in (norms[:, :total], norms[:, total:])
+    )
+    places = torch.cat([image[:, :of_image], text[:, :of_text] + total], dim=1)
+    return places, torch.ones_like(norms, dtype=torch.float32).scatter_(1, places, 0.0)
+
+
+def take_in_turns(ranked: Tensor, free: Tensor, keep: int, left: int, each: int | None) -> Tensor:
+    """Let pivots take tokens in turn: each one, of those that are free, what it ranks first.
+
+    Parameters
+    ----------
+    ranked
+        LongTensor [B, P, N], for each pivot all tokens, those that it takes first in front.
+    free
+        float32 [B, N or more], 0 for a token that is taken already; it is changed.
+    keep
+        K, of which those are a part.
+    left
+        How many the pivots take.
+    each
+        How many each of them takes; the last one takes what is left. None for equal shares, the
+        first ones one more.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], all taken ones, ascending.
+    """
+    if fuses(free):
+        from tokenprune.greedy.fused import relevance as kernels
+
+        return kernels.take_in_turns(ranked, free, keep, left, each)
+    for number, places in enumerate(ranked.unbind(1)):
+        others = ranked.shape[1] - 1 - number
+        share = -(-left // (others + 1)) if each is None or not others else min(each, left)
+        left -= share
+        still = free.gather(1, places)
+        # The first `share` free ones are taken.
+        free.scatter_(1, places, still.masked_fill(still.cumsum(dim=1) <= share, 0.0))
+    # Taken ones come first, in their order: the sort is stable.
+    return free[:, : ranked.shape[2]].sort(dim=-1, stable=True).indices[:, :keep]
 
 
 def folded_sum(values: Tensor, dim: int) -> Tensor:

@@ -27,7 +27,11 @@ class Items(ABC):
 
     @abstractmethod
     def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
-        """Choose by `objectives.most_variance`."""
+        """Choose by `objectives.most_variance`, of `objectives.factors_of`."""
+
+    @abstractmethod
+    def most_volume(self, variances: Tensor) -> Tensor:
+        """Choose by `objectives.most_variance`, of `objectives.factors_to`."""
 
     @abstractmethod
     def farthest(self, weights: Tensor | None, first: Tensor | None) -> Tensor:
@@ -68,7 +72,16 @@ class TorchItems(Items):
 
     def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""
-        return _ascending(objectives.most_variance(self._rows, multiple, self._keep, noise))
+        return self._most_variance(
+            objectives.factors_of(self._rows.squared_norms(), multiple, noise)
+        )
+
+    def most_volume(self, variances: Tensor) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        return self._most_variance(objectives.factors_to(self._rows.squared_norms(), variances))
+
+    def _most_variance(self, weighed: objectives.Weighed) -> Tensor:
+        return _ascending(objectives.most_variance(self._rows, weighed, self._keep))
 
     def farthest(self, weights: Tensor | None, first: Tensor | None) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""

@@ -8,11 +8,12 @@ of equal ones the lowest index is taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tokenprune.greedy.rows import IntegerRows
+from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
 from tokenprune.numerics import folded_sum, square_root
 
 _AHEAD = 11  # tokens whose products are computed before it is known that they are taken
@@ -26,8 +27,10 @@ NOTHING_LEFT = 2.0**-40
 A power of two, as numbers in a kernel are float32 unless they come out of a tensor.
 """
 
-COVER_BITS = 30
-"""Bits behind the point of a similarity, where the covered ones are added up."""
+_CANDIDATES = 12  # tokens whose gain is looked at together by `most_cover_lazily`
+
+Columns = Callable[[Tensor], Tensor]
+"""Maps tokens LongTensor [m] to how similar each target is to them, whole numbers [m, M]."""
 
 
 def farthest(rows: IntegerRows, keep: int, weights: Tensor | None, first: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def farthest(rows: IntegerRows, keep: int, weights: Tensor | None, first: Tensor
     return kept
 
 
-def most_variance(rows: IntegerRows, multiple: Tensor, keep: int, noise: float) -> Tensor:
+def most_variance(rows: IntegerRows, weighed: Weighed, keep: int) -> Tensor:
     """Log-determinant: always the token with most variance left, given those taken.
 
     The gain of a token is ``log(1 + variance left / σ²)``, which grows with the variance left, so
@@ -84,21 +87,19 @@ def most_variance(rows: IntegerRows, multiple: Tensor, keep: int, noise: float) 
     ----------
     rows
         Of B items, N tokens each.
-    multiple
-        float64 [B, N], each token's variance as a multiple of its length.
-    keep
-        K, between 1 and N.
-    noise
-        σ² as a multiple of the mean variance. With 0 it is the determinant of K alone, as in
+    weighed
+        Of `factors_of` or `factors_to`. Where σ² is 0 it is the determinant of K alone, as in
         CDPruner (arXiv 2506.10967), and a token that has next to nothing left (`NOTHING_LEFT`)
         explains nothing.
+    keep
+        K, between 1 and N.
 
     Returns
     -------
     Tensor
         LongTensor [B, K] in the order taken.
     """
-    factors, variance, level = factors_of(rows.squared_norms(), multiple, noise)
+    factors, variance, level = weighed
     size, total = variance.shape
     taken = torch.zeros_like(variance, dtype=torch.bool)
     item = torch.arange(size, dtype=torch.int64, device=variance.device)
@@ -133,14 +134,17 @@ def most_variance(rows: IntegerRows, multiple: Tensor, keep: int, noise: float) 
             for block in folded_sum(earlier * earlier[:, :, item, pick, None], dim=1):
                 covariance -= block
         spread = variance[item, pick] + level
-        if not noise:
-            spread = spread.masked_fill(spread <= NOTHING_LEFT, math.inf)
+        spread.masked_fill_((level == 0) & (spread <= NOTHING_LEFT), math.inf)
         triangle[step // BLOCK, step % BLOCK] = covariance / square_root(spread)[:, None]
         variance = (variance - triangle[step // BLOCK, step % BLOCK].square()).clamp_(min=0.0)
     return kept
 
 
-def factors_of(squared: Tensor, multiple: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+Weighed = tuple[Tensor, Tensor, Tensor]
+"""What rows are multiplied by and their variances then, float64 [B, N], and σ², float64 [B]."""
+
+
+def factors_of(squared: Tensor, multiple: Tensor, noise: float) -> Weighed:
     """Return what rows are multiplied by and their variances then, float64 [B, N], and σ², [B].
 
     Parameters
@@ -163,50 +167,159 @@ def factors_of(squared: Tensor, multiple: Tensor, noise: float) -> tuple[Tensor,
     return factors, variance, level.masked_fill(level == 0, 1.0) if noise else level
 
 
-def most_cover(similarity: Tensor, keep: int, weights: Tensor | None = None) -> Tensor:
-    """Facility location: always the token that adds most to how well all targets are covered.
-
-    A target is covered as well as it is similar to the most similar token taken; nothing below 0
-    covers. Gains are sums of whole numbers, so they are exact in any order. A taken token is never
-    taken again. Tokens of weight 0 come after all others, lowest index first.
+def factors_to(squared: Tensor, variances: Tensor) -> Weighed:
+    """Return what gives rows these variances, them, and no noise; see `factors_of`.
 
     Parameters
     ----------
-    similarity
-        Floating point [B, M, N], of M targets to N tokens; what is above 1 counts as 1. M may be up
-        to 2**22.
+    squared
+        float64 [B, N], each row's ||embedding||².
+    variances
+        float64 [B, N], at least 0; a row of zeros has none.
+    """
+    nothing = squared == 0
+    inverse = square_root(squared).reciprocal().masked_fill_(nothing, 0.0)
+    # As given, bit for bit, so that equal ones tie.
+    given = variances.masked_fill(nothing, 0.0)
+    return inverse * square_root(variances), given, squared.new_zeros(len(squared))
+
+
+def most_cover(
+    whole: Tensor, keep: int, weights: Tensor | None = None, bonus: Tensor | None = None
+) -> Tensor:
+    """Facility location: always the token that adds most to how well all targets are covered.
+
+    A target is covered as well as it is similar to the most similar token taken; nothing below 0
+    covers. A token's score is ``weight * gain + bonus``, the gain being what it adds. Gains are
+    sums of whole numbers, so they are exact in any order. A taken token is never taken again.
+
+    Parameters
+    ----------
+    whole
+        float64 [B, M, N], the similarities of M targets to N tokens, of `whole_similarity`.
+        Targets may count differently: their rows are multiplied by what they count before.
     keep
         K, between 1 and N.
     weights
-        Floating point [B, N], at least 0: what gains are multiplied by; None for 1.
+        Floating point [B, N]: what gains are multiplied by; None for 1. Tokens of a weight below 0
+        are excluded: they come after all others, lowest index first.
+    bonus
+        Floating point [B, N], at least 0: what is added to that; None for 0.
 
     Returns
     -------
     Tensor
         LongTensor [B, K] in the order taken.
     """
-    whole = whole_similarity(similarity)
-    size, _, total = whole.shape
-    weight = None if weights is None else weights.to(whole.device, torch.float64)
+    size, targets, total = whole.shape
+    score = cover_score(targets, weights, bonus)
     kept = torch.empty(size, keep, dtype=torch.int64, device=whole.device)
     covered = torch.zeros_like(whole[..., :1])
     taken = torch.zeros(size, total, dtype=torch.bool, device=whole.device)
     for step in range(keep):
         gain = (whole - covered).clamp_(min=0.0).sum(dim=1)
-        if weight is not None:
-            gain.mul_(weight).masked_fill_(weight == 0, -1.0)
         # torch.argmax gives the first of equal values.
-        pick = gain.masked_fill_(taken, -math.inf).argmax(dim=-1)
+        pick = score(gain).masked_fill_(taken, -math.inf).argmax(dim=-1)
         kept[:, step] = pick
         taken.scatter_(1, pick[:, None], True)
-        own = whole.gather(2, pick[:, None, None].expand(-1, whole.shape[1], 1))
+        own = whole.gather(2, pick[:, None, None].expand(-1, targets, 1))
         torch.maximum(covered, own, out=covered)
     return kept
 
 
-def whole_similarity(similarity: Tensor) -> Tensor:
-    """Return similarities as whole multiples of 2**-30, float64, from 0 to 2**30."""
-    most = 2.0**COVER_BITS
+def most_cover_lazily(
+    gain: Tensor, columns: Columns, keep: int, score: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Do as `most_cover` of one item, and look at few of its tokens in each step.
+
+    What a token adds never grows, so what it added when it was looked at last is an upper bound. A
+    token whose score now is at least as high as all bounds is the one that looking at all of them
+    would take. How many have to be looked at depends on the numbers, so on a GPU the host waits.
+
+    Parameters
+    ----------
+    gain
+        float64 [N], what each token adds to nothing: the sums of its column.
+    columns
+        See `Columns`.
+    keep
+        K, between 1 and N.
+    score
+        Of `cover_score`.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [K] in the order taken.
+    """
+    kept = torch.empty(keep, dtype=torch.int64, device=gain.device)
+    known, bound = gain.clone(), score(gain)
+    covered: Tensor | None = None
+    for step in range(keep):
+        # Whether what is known of a token holds for what is covered now.
+        fresh = torch.full_like(known, covered is None, dtype=torch.bool)
+        best = bound.argmax()
+        while not bool(fresh[best]):
+            likely = bound.masked_fill(fresh, -math.inf).topk(min(_CANDIDATES, len(bound))).indices
+            # Of many equal bounds the first one is the one to be known.
+            looked_at = torch.cat([best[None], likely])
+            adds = columns(looked_at)
+            if covered is not None:
+                adds = (adds - covered).clamp_(min=0.0)
+            known[looked_at] = adds.sum(dim=1)
+            fresh[looked_at] = True
+            bound = score(known).masked_fill_(bound == -math.inf, -math.inf)
+            best = bound.argmax()
+        kept[step] = best
+        bound[best] = -math.inf
+        own = columns(best[None])[0]
+        covered = own if covered is None else torch.maximum(covered, own)
+    return kept
+
+
+def cover_score(
+    targets: int, weights: Tensor | None, bonus: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """Return what maps gains of whole numbers to scores, float64; see `most_cover`.
+
+    Parameters
+    ----------
+    targets
+        M, of all of them.
+    weights, bonus
+        Floating point [..., N] as the gains, or None.
+    """
+    weight = None if weights is None else weights.double()
+    # In the unit of whole numbers, a power of two: nothing is rounded.
+    more = None if bonus is None else bonus.double() * 2.0 ** cover_bits(targets)
+
+    def score(gain: Tensor) -> Tensor:
+        weighed = gain if weight is None else gain * weight
+        if more is not None:
+            weighed = weighed + more
+        return weighed.clone() if weight is None else weighed.masked_fill(weight < 0, -1.0)
+
+    return score
+
+
+def cover_bits(targets: int) -> int:
+    """Return how many bits behind the point similarities may have for sums to be exact."""
+    return 52 - math.ceil(math.log2(max(targets, 2)))
+
+
+def whole_similarity(similarity: Tensor, targets: int | None = None) -> Tensor:
+    """Return similarities as whole multiples of a power of two, see `cover_bits`; float64.
+
+    What is below 0 counts as 0, and what is above 1 as 1.
+
+    Parameters
+    ----------
+    similarity
+        Floating point [..., M, N].
+    targets
+        How many targets there are, if not M.
+    """
+    most = 2.0 ** cover_bits(similarity.shape[-2] if targets is None else targets)
     return similarity.to(torch.float64, copy=True).mul_(most).round_().clamp_(0.0, most)
 
 
@@ -241,7 +354,11 @@ def suppress(
         LongTensor [B, K] in the order taken, and LongTensor [B], how many of them came before those
         that were too similar.
     """
-    size = len(scores)
+    size, total = scores.shape
+    item = torch.arange(size, dtype=torch.int64, device=scores.device)
+    # Where many are taken, all products at once cost less than those of one after the other.
+    at_once = 4 * keep > total and total <= ALL_PAIRS
+    cosines = rows.cosines_with(rows).float() if at_once else None
     kept = torch.empty(size, keep, dtype=torch.int64, device=scores.device)
     count = torch.zeros(size, dtype=torch.int64, device=scores.device)
     free, rest = scores.clone(), scores.clone()
@@ -251,7 +368,8 @@ def suppress(
         # torch.argmax gives the first of equal values.
         pick = torch.where(some[:, None], free, rest).argmax(dim=-1)
         kept[:, step] = pick
-        alike = rows.cosines_to(pick) > threshold[:, None]
+        cosine = rows.cosines_to(pick) if cosines is None else cosines[item, pick]
+        alike = cosine > threshold[:, None]
         if groups is not None:
             alike &= groups == groups.gather(1, pick[:, None])
         free.masked_fill_(alike, -math.inf).scatter_(1, pick[:, None], -math.inf)

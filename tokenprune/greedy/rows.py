@@ -91,6 +91,41 @@ class IntegerRows:
         """Return float32 [B, N], each row's cosine to row `picked` (LongTensor [B]) of its item."""
         return self._products(picked[:, None], self.inverse_norms)[:, 0].float()
 
+    def cosines_of(self, picked: Tensor) -> Tensor:
+        """Return float32 [B, m, N], the cosines of rows `picked` (LongTensor [B, m]) to all."""
+        return self._products(picked, self.inverse_norms).float()
+
+    def l1_norms(self) -> Tensor:
+        """Return float64 [B, N], the sum of the absolute entries of each embedding."""
+        # Whole numbers below 2**53: exact in any order.
+        norms: Tensor = torch.linalg.vector_norm(self.rows, ord=1, dim=-1)
+        return norms * self.scales
+
+    def cosines_with(self, others: IntegerRows) -> Tensor:
+        """Return float64 [B, M, N], the cosine of each row to each of `others`, of one width."""
+        dots = torch.bmm(self.rows, others.rows.transpose(1, 2))
+        # Both norms first: so a row's cosine to another is the other's cosine to it.
+        return dots.mul_(self.inverse_norms[:, :, None] * others.inverse_norms[:, None])
+
+    def some(self, places: slice) -> IntegerRows:
+        """Return a range of each item's rows."""
+        return IntegerRows(
+            self.rows[:, places],
+            self.squares[:, places],
+            self.inverse_norms[:, places],
+            self.scales[:, places],
+        )
+
+    def at(self, places: Tensor) -> IntegerRows:
+        """Return rows `places` (LongTensor [B, m]) of each item."""
+        item = torch.arange(len(places), dtype=torch.int64, device=places.device)[:, None]
+        return IntegerRows(
+            self.rows[item, places],
+            self.squares.gather(1, places),
+            self.inverse_norms.gather(1, places),
+            self.scales.gather(1, places),
+        )
+
     def _products(self, picked: Tensor, scales: Tensor) -> Tensor:
         """Return float64 [B, m, N], the products of rows `picked`, each row times its scale."""
         item = torch.arange(len(picked), dtype=torch.int64, device=picked.device)[:, None]

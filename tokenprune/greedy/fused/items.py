@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune.greedy.fused import kernels
 from tokenprune.greedy.items import Items, TorchItems
-from tokenprune.greedy.objectives import factors_of
+from tokenprune.greedy.objectives import Weighed, factors_of, factors_to
 from tokenprune.greedy.rows import over_mean
 
 _BLOCK_ENTRIES = 2**24  # float64 products held at once of a long item: 128 MiB
@@ -55,8 +55,16 @@ class FusedItems(Items):
 
     def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""
-        given = multiple.contiguous()
-        weighed = kernels.weigh(self._layout, self._squares, self._scales, given, noise)
+        return self._log_determinant(multiple, noise)
+
+    def most_volume(self, variances: Tensor) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        return self._log_determinant(variances, None)
+
+    def _log_determinant(self, given: Tensor, noise: float | None) -> Tensor:
+        weighed = kernels.weigh(
+            self._layout, self._squares, self._scales, given.contiguous(), noise
+        )
         products = kernels.all_products(self._layout, self._rows)
         return kernels.log_determinant(self._layout, products, self._scales, weighed, self._chunk)
 
@@ -112,13 +120,18 @@ class LongItems(Items):
 
     def most_variance(self, multiple: Tensor, noise: float) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""
-        squared = (self._squares * self._scales.square()).view(self._size, -1)
-        return kernels.log_determinant_by_steps(
-            self._rows.view(self._size, -1, self._rows.shape[1]),
-            self._scales,
-            factors_of(squared, multiple, noise),
-            self._keep,
-        )
+        return self._log_determinant(factors_of(self._squared_norms(), multiple, noise))
+
+    def most_volume(self, variances: Tensor) -> Tensor:
+        """Return LongTensor [B, K]; see `Items`."""
+        return self._log_determinant(factors_to(self._squared_norms(), variances))
+
+    def _squared_norms(self) -> Tensor:
+        return (self._squares * self._scales.square()).view(self._size, -1)
+
+    def _log_determinant(self, weighed: Weighed) -> Tensor:
+        rows = self._rows.view(self._size, -1, self._rows.shape[1])
+        return kernels.log_determinant_by_steps(rows, self._scales, weighed, self._keep)
 
     def farthest(self, weights: Tensor | None, first: Tensor | None) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""

@@ -538,9 +538,12 @@ def over_mean(layout: Layout, values: Tensor, per_frame: int) -> None:
 @triton.jit(do_not_specialize=["noise"])
 def _weigh(
     table, squares, scales, multiple, factors, variance, level, noise,
-    NOISY: tl.constexpr, SIZE: tl.constexpr,
+    NOISY: tl.constexpr, GIVEN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write the factors, variances and noise of an item; as `objectives.factors_of`."""
+    """Write the factors, variances and noise of an item; as `objectives.factors_of`.
+
+    Where variances are given, `multiple` is what they are; as `objectives.factors_to`.
+    """
     item = tl.program_id(0).to(tl.int64)
     entry = table + item * _COLUMNS
     start, total = tl.load(entry + _START), tl.load(entry + _TOTAL)
@@ -548,10 +551,15 @@ def _weigh(
     inside = place < total
     scale = tl.load(scales + start + place, inside, 0.0)
     squared = tl.load(squares + start + place, inside, 0.0) * (scale * scale)
-    root = tl.sqrt(tl.sqrt(squared))
-    factor = tl.where(root == 0.0, 0.0, 1.0 / root)
-    factor = factor * tl.sqrt(tl.load(multiple + start + place, inside, 0.0))
-    own = squared * (factor * factor)
+    root = tl.sqrt(squared)
+    given = tl.load(multiple + start + place, inside, 0.0)
+    if GIVEN:
+        factor = tl.where(root == 0.0, 0.0, 1.0 / root) * tl.sqrt(given)
+        own = tl.where(squared == 0.0, 0.0, given)
+    else:
+        root = tl.sqrt(root)
+        factor = tl.where(root == 0.0, 0.0, 1.0 / root) * tl.sqrt(given)
+        own = squared * (factor * factor)
     tl.store(factors + start + place, factor, inside)
     tl.store(variance + start + place, own, inside)
     of_item = tl.full((), 0.0, tl.float64)
@@ -564,7 +572,7 @@ def _weigh(
 
 
 def weigh(
-    layout: Layout, squares: Tensor, scales: Tensor, multiple: Tensor, noise: float
+    layout: Layout, squares: Tensor, scales: Tensor, multiple: Tensor, noise: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `objectives.factors_of` items of up to `ALL_PAIRS` rows: float64 [R], [R] and [B].
 
@@ -573,15 +581,19 @@ def weigh(
     layout, squares, scales, multiple
         float64 [R].
     noise
-        As a multiple of the mean variance.
+        As a multiple of the mean variance. None: `multiple` has variances that are given, as for
+        `objectives.factors_to`.
     """
+    given = noise is None
+    noise = noise or 0.0
     factors, variance = torch.empty_like(scales), torch.empty_like(scales)
     level = torch.empty(len(layout.totals), dtype=torch.float64, device=scales.device)
     # A float would be handed over as float32; so its bits are.
     [bits] = struct.unpack("q", struct.pack("d", noise))
     launch(
         _weigh, (len(layout.totals),), layout.table, squares, scales, multiple, factors, variance,
-        level, bits, NOISY=noise > 0, SIZE=triton.next_power_of_2(layout.longest), num_warps=8,
+        level, bits, NOISY=noise > 0, GIVEN=given, SIZE=triton.next_power_of_2(layout.longest),
+        num_warps=8,
     )  # fmt: skip
     return factors, variance, level
 
@@ -1070,14 +1082,15 @@ def suppress(
 
 @triton.jit
 def _most_cover(
-    similar, weights, covered, taken, kept, targets, total, keep,
-    WEIGHTED: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+    similar, weights, bonus, covered, taken, kept, targets, total, keep,
+    WEIGHTED: tl.constexpr, MORE: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Take tokens of an item, always the one that adds most to what is covered."""
     item = tl.program_id(0).to(tl.int64)
     similar += item * targets * total
     weights, taken, covered = weights + item * total, taken + item * total, covered + item * targets
-    for step in range(0, keep):
+    bonus += item * total
+    for _ in range(0, keep):
         best = tl.full((), float("-inf"), tl.float64)
         pick = tl.full((), 0, tl.int32)
         for begin in range(0, total, CHUNK):
@@ -1094,13 +1107,16 @@ def _most_cover(
                 gain += tl.sum(tl.maximum(values - have[:, None], 0.0), axis=0)
             if WEIGHTED:
                 weight = tl.load(weights + place, inside, 0.0)
-                gain = tl.where(weight == 0.0, -1.0, gain * weight)
+                gain = gain * weight
+            if MORE:
+                gain = gain + tl.load(bonus + place, inside, 0.0)
+            if WEIGHTED:
+                gain = tl.where(weight < 0.0, -1.0, gain)
             gone = tl.load(taken + place, inside, 1.0) > 0.0
             best, pick = _better(best, pick, tl.where(gone, float("-inf"), gain), begin)
         pick = tl.minimum(pick, total - 1)
         tl.debug_barrier()  # all have read what is covered before it is written
         tl.store(taken + pick, 1.0)
-        tl.store(kept + item * keep + step, pick.to(tl.int64))
         for first in range(0, targets, DEPTH):
             target = first + tl.arange(0, DEPTH)
             known = target < targets
@@ -1109,9 +1125,10 @@ def _most_cover(
                 covered + target, tl.maximum(tl.load(covered + target, known, 0.0), own), known
             )
         tl.debug_barrier()
+    _write_ascending(taken, 1.0, kept + item * keep, total, keep, CHUNK)
 
 
-def most_cover(whole: Tensor, keep: int, weights: Tensor | None) -> Tensor:
+def most_cover(whole: Tensor, keep: int, weights: Tensor | None, bonus: Tensor | None) -> Tensor:
     """Do as `objectives.most_cover`.
 
     Parameters
@@ -1121,20 +1138,24 @@ def most_cover(whole: Tensor, keep: int, weights: Tensor | None) -> Tensor:
     keep
         K.
     weights
-        float64 [B, N], at least 0; or None.
+        float64 [B, N]; or None.
+    bonus
+        float64 [B, N], at least 0, in the unit of `whole`; or None.
 
     Returns
     -------
     Tensor
-        LongTensor [B, K] in the order taken.
+        LongTensor [B, K], ascending.
     """
     size, targets, total = whole.shape
     covered = torch.zeros(size, targets, dtype=torch.float64, device=whole.device)
     taken = torch.zeros(size, total, dtype=torch.float32, device=whole.device)
     kept = torch.empty(size, keep, dtype=torch.int64, device=whole.device)
     launch(
-        _most_cover, (size,), whole, covered if weights is None else weights, covered, taken, kept,
-        targets, total, keep, WEIGHTED=weights is not None, DEPTH=32, CHUNK=128, num_warps=_WARPS,
+        _most_cover, (size,), whole, covered if weights is None else weights,
+        covered if bonus is None else bonus, covered, taken, kept, targets, total, keep,
+        WEIGHTED=weights is not None, MORE=bonus is not None, DEPTH=32, CHUNK=128,
+        num_warps=_WARPS,
     )  # fmt: skip
     return kept
 
