@@ -8,6 +8,8 @@ calls it proportional attention (Token Merging, arXiv 2210.09461, section 3).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,4 +76,39 @@ def representatives(embeddings: Tensor, kept: Tensor) -> Tensor:
         # A kept token may have an exact copy among those before it, and still stands for itself.
         stands_for[stay] = torch.arange(len(stay), device=stay.device)
         found.append(stands_for)
+    return torch.stack(found)
+
+
+def nearest_tokens(embeddings: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Return for some tokens which others are most similar to each.
+
+    Cosines are those of `representatives`; of equal ones the first comes first. O(N * m * D) time.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    tokens
+        LongTensor [B, m].
+    count
+        How many others of each, below N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, m, count], highest cosine first; never the token itself.
+    """
+    found = []
+    step = max(1, _BLOCK_ENTRIES // embeddings.shape[1])
+    for of_item, some in zip(embeddings, tokens, strict=True):
+        rows = IntegerRows.from_embeddings(of_item[None])
+        whole, inverse = rows.rows[0], rows.inverse_norms[0]
+        nearest = []
+        for block in some.split(step):
+            cosines = (whole[block] @ whole.T * (inverse[block, None] * inverse)).float()
+            cosines.scatter_(1, block[:, None], -math.inf)
+            # torch.topk leaves the order of equal ones open; a stable sort does not.
+            order = cosines.sort(dim=1, descending=True, stable=True).indices
+            nearest.append(order[:, :count])
+        found.append(torch.cat(nearest))
     return torch.stack(found)

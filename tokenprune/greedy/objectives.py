@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
-from tokenprune.numerics import folded_sum, square_root
+from tokenprune.numerics import exponential, folded_sum, square_root
 
 _AHEAD = 11  # tokens whose products are computed before it is known that they are taken
 
@@ -375,3 +375,80 @@ def suppress(
         free.masked_fill_(alike, -math.inf).scatter_(1, pick[:, None], -math.inf)
         rest.scatter_(1, pick[:, None], -math.inf)
     return kept, count
+
+
+def soft_suppress(rows: IntegerRows, scores: Tensor, sharpness: float, keep: int) -> Tensor:
+    """Soft suppression: always the token of highest score, and those like it lose of theirs.
+
+    Taking a token i of score s_i takes ``exp(-sharpness (1 - cos_ij)²) s_i`` from every other
+    token's score, which does not fall below 0. Of equal scores the lowest index is taken.
+
+    Parameters
+    ----------
+    rows
+        Of B items, N tokens each.
+    scores
+        float32 [B, N], at least 0.
+    sharpness
+        At least 0; a high one spares all but the most similar tokens.
+    keep
+        K, between 1 and N.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K] in the order taken.
+    """
+    left = scores.double()
+    kept = torch.empty(len(scores), keep, dtype=torch.int64, device=scores.device)
+    taken = torch.zeros_like(left, dtype=torch.bool)
+    for step in range(keep):
+        # torch.argmax gives the first of equal values.
+        pick = left.masked_fill(taken, -math.inf).argmax(dim=-1)
+        kept[:, step] = pick
+        taken.scatter_(1, pick[:, None], True)
+        if step + 1 < keep:
+            apart = 1.0 - rows.cosines_to(pick).double()
+            # Rounded to float32, as the last bits of an exponential depend on who computes it.
+            share = exponential(-sharpness * apart.square()).float()
+            left = (left - share * left.gather(1, pick[:, None])).clamp_(min=0.0)
+    return kept
+
+
+NearestCosine = Callable[[Tensor, Tensor], Tensor]
+"""Given tokens [B, m] and others [B, n], return each token's largest cosine to one of the others,
+float32 [B, m]."""
+
+
+def thin_out(nearest: NearestCosine, order: Tensor, keep: int, per_round: int) -> Tensor:
+    """Bipartite thinning: tokens that are most like another one go, a few in each round.
+
+    A round splits the tokens by their place in the order, even places and odd ones. The
+    `per_round` tokens at even places with the largest cosine to a token at an odd place go. The
+    others at even places, most similar first, are followed by those at odd places: that is the
+    order of the next round. Of equal cosines the earlier place comes first.
+
+    Parameters
+    ----------
+    nearest
+        See `NearestCosine`.
+    order
+        LongTensor [B, R], the tokens in their order at first.
+    keep
+        How many are left, between 0 and R.
+    per_round
+        How many go in a round, at least 1.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, keep], in their order at last.
+    """
+    if not keep:
+        return order[:, :0]
+    while (count := order.shape[1]) > keep:
+        evens, odds = order[:, 0::2], order[:, 1::2]
+        drop = min(per_round, count - keep, evens.shape[1])
+        most = nearest(evens, odds).sort(dim=1, descending=True, stable=True).indices
+        order = torch.cat([evens.gather(1, most[:, drop:]), odds], dim=1)
+    return order

@@ -34,10 +34,19 @@ class ClsAttention(Selector):
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: `cls_attention` averaged over heads."""
-        given = tokens.require("cls_attention")
-        if given.ndim == 2:
-            return given.to(torch.float32, copy=True)  # the item's own stays its own
-        attention = given.float()
-        # Tensor.mean adds the heads in another order for the last tokens of a row than for the
-        # others, so tokens with equal attention would not tie.
-        return folded_sum(attention, dim=1) / attention.shape[1]
+        return mean_over_heads(tokens.require("cls_attention"))
+
+
+def mean_over_heads(attention: Tensor) -> Tensor:
+    """Return the mean of attention over heads, float32 [B, N], as a tensor of its own.
+
+    Parameters
+    ----------
+    attention
+        Floating point [B, H, N], or [B, N] where that is done.
+    """
+    if attention.ndim == 2:
+        return attention.to(torch.float32, copy=True)  # the item's own stays its own
+    # Tensor.mean adds the heads in another order for the last tokens of a row than for the
+    # others, so tokens with equal attention would not tie.
+    return folded_sum(attention.float(), dim=1) / attention.shape[1]

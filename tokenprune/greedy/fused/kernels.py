@@ -1080,6 +1080,75 @@ def suppress(
     return kept, survivors
 
 
+@triton.jit(do_not_specialize=["sharpness"])
+def _soft_suppress(table, products, inverse, left, kept, sharpness, CHUNK: tl.constexpr):
+    """Take tokens of an item by score, which those like it lose of theirs; -inf if taken."""
+    item = tl.program_id(0).to(tl.int64)
+    entry = table + item * _COLUMNS
+    start, total = tl.load(entry + _START), tl.load(entry + _TOTAL).to(tl.int32)
+    keep = tl.load(entry + _KEEP).to(tl.int32)
+    products += tl.load(entry + _PAIRS)
+    inverse, left = inverse + start, left + start
+    slope = -sharpness.to(tl.float64, bitcast=True)
+    own, pick = _largest(left, total, CHUNK)
+    for _ in range(0, keep - 1):
+        best = tl.full((), float("-inf"), tl.float64)
+        following = tl.full((), 0, tl.int32)
+        for first in range(0, total, CHUNK):
+            place = first + tl.arange(0, CHUNK)
+            inside = place < total
+            dot = tl.load(products + pick.to(tl.int64) * total + place, inside, 0.0)
+            norms = tl.load(inverse + place, inside, 0.0) * tl.load(inverse + pick)
+            apart = 1.0 - (dot * norms).to(tl.float32).to(tl.float64)
+            share = tl.exp(slope * (apart * apart)).to(tl.float32).to(tl.float64)
+            had = tl.load(left + place, inside, float("-inf"))
+            now = tl.maximum(had - share * own, 0.0)
+            now = tl.where((place == pick) | (had == float("-inf")), float("-inf"), now)
+            tl.store(left + place, now, inside)
+            best, following = _better(best, following, now, first)
+        own, pick = best, tl.minimum(following, total - 1)
+        tl.debug_barrier()  # what was written is read by all next
+    tl.store(left + pick, float("-inf"))
+    tl.debug_barrier()
+    _write_ascending(left, float("-inf"), kept + tl.load(entry + _KEPT), total, keep, CHUNK)
+
+
+def soft_suppress(
+    layout: Layout,
+    products: Tensor,
+    inverse: Tensor,
+    scores: Tensor,
+    sharpness: float,
+    chunk: int,
+) -> Tensor:
+    """Do as `objectives.soft_suppress`, with all products known.
+
+    Parameters
+    ----------
+    layout, products, inverse
+        float64 [sum of N * N] and [R].
+    scores
+        float32 [R], at least 0.
+    sharpness
+        See there.
+    chunk
+        Tokens looked at together.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending; 0 behind an item's own K.
+    """
+    kept = layout.new_kept()
+    # A float would be handed over as float32; so its bits are.
+    [bits] = struct.unpack("q", struct.pack("d", sharpness))
+    launch(
+        _soft_suppress, (len(layout.totals),), layout.table, products, inverse, scores.double(),
+        kept, bits, CHUNK=chunk, num_warps=_WARPS,
+    )  # fmt: skip
+    return kept
+
+
 @triton.jit
 def _most_cover(
     similar, weights, bonus, covered, taken, kept, targets, total, keep,
