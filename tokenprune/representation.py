@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from tokenprune.greedy.engine import fuses
+from tokenprune.greedy.engine import fuses, rows_in_parts
 from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
 
 _BLOCK_ENTRIES = 2**24  # float64 entries of a block of cosines: 128 MiB
@@ -98,17 +98,16 @@ def nearest_tokens(embeddings: Tensor, tokens: Tensor, count: int) -> Tensor:
     Tensor
         LongTensor [B, m, count], highest cosine first; never the token itself.
     """
-    found = []
-    step = max(1, _BLOCK_ENTRIES // embeddings.shape[1])
-    for of_item, some in zip(embeddings, tokens, strict=True):
-        rows = IntegerRows.from_embeddings(of_item[None])
-        whole, inverse = rows.rows[0], rows.inverse_norms[0]
+    found, first = [], 0
+    for rows in rows_in_parts(embeddings):
+        size, total = rows.scales.shape
+        some = tokens[first : first + size]
+        first += size
         nearest = []
-        for block in some.split(step):
-            cosines = (whole[block] @ whole.T * (inverse[block, None] * inverse)).float()
-            cosines.scatter_(1, block[:, None], -math.inf)
+        for block in some.split(max(1, _BLOCK_ENTRIES // (size * total)), dim=1):
+            cosines = rows.cosines_of(block).scatter_(2, block[:, :, None], -math.inf)
             # torch.topk leaves the order of equal ones open; a stable sort does not.
-            order = cosines.sort(dim=1, descending=True, stable=True).indices
-            nearest.append(order[:, :count])
-        found.append(torch.cat(nearest))
-    return torch.stack(found)
+            order = cosines.sort(dim=2, descending=True, stable=True).indices
+            nearest.append(order[:, :, :count])
+        found.append(torch.cat(nearest, dim=1))
+    return torch.cat(found)

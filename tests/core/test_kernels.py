@@ -313,6 +313,56 @@ def _suppress(
     return _items(embeddings, keep, long).suppress(scores, threshold, groups)
 
 
+@pytest.mark.parametrize("sharpness", [20.0, 0.3])
+@pytest.mark.parametrize(("shape", "dtype"), [SHAPES[0], SHAPES[1]])
+def test_soft_suppress(run: Run, shape: Shape, dtype: torch.dtype, sharpness: float) -> None:
+    embeddings = draw(shape, dtype)
+    scores = torch.rand(shape[:2], generator=torch.Generator().manual_seed(8)).round(decimals=1)
+    for keep in (1, min(30, shape[1])):
+        expected = [
+            sorted(softly_suppressed(*each, sharpness, keep))
+            for each in zip(embeddings, scores, strict=True)
+        ]
+        kept = TorchItems(embeddings, keep).soft_suppress(scores, sharpness)
+        assert kept.tolist() == expected
+        for long in (False, True):
+            assert torch.equal(run(_soften, embeddings, keep, scores, sharpness, long), kept)
+
+
+def softly_suppressed(rows: Tensor, scores: Tensor, sharpness: float, keep: int) -> list[int]:
+    """Soft suppression, straight from the formula."""
+    left, kept = scores.double().tolist(), []
+    for _ in range(keep):
+        pick = max(set(range(len(left))) - set(kept), key=lambda token: (left[token], -token))
+        kept.append(pick)
+        cosines = torch.cosine_similarity(rows.double(), rows[pick].double()[None]).tolist()
+        own = left[pick]
+        left = [
+            max(0.0, of_token - math.exp(-sharpness * (1 - cosine) ** 2) * own)
+            for of_token, cosine in zip(left, cosines, strict=True)
+        ]
+    return kept
+
+
+def _soften(embeddings: Tensor, keep: int, scores: Tensor, sharpness: float, long: bool) -> Tensor:
+    return _items(embeddings, keep, long).soft_suppress(scores, sharpness)
+
+
+@pytest.mark.parametrize("keep", [2, 9, 30])
+def test_thinning_out(run: Run, keep: int) -> None:
+    shape, dtype = SHAPES[2]
+    embeddings = draw(shape, dtype)
+    generator = torch.Generator().manual_seed(9)
+    order = torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(shape[0])])
+    kept = TorchItems(embeddings, keep).thin_out(order, keep // 2, 4)
+    for long in (False, True):
+        assert torch.equal(run(_thin_out, embeddings, keep, order, long), kept)
+
+
+def _thin_out(embeddings: Tensor, keep: int, order: Tensor, long: bool) -> Tensor:
+    return _items(embeddings, keep, long).thin_out(order, keep // 2, 4)
+
+
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("weights", ["none", "some", "zeros", "excluded"])
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 45, 150)])
@@ -560,6 +610,8 @@ def _of_bad_numbers(embeddings: Tensor, long: bool) -> list[Tensor]:
             items.most_volume(bad.double()),
             _fused_cover(embeddings, embeddings[:, :5], 9),
             _pivots(bad.double(), 5, 4, 30)[0],
+            items.soft_suppress(bad, 20.0),
+            items.thin_out(torch.arange(40).expand(2, -1), 4, 8),
         ]
 
 
@@ -579,6 +631,10 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("cdpruner", {}),
     ("cdpruner-llm", {"sign": "minus", "reduction": "max"}),
     ("prunesid", {}),
+    ("score-k-center", {"alpha": 0.6}),
+    ("id-selection", {}),
+    ("vispruner", {}),
+    ("visionzip", {}),
 ]
 
 
@@ -819,6 +875,7 @@ def _launch_all(embeddings: Tensor) -> None:
     items = FusedItems(embeddings, [3], [total])
     items.farthest(None, None)
     items.suppress(weights, weights[:, 0], groups)
+    items.soft_suppress(weights, 20.0)
     similarity = torch.zeros(size, total, total, dtype=torch.float64)
     kernels.most_cover(similarity, 3, weights.double(), weights.double())
     items.most_volume(weights.double())

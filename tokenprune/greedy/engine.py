@@ -85,6 +85,33 @@ def pick(
     return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
+def rows_in_parts(embeddings: Tensor) -> Iterator[IntegerRows]:
+    """Yield the rows of items as whole numbers, for what is no greedy choice.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+
+    Yields
+    ------
+    IntegerRows
+        Of as many items at a time as memory should hold; they are those of
+        `IntegerRows.from_embeddings`, in two launches where kernels run.
+    """
+    _, total, width = embeddings.shape
+    for some in embeddings.split(max(1, _ENTRIES // (2 * total * width))):
+        if not fuses(some):
+            yield IntegerRows.from_embeddings(some)
+            continue
+        from tokenprune.greedy.fused import kernels
+
+        rows, scales, squares, inverse = kernels.whole_rows(some.flatten(0, 1))
+        shape = some.shape[:2]
+        whole = rows.double().view(*shape, -1)
+        yield IntegerRows(whole, squares.view(shape), inverse.view(shape), scales.view(shape))
+
+
 def first_equal_rows(rows: Tensor) -> Tensor:
     """Return LongTensor [B, N], `numerics.first_equal_row` of each item's rows [B, N, C]."""
     if fuses(rows):

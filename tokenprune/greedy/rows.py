@@ -101,7 +101,11 @@ class IntegerRows:
 
     def cosines_to(self, picked: Tensor) -> Tensor:
         """Return float32 [B, N], each row's cosine to row `picked` (LongTensor [B]) of its item."""
-        return self._products(picked[:, None], self.inverse_norms)[:, 0].float()
+        return self.cosines_of(picked[:, None])[:, 0]
+
+    def cosines_of(self, picked: Tensor) -> Tensor:
+        """Return float32 [B, m, N], cosines of rows `picked` (LongTensor [B, m]) to all rows."""
+        return self._products(picked, self.inverse_norms).float()
 
     def cosines_of(self, picked: Tensor) -> Tensor:
         """Return float32 [B, m, N], the cosines of rows `picked` (LongTensor [B, m]) to all."""

@@ -255,7 +255,7 @@ def top_k(scores: Tensor, keep: int) -> Tensor:
     """
     # torch.topk leaves the order of equal scores open; a stable sort does not.
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-    return _ascending(order[..., :keep])
+    return ascending(order[..., :keep])
 
 
 def top_of_sizes(scores: Tensor, sizes: Sequence[int], keeps: Sequence[int]) -> Tensor:
@@ -281,10 +281,10 @@ def top_of_sizes(scores: Tensor, sizes: Sequence[int], keeps: Sequence[int]) -> 
     ).indices[:, :most]
     if len(set(keeps)) > 1:
         order = order.masked_fill(_behind(keeps, most, scores.device), total)
-    return _ascending(order)
+    return ascending(order)
 
 
-def _ascending(indices: Tensor) -> Tensor:
+def ascending(indices: Tensor) -> Tensor:
     """Return LongTensor [..., K] with each row in order."""
     # On a GPU half the launches of a sort; all are taken, and of equal ones it does not matter.
     return indices.topk(indices.shape[-1], dim=-1, largest=False, sorted=True).values

@@ -13,6 +13,7 @@ from tokenprune.errors import OptionError
 from tokenprune.selectors.base import ByPlace, Selector, top_k
 from tokenprune.selectors.cls_attention import mean_over_heads
 from tokenprune.tokens import TokenBatch
+from tokenprune.transfer import to_device
 
 _GROUP = 5  # an anchor and its neighbours
 
@@ -68,7 +69,8 @@ class HiPrune(Selector):
         anchors = min(round(keep * self.alpha / _GROUP), keep // _GROUP)
         if anchors:
             middle = mean_over_heads(tokens.require("middle_attention"))
-            near = _with_neighbours(top_k(middle, anchors), tokens.total, tokens.grid[2])
+            order = torch.sort(middle, dim=-1, descending=True, stable=True).indices
+            near = _with_neighbours(order[:, :anchors], tokens.total, tokens.grid[2])
             # Ahead of all others, and few enough that all of them stay.
             scores = scores.scatter(1, near, math.inf)
         return top_k(scores, keep)
@@ -76,5 +78,6 @@ class HiPrune(Selector):
 
 def _with_neighbours(anchors: Tensor, total: int, columns: int) -> Tensor:
     """Return LongTensor [B, 5 s], anchors [B, s] and the tokens beside them, some of them twice."""
-    beside = [anchors + step for step in (0, -1, 1, -columns, columns)]
-    return torch.cat(beside, dim=1).clamp(0, total - 1)
+    steps = torch.tensor([0, -1, 1, -columns, columns], dtype=torch.int64, device="cpu")
+    beside = anchors[:, :, None] + to_device(steps, anchors.device)
+    return beside.clamp(0, total - 1).flatten(1)

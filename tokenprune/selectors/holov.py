@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError
-from tokenprune.greedy.engine import folded_sum
+from tokenprune.greedy.engine import folded_sum, rows_in_parts
 from tokenprune.greedy.rows import IntegerRows
 from tokenprune.merging import Merge
 from tokenprune.numerics import square_root
@@ -20,7 +19,6 @@ from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device
 
 _ENTRIES = 2**22  # float64 cosines that exist at one time: 32 MiB
-_ROW_ENTRIES = 2**26  # float64 entries of rows: 512 MiB, unless a single item has more
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,8 @@ class HoloV(Selector):
         wanted = self.chunks or max(1, int(1024 / 576 * tokens.total / keep))
         runs = _Runs.of(tokens.total, min(wanted, tokens.total), tokens.device)
         attention = runs.values(scores.double())
-        variance = torch.cat([runs.variance(rows) for rows in _parts(tokens.require("embeddings"))])
+        parts = rows_in_parts(tokens.require("embeddings"))
+        variance = torch.cat([runs.variance(rows) for rows in parts])
         quota = _quotas(runs.scores(attention, variance, self.beta), runs.sizes, keep, self.exact)
         chosen = runs.highest(scores, quota)
         # Tokens that are chosen come first, in order, and then the first ones that are not.
@@ -107,14 +106,14 @@ class _Runs:
     ----------
     tokens
         LongTensor [P, L], each run's; behind a shorter one's own its first again.
-    own
-        BoolTensor [P, L], which of them are the run's own.
+    behind
+        BoolTensor [P, L], which of them are not the run's own.
     sizes
         LongTensor [P].
     """
 
     tokens: Tensor
-    own: Tensor
+    behind: Tensor
     sizes: Tensor
 
     @classmethod
@@ -125,13 +124,13 @@ class _Runs:
         sizes = short + (run < longer).long()
         starts = (sizes.cumsum(0) - sizes)[:, None]
         place = torch.arange(short + (longer > 0), device="cpu")
-        own = place < sizes[:, None]
-        tokens: Tensor = starts + place.where(own, 0)
-        return cls(*(to_device(each, device) for each in (tokens, own, sizes)))
+        behind = place >= sizes[:, None]
+        tokens = starts + place.masked_fill(behind, 0)
+        return cls(*(to_device(each, device) for each in (tokens, behind, sizes)))
 
     def values(self, values: Tensor) -> Tensor:
         """Return values [B, N] as [B, P, L], with 0 behind a run's own."""
-        return values[:, self.tokens].where(self.own, 0.0)
+        return values[:, self.tokens].masked_fill_(self.behind, 0.0)
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of each run of float64 [B, P, L], 0 behind a run's own: [B, P]."""
@@ -153,9 +152,9 @@ class _Runs:
             cosines *= scale[:, :, here, None] * scale[:, :, None]
             cosines.diagonal(start, dim1=2, dim2=3).zero_()
             mean = folded_sum(cosines, dim=3) / others
-            apart = (cosines - mean[..., None]).square_().where(self.own[:, None], 0.0)
+            apart = (cosines - mean[..., None]).square_().masked_fill_(self.behind[:, None], 0.0)
             found.append(folded_sum(apart, dim=3) / others)
-        return torch.cat(found, dim=2).where(self.own, 0.0)
+        return torch.cat(found, dim=2).masked_fill_(self.behind, 0.0)
 
     def scores(self, attention: Tensor, variance: Tensor, beta: float) -> Tensor:
         """Return each run's score, float64 [B, P], from float64 [B, P, L]; see `HoloV`."""
@@ -174,8 +173,8 @@ class _Runs:
         quota
             LongTensor [B, P], how many of each run.
         """
-        behind = scores[:, self.tokens].where(self.own, -torch.inf)
-        order = behind.sort(dim=2, descending=True, stable=True).indices
+        of_runs = scores[:, self.tokens].masked_fill_(self.behind, -torch.inf)
+        order = of_runs.sort(dim=2, descending=True, stable=True).indices
         rank = torch.arange(order.shape[2], device=order.device)
         is_high = (rank < quota[..., None]).float()
         by_place = torch.zeros_like(is_high).scatter_(2, order, is_high)
@@ -212,9 +211,3 @@ def _quotas(scores: Tensor, sizes: Tensor, keep: int, exact: bool) -> Tensor:
     before = room.cumsum(dim=1) - room
     return share.scatter_add(1, order, (over - before).clamp(min=0).minimum(room))
 
-
-def _parts(embeddings: Tensor) -> Iterator[IntegerRows]:
-    """Yield the rows of as many items [b, N, D] at a time as memory should hold."""
-    size = max(1, _ROW_ENTRIES // (2 * embeddings.shape[1] * embeddings.shape[2]))
-    for some in embeddings.split(size):
-        yield IntegerRows.from_embeddings(some)

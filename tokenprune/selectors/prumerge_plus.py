@@ -12,7 +12,7 @@ from torch import Tensor
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.merging import Merge
 from tokenprune.representation import nearest_tokens
-from tokenprune.selectors.base import ByPlace, Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks, Selector, ascending
 from tokenprune.tokens import TokenBatch
 
 
@@ -70,7 +70,7 @@ class PruMergePlus(Selector):
             return Picks(every.expand(tokens.size, -1), scores)
         chosen, dropped = _split(scores, max(1, keep - 1))
         # What is dropped is in the order of attention; the row of all that has the place of the first.
-        kept = torch.cat([chosen, dropped[:, : keep - chosen.shape[1]]], dim=1).sort(-1).values
+        kept = ascending(torch.cat([chosen, dropped[:, : keep - chosen.shape[1]]], dim=1))
         count = min(self.neighbours, tokens.total - 1)
         keys = tokens.require("keys").movedim(1, 2).flatten(2)
         near = nearest_tokens(keys, chosen, count).flatten(1)
@@ -102,7 +102,7 @@ def _split(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     total, spread = others.shape[1], count - important
     if not spread:
         return order[:, :important], others
-    in_order = others.sort(dim=-1).values
+    in_order = ascending(others)
     places = torch.arange(spread, device=scores.device) * total // spread
     even = in_order[:, places]
     is_even = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, even, True)

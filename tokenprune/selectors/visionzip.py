@@ -12,7 +12,7 @@ from tokenprune.errors import OptionError
 from tokenprune.greedy.engine import folded_sum
 from tokenprune.merging import Merge
 from tokenprune.representation import representatives
-from tokenprune.selectors.base import ByPlace, Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks, Selector, ascending
 from tokenprune.selectors.cls_attention import mean_over_heads
 from tokenprune.tokens import TokenBatch
 
@@ -72,13 +72,13 @@ class VisionZip(Selector):
         dominant, contextual = self.split(keep)
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         if not contextual:
-            return Picks(order[:, :dominant].sort(dim=-1).values, scores)
-        rest = order[:, dominant:].sort(dim=-1).values
+            return Picks(ascending(order[:, :dominant]), scores)
+        rest = ascending(order[:, dominant:])
         step = max(1, rest.shape[1] // contextual)
         targets = rest[:, ::step][:, :contextual]
-        kept = torch.cat([order[:, :dominant], targets], dim=1).sort(dim=-1).values
-        keys = tokens.require("keys").float()
-        metric = folded_sum(keys, dim=1) / keys.shape[1]
+        kept = ascending(torch.cat([order[:, :dominant], targets], dim=1))
+        # Their sum over heads has the cosines of their mean.
+        metric = folded_sum(tokens.require("keys").float(), dim=1)
         return Picks(kept, scores, _merges(metric, kept, targets, rest))
 
 
