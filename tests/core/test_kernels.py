@@ -331,7 +331,8 @@ def test_soft_suppress(run: Run, shape: Shape, dtype: torch.dtype, sharpness: fl
 
 def softly_suppressed(rows: Tensor, scores: Tensor, sharpness: float, keep: int) -> list[int]:
     """Soft suppression, straight from the formula."""
-    left, kept = scores.double().tolist(), []
+    left: list[float] = scores.double().tolist()
+    kept: list[int] = []
     for _ in range(keep):
         pick = max(set(range(len(left))) - set(kept), key=lambda token: (left[token], -token))
         kept.append(pick)
@@ -635,6 +636,8 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("id-selection", {}),
     ("vispruner", {}),
     ("visionzip", {}),
+    ("prumerge-plus", {}),
+    ("holov", {}),
 ]
 
 

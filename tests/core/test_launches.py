@@ -196,20 +196,11 @@ def counting_alone(method: str) -> Iterator[Counted]:
 
 
 GREEDY = (
-    "divprune",
-    "fastvid",
-    "information",
-    "relevant-information",
-    "vidcom2",
-    "zeroth-order",
-    "mmtok",
-    "scope",
-    "dart",
-    "cdpruner",
-    "cdpruner-llm",
-    "prunesid",
+    *("divprune", "zeroth-order", "information", "relevant-information"),
+    *("id-selection", "score-k-center", "vispruner", "visionzip", "prumerge-plus", "holov"),
+    *("mmtok", "scope", "dart", "cdpruner", "cdpruner-llm", "prunesid", "fastvid", "vidcom2"),
 )
-"""Methods whose tokens Triton kernels choose on a GPU, or that make numbers of theirs."""
+"""Methods whose tokens Triton kernels choose on a GPU, or that make or compare rounded numbers."""
 
 BOUNDS = {
     "cls-attention": Bound(24),
@@ -236,6 +227,16 @@ BOUNDS = {
     "relevant-information": Bound(51, 1),
     # Means, likeness and counts one after another: each needs all of the one before.
     "vidcom2": Bound(84, 1),
+    "hiprune": Bound(24, 1),
+    "id-selection": Bound(24),
+    "score-k-center": Bound(24),
+    # What is merged is a sort and a dozen small steps, and is checked for each image: ten launches.
+    "visionzip": Bound(47, 11),
+    "prumerge-plus": Bound(65, 11),
+    # Quotas and variances of runs are 80 small steps of torch.
+    "holov": Bound(100, 1),
+    # Ten launches in each of 70 rounds: a single program for an image would take longer.
+    "vispruner": Bound(722, 1),
 }
 """What one image, and four in a batch, may launch and wait for, once the model is known."""
 

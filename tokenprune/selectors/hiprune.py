@@ -1,4 +1,4 @@
-"""hiprune: anchors by attention in the middle of the encoder, and attention at its end (HiPrune)."""
+"""hiprune: anchors by attention in the middle of the encoder, others by attention (HiPrune)."""
 
 from __future__ import annotations
 

@@ -210,4 +210,3 @@ def _quotas(scores: Tensor, sizes: Tensor, keep: int, exact: bool) -> Tensor:
     room = (sizes - share).gather(1, order)
     before = room.cumsum(dim=1) - room
     return share.scatter_add(1, order, (over - before).clamp(min=0).minimum(room))
-

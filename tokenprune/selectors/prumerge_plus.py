@@ -69,7 +69,7 @@ class PruMergePlus(Selector):
             every = torch.arange(keep, device=scores.device)
             return Picks(every.expand(tokens.size, -1), scores)
         chosen, dropped = _split(scores, max(1, keep - 1))
-        # What is dropped is in the order of attention; the row of all that has the place of the first.
+        # The row of all that is dropped has the place of the first, that of highest attention.
         kept = ascending(torch.cat([chosen, dropped[:, : keep - chosen.shape[1]]], dim=1))
         count = min(self.neighbours, tokens.total - 1)
         keys = tokens.require("keys").movedim(1, 2).flatten(2)

@@ -57,7 +57,8 @@ def image(grid: tuple[int, int, int], seed: int) -> VisualTokens:
     def clustered(width: int) -> Tensor:
         rows = (drawn(12, 8)[cluster] + 0.3 * drawn(total, 8)) @ drawn(8, width) + drawn(width)
         lengths = 0.5 + torch.rand(total, 1, generator=generator)
-        return lengths * rows / rows.norm(dim=-1, keepdim=True)
+        scaled: Tensor = lengths * rows / rows.norm(dim=-1, keepdim=True)
+        return scaled
 
     def attention() -> Tensor:
         logits = drawn(heads, 12)[:, cluster] + drawn(heads, total)

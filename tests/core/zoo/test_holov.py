@@ -19,10 +19,12 @@ from tokenprune.selectors import holov
 def runs_of(total: int, count: int) -> list[list[int]]:
     """Return the tokens of each run; the first ones are longer."""
     short, longer = divmod(total, count)
-    ends = [0]
+    runs, start = [], 0
     for run in range(count):
-        ends.append(ends[-1] + short + (run < longer))
-    return [list(range(*each)) for each in zip(ends, ends[1:], strict=False)]
+        stop = start + short + (run < longer)
+        runs.append(list(range(start, stop)))
+        start = stop
+    return runs
 
 
 def straight(
@@ -49,12 +51,12 @@ def straight(
     weights = [score / (sum(scores) + 1e-6) for score in scores]
     shares = [math.floor(keep * weight) for weight in weights]
     ranked = by_score(weights)
-    for run in ranked[: keep - sum(shares)]:
-        shares[run] += 1
+    for place in ranked[: keep - sum(shares)]:
+        shares[place] += 1
     shares = [min(share, len(run)) for share, run in zip(shares, runs, strict=True)]
-    for run in ranked if exact else ():
-        while shares[run] < len(runs[run]) and sum(shares) < keep:
-            shares[run] += 1
+    for place in ranked if exact else ():
+        while shares[place] < len(runs[place]) and sum(shares) < keep:
+            shares[place] += 1
     kept: list[int] = []
     for share, run in zip(shares, runs, strict=True):
         kept += sorted(run, key=lambda i: (-attention[i], i))[:share]
@@ -74,9 +76,7 @@ def test_exactly_as_many(case: Case, chunks: int | None) -> None:
 def test_as_published(case: Case, beta: float) -> None:
     tokens = case.tokens
     expected = straight(tokens, case.keep, 16, beta, exact=False)
-    selection = tokenprune.select(
-        tokens, "holov", case.keep, chunks=16, beta=beta, exact=False
-    )
+    selection = tokenprune.select(tokens, "holov", case.keep, chunks=16, beta=beta, exact=False)
     assert len(selection) == case.keep
     assert tokens.embeddings is not None
     rows = selection.rows(tokens.embeddings)
@@ -90,7 +90,7 @@ def test_as_published(case: Case, beta: float) -> None:
 
 def test_what_is_over_goes_to_the_next_run() -> None:
     # All of the attention is in the first run, of 4 tokens.
-    attention = torch.tensor([5.0, 8, 7, 6] + [0.3, 0.2, 0.1, 0] + [0.01, 0.02, 0, 0.03])
+    attention = torch.tensor([5, 8, 7, 6, 0.3, 0.2, 0.1, 0, 0.01, 0.02, 0, 0.03])
     embeddings = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
     tokens = VisualTokens((1, 3, 4), embeddings=embeddings, cls_attention=attention[None])
     exact = tokenprune.select(tokens, "holov", 7, chunks=3)

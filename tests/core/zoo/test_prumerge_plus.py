@@ -68,7 +68,7 @@ def test_all_but_a_few_tokens() -> None:
 
 def published(attention: Array) -> list[int]:
     """Return the tokens of the released code, with quartiles by hand."""
-    ranked = sorted(attention)
+    ranked: list[float] = sorted(attention.tolist())
 
     def quartile(share: float) -> float:
         place = share * (len(ranked) - 1)
@@ -99,7 +99,7 @@ def test_the_adaptive_count(seed: int) -> None:
 
 
 def test_where_the_published_count_is_not_defined() -> None:
-    with pytest.raises(TokensError, match="0 of 9 tokens are outliers .* Give a number of tokens"):
+    with pytest.raises(TokensError, match=r"0 of 9 tokens are outliers .* Give a number of tokens"):
         adaptive_tokens(torch.arange(9.0))
     # One of four is above the third quartile, and no more than a third.
     assert adaptive_tokens(torch.tensor([0.0, 0, 0, 9])).tolist() == [3, 0, 1, 2]

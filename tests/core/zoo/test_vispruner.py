@@ -52,7 +52,8 @@ def test_all_by_attention_is_cls_attention() -> None:
     tokens = image((1, 9, 9), 3)
     for keep in (1, 20, 80):
         important = tokenprune.select(tokens, "vispruner", keep, important_ratio=1.0)
-        assert important.kept.tolist() == tokenprune.select(tokens, "cls-attention", keep).kept.tolist()  # fmt: skip
+        highest = tokenprune.select(tokens, "cls-attention", keep)
+        assert important.kept.tolist() == highest.kept.tolist()
         assert important.scores is not None
         assert important.scores.sum() > 0
 
@@ -76,11 +77,10 @@ def test_lists_of_neighbours_say_what_all_cosines_say() -> None:
 
 
 @pytest.mark.parametrize("keep", [3, 60, 299])
-def test_long_items_are_thinned_out_like_others(
-    keep: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_items_are_thinned_out_like_others(keep: int, monkeypatch: pytest.MonkeyPatch) -> None:
     embeddings = torch.randn(2, 300, 5, generator=torch.Generator().manual_seed(2))
-    order = torch.stack([torch.randperm(300, generator=torch.Generator().manual_seed(item)) for item in (3, 4)])  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    order = torch.stack([torch.randperm(300, generator=generator) for _ in range(2)])
     expected = TorchItems(embeddings, keep).thin_out(order, keep // 2, 8)
     monkeypatch.setattr("tokenprune.greedy.items.ALL_PAIRS", 299)
     assert torch.equal(TorchItems(embeddings, keep).thin_out(order, keep // 2, 8), expected)
