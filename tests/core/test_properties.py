@@ -139,7 +139,7 @@ if torch.cuda.is_available():  # collected only where it can run
         cpu = make_item((1, 23, 25))
         moved: dict[str, Any] = {
             name: tensor.cuda()
-            for name in ("features", "embeddings", "cls_attention", "query_attention", "question")
+            for name in INPUTS
             if isinstance(tensor := getattr(cpu, name), Tensor)
         }
         selection = choose(VisualTokens(cpu.grid, projector=on_cuda, **moved), method, 40)
