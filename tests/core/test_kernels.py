@@ -349,21 +349,6 @@ def _soften(embeddings: Tensor, keep: int, scores: Tensor, sharpness: float, lon
     return _items(embeddings, keep, long).soft_suppress(scores, sharpness)
 
 
-@pytest.mark.parametrize("keep", [2, 9, 30])
-def test_thinning_out(run: Run, keep: int) -> None:
-    shape, dtype = SHAPES[2]
-    embeddings = draw(shape, dtype)
-    generator = torch.Generator().manual_seed(9)
-    order = torch.stack([torch.randperm(shape[1], generator=generator) for _ in range(shape[0])])
-    kept = TorchItems(embeddings, keep).thin_out(order, keep // 2, 4)
-    for long in (False, True):
-        assert torch.equal(run(_thin_out, embeddings, keep, order, long), kept)
-
-
-def _thin_out(embeddings: Tensor, keep: int, order: Tensor, long: bool) -> Tensor:
-    return _items(embeddings, keep, long).thin_out(order, keep // 2, 4)
-
-
 @pytest.mark.parametrize("bonus", [False, True])
 @pytest.mark.parametrize("weights", ["none", "some", "zeros", "excluded"])
 @pytest.mark.parametrize("shape", [(2, 7, 5), (1, 45, 150)])
@@ -612,7 +597,6 @@ def _of_bad_numbers(embeddings: Tensor, long: bool) -> list[Tensor]:
             _fused_cover(embeddings, embeddings[:, :5], 9),
             _pivots(bad.double(), 5, 4, 30)[0],
             items.soft_suppress(bad, 20.0),
-            items.thin_out(torch.arange(40).expand(2, -1), 4, 8),
         ]
 
 
@@ -634,7 +618,6 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("prunesid", {}),
     ("score-k-center", {"alpha": 0.6}),
     ("id-selection", {}),
-    ("vispruner", {}),
     ("visionzip", {}),
     ("prumerge-plus", {}),
     ("holov", {}),

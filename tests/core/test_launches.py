@@ -197,7 +197,7 @@ def counting_alone(method: str) -> Iterator[Counted]:
 
 GREEDY = (
     *("divprune", "zeroth-order", "information", "relevant-information"),
-    *("id-selection", "score-k-center", "vispruner", "visionzip", "prumerge-plus", "holov"),
+    *("id-selection", "score-k-center", "visionzip", "prumerge-plus", "holov"),
     *("mmtok", "scope", "dart", "cdpruner", "cdpruner-llm", "prunesid", "fastvid", "vidcom2"),
 )
 """Methods whose tokens Triton kernels choose on a GPU, or that make or compare rounded numbers."""
@@ -236,7 +236,7 @@ BOUNDS = {
     # Quotas and variances of runs are 80 small steps of torch.
     "holov": Bound(100, 1),
     # Ten launches in each of 70 rounds: a single program for an image would take longer.
-    "vispruner": Bound(722, 1),
+    "vispruner": Bound(758, 1),
 }
 """What one image, and four in a batch, may launch and wait for, once the model is known."""
 

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from tokenprune import numerics
 from tokenprune.greedy import objectives
 from tokenprune.greedy.items import Items, TorchItems
+from tokenprune.greedy.neighbours import AllCosines, FineRows, ListedCosines
 from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
 from tokenprune.numerics import first_equal_row
 
@@ -386,6 +387,41 @@ def take_in_turns(ranked: Tensor, free: Tensor, keep: int, left: int, each: int 
         free.scatter_(1, places, still.masked_fill(still.cumsum(dim=1) <= share, 0.0))
     # Taken ones come first, in their order: the sort is stable.
     return free[:, : ranked.shape[2]].sort(dim=-1, stable=True).indices[:, :keep]
+
+
+def thin_out(embeddings: Tensor, order: Tensor, fixed: int, keep: int, per_round: int) -> Tensor:
+    """Choose by `objectives.thin_out`; of all cosines in torch, some launches for each round.
+
+    A single program for an item would take longer than those: a round compares many pairs.
+
+    Parameters
+    ----------
+    embeddings
+        Floating point [B, N, D].
+    order
+        LongTensor [B, N], all tokens of each item.
+    fixed
+        The first so many of an order stay in any case, and are not compared.
+    keep
+        K, at least `fixed`.
+    per_round
+        How many go in a round, at least 1.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [B, K], ascending.
+    """
+    _, total, width = embeddings.shape
+    # Lists of neighbours are of one item, as their lengths are.
+    at_once = max(1, _ENTRIES // (total * (4 * width + 2 * total))) if total <= ALL_PAIRS else 1
+    kept = []
+    for some, of_items in zip(embeddings.split(at_once), order.split(at_once), strict=True):
+        rows = FineRows.from_embeddings(some)
+        nearest = AllCosines(rows) if total <= ALL_PAIRS else ListedCosines(rows)
+        rest = objectives.thin_out(nearest, of_items[:, fixed:], keep - fixed, per_round)
+        kept.append(torch.cat([of_items[:, :fixed], rest], dim=1))
+    return torch.cat(kept).sort(dim=-1).values
 
 
 def folded_sum(values: Tensor, dim: int) -> Tensor:

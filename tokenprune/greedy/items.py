@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
 from tokenprune.greedy import objectives
-from tokenprune.greedy.neighbours import AllCosines, ListedCosines
-from tokenprune.greedy.rows import ALL_PAIRS, IntegerRows
+from tokenprune.greedy.rows import IntegerRows
 
 
 class Items(ABC):
@@ -51,13 +49,6 @@ class Items(ABC):
     @abstractmethod
     def soft_suppress(self, scores: Tensor, sharpness: float) -> Tensor:
         """Choose by `objectives.soft_suppress`."""
-
-    @abstractmethod
-    def thin_out(self, order: Tensor, fixed: int, per_round: int) -> Tensor:
-        """Choose by `objectives.thin_out` from all rows, in an order LongTensor [B, N].
-
-        The first `fixed` of the order stay in any case, and are not compared.
-        """
 
 
 class TorchItems(Items):
@@ -110,38 +101,6 @@ class TorchItems(Items):
     def soft_suppress(self, scores: Tensor, sharpness: float) -> Tensor:
         """Return LongTensor [B, K]; see `Items`."""
         return _ascending(objectives.soft_suppress(self._rows, scores, sharpness, self._keep))
-
-    def thin_out(self, order: Tensor, fixed: int, per_round: int) -> Tensor:
-        """Return LongTensor [B, K]; see `Items`."""
-        whole = self._rows.rows
-        if whole.shape[1] <= ALL_PAIRS:
-            products = torch.bmm(whole, whole.transpose(1, 2))
-            nearest = AllCosines(products, self._rows.inverse_norms)
-            return thinned_out(nearest, order, fixed, self._keep, per_round)
-        # Of long items one at a time: their lists have lengths of their own.
-        alone = [
-            thinned_out(ListedCosines(rows), order[item, None], fixed, self._keep, per_round)
-            for item, rows in enumerate(self._rows.each())
-        ]
-        return torch.cat(alone)
-
-
-def thinned_out(
-    nearest: objectives.NearestCosine, order: Tensor, fixed: int, keep: int, per_round: int
-) -> Tensor:
-    """Return LongTensor [B, K], ascending: the first `fixed` of an order and what is left.
-
-    Parameters
-    ----------
-    nearest, order, per_round
-        See `objectives.thin_out`.
-    fixed
-        How many of the order stay in any case.
-    keep
-        K, at least `fixed`.
-    """
-    rest = objectives.thin_out(nearest, order[:, fixed:], keep - fixed, per_round)
-    return _ascending(torch.cat([order[:, :fixed], rest], dim=1))
 
 
 def _ascending(taken: Tensor) -> Tensor:

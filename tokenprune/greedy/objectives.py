@@ -417,7 +417,7 @@ def soft_suppress(rows: IntegerRows, scores: Tensor, sharpness: float, keep: int
 
 NearestCosine = Callable[[Tensor, Tensor], Tensor]
 """Given tokens [B, m] and others [B, n], return each token's largest cosine to one of the others,
-float32 [B, m]."""
+float64 [B, m]."""
 
 
 def thin_out(nearest: NearestCosine, order: Tensor, keep: int, per_round: int) -> Tensor:

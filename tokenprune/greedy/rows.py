@@ -79,18 +79,6 @@ class IntegerRows:
         inverse = norms.reciprocal().masked_fill_(norms == 0, 0.0)
         return cls(rows, squares, inverse, scales)
 
-    def each(self) -> list[IntegerRows]:
-        """Return the rows of each item as those of a batch of one."""
-        return [
-            IntegerRows(
-                self.rows[item : item + 1],
-                self.squares[item : item + 1],
-                self.inverse_norms[item : item + 1],
-                self.scales[item : item + 1],
-            )
-            for item in range(len(self.rows))
-        ]
-
     def squared_norms(self) -> Tensor:
         """Return float64 [B, N], ||embedding||^2."""
         return self.squares * self.scales.square()

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import OptionError
-from tokenprune.greedy.engine import Some
-from tokenprune.greedy.engine import pick as pick_rows
-from tokenprune.greedy.items import Items
+from tokenprune.greedy.engine import thin_out
 from tokenprune.selectors.base import ByPlace, Selector
 from tokenprune.selectors.cls_attention import mean_over_heads
 from tokenprune.tokens import TokenBatch
@@ -79,8 +77,4 @@ class VisPruner(Selector):
         important = int(keep * self.important_ratio)
         # Stable, as torch leaves the order of equal scores open otherwise.
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-
-        def choose(items: Items, some: Some) -> Tensor:
-            return items.thin_out(order[some], important, self.per_round)
-
-        return pick_rows(tokens.require("features"), keep, choose)
+        return thin_out(tokens.require("features"), order, important, keep, self.per_round)

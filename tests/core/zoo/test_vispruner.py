@@ -11,9 +11,8 @@ import tokenprune
 from tests.core.zoo.images import Case, array, by_score, cosines, image, on_all_cases
 from tokenprune import VisualTokens
 from tokenprune.errors import OptionError
-from tokenprune.greedy.items import TorchItems
-from tokenprune.greedy.neighbours import AllCosines, ListedCosines
-from tokenprune.greedy.rows import IntegerRows
+from tokenprune.greedy.engine import thin_out
+from tokenprune.greedy.neighbours import AllCosines, FineRows, ListedCosines
 
 
 def straight(tokens: VisualTokens, keep: int, ratio: float, per_round: int) -> list[int]:
@@ -58,14 +57,30 @@ def test_all_by_attention_is_cls_attention() -> None:
         assert important.scores.sum() > 0
 
 
+def test_an_image_of_a_model() -> None:
+    # Of so many comparisons some are of cosines that float32 cannot tell apart.
+    for seed in (4, 5, 10):
+        tokens = image((1, 24, 24), seed)
+        kept = tokenprune.select(tokens, "vispruner", 64).kept.tolist()
+        assert kept == straight(tokens, 64, 0.5, 8)
+
+
+def test_fine_rows_have_the_cosines_of_float64() -> None:
+    embeddings = torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(3))
+    embeddings[0, 5], embeddings[1, 7] = embeddings[0, 9], 0
+    found = FineRows.from_embeddings(embeddings).cosines(slice(None), slice(None))
+    expected = torch.nn.functional.normalize(embeddings.double(), dim=-1)
+    torch.testing.assert_close(found, expected @ expected.mT, rtol=0, atol=1e-12)
+    assert torch.equal(found, found.mT)
+    assert torch.equal(found[0, 5], found[0, 9])
+
+
 def test_lists_of_neighbours_say_what_all_cosines_say() -> None:
     embeddings = torch.randn(1, 400, 6, generator=torch.Generator().manual_seed(0))
     embeddings[:, 7] = embeddings[:, 300]
     embeddings[:, 9] = 0
-    rows = IntegerRows.from_embeddings(embeddings)
-    whole = rows.rows
-    everything = AllCosines(torch.bmm(whole, whole.mT), rows.inverse_norms)
-    listed = ListedCosines(rows)
+    rows = FineRows.from_embeddings(embeddings)
+    everything, listed = AllCosines(rows), ListedCosines(rows)
     generator = torch.Generator().manual_seed(1)
     # Some halves are of neighbours alone, so that lists do not have what is asked for.
     for count in (400, 399, 250, 201, 200, 90, 30, 3, 2):
@@ -81,9 +96,9 @@ def test_long_items_are_thinned_out_like_others(keep: int, monkeypatch: pytest.M
     embeddings = torch.randn(2, 300, 5, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(3)
     order = torch.stack([torch.randperm(300, generator=generator) for _ in range(2)])
-    expected = TorchItems(embeddings, keep).thin_out(order, keep // 2, 8)
-    monkeypatch.setattr("tokenprune.greedy.items.ALL_PAIRS", 299)
-    assert torch.equal(TorchItems(embeddings, keep).thin_out(order, keep // 2, 8), expected)
+    expected = thin_out(embeddings, order, keep // 2, keep, 8)
+    monkeypatch.setattr("tokenprune.greedy.engine.ALL_PAIRS", 299)
+    assert torch.equal(thin_out(embeddings, order, keep // 2, keep, 8), expected)
 
 
 @pytest.mark.parametrize(

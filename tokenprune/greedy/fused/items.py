@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.greedy.fused import kernels
-from tokenprune.greedy.items import Items, TorchItems, thinned_out
-from tokenprune.greedy.neighbours import AllCosines
+from tokenprune.greedy.items import Items, TorchItems
 from tokenprune.greedy.objectives import Weighed, factors_of, factors_to
 from tokenprune.greedy.rows import over_mean
 
@@ -96,16 +95,6 @@ class FusedItems(Items):
             self._layout, products, self._inverse, given, sharpness, self._chunk
         )
 
-    def thin_out(self, order: Tensor, fixed: int, per_round: int) -> Tensor:
-        """Return LongTensor [B, K]; see `Items`. In torch: some launches for each round.
-
-        A single program for an item would take longer than those: a round has many pairs.
-        """
-        size, total = self._shape
-        products = kernels.all_products(self._layout, self._rows).view(size, total, total)
-        nearest = AllCosines(products, self._inverse.view(size, total))
-        return thinned_out(nearest, order, fixed, self._layout.keeps[0], per_round)
-
 
 class LongItems(Items):
     """Items of one size and of any number of rows: one launch for each row taken, and a few more.
@@ -175,10 +164,6 @@ class LongItems(Items):
     def soft_suppress(self, scores: Tensor, sharpness: float) -> Tensor:
         """Return LongTensor [B, K]; see `Items`. In torch, as `suppress`."""
         return TorchItems(self._embeddings, self._keep).soft_suppress(scores, sharpness)
-
-    def thin_out(self, order: Tensor, fixed: int, per_round: int) -> Tensor:
-        """Return LongTensor [B, K]; see `Items`. In torch, which waits for lists of neighbours."""
-        return TorchItems(self._embeddings, self._keep).thin_out(order, fixed, per_round)
 
 
 def chooses_alike(device: torch.device) -> bool:
