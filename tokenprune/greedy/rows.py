@@ -95,10 +95,6 @@ class IntegerRows:
         """Return float32 [B, m, N], cosines of rows `picked` (LongTensor [B, m]) to all rows."""
         return self._products(picked, self.inverse_norms).float()
 
-    def cosines_of(self, picked: Tensor) -> Tensor:
-        """Return float32 [B, m, N], the cosines of rows `picked` (LongTensor [B, m]) to all."""
-        return self._products(picked, self.inverse_norms).float()
-
     def l1_norms(self) -> Tensor:
         """Return float64 [B, N], the sum of the absolute entries of each embedding."""
         # Whole numbers below 2**53: exact in any order.
