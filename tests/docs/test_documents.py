@@ -209,6 +209,7 @@ def _check_vllm_arguments(words: list[str]) -> None:
     parser = arguments.AsyncEngineArgs.add_cli_args(parsing.FlexibleArgumentParser())
     parser.add_argument("--port", type=int)
     parser.add_argument("--host")
+    parser.add_argument("--lora-modules", nargs="+")
     parser.parse_args(words)
 
 
