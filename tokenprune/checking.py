@@ -186,6 +186,13 @@ def _check_merges(selector: Selector, tokens: TokenBatch, merges: object) -> Non
         if merge is None:
             continue
         parts: list[Any] = [getattr(merge, name, None) for name in ("into", "of", "weight")]
+        space = getattr(merge, "space", None)
+        if space != selector.merges:
+            raise SelectorError(
+                f"{tokens.labels[0]}: the selector {selector.name!r} returned a merge of {space}, "
+                f"and says merges={selector.merges!r}. Name the space in the class, so that "
+                "adapters gather what it takes."
+            )
         dtypes = [part.dtype if isinstance(part, Tensor) else None for part in parts]
         alike = len({part.shape if isinstance(part, Tensor) else None for part in parts}) == 1
         if dtypes == [torch.int64, torch.int64, torch.float32] and alike and parts[0].ndim == 1:

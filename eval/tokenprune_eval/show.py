@@ -346,7 +346,7 @@ def _encode(
     from tokenprune_hf.any_model import check_method
 
     def encode(of: Sequence[Selector]) -> Encoded:
-        needs = sorted({need for one in of for need in one.needs})
+        needs = sorted({need for one in of for need in one.gathers})
         return tokenprune_hf.encode(model, needs=needs, **inputs)
 
     usable = []

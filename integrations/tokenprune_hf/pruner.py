@@ -138,8 +138,8 @@ class Pruner:
             )
         on_host = arguments_on_host(arguments)
         if encoded is None:
-            encoded = encode_media(self.vision, arguments, self.selector.needs, on_host)
-        from_encoder = [name for name in self.selector.needs if name in ENCODED]
+            encoded = encode_media(self.vision, arguments, self.selector.gathers, on_host)
+        from_encoder = [name for name in self.selector.gathers if name in ENCODED]
         missing = [name for name in from_encoder if name not in encoded.needs]
         if missing:
             raise PromptError(

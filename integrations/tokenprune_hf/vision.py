@@ -579,7 +579,7 @@ def check_selector(selector: Selector, vision: VisionModel) -> None:
     OptionError
         If an option asks for what this model's projector does not allow.
     """
-    vision.family.check_needs(selector.name, selector.needs)
+    vision.family.check_needs(selector.name, selector.gathers)
     selector.check_model(vision.model.config)
     if selector.merges and vision.model.config.model_type in PROJECTED_LATER:
         raise UnsupportedModelError(

@@ -98,14 +98,14 @@ class Chooser:
             name: replace(settings.default, method=name, options=dict(options)).selector()
             for name, options in settings.methods.items()
         }
-        needs = {need for selector in self._selectors.values() for need in selector.needs}
+        needs = {need for selector in self._selectors.values() for need in selector.gathers}
         self._tracer: Tracer | None = None
         if isinstance(family, AnyFamily) and TRACED & needs:
             self._tracer = Tracer(model, TRACED & needs, family.config)
             if self._tracer.layers:
                 family.given |= TRACED
         for selector in self._selectors.values():
-            family.check_needs(selector.name, selector.needs)
+            family.check_needs(selector.name, selector.gathers)
         self.attention_name = "none"
         self._attention: nn.Module | None = None
         self._middle: nn.Module | None = None
@@ -173,7 +173,7 @@ class Chooser:
             return
         self._tracer.find(lambda: torch.cat(encoded()))
         way = self._tracer.way
-        readers = [one for one in self._selectors.values() if "projector" in one.needs]
+        readers = [one for one in self._selectors.values() if "projector" in one.gathers]
         if way is not None and readers:
             self._projector = found_projector(way, plain_linear)
             self._projector.dtype = only_dtype(self._projector.module, self._dtype)

@@ -142,20 +142,19 @@ class Merges(Selector):
     name: ClassVar[str] = "merges"
     summary: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ("features", "embeddings", "projector")
-    merges: ClassVar[bool] = True
-    space: ClassVar[Any] = "embeddings"
+    merges: ClassVar[Any] = "embeddings"
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         into = torch.arange(0, keep, 2).repeat_interleave(3)
         of = torch.stack([into, *(torch.full_like(into, tokens.total - n) for n in (1, 2))])
         entry = torch.arange(3).repeat(len(into) // 3)
         weights = torch.tensor([0.5, 0.3, 0.4])[entry]
-        merge = Merge(into, of[entry, torch.arange(len(into))], weights, self.space)
+        merge = Merge(into, of[entry, torch.arange(len(into))], weights, self.merges)
         return Picks(torch.arange(keep).expand(tokens.size, -1), merges=[merge] * tokens.size)
 
 
 class MergesFeatures(Merges):
-    space: ClassVar[Any] = "features"
+    merges: ClassVar[Any] = "features"
 
 
 @pytest.mark.parametrize("apply", ["drop", "mask"])
@@ -178,7 +177,7 @@ def test_merged_rows_are_read(name: str, selector: Selector, apply: Any) -> None
                 def added(values: Tensor, token: int = token) -> Tensor:
                     return 0.5 * values[token] + 0.3 * values[-1] + 0.4 * values[-2]
 
-                if selector.space == "features":  # type: ignore[attr-defined]
+                if selector.merges == "features":
                     rows[into] = tokens.projector(added(tokens.features)[None])[0]
                 else:
                     rows[into] = added(media.rows[item.rows])
@@ -189,7 +188,7 @@ def test_merged_rows_are_read(name: str, selector: Selector, apply: Any) -> None
 
         class Plain(Merges):
             name: ClassVar[str] = "plain"
-            merges: ClassVar[bool] = False
+            merges: ClassVar[Any] = ""
 
             def select(self, tokens: TokenBatch, keep: int) -> Picks:
                 return Picks(torch.arange(keep).expand(tokens.size, -1))

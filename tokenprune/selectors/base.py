@@ -68,7 +68,8 @@ class Selector:
         were prepared for known items. No method should need it. An item that comes several times
         is then selected from each time.
     merges
-        Whether it adds tokens to kept ones; see `Picks.merges`.
+        Where it adds tokens to kept ones, ``"features"`` or ``"embeddings"``, or "" where it does
+        not; see `Picks.merges`. Features that are added up go through the projector.
     by_place
         What of a token's place is part of the method, so that exact copies are not
         interchangeable: ``"frame"`` where it compares frames, ``"place"`` for anything else (an
@@ -98,7 +99,7 @@ class Selector:
     needs: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
     of_place: ClassVar[bool] = False
-    merges: ClassVar[bool] = False
+    merges: ClassVar[Literal["", "features", "embeddings"]] = ""
     by_place: ClassVar[ByPlace] = ""
     needs_picture: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
@@ -121,6 +122,12 @@ class Selector:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             check_option(self.name, field.name, getattr(self, field.name), hints[field.name])
+
+    @property
+    def gathers(self) -> tuple[str, ...]:
+        """What adapters have to gather: `needs`, and the projector where features are added up."""
+        added = self.merges == "features" and "projector" not in self.needs
+        return (*self.needs, "projector") if added else self.needs
 
     def inputs_of(self, item: VisualTokens) -> tuple[str, ...]:
         """Return which inputs of an item the method is given: `needs`, and `optional` ones."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class HoloV(Selector):
     paper: ClassVar[str] = "HoloV, NeurIPS 2025"
     needs: ClassVar[tuple[str, ...]] = ("embeddings", "cls_attention")
     by_place: ClassVar[ByPlace] = "place"
+    merges: ClassVar[Literal["", "features", "embeddings"]] = "embeddings"
 
     chunks: int | None = None
     beta: float = 0.09

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class PruMergePlus(Selector):
     paper: ClassVar[str] = "LLaVA-PruMerge, arXiv 2403.15388"
     needs: ClassVar[tuple[str, ...]] = ("features", "keys", "wide_attention")
     by_place: ClassVar[ByPlace] = "place"
+    merges: ClassVar[Literal["", "features", "embeddings"]] = "features"
 
     neighbours: int = 32
 

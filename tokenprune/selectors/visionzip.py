@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class VisionZip(Selector):
     paper: ClassVar[str] = "VisionZip, arXiv 2412.04467"
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention", "keys")
     by_place: ClassVar[ByPlace] = "place"  # every s-th token is a target
+    merges: ClassVar[Literal["", "features", "embeddings"]] = "features"
 
     dominant_ratio: float = 54 / 64
 

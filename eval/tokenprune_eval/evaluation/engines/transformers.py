@@ -230,7 +230,7 @@ class TransformersEngine:
             for one in conditions or settings.conditions()
         }
         self.needs = sorted(
-            {need for one in self._prunings.values() for need in one.selector.needs}
+            {need for one in self._prunings.values() for need in one.selector.gathers}
         )
         for pruning in self._prunings.values():
             check_method(pruning.selector, self.model)
