@@ -7,6 +7,7 @@ gathered and put together by either adapter on its own.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_published_methods_choose_and_merge_alike(family: str, tmp_path: Path) -
     assert {"visionzip", "hiprune", "mmtok", "prumerge-plus", "fastvid"} <= asked.keys()
     expected = {name: [hf.ask(case) for case in cases] for name, cases in asked.items()}
     with start(family, folder, "uniform", request_methods={name: {} for name in ZOO}) as llm:
-        found = {}
+        found: dict[str, Any] = {}
         for name, cases in asked.items():
             found[name] = []
             for case in cases:
