@@ -180,9 +180,10 @@ def shorten_prompt(
         found = full_positions(vision, on_host, encoded, placeholders, told_mask, pruned)
         full = to_device(found, device)
     short_mask = short["attention_mask"]
-    numbered = compact_positions(full, short_mask)
-    if positions == "original" or not all(pruned):
-        own = original_positions(
+    if positions == "compact" and all(pruned):
+        numbered = compact_positions(full, short_mask)
+    else:
+        numbered = original_positions(
             full,
             prompt,
             mask,
@@ -190,12 +191,13 @@ def shorten_prompt(
             published=vision.mrope and arguments.get("position_ids") is None,
             masks_axis=vision.has_masks_axis(full),
         )
-        # A prompt that loses nothing is the engine's, whatever is asked for.
-        compact = to_device(torch.tensor(pruned, device="cpu"), device) & (positions == "compact")
-        numbered = (
-            torch.where(compact[:, None], numbered[0], own[0]),
-            torch.where(compact, numbered[1], own[1]),
-        )
+        if positions == "compact":  # a prompt that loses nothing is the engine's all the same
+            loses = to_device(torch.tensor(pruned, device="cpu"), device)
+            compact = compact_positions(full, short_mask)
+            numbered = (
+                torch.where(loses[:, None], compact[0], numbered[0]),
+                torch.where(loses, compact[1], numbered[1]),
+            )
     short["position_ids"], following = numbered
     shape = prompt.columns.shape
     return Shortened(

@@ -109,6 +109,7 @@ class Chooser:
         self.attention_name = "none"
         self._attention: nn.Module | None = None
         self._middle: nn.Module | None = None
+        self._has_cls = False
         self._looked_at = [name for name in (*SCORING, *MIDDLE) if name in needs]
         if self._looked_at and family.known:
             tower = family.tower(model, "image")
@@ -298,7 +299,9 @@ class Chooser:
         def look(of: Sequence[Medium]) -> dict[str, Tensor]:
             return self._look(watched, of)
 
-        looked_at = look(media) if sharing is None else sharing.looked_at(look, media)
+        looked_at: Mapping[str, Tensor] = {}
+        if self._looked_at:
+            looked_at = look(media) if sharing is None else sharing.looked_at(look, media)
         features = watched.features if sharing is None else sharing.features(watched, media)
         heads = heads_of(family.tower_config) if "keys" in looked_at else 0
         return family.rows_of_all(media, features, looked_at, heads)

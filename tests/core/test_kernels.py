@@ -781,7 +781,7 @@ def test_kernels_of_projectors_compile(compile_there: Run, capability: int, tmp_
 OF_PROJECTORS = {"_normalise", "_take", "_sums"}
 """Kernels that round as they like: products of matrices beside them do, too."""
 
-EXPONENTIALS = {"_similarities"}
+EXPONENTIALS = {"_similarities", "_soft_suppress"}
 """Kernels whose exponential is made of fused operations."""
 
 LEFT_OUT = OF_PROJECTORS | EXPONENTIALS

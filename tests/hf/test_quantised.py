@@ -1,6 +1,6 @@
 """Quantised models of transformers are pruned by what their layers compute.
 
-torchao is installed for the tests; bitsandbytes by ``scripts/test``, which runs this file with it.
+``scripts/test`` runs this file with torchao and bitsandbytes, which are installed apart.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torchao.quantization import (
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    quantize_,
-)
 
 import tokenprune_hf
 from tests.hf.models import TINY, prompt, tf
 from tests.vllm.quantised import rounded
+
+torchao = pytest.importorskip("torchao.quantization")
 
 METHODS: dict[str, dict[str, Any]] = {
     "cls-attention": {},
@@ -126,7 +123,7 @@ def of_bitsandbytes(module: Any) -> Tensor | None:
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_in_8_bits_choose_what_they_stand_for(name: str) -> None:
     model, inputs = tiny(name), prompt(TINY[name], ["titt"])
-    quantize_(model, Int8WeightOnlyConfig())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     plain = whole(model, of_torchao)
     for method in METHODS:
         assert answers(model, method, inputs) == answers(plain, method, inputs), method
@@ -138,7 +135,7 @@ def test_weights_in_8_bits_choose_what_they_stand_for(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_inputs_rounded_to_8_bits(name: str) -> None:
     model, inputs = tiny(name), prompt(TINY[name], ["titt"])
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
     check_near(model, whole(model, of_torchao, rounds=True), inputs)
 
 
