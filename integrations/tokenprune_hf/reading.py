@@ -98,6 +98,8 @@ def placed_items(
     for modality in ("image", "video"):
         any_placeholder |= input_ids == vision.token_id(modality)
     counted = OwnPositions(vision, on_host, encoded, placeholders, attention_mask)
+    # Once a call: marks are read out of the whole config.
+    users_text = vision.marks().users_text if "question_embeddings" in needs else None
     result: dict[str, list[VisualTokens]] = {}
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
@@ -116,8 +118,8 @@ def placed_items(
             added: dict[str, Any] = {}
             if "question" in needs:
                 added["question"] = to_device(prompt.question, device)
-            if "question_embeddings" in needs:
-                words = to_device(vision.marks().users_text(prompt.question), device)
+            if users_text is not None:
+                words = to_device(users_text(prompt.question), device)
                 added["question_embeddings"] = vision.embedded(words)
             if "query_attention" in needs:
                 unpruned = partial(counted.around, sample, places[own, 1], text)

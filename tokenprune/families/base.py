@@ -416,10 +416,9 @@ class Family:
             Features [rows, C'], and by name what `tokenprune.VisualTokens` takes of them, of which
             the patches of a token are averaged.
         """
-        parts_of_all = list(looked_at.values())
-        together = torch.cat(parts_of_all, dim=1) if len(parts_of_all) > 1 else None
-        if len(parts_of_all) == 1:  # the usual case, without a copy
-            together = parts_of_all[0]
+        together = next(iter(looked_at.values()), None)
+        if len(looked_at) > 1:  # one alone, as is usual, needs no copy
+            together = torch.cat(list(looked_at.values()), dim=1)
         widths = [values.shape[1] for values in looked_at.values()]
         result = []
         for of_features, values in self.rows_of(media, features, together):
