@@ -187,6 +187,16 @@ class VisualTokens:
                     f"{self.label}: {name} has shape {list(tensor.shape)}; with grid={self.grid} "
                     f"it must be {layout.said} with {symbol}={count}."
                 )
+        for one, other in (
+            ("question_embeddings", "embeddings"),
+            ("text_embeddings", "image_embeddings"),
+        ):
+            width, same = getattr(self, one), getattr(self, other)
+            if width is not None and same is not None and width.shape[-1] != same.shape[-1]:
+                raise TokensError(
+                    f"{self.label}: {one} has shape {list(width.shape)} and {other} "
+                    f"{list(same.shape)}; they are compared, so both must be of one width."
+                )
         if self.question is not None and (self.question.ndim != 1 or _is_float(self.question)):
             raise TokensError(
                 f"{self.label}: question has shape {list(self.question.shape)} and dtype "

@@ -14,7 +14,7 @@ from tests.core.test_methods import Array, array
 from tests.core.zoo.clusters import clustered, drawn
 from tests.core.zoo.test_scope import cosines
 from tokenprune import VisualTokens
-from tokenprune.errors import OptionError
+from tokenprune.errors import OptionError, TokensError
 from tokenprune.greedy.covering import Targets, cover
 from tokenprune.registry import build
 
@@ -130,3 +130,8 @@ def test_excluded_tokens_come_last(monkeypatch: pytest.MonkeyPatch, long: bool) 
 def test_options_that_are_refused(option: str) -> None:
     with pytest.raises(OptionError, match=rf"{option}=0\.0 .* must be above 0; the authors have"):
         build("mmtok", {option: 0.0})
+
+
+def test_embeddings_of_another_width_are_refused() -> None:
+    with pytest.raises(TokensError, match=r"question_embeddings has shape .* of one width"):
+        VisualTokens((1, 2, 2), embeddings=torch.ones(4, 5), question_embeddings=torch.ones(2, 7))
