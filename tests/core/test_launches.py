@@ -385,7 +385,12 @@ def test_weights_that_are_edited_behind_torchs_back_are_noticed(
     projector = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 10), nn.GELU(), nn.Linear(10, 8))
     there: Any = on_device(copy.deepcopy(projector.eval()))
     item = without_projector((1, 4, 4), 3)
-    item = replace(item, features=torch.randn(16, 12), embeddings=torch.randn(16, 8))
+    item = replace(
+        item,
+        features=torch.randn(16, 12),
+        embeddings=torch.randn(16, 8),
+        question_embeddings=torch.randn(5, 8),
+    )
     selector = build("zeroth-order", {"diversity": False})
     for edited in (False, True, False):
         if edited:
