@@ -79,34 +79,37 @@ def methods() -> Iterator[str]:
     return (name for name in tokenprune.methods() if name != "flexselect-lite")
 
 
-def make_item(grid: tuple[int, int, int], seed: int, projector: MLPProjector) -> VisualTokens:
-    """Return an item on the device with everything that methods look at."""
+def drawn_item(grid: tuple[int, int, int], seed: int, projector: MLPProjector) -> VisualTokens:
+    """Return a random item with everything that methods look at."""
     generator = torch.Generator().manual_seed(seed)
     total = grid[0] * grid[1] * grid[2]
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    item: VisualTokens = on_device(
-        VisualTokens(
-            grid=grid,
-            features=drawn(total, WIDTH),
-            embeddings=drawn(total, WIDTH),
-            cls_attention=drawn(HEADS, total).softmax(-1),
-            query_attention=drawn(HEADS, 8, total).softmax(-1),
-            question=torch.arange(8),
-            question_embeddings=drawn(8, WIDTH),
-            received_attention=drawn(HEADS, total).softmax(-1),
-            middle_attention=drawn(HEADS, total).softmax(-1),
-            wide_attention=drawn(total).softmax(-1),
-            keys=drawn(HEADS, total, WIDTH // HEADS),
-            image_embeddings=drawn(total, WIDTH),
-            text_embeddings=drawn(1, WIDTH),
-            frame_features=drawn(grid[0], WIDTH),
-            pooling_attention=drawn(total).softmax(-1),
-            projector=projector,
-        )
+    return VisualTokens(
+        grid=grid,
+        features=drawn(total, WIDTH),
+        embeddings=drawn(total, WIDTH),
+        cls_attention=drawn(HEADS, total).softmax(-1),
+        query_attention=drawn(HEADS, 8, total).softmax(-1),
+        question=torch.arange(8),
+        question_embeddings=drawn(8, WIDTH),
+        received_attention=drawn(HEADS, total).softmax(-1),
+        middle_attention=drawn(HEADS, total).softmax(-1),
+        wide_attention=drawn(total).softmax(-1),
+        keys=drawn(HEADS, total, WIDTH // HEADS),
+        image_embeddings=drawn(total, WIDTH),
+        text_embeddings=drawn(1, WIDTH),
+        frame_features=drawn(grid[0], WIDTH),
+        pooling_attention=drawn(total).softmax(-1),
+        projector=projector,
     )
+
+
+def make_item(grid: tuple[int, int, int], seed: int, projector: MLPProjector) -> VisualTokens:
+    """Return a random item on the device."""
+    item: VisualTokens = on_device(drawn_item(grid, seed, projector))
     return item
 
 

@@ -68,6 +68,19 @@ KINDS: dict[Kind, str] = {
 some layers of the language model in order to choose."""
 
 
+Group = Literal["baselines", "blind", "questions", "videos", "inside", "cross-attention"]
+"""Where a method stands in lists of methods."""
+
+GROUPS: dict[Group, str] = {
+    "baselines": "baselines: what a method has to beat",
+    "blind": "blind: the same tokens of an image whatever is asked",
+    "questions": "reading the question: which tokens stay depends on the prompt's text",
+    "videos": "for videos: frames are compared with each other",
+    **{"inside": KINDS["inside"], "cross-attention": KINDS["cross-attention"]},
+}
+"""Group -> what it means, in order. The first four are those of the kind ``"before"``."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What is known of a method without running it: a line of `tokenprune methods`.
@@ -88,6 +101,8 @@ class Method:
         For a selector, names out of `tokenprune.tokens.INPUTS`.
     options
         Option -> its default.
+    for_videos
+        Whether it is made for videos alone, see `tokenprune.Selector`.
     """
 
     name: str
@@ -97,6 +112,25 @@ class Method:
     call: str
     needs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    for_videos: bool = False
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether what it keeps depends on the prompt's text."""
+        from tokenprune.tokens import FROM_PROMPT
+
+        return self.kind != "before" or bool(FROM_PROMPT & set(self.needs))
+
+    @property
+    def group(self) -> Group:
+        """Where it stands in lists of methods."""
+        if self.kind != "before":
+            return self.kind
+        if self.for_videos:
+            return "videos"
+        if not self.paper:
+            return "baselines"
+        return "questions" if self.reads_question else "blind"
 
 
 _here: dict[str, type[Selector]] = {}
@@ -197,14 +231,24 @@ def listed() -> dict[str, Method]:
             kind="before",
             summary=selector.summary,
             paper=selector.paper,
-            call=f"tokenprune_hf.prune(model, {name!r}, keep)",
+            call=_call(name, selector),
             needs=selector.needs,
             options={option.name: option.default for option in dataclasses.fields(selector)},
+            for_videos=selector.for_videos,
         )
         for name, selector in methods().items()
     }
     others = {name: _load_method(entry) for name, entry in _other_entries().items()}
     return dict(sorted({**selectors, **others}.items()))
+
+
+def _call(name: str, selector: type[Selector]) -> str:
+    """Return the call that applies a selector to a model, or to an item where no model can be."""
+    from tokenprune.tokens import FROM_CALLER
+
+    if FROM_CALLER & set(selector.needs):
+        return f"tokenprune.select(tokens, {name!r}, keep)"
+    return f"tokenprune_hf.prune(model, {name!r}, keep)"
 
 
 def _other_entries() -> dict[str, EntryPoint]:

@@ -61,7 +61,7 @@ _LAYOUTS = {
 INPUTS = (*_LAYOUTS, "projector")
 """What a selector may name in `needs`."""
 
-FROM_PROMPT = frozenset({"query_attention", "question", "question_embeddings"})
+FROM_PROMPT = frozenset({"query_attention", "question", "question_embeddings", "text_embeddings"})
 """Those of them that depend on the prompt's text: another prompt, another selection."""
 
 FROM_CALLER = frozenset(

@@ -74,6 +74,9 @@ class Selector:
         What of a token's place is part of the method, so that exact copies are not
         interchangeable: ``"frame"`` where it compares frames, ``"place"`` for anything else (an
         even grid, runs of the raster, neighbours); "" for nothing.
+    for_videos
+        Whether the method compares a video's frames and has nothing of its own to say about a
+        single image, of which it also takes as many tokens as are asked for.
     needs_picture
         Whether the method uses neighbours in the grid; items that are no picture are refused.
     takes_sizes
@@ -101,6 +104,7 @@ class Selector:
     of_place: ClassVar[bool] = False
     merges: ClassVar[Literal["", "features", "embeddings"]] = ""
     by_place: ClassVar[ByPlace] = ""
+    for_videos: ClassVar[bool] = False
     needs_picture: ClassVar[bool] = False
     takes_sizes: ClassVar[bool] = False
     not_finite: ClassVar[str] = ""

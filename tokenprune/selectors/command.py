@@ -22,24 +22,29 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the table."""
-    from tokenprune.registry import KINDS, listed
+    from tokenprune.registry import GROUPS, KINDS, listed
 
     every = listed()
     if arguments.json:
         print(json.dumps(as_json(every), indent=2))
         return 0
     width = max(map(len, every))
-    for kind, meaning in KINDS.items():
-        of_kind = [method for method in every.values() if method.kind == kind]
-        if of_kind:
-            print(f"{meaning[0].upper()}{meaning[1:]}.\n")
-        for method in of_kind:
+    print(f"{_sentence(KINDS['before'])}\n")
+    for group, meaning in GROUPS.items():
+        of_group = [method for method in every.values() if method.group == group]
+        if of_group:
+            print(f"{_sentence(meaning)}\n")
+        for method in of_group:
             print(f"{method.name:<{width}}  {method.summary}")
             for label, text in _lines(method):
                 print(f"{'':<{width}}  {label + ':':<7} {text}")
-        if of_kind:
+        if of_group:
             print()
     return 0
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _lines(method: Method) -> Iterator[tuple[str, str]]:
@@ -47,7 +52,7 @@ def _lines(method: Method) -> Iterator[tuple[str, str]]:
     yield "paper", method.paper or "none: a baseline"
     if method.kind == "before":
         yield "needs", ", ".join(method.needs) or "nothing but the number of tokens"
-    else:
+    if method.kind != "before" or not method.call.startswith("tokenprune_hf.prune"):
         yield "call", method.call
     for option, default in method.options.items():
         yield "option", f"{option}={default!r}"

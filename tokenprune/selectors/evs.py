@@ -40,6 +40,7 @@ class Evs(Selector):
     paper: ClassVar[str] = "EVS, arXiv 2510.14624"
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
     by_place: ClassVar[ByPlace] = "frame"
+    for_videos: ClassVar[bool] = True
     needs_picture: ClassVar[bool] = True
 
     def score(self, tokens: TokenBatch) -> Tensor:

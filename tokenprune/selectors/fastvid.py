@@ -117,6 +117,7 @@ class FastVid(Selector):
     paper: ClassVar[str] = "FastVID, arXiv 2503.11187"
     needs: ClassVar[tuple[str, ...]] = ("embeddings", "features", "cls_attention")
     by_place: ClassVar[ByPlace] = "frame"
+    for_videos: ClassVar[bool] = True
     merges: ClassVar[Literal["", "features", "embeddings"]] = "embeddings"
     needs_picture: ClassVar[bool] = True
 

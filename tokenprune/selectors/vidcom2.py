@@ -66,6 +66,7 @@ class VidCom2(Selector):
     paper: ClassVar[str] = "VidCom2, arXiv 2505.14454"
     needs: ClassVar[tuple[str, ...]] = ("embeddings",)
     by_place: ClassVar[ByPlace] = "frame"
+    for_videos: ClassVar[bool] = True
     needs_picture: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

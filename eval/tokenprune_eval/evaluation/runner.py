@@ -13,7 +13,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenprune.errors import ConfigError, TokenPruneError, UnsupportedModelError
+from tokenprune.errors import (
+    ConfigError,
+    TokenPruneError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.data.question import DataSet, Question
@@ -77,7 +82,15 @@ def load_sets(settings: Settings) -> list[DataSet]:
                 f"two data sets are called {whole.name!r}, and their rows could not be told apart. "
                 "Rename one of the files."
             )
-        found.append(choose(whole, settings.limit, settings.seed, settings.shard))
+        found.append(choose(whole, settings.limit_of(whole.name), settings.seed, settings.shard))
+    if isinstance(settings.limit, dict):
+        names = {one.name for one in found}
+        for name in settings.limit:
+            if name not in names:
+                raise ConfigError(
+                    f"limit names the data set {name!r}, which is not among those that are run. "
+                    f"{did_you_mean(name, names)}"
+                )
     return found
 
 

@@ -72,7 +72,8 @@ class Settings(BaseModel):
     max_new_tokens
         Of an answer.
     limit
-        Questions of each data set, drawn with `seed`; None for all.
+        Questions of each data set, drawn with `seed`; None for all. In a file also a number for
+        each data set by its name; of those without one, all.
     seed
         Of the draw; ``random`` draws from a seed of its own for each image or video.
     shard
@@ -125,7 +126,7 @@ class Settings(BaseModel):
     instruction: str = ""
     choose_by: ChooseBy = "likelihood"
     max_new_tokens: int = Field(default=16, ge=1)
-    limit: int | None = Field(default=None, ge=1)
+    limit: int | dict[str, int] | None = None
     seed: int = 0
     shard: tuple[int, int] | None = None
     batch: int = Field(default=1, ge=1)
@@ -150,6 +151,14 @@ class Settings(BaseModel):
         if shard is not None and not 1 <= shard[0] <= shard[1]:
             raise ValueError("a shard is i/n with i from 1 to n")
         return shard
+
+    @field_validator("limit")
+    @classmethod
+    def _limit(cls, limit: int | dict[str, int] | None) -> int | dict[str, int] | None:
+        limits = limit.values() if isinstance(limit, dict) else [1 if limit is None else limit]
+        if any(one < 1 for one in limits):
+            raise ValueError("a limit is a number of questions, at least 1")
+        return limit
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -234,6 +243,10 @@ class Settings(BaseModel):
             for proportional in ((False, True) if both else (bool(self.proportional_attention),))
         ]
         return [Condition(method=UNPRUNED, keep=1.0), *pruned]
+
+    def limit_of(self, name: str) -> int | None:
+        """Return how many questions of a data set are drawn, None for all."""
+        return self.limit.get(name) if isinstance(self.limit, dict) else self.limit
 
     def pruning(self, condition: Condition) -> PruningConfig:
         """Return a condition's pruning with the method's options."""
