@@ -42,6 +42,11 @@ def test_methods_prints_every_method_with_its_options() -> None:
         assert selector.summary in done.stdout
     before, beside = done.stdout.split("\nIn cross-attention: ")
     assert before.startswith("Before the language model: ")
+    order = ("\nBaselines: ", "\nuniform ", "\nBlind: ", "\ndivprune ")
+    order += ("\nReading the question: ", "\ncdpruner ", "\nFor videos: ", "\nevs ")
+    places = [before.index(one) for one in order]
+    assert places == sorted(places)
+    assert "call:   tokenprune.select(tokens, 'cdpruner', keep)\n" in before
     assert "\ntrimmed-attention " in beside
     assert "call:   tokenprune_hf.trim_cross_attention(model, keep)\n" in beside
     assert "estimator='auto'" in done.stdout

@@ -461,6 +461,20 @@ def test_settings_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main(["eval", "validate", "--config", str(file)]) == 0
     seen = " ".join(capsys.readouterr().out.split())
     assert "uniform@0.5, uniform@0.5,proportional, uniform@8, uniform@8,proportional" in seen
+    each = text.replace("[scenes]", "[scenes, easy-vqa]").replace("7", "{easy-vqa: 9}")
+    file.write_text(each, "utf-8")
+    assert main(["eval", "validate", "--config", str(file)]) == 0
+    seen = capsys.readouterr().out
+    assert "scenes: 2,600 questions" in seen
+    assert "easy-vqa: 9 questions" in seen
+    for wrong, reason in (
+        ("{easy-vqas: 9}", "limit names the data set 'easy-vqas', which is not among those"),
+        ("{easy-vqa: 0}", "a limit is a number of questions, at least 1"),
+        ("0", "a limit is a number of questions, at least 1"),
+    ):
+        file.write_text(each.replace("{easy-vqa: 9}", wrong), "utf-8")
+        assert main(["eval", "validate", "--config", str(file)]) == 2
+        assert reason in capsys.readouterr().err
     file.write_text(text + "metod: [uniform]\n", "utf-8")
     assert main(["eval", "validate", "--config", str(file)]) == 2
     assert "metod is no setting. Did you mean 'method'?" in capsys.readouterr().err
