@@ -3,28 +3,31 @@
 
     scripts/bench_speculation.py --work WORK > docs/bench_speculation.txt
 
-An EAGLE drafter (one layer that reads the token's embedding and what the model made of the token
-before) is trained on captions of training scenes, with all visual tokens: no drafter that people
-serve has seen a pruned prompt. It is the same for the same seed. Then vLLM's real engine describes
-committed test scenes with it, unpruned and pruned, with both kinds of positions.
+Two EAGLE drafters (one layer that reads the token's embedding and what the model made of the token
+before) are trained on captions of training scenes: one with all visual tokens, as the drafters that
+people serve were, and one with prompts that were pruned, too. Each is the same for the same seed.
+Then vLLM's real engine describes committed test scenes with them, unpruned and pruned, with both
+kinds of positions.
 
 Printed is how many tokens a step brings, the model's own included, which share of the drafted ones
 the model accepts, and how often it accepts the first, the second and the third.
 
-WORK keeps features of scenes and the drafter; they take some minutes on two cores.
+WORK keeps features of scenes and the drafters; they take some minutes on two cores.
 Needs the extra ``demo``, vLLM, and what training the bundled model needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -51,7 +54,11 @@ from transformers import LlamaConfig, LlamaModel
 
 import tokenprune_hf
 import tokenprune_vllm
+from tokenprune.config import Positions
 from tokenprune.files import making_folder
+from tokenprune.registry import build
+from tokenprune.selecting import select_many
+from tokenprune.tokens import VisualTokens
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import IMAGE_TOKENS, bundled_model_path
 
@@ -115,8 +122,29 @@ class Drafter(nn.Module):
         (folder / "config.json").write_text(json.dumps(config))
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How a prompt is read: all of its image's tokens, or some.
+
+    Attributes
+    ----------
+    keep
+        Tokens of an image; None for all.
+    positions
+        See `tokenprune_hf.prune`.
+    """
+
+    keep: int | None = None
+    positions: Positions = "original"
+
+
 class Read:
     """What the bundled model makes of captions of training scenes.
+
+    Parameters
+    ----------
+    shapes
+        Batches of captions take turns in them.
 
     Attributes
     ----------
@@ -126,7 +154,10 @@ class Read:
         BoolTensor [N, L]: whether what comes after the next token is a word of the answer.
     """
 
-    def __init__(self, model: Any, layout: Layout, count: int, work: Path, seed: int) -> None:
+    def __init__(
+        self, model: Any, layout: Layout, options: argparse.Namespace, shapes: Sequence[Shape]
+    ) -> None:
+        count, work, seed = options.scenes, options.work, options.seed
         records = scene_records("train", count, work / f"scenes-train-{count}.jsonl", "standard", 2)
         pictures = (Image.fromarray(one.pixels) for one in rendered("train", count, "standard", 2))
         target = work / f"scenes-train-{count}.npy"
@@ -148,35 +179,65 @@ class Read:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             self.learnt[row, prompt_length - 2 : len(tokens) - 2] = True
         scene_of = np.array([number for number, _, _ in rows])
-        parts = [
-            _read(model, ids[batch], features[scene_of[batch]])
-            for batch in (slice(start, start + BATCH) for start in range(0, len(rows), BATCH))
-        ]
+        starts = range(0, len(rows), BATCH)
+        parts = []
+        for start, shape in zip(starts, itertools.cycle(shapes), strict=False):
+            batch = slice(start, start + BATCH)
+            part = _read(model, ids[batch], features[scene_of[batch]], shape, options.method)
+            # Dropped tokens stand in front of the answer: what is learnt moves with it.
+            left = length - part[0].shape[1]
+            self.learnt[batch] = self.learnt[batch].roll(-left, dims=1)
+            parts.append([nn.functional.pad(one, (0, 0, 0, left)) for one in part])
         self.embedded, self.hidden = (torch.cat(part) for part in zip(*parts, strict=True))
 
 
 @torch.inference_mode()
-def _read(model: Any, ids: Tensor, features: Any) -> tuple[Tensor, Tensor]:
+def _read(
+    model: Any, ids: Tensor, features: Any, shape: Shape, method: str
+) -> tuple[Tensor, Tensor]:
     """Return embeddings, as they are of text alone, and last hidden states of a batch."""
     side = int(features.shape[1] ** 0.5)
     patches = torch.from_numpy(features).float().reshape(len(ids), side, side, -1)
-    visual = model.model.multi_modal_projector(
-        model.model.pixel_shuffle(patches, scale_factor=0.5).flatten(1, 2)
-    )
+    merged = model.model.pixel_shuffle(patches, scale_factor=0.5).flatten(1, 2)
+    visual = model.model.multi_modal_projector(merged)
     embedded = model.get_input_embeddings()(ids)
-    is_image = (ids == model.config.image_token_id)[..., None]
-    given = embedded.masked_scatter(is_image, visual)
-    hidden = model.model.language_model(inputs_embeds=given, use_cache=False).last_hidden_state
+    is_image = ids == model.config.image_token_id
+    given = embedded.masked_scatter(is_image[..., None], visual)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    if shape.keep is not None:
+        grid = (1, patches.shape[1] // 2, patches.shape[2] // 2)
+        projector = model.model.multi_modal_projector
+        items = [
+            VisualTokens(grid=grid, features=one, embeddings=rows, projector=projector)
+            for one, rows in zip(merged, visual, strict=True)
+        ]
+        stays = ~is_image
+        for row, one in zip(stays, select_many(items, build(method, {}), shape.keep), strict=True):
+            row[(~row).nonzero()[one.kept, 0]] = True
+        # As many tokens of every prompt stay.
+        columns = stays.nonzero()[:, 1].view(len(ids), -1)
+        wide = columns[..., None].expand(-1, -1, given.shape[-1])
+        given, embedded = given.gather(1, wide), embedded.gather(1, wide)
+        positions = columns if shape.positions == "original" else positions[:, : columns.shape[1]]
+    hidden = model.model.language_model(
+        inputs_embeds=given,
+        position_ids=positions,
+        # Without a mask, gaps in positions would be taken for packed prompts.
+        attention_mask=torch.ones_like(positions),
+        use_cache=False,
+    ).last_hidden_state
     return embedded, hidden
 
 
-def train(model: Any, layout: Layout, options: argparse.Namespace) -> Path:
-    """Return the folder of the drafter, trained where there is none."""
-    folder: Path = options.work / f"drafter-{options.scenes}-{options.steps}-{options.seed}"
+def train(
+    model: Any, layout: Layout, options: argparse.Namespace, name: str, shapes: Sequence[Shape]
+) -> Path:
+    """Return the folder of a drafter, trained where there is none."""
+    folder: Path = options.work / f"{name}-{options.scenes}-{options.steps}-{options.seed}"
     if (folder / "model.safetensors").is_file():
         return folder
     started = time.monotonic()
-    read = Read(model, layout, options.scenes, options.work, options.seed)
+    read = Read(model, layout, options, shapes)
     log.print(f"read {len(read.hidden)} captions: {time.monotonic() - started:.0f} s")
     torch.manual_seed(options.seed)
     drafter = Drafter(model.config.text_config)
@@ -292,22 +353,28 @@ def main() -> None:
     model, processor = tokenprune_hf.load(str(bundled_model_path()))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    drafter = train(model, Layout(processor), options)
+    layout = Layout(processor)
+    shapes = [Shape(), *(Shape(k, p) for k in options.keep for p in get_args(Positions))]
+    drafters = {
+        "unpruned": train(model, layout, options, "unpruned", [Shape()]),
+        "pruned, too": train(model, layout, options, "pruned", shapes),
+    }
     images = sorted({one.image for one in scenes.load_scenes()})[: options.images]
     budgets = [None, *options.keep]
-    speculative = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": DRAFTED}
-    table = Table("positions", "tokens of an image")
+    table = Table("trained on", "positions", "tokens of an image")
     table.add_column("tokens a step", justify="right")
     table.add_column("of drafted, accepted", justify="right")
     for number in range(DRAFTED):
         table.add_column(f"{number + 1}.", justify="right")
-    for positions in ("original", "compact"):
+    for (name, drafter), positions in itertools.product(drafters.items(), get_args(Positions)):
+        speculative = {"method": "eagle", "model": str(drafter), "num_speculative_tokens": DRAFTED}
         settings = {"positions": positions, "speculative_config": speculative}
         with engine(bundled_model_path(), options, **settings) as llm:
             # Unpruned, both are the same.
             for keep in budgets if positions == "original" else options.keep:
                 drafts, drafted, *right = describe(llm, requests(processor, images, keep)).tolist()
                 table.add_row(
+                    name,
                     "" if keep is None else positions,
                     f"{IMAGE_TOKENS}, unpruned" if keep is None else str(keep),
                     f"{1 + sum(right) / drafts:.2f}",
@@ -317,7 +384,7 @@ def main() -> None:
     console = Console(width=100)
     console.print(f"{processor_name()}\n{releases_line()}, vllm {_release()}", highlight=False)
     console.print(
-        f"the bundled model, float32; an EAGLE drafter trained on {2 * options.scenes} captions, "
+        f"the bundled model, float32; EAGLE drafters trained on {2 * options.scenes} captions, "
         f"{DRAFTED} tokens a step\n{options.method}, {len(images)} test scenes, "
         f"{len(PROMPTS)} prompts each, at most {ANSWER} tokens",
         highlight=False,

@@ -42,9 +42,13 @@ def test_methods_prints_every_method_with_its_options() -> None:
         assert selector.summary in done.stdout
     before, beside = done.stdout.split("\nIn cross-attention: ")
     assert before.startswith("Before the language model: ")
-    order = ("\nBaselines: ", "\nuniform ", "\nBlind: ", "\ndivprune ")
-    order += ("\nReading the question: ", "\ncdpruner ", "\nFor videos: ", "\nevs ")
-    places = [before.index(one) for one in order]
+    places = [
+        before.index(f"\n{one}")
+        for one in (
+            *("Baselines: ", "uniform ", "Blind: ", "divprune "),
+            *("Reading the question: ", "cdpruner ", "For videos: ", "evs "),
+        )
+    ]
     assert places == sorted(places)
     assert "call:   tokenprune.select(tokens, 'cdpruner', keep)\n" in before
     assert "\ntrimmed-attention " in beside
