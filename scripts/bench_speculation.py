@@ -61,6 +61,7 @@ from tokenprune.selecting import select_many
 from tokenprune.tokens import VisualTokens
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import IMAGE_TOKENS, bundled_model_path
+from tokenprune_hf.vision import vision_model
 
 DRAFTED = 3  # tokens a step
 ANSWER = 32  # tokens
@@ -206,7 +207,7 @@ def _read(
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     if shape.keep is not None:
         grid = (1, patches.shape[1] // 2, patches.shape[2] // 2)
-        projector = model.model.multi_modal_projector
+        projector = vision_model(model).projector("image")
         items = [
             VisualTokens(grid=grid, features=one, embeddings=rows, projector=projector)
             for one, rows in zip(merged, visual, strict=True)
