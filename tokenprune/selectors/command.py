@@ -52,7 +52,7 @@ def _lines(method: Method) -> Iterator[tuple[str, str]]:
     yield "paper", method.paper or "none: a baseline"
     if method.kind == "before":
         yield "needs", ", ".join(method.needs) or "nothing but the number of tokens"
-    if method.kind != "before" or not method.call.startswith("tokenprune_hf.prune"):
+    if method.kind != "before" or method.call.startswith("tokenprune.select("):
         yield "call", method.call
     for option, default in method.options.items():
         yield "option", f"{option}={default!r}"
