@@ -35,6 +35,10 @@ PAGES = {
 API: dict[str, tuple[str, ...]] = {
     "tokenprune": (
         "tokenprune.errors",
+        "tokenprune.inside.base",
+        "tokenprune.inside.fastv",
+        "tokenprune.inside.pyramid_drop",
+        "tokenprune.inside.sparsevlm",
         "tokenprune.question.attention",
         "tokenprune.launches",
         "tokenprune.numerics",

@@ -380,10 +380,10 @@ def options_by_method(given: Iterable[str], methods: Iterable[str]) -> dict[str,
 
 def _check_option(option: str, methods: Sequence[str]) -> list[str]:
     """Return those methods that have an option; raise where none has."""
-    from tokenprune.registry import find
+    from tokenprune.registry import find_any
 
     fields = {
-        method: {field.name for field in dataclasses.fields(find(method))} for method in methods
+        method: {field.name for field in dataclasses.fields(find_any(method))} for method in methods
     }
     having = [method for method in methods if option in fields[method]]
     if having:

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 from tokenprune.budget import Budget, Keep
 from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune.formats import KEY, check_format
-from tokenprune.registry import build
+from tokenprune.inside.base import InsideMethod
+from tokenprune.registry import build_any, no_selector
 from tokenprune.selectors.base import Selector
 
 FORMAT = 1
@@ -47,7 +48,8 @@ class PruningConfig:
     Parameters
     ----------
     method
-        A name out of `tokenprune.methods()`.
+        A name out of `tokenprune.methods()`, or of a method inside the language model
+        (`tokenprune.registry.inside_methods`), which models of transformers take.
     keep
         A number of tokens (int) or a fraction (float) of each image or video.
     positions
@@ -73,7 +75,7 @@ class PruningConfig:
         check_positions(self.positions)
         # A caller that changes its dict later must not change what the selector was built from.
         object.__setattr__(self, "options", dict(self.options))
-        self.selector()
+        self.built()
 
     @functools.cached_property
     def budget(self) -> Budget:
@@ -81,12 +83,24 @@ class PruningConfig:
         return Budget.of(self.keep)
 
     @functools.cached_property
-    def _selector(self) -> Selector:
-        return build(self.method, self.options)
+    def _built(self) -> Selector | InsideMethod:
+        return build_any(self.method, self.options)
+
+    def built(self) -> Selector | InsideMethod:
+        """Return the method with its options, of whatever kind, the same object each time."""
+        return self._built
 
     def selector(self) -> Selector:
-        """Return the method with its options, the same object each time."""
-        return self._selector
+        """Return the method with its options, the same object each time.
+
+        Raises
+        ------
+        UnknownMethodError
+            If it is a method inside the language model, which is no selector.
+        """
+        if isinstance(self._built, InsideMethod):
+            raise no_selector(type(self._built))
+        return self._built
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was built: a copy or a pickle has the fields, and builds its own.

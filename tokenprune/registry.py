@@ -2,12 +2,15 @@
 
 Methods differ in where they leave tokens out (`KINDS`). Those that do it before the language model
 are `Selector` classes: any of them can be given to `tokenprune.select`, `tokenprune_hf.prune` and
-the vLLM adapter. The others have functions of their own, and are listed with the selectors.
+the vLLM adapter. Those that do it inside are `tokenprune.inside.base.InsideMethod` classes, which
+`tokenprune_hf.prune` takes as well. The others have functions of their own, and are listed with
+them.
 
 A package adds a selector with an entry point, ``my-method = "my_package.selectors:MyMethod"``, in
-the group ``tokenprune.selectors``, and a method of another kind with ``my-method =
-"my_package.method:METHOD"``, a `Method`, in the group ``tokenprune.methods``. Nothing is imported
-before a method is asked for. `register` adds a selector without a package, for this process alone.
+the group ``tokenprune.selectors``, a method inside the language model likewise in the group
+``tokenprune.inside``, and a method of another kind with ``my-method = "my_package.method:METHOD"``,
+a `Method`, in the group ``tokenprune.methods``. Nothing is imported before a method is asked for.
+`register` adds a selector without a package, for this process alone.
 """
 
 from __future__ import annotations
@@ -16,15 +19,19 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from tokenprune.entries import unique_entries
 from tokenprune.errors import RegistryError, SelectorError, UnknownMethodError, did_you_mean
 
 if TYPE_CHECKING:
+    from tokenprune.inside.base import InsideMethod
     from tokenprune.selectors.base import Selector
 
+_Class = TypeVar("_Class")
+
 GROUP = "tokenprune.selectors"
+INSIDE_GROUP = "tokenprune.inside"
 METHODS_GROUP = "tokenprune.methods"
 
 _OWN = {
@@ -53,6 +60,12 @@ _OWN = {
     "visionzip": "tokenprune.selectors.visionzip:VisionZip",
     "vispruner": "tokenprune.selectors.vispruner:VisPruner",
     "zeroth-order": "tokenprune.selectors.zeroth_order:ZerothOrder",
+}
+
+_OWN_INSIDE = {
+    "fastv": "tokenprune.inside.fastv:FastV",
+    "pyramid-drop": "tokenprune.inside.pyramid_drop:PyramidDrop",
+    "sparsevlm": "tokenprune.inside.sparsevlm:SparseVLM",
 }
 
 Kind = Literal["before", "inside", "cross-attention"]
@@ -157,7 +170,8 @@ def register(selector: type[Selector]) -> None:
     known = _here.get(name)
     if known is selector:
         return
-    taken = registered().get(name) or _other_entries().get(name)
+    others = {**_inside_entries(), **_other_entries()}
+    taken = registered().get(name) or others.get(name)
     if known is not None or taken is not None:
         where = f"{known.__module__}:{known.__qualname__}" if known else taken and taken.value
         raise RegistryError(
@@ -178,15 +192,27 @@ def _load(entry: EntryPoint) -> type[Selector]:
     # Here, because it imports torch.
     from tokenprune.selectors.base import Selector
 
-    loaded = _load_value(entry, "selector")
-    if not (isinstance(loaded, type) and issubclass(loaded, Selector)):
+    return _load_class(entry, "selector", Selector, "tokenprune.Selector")
+
+
+def _load_inside(entry: EntryPoint) -> type[InsideMethod]:
+    from tokenprune.inside.base import InsideMethod
+
+    return _load_class(entry, "method", InsideMethod, "tokenprune.inside.base.InsideMethod")
+
+
+def _load_class(entry: EntryPoint, what: str, base: type[_Class], known_as: str) -> type[_Class]:
+    """Return the class that an entry point names, which must be a subclass with that name."""
+    loaded = _load_value(entry, what)
+    if not (isinstance(loaded, type) and issubclass(loaded, base)):
         raise RegistryError(
-            f"the selector {entry.name!r} points to {entry.value}, which is no subclass of "
-            "tokenprune.Selector."
+            f"the {what} {entry.name!r} points to {entry.value}, which is no subclass of "
+            f"{known_as}."
         )
-    if loaded.name != entry.name:
+    named: Any = loaded
+    if named.name != entry.name:
         raise RegistryError(
-            f"the selector registered as {entry.name!r} calls itself {loaded.name!r}. The entry "
+            f"the {what} registered as {entry.name!r} calls itself {named.name!r}. The entry "
             "point's name and the class's `name` must be the same."
         )
     return loaded
@@ -225,39 +251,65 @@ def listed() -> dict[str, Method]:
     RegistryError
         If two packages register one name, or one cannot be loaded.
     """
-    selectors = {
-        name: Method(
-            name=name,
-            kind="before",
-            summary=selector.summary,
-            paper=selector.paper,
-            call=_call(name, selector),
-            needs=selector.needs,
-            options={option.name: option.default for option in dataclasses.fields(selector)},
-            for_videos=selector.for_videos,
-        )
-        for name, selector in methods().items()
-    }
+    selectors = {name: _described(known, "before") for name, known in methods().items()}
+    inside = {name: _described(known, "inside") for name, known in inside_methods().items()}
     others = {name: _load_method(entry) for name, entry in _other_entries().items()}
-    return dict(sorted({**selectors, **others}.items()))
+    return dict(sorted({**selectors, **inside, **others}.items()))
 
 
-def _call(name: str, selector: type[Selector]) -> str:
-    """Return the call that applies a selector to a model, or to an item where no model can be."""
+def _described(known: type[Selector] | type[InsideMethod], kind: Kind) -> Method:
+    """Return what is known of a class."""
+    return Method(
+        name=known.name,
+        kind=kind,
+        summary=known.summary,
+        paper=known.paper,
+        call=_call(known),
+        needs=known.needs,
+        options={option.name: option.default for option in dataclasses.fields(known)},
+        for_videos=getattr(known, "for_videos", False),
+    )
+
+
+def inside_methods() -> dict[str, type[InsideMethod]]:
+    """Return every method that leaves tokens out inside the language model: name -> its class.
+
+    Raises
+    ------
+    RegistryError
+        If two packages register one name, or one cannot be loaded.
+    """
+    return {name: _load_inside(entry) for name, entry in sorted(_inside_entries().items())}
+
+
+def _inside_entries() -> dict[str, EntryPoint]:
+    """Return name -> where the class is, for methods inside the language model."""
+    return _apart(unique_entries(INSIDE_GROUP, "methods", _OWN_INSIDE), registered())
+
+
+def _call(known: type[Selector] | type[InsideMethod]) -> str:
+    """Return the call that applies a method to a model, or to an item where no model can be."""
     from tokenprune.tokens import FROM_CALLER
 
-    if FROM_CALLER & set(selector.needs):
-        return f"tokenprune.select(tokens, {name!r}, keep)"
-    return f"tokenprune_hf.prune(model, {name!r}, keep)"
+    if FROM_CALLER & set(known.needs):
+        return f"tokenprune.select(tokens, {known.name!r}, keep)"
+    return f"tokenprune_hf.prune(model, {known.name!r}, keep)"
 
 
 def _other_entries() -> dict[str, EntryPoint]:
-    """Return name -> where the `Method` is, for those that are no selectors."""
-    entries, selectors = unique_entries(METHODS_GROUP, "methods"), registered()
+    """Return name -> where the `Method` is, for those that have a function of their own."""
+    taken = {**registered(), **_inside_entries()}
+    return _apart(unique_entries(METHODS_GROUP, "methods"), taken)
+
+
+def _apart(
+    entries: dict[str, EntryPoint], taken: Mapping[str, EntryPoint]
+) -> dict[str, EntryPoint]:
+    """Return entry points of one kind of methods, none of which has a name of another kind."""
     for name, entry in entries.items():
-        if name in selectors:
+        if name in taken:
             raise RegistryError(
-                f"two methods are called {name!r}: {selectors[name].value} and {entry.value}. "
+                f"two methods are called {name!r}: {taken[name].value} and {entry.value}. "
                 "Rename one in its package's entry points, or uninstall that package."
             )
     return entries
@@ -275,7 +327,7 @@ def _load_method(entry: EntryPoint) -> Method:
 
 
 def find(method: str) -> type[Selector]:
-    """Return the class of one method.
+    """Return the class of one selector.
 
     Raises
     ------
@@ -284,30 +336,67 @@ def find(method: str) -> type[Selector]:
     RegistryError
         If it is registered twice or cannot be loaded.
     """
+    # Here, because it imports torch.
+    from tokenprune.selectors.base import Selector
+
+    found = find_any(method)
+    if issubclass(found, Selector):
+        return found
+    raise no_selector(found)
+
+
+def find_any(method: str) -> type[Selector] | type[InsideMethod]:
+    """Return the class of one method, a selector or a method inside the language model.
+
+    Raises
+    ------
+    UnknownMethodError, RegistryError
+        As `find`.
+    """
     if method in _here:
         return _here[method]
-    entries = registered()
+    entries, inside = registered(), _inside_entries()
     if method in entries:
         return _load(entries[method])
+    if method in inside:
+        return _load_inside(inside[method])
     if (other := _other_entries().get(method)) is not None:
-        known = _load_method(other)
-        raise UnknownMethodError(
-            f"method {method!r} selects no tokens of a prompt and cannot be used here: it prunes "
-            f"{KINDS[known.kind]}. Call {known.call}."
-        )
-    raise UnknownMethodError(
-        f"there is no method {method!r}. {did_you_mean(str(method), {**entries, **_here})}"
+        raise _elsewhere(_load_method(other))
+    known = {**entries, **inside, **_here}
+    raise UnknownMethodError(f"there is no method {method!r}. {did_you_mean(str(method), known)}")
+
+
+def no_selector(method: type[InsideMethod]) -> UnknownMethodError:
+    """Return the error that says where a method inside the language model can be used."""
+    return _elsewhere(_described(method, "inside"))
+
+
+def _elsewhere(known: Method) -> UnknownMethodError:
+    return UnknownMethodError(
+        f"method {known.name!r} selects no tokens of a prompt and cannot be used here: it prunes "
+        f"{KINDS[known.kind]}. Call {known.call}."
     )
 
 
 def build(method: str, options: dict[str, Any]) -> Selector:
-    """Return the method with these options; both are checked.
+    """Return the selector with these options; both are checked.
 
     Raises
     ------
     UnknownMethodError
-        If there is no such method.
+        If there is no such selector.
     OptionError
         If it has no such option, or the option cannot take that value.
     """
     return find(method).from_options(options)
+
+
+def build_any(method: str, options: dict[str, Any]) -> Selector | InsideMethod:
+    """Return the method with these options: a selector, or a method inside the language model.
+
+    Raises
+    ------
+    UnknownMethodError, OptionError
+        As `build`.
+    """
+    return find_any(method).from_options(options)

@@ -33,10 +33,12 @@ from tokenprune.errors import (
     did_you_mean,
 )
 from tokenprune.families.registry import attending_layers
+from tokenprune.inside.base import InsideMethod
 from tokenprune.numerics import full_precision
-from tokenprune_hf.attached import ThreadState, named_arguments
+from tokenprune_hf.attached import ThreadState, attached, named_arguments
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.prefix import sliding_window
+from tokenprune_hf.pruning import Pruning
 from tokenprune_hf.shortening import attention_mask_of
 from tokenprune_hf.vision import VisionModel, vision_model
 
@@ -370,6 +372,13 @@ class Dominance:
         self._thread.step = None
         if inner is not self._vision.inner:
             return  # a copy of the model is not measured
+        running = attached(self._vision.model)
+        if isinstance(running, Pruning) and isinstance(running.selector, InsideMethod):
+            raise PromptError(
+                f"with method {running.selector.name!r} tokens leave inside the language model, so "
+                "that its layers do not read one prompt, and their modality dominance cannot be "
+                "compared. Measure it with a method that prunes before the language model."
+            )
         named = named_arguments(inner, args, kwargs)
         ids: Tensor | None = named.get("input_ids")
         if ids is None:
@@ -631,7 +640,8 @@ def measure_dominance(
         block, for a cache that does not keep all keys.
     PromptError
         Inside the block, for a prompt without visual tokens or text, for calls without input_ids
-        or without a cache, and for more than one token at once on a filled cache.
+        or without a cache, for more than one token at once on a filled cache, and where tokens
+        leave inside the language model.
     """
     return Dominance(model, layers, text)
 

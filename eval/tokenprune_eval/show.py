@@ -41,10 +41,13 @@ if TYPE_CHECKING:
 
     from tokenprune.budget import Keep
     from tokenprune.config import Positions
+    from tokenprune.inside.base import InsideMethod
     from tokenprune.selection import Selection
     from tokenprune.selectors.base import Selector
     from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_hf.encoding import Encoded
+
+    Method = Selector | InsideMethod
 
     Pixels = npt.NDArray[np.float64]
     """[H, W, 3], 0 to 1."""
@@ -204,7 +207,7 @@ def picture(
     model: Any,
     processor: Any,
     image: Image.Image,
-    methods: str | Selector | Sequence[str | Selector] = (
+    methods: str | Method | Sequence[str | Method] = (
         "zeroth-order",
         "cls-attention",
         "divprune",
@@ -240,30 +243,31 @@ def picture(
     UnsupportedModelError, OptionError, ConfigError
         If no method is given or can be drawn, or one chooses by a question that was not given.
     """
-    from tokenprune.registry import build
+    from tokenprune.inside.base import InsideMethod
+    from tokenprune.registry import build_any
     from tokenprune.selectors.base import Selector
 
-    named = [methods] if isinstance(methods, (str, Selector)) else methods
-    selectors = [build(one, {}) if isinstance(one, str) else one for one in named]
+    named = [methods] if isinstance(methods, (str, Selector, InsideMethod)) else methods
+    selectors = [build_any(one, {}) if isinstance(one, str) else one for one in named]
     if not selectors:
         raise ConfigError("methods is empty. Name at least one, for example 'cls-attention'.")
     _check_question(selectors, question, "pass question='...'")
     return _look(model, processor, image, question, selectors, keep, positions)
 
 
-def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Selector]:
+def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Method]:
     """Return the methods, each with those options that it has."""
-    from tokenprune.registry import build
+    from tokenprune.registry import build_any
 
     values = options_by_method(options, methods)
-    return [build(method, values.get(method, {})) for method in methods]
+    return [build_any(method, values.get(method, {})) for method in methods]
 
 
-def _check_question(selectors: Sequence[Selector], question: str | None, remedy: str) -> None:
+def _check_question(selectors: Sequence[Method], question: str | None, remedy: str) -> None:
     """Raise if a method chooses by the question and there is none."""
-    from tokenprune.tokens import FROM_PROMPT
+    from tokenprune.inside.base import reads_text
 
-    asking = [one.name for one in selectors if FROM_PROMPT & set(one.needs)]
+    asking = [one.name for one in selectors if reads_text(one)]
     if asking and question is None:
         raise ConfigError(
             f"{', '.join(asking)} chooses by the question, and there is none: {remedy}."
@@ -291,7 +295,7 @@ def _look(
     processor: Any,
     image: Image.Image,
     question: str | None,
-    selectors: Sequence[Selector],
+    selectors: Sequence[Method],
     keep: Keep,
     positions: Positions,
 ) -> Drawn:
@@ -300,6 +304,7 @@ def _look(
 
     import tokenprune_hf
     from tokenprune.selecting import select_many
+    from tokenprune.selectors.base import Selector
     from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_hf.any_model import vision_model_of_any_type
     from tokenprune_hf.loading import ask
@@ -326,7 +331,7 @@ def _look(
         for selector in usable:
             with left_out.around(selector.name):
                 answer = None
-                if question is None:
+                if question is None and isinstance(selector, Selector):
                     selections = select_many(items, selector, keep)
                 else:
                     with tokenprune_hf.prune(model, selector, keep, positions) as pruning:
@@ -339,13 +344,13 @@ def _look(
 
 
 def _encode(
-    model: Any, inputs: Any, selectors: Sequence[Selector], left_out: LeftOut
-) -> tuple[Encoded, list[Selector]]:
+    model: Any, inputs: Any, selectors: Sequence[Method], left_out: LeftOut
+) -> tuple[Encoded, list[Method]]:
     """Return the encoded image, and the methods that this model has all for that they look at."""
     import tokenprune_hf
     from tokenprune_hf.any_model import check_method
 
-    def encode(of: Sequence[Selector]) -> Encoded:
+    def encode(of: Sequence[Method]) -> Encoded:
         needs = sorted({need for one in of for need in one.gathers})
         return tokenprune_hf.encode(model, needs=needs, **inputs)
 

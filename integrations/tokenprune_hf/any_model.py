@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.budget import Budget
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.any import (
@@ -34,6 +35,7 @@ from tokenprune.families.any import (
     not_counted,
     told_grid,
 )
+from tokenprune.inside.base import InsideMethod
 from tokenprune.question.prompt import counted_interval
 from tokenprune.remembered import Remembered
 from tokenprune.selectors.base import Selector
@@ -45,6 +47,7 @@ from tokenprune.tower.structure import of_noise, same
 from tokenprune.tower.tracing import NotFoundError, Way
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.encoder_inputs import EncoderInputs
+from tokenprune_hf.inside.layers import InsideLayers
 from tokenprune_hf.prefix import can_be_read
 from tokenprune_hf.tracing import Behind, Tracer, looked_at, watching
 from tokenprune_hf.vision import (
@@ -567,9 +570,16 @@ def vision_model_of_any_type(model: object) -> VisionModel:
     )
 
 
-def check_method(selector: Selector, model: object) -> None:
-    """Raise unless the method can serve a model of transformers, see `check_selector`."""
-    check_selector(selector, vision_model_of_any_type(model))
+def check_method(method: Selector | InsideMethod, model: object) -> None:
+    """Raise unless a method can serve a model of transformers; see `check_selector`.
+
+    For a method inside the language model see `tokenprune_hf.inside.layers.InsideLayers`.
+    """
+    vision = vision_model_of_any_type(model)
+    if isinstance(method, InsideMethod):
+        InsideLayers(vision, method, Budget.of(1.0))
+    else:
+        check_selector(method, vision)
 
 
 def check_type(config: Any, name: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -26,6 +26,10 @@ from tokenprune_hf.attached import ThreadState, named_arguments, named_call
 from tokenprune_hf.caches import Cache, Filling, Held, Holding, cache_length
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.generate_arguments import FullPromptStreamer, refuse, setting, shift_lengths
+from tokenprune_hf.inside.continuing import Continuing
+from tokenprune_hf.inside.finding import placed
+from tokenprune_hf.inside.layers import InsideLayers
+from tokenprune_hf.inside.left import Left
 from tokenprune_hf.proportional import ProportionalAttention
 from tokenprune_hf.pruner import NOTHING, Chosen, Pruner
 from tokenprune_hf.shortened import Shortened
@@ -59,6 +63,10 @@ class _Call(ThreadState):
         What the running call chose, until it is checked.
     reading
         Whether the running step begins with the prompt, on its way to the host.
+    cache
+        The one that the steps of `generate` fill, once it is known.
+    reads
+        Whether the running step reads the prompt.
     """
 
     depth: int = 0
@@ -69,6 +77,8 @@ class _Call(ThreadState):
     chosen: Chosen | None = None
     to_check: Chosen | None = None
     reading: ToHost | None = None
+    cache: Cache | None = None
+    reads: bool = False
 
 
 class _GenerateOutput(Protocol):
@@ -91,6 +101,8 @@ class Calls:
         Whether calls come here: False once pruning was taken off.
     proportional
         Has attention count keys, where that was asked for.
+    inside
+        Has tokens leave inside the language model, for a method that does.
     """
 
     def __init__(self, pruner: Pruner) -> None:
@@ -101,6 +113,7 @@ class Calls:
         self._last = NOTHING
         self.attached = False
         self.proportional: ProportionalAttention | None = None
+        self.inside: InsideLayers | None = None
 
     @property
     def chosen(self) -> Chosen:
@@ -131,7 +144,9 @@ class Calls:
         """Stand in front of the model's own `forward`."""
         # A call with pixels inside `generate` is no step of it: a logits processor makes it.
         if self._call.generating and not _brings_pixels(kwargs):
-            result = plain(*args, **self._step(kwargs))
+            kwargs = self._step(kwargs)
+            with self._inside_of_step(kwargs):
+                result = plain(*args, **kwargs)
             self._check()
             return result
         with self._running():
@@ -156,8 +171,12 @@ class Calls:
                     filling.holding = _read_on(known, named)
                 else:
                     return plain(*args, **kwargs)
-                self._count_keys(filling.holding.prompt)
-                result = plain(**call)
+                prompt = filling.holding.prompt
+                self._count_keys(prompt)
+                with self._inside(shortened or prompt, call, filling.cache) as inside:
+                    result = plain(**call)
+                if shortened is not None:
+                    filling.holding.prompt = dataclasses.replace(prompt, left=inside.left)
                 self._check()
                 return result
 
@@ -188,6 +207,7 @@ class Calls:
         """
         shortened, input_ids = self._call.prompt, kwargs.get("input_ids")
         known = self._call.known
+        self._call.reads = False
         if known is not None and "position_ids" in kwargs and kwargs["position_ids"] is None:
             # Some models take the positions out of their steps, to count the cache instead.
             tokens = kwargs["inputs_embeds"] if input_ids is None else input_ids
@@ -208,7 +228,7 @@ class Calls:
             # A first step like all others: it is looked at once the step is on its way.
             self._call.reading, reads = ToHost([reads]), True
         if bool(reads):
-            self._call.read = True
+            self._call.read = self._call.reads = True
             self._vision.will_read(shortened.arguments["position_ids"])
             # `generate` may have encoded what is neither image nor video (audio).
             others = kwargs.get("mm_encoder_outputs") or {}
@@ -232,17 +252,17 @@ class Calls:
         call, proportional = self._call, self.proportional
         # The other one's state is put back at the end: a logits processor of `generate` may call
         # the model, and the steps that follow are the outer call's again.
-        before = call.prompt, call.known, call.generating, call.read, call.to_check
+        before = call.prompt, call.known, call.generating, call.read, call.to_check, call.cache
         counted = None if proportional is None else proportional.logs
         call.prompt, call.known, call.generating, call.read = None, None, False, False
-        call.to_check = None
+        call.to_check = call.cache = None
         call.depth += 1
         try:
             yield
         finally:
             call.depth -= 1
             self._vision.will_read(None)
-            call.prompt, call.known, call.generating, call.read, call.to_check = before
+            call.prompt, call.known, call.generating, call.read, call.to_check, call.cache = before
             if proportional is not None:
                 proportional.logs = counted
 
@@ -251,6 +271,65 @@ class Calls:
         if self.proportional is not None:
             self.proportional.check_call()
             self.proportional.logs = shortened.logs
+
+    @contextmanager
+    def _inside(
+        self, prompt: Shortened, call: Mapping[str, Any], cache: Cache | None
+    ) -> Iterator[_Inside]:
+        """Have tokens leave inside the language model in one call of it, where a method does so.
+
+        Parameters
+        ----------
+        prompt
+            What the call reads, where it has `items`, or goes on from.
+        call
+            The call's arguments.
+        cache
+            What it fills, or None.
+        """
+        layers, result = self.inside, _Inside(prompt.left)
+        if layers is None:
+            if prompt.left is not None:
+                raise _left_inside()
+            yield result
+            return
+        tokens = call.get("input_ids")
+        tokens = call["inputs_embeds"] if tokens is None else tokens
+        if prompt.items is not None and layers.drops(prompt.items):
+            layers.check_call(prompt.items, cache)
+            repeats = len(tokens) // len(prompt.input_ids)
+            reading = layers.reading(prompt.items, repeats, prompt.left)
+            with layers.run(reading):
+                yield result
+            result.left = reading.left
+            if reading.chose:
+                self._call.to_check = Chosen(
+                    reading.selections(), reading.seconds, {}, reading.check()
+                )
+        elif prompt.items is None and prompt.left is not None and cache is not None:
+            past = cache_length(cache)
+            shown = call.get("attention_mask")
+            if shown is None:
+                shown = prompt.mask_of(past + tokens.shape[1], len(tokens))
+            with layers.run(Continuing(prompt.left, cache, past, shown)):
+                yield result
+        else:
+            yield result
+
+    @contextmanager
+    def _inside_of_step(self, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Do so in a step of `generate`; see `_inside`."""
+        call, cache = self._call, cache_of(kwargs)
+        # What a logits processor asks of the model, with a cache of its own, is no step.
+        if call.known is None or not (call.reads or (cache is not None and cache is call.cache)):
+            yield
+            return
+        prompt = call.prompt if call.reads and call.prompt is not None else call.known
+        prompt = dataclasses.replace(prompt, left=call.known.left)
+        with self._inside(prompt, kwargs, cache) as inside:
+            yield
+        call.known = dataclasses.replace(call.known, left=inside.left)
+        call.cache = cache
 
     # generate ----------------------------------------------------------------------------------
 
@@ -290,6 +369,7 @@ class Calls:
                 call["streamer"] = FullPromptStreamer(call["streamer"], input_ids)
             beams = setting(call, "num_beams", self._model) or 1
 
+            self._call.cache = filling.cache
             output = self._run(plain, call, shortened, known.prompt)
             more = None if isinstance(output, Tensor) else cast(_GenerateOutput, output)
             sequences = cast(Tensor, output) if more is None else more.sequences
@@ -298,6 +378,8 @@ class Calls:
             if filling.cache is None and more is not None:
                 filling.cache = cache_of(cast(Any, more))
             if filling.cache is not None:
+                if self._call.known is not None:  # with what its steps left of it
+                    known = dataclasses.replace(known, prompt=self._call.known.without_media())
                 filling.holding = _generated(known, sequences, repeats, beams)
             prompts = input_ids.to(sequences.device).repeat_interleave(repeats, dim=0)
             full = torch.cat([prompts, sequences[:, short_length:]], dim=1)
@@ -358,6 +440,11 @@ class Calls:
             Whether it goes on from a cache that is known to hold a pruned prompt.
         """
         known: Sequence[Selection | None] | None = arguments.pop("known", None)
+        if self.inside is not None and any(one is not None for one in known or ()):
+            raise PromptError(
+                "known holds selections, and this method chooses inside the language model, anew "
+                "in each call. Leave known out."
+            )
         brought = self._pruner.encoded(arguments, known_cache)
         if brought is None:
             self._note(NOTHING)
@@ -368,10 +455,20 @@ class Calls:
             device = arguments["input_ids"].device
             chosen = self._pruner.choose(on_host, encoded, placeholders, known, device)
             shortened = self._pruner.shorten(arguments, on_host, encoded, placeholders, chosen)
+            if self.inside is not None:
+                items = placed(self._vision, on_host, encoded, placeholders)
+                shortened = dataclasses.replace(shortened, items=items)
             self._call.to_check = chosen
             if cache_of(arguments) is not None:
                 self._check()  # a conversation in the caller's cache outlives a bad image
             return shortened
+
+
+@dataclasses.dataclass
+class _Inside:
+    """What a call has left of a prompt inside the language model; None where nothing left."""
+
+    left: Left | None
 
 
 # What a cache holds -------------------------------------------------------------------------------
@@ -423,6 +520,14 @@ def _generated(
         after=sequences[:, prompt.prompt.length :],
         # Sequences are made of several beams' rows, and the cache ends in the beams' own order.
         refusal=_BEAMS if beams > 1 else None,
+    )
+
+
+def _left_inside() -> PromptError:
+    return PromptError(
+        "tokens of this cache's prompt left inside the language model, so that its layers hold "
+        "different tokens. Go on from it in a block of a method that does that, such as "
+        "tokenprune_hf.prune(model, 'fastv', keep), or read the prompt again without this cache."
     )
 
 

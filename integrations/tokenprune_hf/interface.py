@@ -162,15 +162,7 @@ class Interception:
             If layers would run a second time when the call is over, or the attention
             implementation has been changed since.
         """
-        # Backward passes run checkpointed layers again, when what the handler knows of the call is
-        # gone.
-        if decoder.training and any(
-            getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
-        ):
-            raise PromptError(
-                f"gradient checkpointing runs layers a second time after the call, without {what}. "
-                "Call model.eval(), or turn gradient checkpointing off."
-            )
+        check_no_checkpointing(decoder, what)
         for config, name in self._before:
             now = config._attn_implementation
             if now != _PREFIX + name:
@@ -187,6 +179,26 @@ class Interception:
         for module in self._modules:
             module.__dict__.pop(_ON_MODULE, None)
         self._modules = []
+
+
+def check_no_checkpointing(decoder: Decoder, what: str) -> None:
+    """Raise PromptError where layers would run a second time, when what is known of a call is gone.
+
+    Parameters
+    ----------
+    decoder
+        Whose layers they are.
+    what
+        What would be missing then, as messages name it.
+    """
+    # Backward passes run checkpointed layers again.
+    if decoder.training and any(
+        getattr(layer, "gradient_checkpointing", False) for layer in decoder.layers
+    ):
+        raise PromptError(
+            f"gradient checkpointing runs layers a second time after the call, without {what}. "
+            "Call model.eval(), or turn gradient checkpointing off."
+        )
 
 
 def check_logits(modules: Sequence[AttentionModule], what: str) -> None:

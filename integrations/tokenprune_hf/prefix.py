@@ -1,6 +1,7 @@
-"""Running a decoder's first layers, and taking q and k out of those that are asked for.
+"""Taking q and k out of a decoder's layers, and running its first ones in order to.
 
-The decoder's modules run as they are and none is touched: the run goes through a copy of its
+`taken` shows what one layer would attend with. `read_layers` runs the first layers for it: the
+decoder's modules run as they are and none is touched, as the run goes through a copy of its
 outermost module that holds fewer of the same layers.
 """
 
@@ -10,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -157,41 +158,80 @@ class _TakenError(Exception):
     """Ends a layer of which nothing more than q, k and v is wanted."""
 
 
-class _Watched(nn.Module):
-    """Stands where a decoder layer stands: shows the probes what its attention is given.
+class Taken(NamedTuple):
+    """What a layer's attention function is given.
 
-    The layer's own modules make q and k, whatever norms, gates and rotary embeddings there are.
-    They run in a copy of the layer that shares all weights and calls another attention function.
+    Attributes
+    ----------
+    query
+        [B, H, L, d], rotated.
+    key, value
+        [B, G, L, d].
+    scale
+        Factor on q kᵀ.
     """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+
+
+class _Watched(nn.Module):
+    """Stands where a decoder layer stands: shows the probes what its attention is given."""
 
     def __init__(self, number: int, layer: Any, probes: Sequence[_Probe], last: bool) -> None:
         super().__init__()
         self._number = number
-        # In lists, so that they are not registered as parts of this module.
+        # In a list, so that it is not registered as a part of this module.
         self._layer = [layer]
-        self._taking = [_taking(layer)]
         self._probes = probes
         self._last = last
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: Any) -> object:
         """Show the probes the layer's q and k, then run it or stop."""
-        layer, taking = self._layer[0], self._taking[0]
-        seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
-        taking.self_attn.__dict__[_TAKEN] = seen
-        with suppress(_TakenError):
-            taking(hidden_states, *args, **kwargs)
-        if not seen:
-            raise UnsupportedModelError(
-                f"{type(layer.self_attn).__name__} does not attend by transformers' attention "
-                "interface, so that its queries and keys are not seen. Use flexselect-lite, or a "
-                "method that needs no language model (see `tokenprune methods`)."
-            )
-        ((query, key, value, scale),) = seen
+        layer = self._layer[0]
+        remedy = "Use flexselect-lite, or a method that needs no language model"
+        query, key, value, scale = taken(layer, hidden_states, *args, remedy=remedy, **kwargs)
         for index, probe in enumerate(self._probes):
             states, parts = hidden_states[index], (query[index], key[index], value[index])
             probe.take(self._number, states, *parts, scale)
         # Behind the last layer asked for nothing is read, so that layer itself need not run.
         return hidden_states if self._last else layer(hidden_states, *args, **kwargs)
+
+
+def taken(layer: Any, hidden_states: Tensor, *args: object, remedy: str, **kwargs: Any) -> Taken:
+    """Return what a decoder layer's attention would be given, without running the attention.
+
+    The layer's own modules make q and k, whatever norms, gates and rotary embeddings there are.
+    They run in a copy of the layer that shares all weights and calls another attention function.
+
+    Parameters
+    ----------
+    layer
+        Of a decoder of transformers.
+    hidden_states, *args, **kwargs
+        As the decoder passes them to the layer. A cache among them is filled.
+    remedy
+        What to do about a layer that cannot be read, for the error.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the layer does not attend by transformers' attention interface.
+    """
+    taking = _taking(layer)
+    seen: list[Taken] = []
+    taking.self_attn.__dict__[_TAKEN] = seen
+    with suppress(_TakenError):
+        taking(hidden_states, *args, **kwargs)
+    if not seen:
+        raise UnsupportedModelError(
+            f"{type(layer.self_attn).__name__} does not attend by transformers' attention "
+            f"interface, so that its queries and keys are not seen. {remedy} (see `tokenprune "
+            "methods`)."
+        )
+    return seen[0]
 
 
 _TAKING = "tokenprune-taking"
@@ -235,7 +275,7 @@ def _take(
 ) -> tuple[Tensor, None]:
     """Stand where an attention function of transformers stands, and show what it is given."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    module.__dict__[_TAKEN].append((query, key, value, scale))
+    module.__dict__[_TAKEN].append(Taken(query, key, value, scale))
     raise _TakenError
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from tokenprune.budget import Budget
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.representation import tokens_represented
-from tokenprune.selecting import Unchecked, check_known, select_unchecked
+from tokenprune.selecting import check_known, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.transfer import to_device
@@ -30,7 +30,7 @@ from tokenprune_hf.engine import cache_of
 from tokenprune_hf.reading import placed_items
 from tokenprune_hf.shortened import Application, Shortened
 from tokenprune_hf.shortening import shorten_prompt
-from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel, first_places
+from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel, items_in_prompt
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Chosen:
     by_modality
         The same selections in the order of the encoder's items, per modality.
     unchecked
-        What is left to check of them; see `checked`.
+        What is left to do to check them; see `checked`.
     """
 
     selections: list[Selection]
     seconds: float
     by_modality: dict[str, list[Selection]]
-    unchecked: Unchecked | None = None
+    unchecked: Callable[[], object] | None = None
 
     def checked(self) -> Chosen:
         """Return the same, once it is known that it may be used.
@@ -63,7 +63,7 @@ class Chosen:
             As `tokenprune.select_many`.
         """
         if self.unchecked is not None:
-            self.unchecked.checked()
+            self.unchecked()
         return dataclasses.replace(self, unchecked=None)
 
 
@@ -190,14 +190,7 @@ class Pruner:
         items = placed_items(
             self.vision, on_host, encoded, placeholders, self.selector.needs, device
         )
-        # Items come by modality, and a prompt may have its images and videos in any order. An item
-        # stands where its first row does: prompt, then column.
-        first_row = {
-            (modality, index): place
-            for modality, media in encoded.modalities.items()
-            for index, place in enumerate(first_places(media, placeholders[modality]))
-        }
-        in_prompt = sorted(first_row, key=first_row.__getitem__)
+        in_prompt = items_in_prompt(encoded.modalities, placeholders)
         earlier = [None] * len(in_prompt) if known is None else list(known)
         check_known(earlier, [items[modality][index].total for modality, index in in_prompt])
         known_of = dict(zip(in_prompt, earlier, strict=True))
@@ -213,7 +206,7 @@ class Pruner:
                 selections = _represent(self.vision, encoded.modalities[modality], selections)
             by_modality[modality] = selections
         selections = [by_modality[modality][index] for modality, index in in_prompt]
-        return Chosen(selections, time.perf_counter() - started, by_modality, unchecked)
+        return Chosen(selections, time.perf_counter() - started, by_modality, unchecked.checked)
 
     def shorten(
         self,

@@ -15,11 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from tokenprune.budget import Budget, Keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError, did_you_mean
+from tokenprune.inside.base import InsideMethod
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune_hf.any_model import vision_model_of_any_type
 from tokenprune_hf.attached import Attachment, StandIn, attached
 from tokenprune_hf.calls import Calls
+from tokenprune_hf.inside.everything import Everything
+from tokenprune_hf.inside.layers import InsideLayers
 from tokenprune_hf.mllama.by_name import trim_by_name
 from tokenprune_hf.mllama.method import METHOD as TRIMMED
 from tokenprune_hf.mllama.model import check_prompt_has_images
@@ -40,7 +43,7 @@ class Pruning(Attachment):
     model
         The model that is pruned; the one inside, where a wrapper was passed.
     selector, keep, positions, application, proportional_attention
-        What was asked for.
+        What was asked for; `selector` is the method's object, also where it is no selector.
     selections
         One `Selection` per item (image, video or crop) of the last call, in prompt order: of the
         last call in the thread that asks or, where it made none, of the last one in any.
@@ -52,7 +55,7 @@ class Pruning(Attachment):
     def __init__(
         self,
         model: Any,
-        selector: Selector,
+        selector: Selector | InsideMethod,
         keep: Keep | Budget,
         positions: Positions,
         application: Application,
@@ -69,10 +72,19 @@ class Pruning(Attachment):
             )
         self.proportional_attention = proportional_attention
         self._vision = vision_model_of_any_type(self.model)
-        check_selector(selector, self._vision)
+        self._inside: InsideLayers | None = None
+        before: Selector
+        if isinstance(selector, InsideMethod):
+            _check_inside(selector, positions, application, proportional_attention)
+            self._inside = InsideLayers(self._vision, selector, self._budget)
+            # Everything goes into the language model; tokens leave there.
+            before, budget = Everything(), Budget.of(1.0)
+        else:
+            before, budget = selector, self._budget
+        check_selector(before, self._vision)
         self._vision.check_reading(positions, application == "mask", proportional_attention)
         pruner = Pruner(
-            self._vision, selector, self._budget, positions, application, proportional_attention
+            self._vision, before, budget, positions, application, proportional_attention
         )
         self._calls = Calls(pruner)
         self.begin()
@@ -96,8 +108,10 @@ class Pruning(Attachment):
         calls = self._calls
         if self.proportional_attention:
             calls.proportional = ProportionalAttention(self.model)  # first: it may refuse
+        calls.inside = self._inside
         inner = self._vision.inner
         self._hooks: list[RemovableHandle | StandIn] = [
+            *([] if self._inside is None else self._inside.attach()),
             # Some models have no inner one: then this is the model that is pruned.
             *([] if inner is self.model else [_refuse_inner(inner, calls)]),
             *self._vision.hooks(),
@@ -110,6 +124,7 @@ class Pruning(Attachment):
         self._calls.attached = False
         for hook in self._hooks:
             hook.remove()
+        self._calls.inside = None
         if self._calls.proportional is not None:
             self._calls.proportional.remove()
             self._calls.proportional = None
@@ -117,6 +132,31 @@ class Pruning(Attachment):
 
 def _refuse_inner(inner: nn.Module, calls: Calls) -> RemovableHandle:
     return inner.register_forward_pre_hook(calls.check_inner, with_kwargs=True)
+
+
+def _check_inside(
+    method: InsideMethod,
+    positions: Positions,
+    application: Application,
+    proportional_attention: bool,
+) -> None:
+    """Raise ConfigError for what a method inside the language model cannot do."""
+    for name, given, only, reason in (
+        ("positions", positions, "original", "tokens that are left stay where they were read"),
+        ("apply", application, "drop", "tokens are read up to the layer in front of which they go"),
+        (
+            "proportional_attention",
+            proportional_attention,
+            False,
+            "what a key counts for would differ from layer to layer",
+        ),
+    ):
+        if given != only:
+            raise ConfigError(
+                f"{name}={given!r} does not go together with method {method.name!r}, which has "
+                f"tokens leave inside the language model: {reason}. Leave {name} out, or use a "
+                "method that prunes before the language model (see `tokenprune methods`)."
+            )
 
 
 def _check_application(application: Application) -> Application:
@@ -130,7 +170,7 @@ def _check_application(application: Application) -> Application:
 
 def prune(
     model: Any,
-    method: str | Selector | PruningConfig,
+    method: str | Selector | InsideMethod | PruningConfig,
     keep: Keep | None = None,
     positions: Positions = "original",
     *,
@@ -156,15 +196,20 @@ def prune(
         ``mm_encoder_outputs``. Or a PEFT model, what `torch.compile` returned, or a
         DistributedDataParallel around one.
     method
-        A name out of `tokenprune.methods()`, a `tokenprune.Selector` of your own, or a
-        `tokenprune.PruningConfig`, which says everything else too. ``"trimmed-attention"`` is
-        deprecated: it does, and returns, what `tokenprune_hf.trim_cross_attention` does.
+        A name out of `tokenprune.methods()` or of a method that has tokens leave inside the
+        language model (``"fastv"``, ``"pyramid-drop"``, ``"sparsevlm"``), a `tokenprune.Selector`
+        of your own, or a `tokenprune.PruningConfig`, which says everything else too.
+        ``"trimmed-attention"`` is deprecated: it does, and returns, what
+        `tokenprune_hf.trim_cross_attention` does.
     keep
-        Budget of each image, video or crop: an int of tokens or a fraction.
+        Budget of each image, video or crop: an int of tokens or a fraction. With a method inside
+        the language model it is what is left behind the last stage.
     positions
         ``"original"``: kept tokens, and the text after them, have the positions of the full
         prompt. ``"compact"``: the short prompt is numbered without gaps, as the published code of
         FasterVLM and ZOO-Prune does (on models with M-RoPE all three axes count alike then).
+        Methods inside the language model have ``"original"`` alone, and ``apply="drop"`` without
+        proportional attention.
     apply
         ``"drop"``: tokens that were not selected leave the prompt, which is what makes the model
         cheap. ``"mask"``: they stay and the attention mask hides them, for calls that need the
@@ -199,7 +244,7 @@ def prune(
 
 def apply(
     model: Any,
-    method: str | Selector | PruningConfig,
+    method: str | Selector | InsideMethod | PruningConfig,
     keep: Keep | None = None,
     positions: Positions = "original",
     *,
@@ -216,7 +261,7 @@ def apply(
 
 def _start(
     model: Any,
-    method: str | Selector | PruningConfig,
+    method: str | Selector | InsideMethod | PruningConfig,
     keep: Keep | None,
     positions: Positions,
     application: Application,
@@ -243,11 +288,11 @@ def _start(
 
 
 def _asked(
-    method: str | Selector | PruningConfig,
+    method: str | Selector | InsideMethod | PruningConfig,
     keep: Keep | None,
     positions: Positions,
     options: dict[str, Any],
-) -> tuple[Selector, Keep | Budget, Positions]:
+) -> tuple[Selector | InsideMethod, Keep | Budget, Positions]:
     """Return the selector, budget and positions of a name with options, an object or a config."""
     if isinstance(method, PruningConfig):
         if keep is not None or options or positions != "original":
@@ -255,9 +300,9 @@ def _asked(
                 "keep, positions or options came with a PruningConfig, which has them already. "
                 "Change them there, with dataclasses.replace."
             )
-        return method.selector(), method.budget, method.positions
+        return method.built(), method.budget, method.positions
     given = cast(Keep, keep)
-    if isinstance(method, Selector):
+    if isinstance(method, (Selector, InsideMethod)):
         if options:
             raise TokenPruneError(
                 f"options {sorted(options)} came with a {type(method).__name__} object, which has "
@@ -265,7 +310,7 @@ def _asked(
             )
         return method, given, positions
     config = PruningConfig(method, given, positions, options)
-    return config.selector(), config.budget, config.positions
+    return config.built(), config.budget, config.positions
 
 
 def remove(model: Any) -> None:

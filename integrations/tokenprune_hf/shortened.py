@@ -18,6 +18,8 @@ from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.transfer import to_device
 from tokenprune_hf.encoding import KeptRows
+from tokenprune_hf.inside.items import Placed
+from tokenprune_hf.inside.left import Left
 from tokenprune_hf.prompt import TYPE_IDS, ShortPrompt
 
 Application = Literal["drop", "mask"]
@@ -51,6 +53,11 @@ class Shortened:
     text_at_end
         How many columns at the end are text, and no padding, in every prompt: they have kept their
         distance to the end.
+    items
+        Where the items stand, for a method that has their tokens leave inside the language model;
+        None for other methods, and where only what is known of a cache is needed.
+    left
+        What is left of the prompts behind each stage of such a method; None where nothing left.
     """
 
     input_ids: Tensor
@@ -62,10 +69,13 @@ class Shortened:
     logs: Tensor
     visual: Tensor
     text_at_end: int = 0
+    items: Placed | None = None
+    left: Left | None = None
 
     def without_media(self) -> Shortened:
         """Return what is needed to go on from the prompt, without the encoder's rows."""
-        return replace(self, kept={}, rows_per_sample={})
+        left = None if self.left is None else self.left.in_cache()
+        return replace(self, kept={}, rows_per_sample={}, items=None, left=left)
 
     def of_rows(self, rows: Tensor) -> Shortened:
         """Return some of the prompts, LongTensor [C], in any order and with repeats; no media."""
@@ -81,6 +91,7 @@ class Shortened:
             following=self.following[..., rows],
             logs=self.logs[rows],
             visual=self.visual[rows],
+            left=None if self.left is None else self.left.of_rows(rows),
         )
 
     def cut_to(self, length: int) -> Shortened:
@@ -119,6 +130,7 @@ class Shortened:
             logs=self.logs[:, :length],
             visual=self.visual[:, :length],
             text_at_end=0,
+            left=None if self.left is None else self.left.cut_to(length),
         )
 
     def encoder_outputs(self, batch: int) -> dict[str, Any]:
@@ -166,6 +178,12 @@ class Shortened:
         new = max(past + count - self.prompt.length, 0)
         every = torch.cat([prompts, self.positions_after(0, new, batch)], dim=-1)
         return every[..., past : past + count]
+
+    def mask_of(self, length: int, batch: int) -> Tensor:
+        """Return the attention mask [batch, length] of the prompts and of tokens behind them."""
+        short = self.arguments["attention_mask"]
+        rows = short.repeat_interleave(batch // len(short), dim=0)
+        return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=1)
 
     @property
     def ends_with_dropped(self) -> bool:

@@ -513,6 +513,29 @@ def first_places(media: EncodedModality, places: Tensor) -> list[list[int]]:
     return [places[item.rows[0]].tolist() for item in media.items]
 
 
+def items_in_prompt(
+    modalities: Mapping[str, EncodedModality], placeholders: Mapping[str, Tensor]
+) -> list[tuple[str, int]]:
+    """Return modality and number of every item, in prompt order.
+
+    Items come by modality, and a prompt may have its images and videos in any order. An item stands
+    where its first row does: prompt, then column.
+
+    Parameters
+    ----------
+    modalities
+        What the encoder returned.
+    placeholders
+        Modality -> LongTensor [R, 2] on the CPU: prompt and column of each row.
+    """
+    first_row = {
+        (modality, index): place
+        for modality, media in modalities.items()
+        for index, place in enumerate(first_places(media, placeholders[modality]))
+    }
+    return sorted(first_row, key=first_row.__getitem__)
+
+
 def entries_of(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Return the rows [n, D] of each entry of whatever container an encoder returns."""
     entries = value[None] if isinstance(value, Tensor) and value.ndim == 2 else value

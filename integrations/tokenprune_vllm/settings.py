@@ -17,8 +17,13 @@ from typing import Any
 from tokenprune import formats
 from tokenprune.budget import keeps_all
 from tokenprune.config import FORMAT, PruningConfig
-from tokenprune.errors import ConfigError, TokenPruneError, did_you_mean
-from tokenprune.registry import find
+from tokenprune.errors import (
+    ConfigError,
+    TokenPruneError,
+    UnsupportedModelError,
+    did_you_mean,
+)
+from tokenprune.registry import find, inside_methods
 from tokenprune_vllm.architectures import reads_prompt
 
 KEY = "tokenprune"
@@ -79,9 +84,13 @@ class ServerSettings:
         ------
         UnknownMethodError
             If there is no such method.
+        UnsupportedModelError
+            If one of them has tokens leave inside the language model.
         ConfigError
             If the default prunes nothing.
         """
+        for name in (default.method, *(request_methods or {})):
+            _check_kind(name)
         if keeps_all(default.keep):
             raise ConfigError(
                 "keep=1.0 keeps every token, so this server would prune nothing. Give a smaller "
@@ -231,6 +240,17 @@ class RequestSettings:
         if not self.prunes or self.config is None:
             return "off"
         return json.dumps({"version": _version(), **self.config.to_dict()})
+
+
+def _check_kind(method: str) -> None:
+    """Raise UnsupportedModelError for a method that has tokens leave inside the language model."""
+    if method in inside_methods():
+        raise UnsupportedModelError(
+            f"method {method!r} cannot be used with vLLM: it has tokens leave inside the language "
+            "model, and vLLM's cache of keys and values has one length for all layers. Use a "
+            "method that prunes before the language model (see `tokenprune methods`), or the model "
+            "in transformers, with tokenprune_hf.prune."
+        )
 
 
 @functools.cache

@@ -51,6 +51,11 @@ def test_methods_prints_every_method_with_its_options() -> None:
     ]
     assert places == sorted(places)
     assert "call:   tokenprune.select(tokens, 'cdpruner', keep)\n" in before
+    inside = before[before.index("\nInside the language model: ") :]
+    assert places[-1] < len(before) - len(inside)
+    assert "\nfastv " in inside
+    assert "call:   tokenprune_hf.prune(model, 'pyramid-drop', keep)\n" in inside
+    assert "option: layers='0.25,0.5,0.75'\n" in inside
     assert "\ntrimmed-attention " in beside
     assert "call:   tokenprune_hf.trim_cross_attention(model, keep)\n" in beside
     assert "estimator='auto'" in done.stdout

@@ -3,15 +3,24 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import tokenprune
 from tokenprune import Selector, TokenBatch
-from tokenprune.errors import RegistryError, UnknownMethodError
-from tokenprune.registry import KINDS, Method, build, find, listed, register
+from tokenprune.errors import OptionError, RegistryError, UnknownMethodError
+from tokenprune.registry import (
+    KINDS,
+    Method,
+    build,
+    build_any,
+    find,
+    inside_methods,
+    listed,
+    register,
+)
 from tokenprune.tokens import INPUTS
 
 PLUGIN = """
@@ -32,6 +41,17 @@ class Last(Selector):
 
 class NotASelector:
     name = "odd"
+
+from tokenprune.inside.base import InsideMethod, Stage
+
+@dataclass(frozen=True)
+class Halfway(InsideMethod):
+    layer: int = 3
+    name: ClassVar[str] = "halfway"
+    summary: ClassVar[str] = "tokens of one layer"
+
+    def stages(self, depth: int) -> tuple[Stage, ...]:
+        return (Stage(self.layer, self.layer),)
 
 from tokenprune.registry import Method
 INSIDE = Method("late", "inside", "tokens of late layers", "", "plugin_of_a_test.late(model)")
@@ -82,13 +102,57 @@ def test_a_method_that_is_no_selector_says_how_it_is_called() -> None:
         find("trimmed-attention")
 
 
+@pytest.mark.parametrize("name", ["fastv", "pyramid-drop", "sparsevlm"])
+def test_methods_inside_the_language_model_are_no_selectors(name: str) -> None:
+    says = rf"prunes inside the language model.*Call tokenprune_hf\.prune\(model, '{name}', keep\)"
+    tokens = tokenprune.VisualTokens(grid=(1, 2, 2))
+    with pytest.raises(UnknownMethodError, match=says):
+        tokenprune.select(tokens, name, 1)
+    config = tokenprune.PruningConfig(name, 1)
+    with pytest.raises(UnknownMethodError, match=says):
+        config.selector()
+    assert config.built() == build_any(name, {}) == inside_methods()[name]()
+    assert config.built() is config.built()
+    assert tokenprune.PruningConfig.from_json(config.to_json()) == config
+
+
+def test_a_package_brings_a_method_inside_the_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "halfway = plugin_of_a_test:Halfway", monkeypatch, "tokenprune.inside")
+    assert listed()["halfway"].kind == "inside"
+    assert listed()["halfway"].options == {"layer": 3}
+    method: Any = build_any("halfway", {"layer": 5})
+    assert [stage.layer for stage in method.stages(8)] == [5]
+    with pytest.raises(OptionError, match=r"no option 'later'\. Did you mean 'layer'"):
+        build_any("halfway", {"later": 5})
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ("divprune = plugin_of_a_test:Halfway", "two methods are called 'divprune'"),
+        ("other = plugin_of_a_test:Halfway", "calls itself 'halfway'"),
+        ("odd = plugin_of_a_test:NotASelector", "no subclass of tokenprune.inside.base.Inside"),
+    ],
+)
+def test_a_method_inside_the_language_model_that_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entries: str, says: str
+) -> None:
+    install(tmp_path, entries, monkeypatch, "tokenprune.inside")
+    with pytest.raises(RegistryError, match=says):
+        listed()
+
+
 def test_methods_of_all_kinds_are_listed() -> None:
     every = listed()
     assert list(every) == sorted(every)
     assert {name for name, method in every.items() if method.kind == "before"} == {
         *tokenprune.methods()
     }
-    assert set(every) - set(tokenprune.methods()) == {"trimmed-attention"}
+    inside = {name for name, method in every.items() if method.kind == "inside"}
+    assert inside == set(inside_methods()) == {"fastv", "pyramid-drop", "sparsevlm"}
+    assert set(every) - set(tokenprune.methods()) - inside == {"trimmed-attention"}
     for name, method in every.items():
         assert method.name == name
         assert method.kind in KINDS

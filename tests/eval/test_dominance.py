@@ -392,3 +392,13 @@ def test_calls_that_cannot_be_measured() -> None:
         short["attention_mask"] = inputs["attention_mask"][:, :behind]
         with pytest.raises(PromptError, match="hold no text"):
             model(**short)
+
+
+def test_tokens_that_leave_inside_the_language_model_are_refused() -> None:
+    tiny = TINY["llava"]
+    model, inputs = tiny.model(), prompt(tiny, ["tit"])
+    refused = pytest.raises(PromptError, match="'fastv' tokens leave inside the language model")
+    with torch.no_grad(), tokenprune_hf.prune(model, "fastv", 4, layer=1):
+        with measure_dominance(model), refused:
+            model(**inputs)
+        model(**inputs)  # measured no more

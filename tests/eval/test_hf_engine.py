@@ -119,6 +119,41 @@ def test_a_batch_says_what_its_questions_say_alone(
     )
 
 
+def test_methods_inside_the_language_model_cost_what_each_layer_reads(tmp_path: Path) -> None:
+    methods = ["fastv", "pyramid-drop", "sparsevlm"]
+    asked = questions(4)
+    alone = answered(settings(tmp_path / "1", method=methods, keep=[0.25]), asked)
+    batched = settings(tmp_path / "2", method=methods, keep=[0.25], batch=4, workers=2)
+    together = answered(batched, asked)
+    whole = [said for (key, _), said in alone.items() if key == "unpruned"]
+    # 4 layers: 64 tokens of an image are read up to layer 2 of fastv, and so on.
+    for method, layers in (
+        ("fastv", [64, 64, 16, 16]),
+        ("pyramid-drop", [64, 40, 25, 16]),
+        ("sparsevlm", [64, 36, 25, 16]),
+    ):
+        found = [said for (key, _), said in alone.items() if key.startswith(method)]
+        assert len(found) == len(asked)
+        for said, unpruned in zip(found, whole, strict=True):
+            assert said.error is None
+            assert said.visual_tokens == round(sum(layers) / 4)
+            assert said.kept is not None
+            assert len(said.kept) == 16
+            assert said.prompt_tokens is not None
+            assert unpruned.prompt_tokens is not None
+            assert unpruned.kv_bytes is not None
+            text = unpruned.prompt_tokens - 64
+            share = sum(text + one for one in layers) / 4 / (text + 64)
+            assert said.kv_bytes == pytest.approx(unpruned.kv_bytes * share, rel=1e-3)
+            assert said.mass_kept is not None
+            assert 0.25 < said.mass_kept < 1.0
+    for key, said in alone.items():
+        assert together[key].text == said.text
+        assert together[key].kv_bytes == said.kv_bytes
+    with pytest.raises(ValueError, match="with fastv tokens leave inside the language model"):
+        settings(tmp_path, method=["fastv"], dominance=1)
+
+
 def test_costs_add_up(one_by_one: dict[tuple[str, str], EngineAnswer]) -> None:
     text = json.loads((bundled_model_path() / "config.json").read_text("utf-8"))["text_config"]
     head = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]

@@ -54,6 +54,22 @@ def test_bundled_model_with_a_question(tmp_path: Path, capsys: pytest.CaptureFix
     assert np.ptp(pixels, axis=-1).max() > 100
 
 
+def test_methods_inside_the_language_model_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = load_scenes()[0]
+    arguments = ["show", str(question.image), "--method", "fastv", "sparsevlm", "--keep", "16"]
+    out = ["-o", str(tmp_path / "out.png")]
+    assert main([*arguments, *out]) == 2
+    assert "fastv, sparsevlm chooses by the question" in capsys.readouterr().err
+    asked = ["--question", question.question, "--option", "fastv.layer=3"]
+    assert main([*arguments, *asked, *out]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("fastv, 16 of 64 tokens: ")
+    assert printed[2].startswith("sparsevlm, 16 of 64 tokens: ")
+    assert _pixels(tmp_path / "out.png").std() > 20
+
+
 def test_drawn_patches_are_those_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The figure is taken apart: of a red picture 16 of 64 cells stay red."""
     from tokenprune.selection import Selection

@@ -232,6 +232,22 @@ def test_settings_survive_the_way_through_a_config() -> None:
         ServerSettings.from_config(Config())
 
 
+@pytest.mark.parametrize("method", ["fastv", "pyramid-drop", "sparsevlm"])
+def test_methods_inside_the_language_model_are_refused(
+    llava: Path, tmp_path: Path, method: str
+) -> None:
+    reason = f"method '{method}' cannot be used with vLLM: .* one length for all layers"
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tokenprune_vllm.engine_args(llava, method, 4)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        tokenprune_vllm.engine_args(llava, "uniform", 4, request_methods=[method])
+    with pytest.raises(UnsupportedModelError, match=reason):
+        serve_command(str(llava), f"--method={method}", "--keep=4")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        export(llava, tmp_path / "out", PruningConfig(method, 4))
+    assert not (tmp_path / "out").exists()
+
+
 def test_export_refuses_and_leaves_nothing(llava: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()

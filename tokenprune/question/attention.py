@@ -30,7 +30,7 @@ class QueryKeys:
     Attributes
     ----------
     query
-        [H, Q, d]: the prompt's last Q tokens, after the rotary embedding.
+        [H, Q, d]: the prompt's last Q tokens, or those in `columns`, after the rotary embedding.
     key
         [G, L, d]: all L tokens of the prompt, after the rotary embedding; H is a multiple of G.
     visual
@@ -41,6 +41,10 @@ class QueryKeys:
         float32 [G, n], the L1 norm of each visual token's value, or None.
     hidden
         [n, D], each visual token's hidden state at the layer's input, or None.
+    columns
+        LongTensor [Q], where among the L tokens the queries stand; None for the last Q.
+    weights
+        float32 [Q], how much each query counts in a mean; None for all alike.
     """
 
     query: Tensor
@@ -49,6 +53,8 @@ class QueryKeys:
     scale: float
     value_norm: Tensor | None = None
     hidden: Tensor | None = None
+    columns: Tensor | None = None
+    weights: Tensor | None = None
 
 
 class QueryReader(Protocol):
@@ -116,19 +122,25 @@ def question_scores(seen: QueryKeys, reduction: Reduction, weigh_values: bool = 
     result = key.new_full(seen.visual.shape, float("-inf") if reduction == "max" else 0.0)
     weight = None if seen.value_norm is None or not weigh_values else seen.value_norm[:, None, None]
     columns = torch.arange(length, device=device)
+    asked = columns[length - questions :] if seen.columns is None else seen.columns
     block = max(1, _LOGITS_AT_ONCE // (heads * length))
     with full_precision(device):
         for start in range(0, questions, block):
             # Heads side by side for each key head, so that keys need not be repeated.
             query = seen.query[:, start : start + block].float().unflatten(0, (groups, -1))
             logits = torch.einsum("ghqd,gld->ghql", query, key) * seen.scale
-            own = torch.arange(start, start + query.shape[2], device=device) + length - questions
+            own = asked[start : start + query.shape[2]]
             attention = logits.masked_fill_(columns > own[:, None], float("-inf")).softmax(dim=-1)
             attention = attention[..., seen.visual]
             if weight is not None:
                 attention = attention * weight
             if reduction == "max":
                 result = torch.maximum(result, attention.amax(dim=(0, 1, 2)))
+            elif seen.weights is not None:
+                of_block = seen.weights[start : start + query.shape[2], None]
+                result = result + (attention * of_block).sum(dim=(0, 1, 2)) / heads
             else:
                 result = result + attention.sum(dim=(0, 1, 2)) / (heads * questions)
+    if reduction == "mean" and seen.weights is not None:
+        result = result / seen.weights.sum()
     return result

@@ -80,6 +80,15 @@ class SetPrompt:
         )
 
 
+def no_text_behind(label: str) -> PromptError:
+    """Return the error for an item that ends its prompt, and is ranked by what comes after it."""
+    return PromptError(
+        f"{label}: no text comes after it, and this method ranks its tokens by the text that does. "
+        "Put the question after the image or video, or make the prompt with "
+        "add_generation_prompt=True."
+    )
+
+
 class ItemPrompt:
     """One image's or video's part in a prompt.
 
@@ -126,11 +135,7 @@ class ItemPrompt:
         first, last = int(columns[0]), int(columns[-1])
         self._after = text[text > last]
         if not len(self._after):
-            raise PromptError(
-                f"{label}: no text comes after it, and this method ranks its tokens by the text "
-                "that does. Put the question after the image or video, or make the prompt with "
-                "add_generation_prompt=True."
-            )
+            raise no_text_behind(label)
         self.question = ids[self._after]
         self._before = text[text < first]
         # Text inside a video is about the frame that comes next.

@@ -7,9 +7,7 @@ come back, ascending, and ties go to the lowest index.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,9 +15,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from tokenprune.errors import OptionError, SelectorError, did_you_mean
+from tokenprune.errors import SelectorError, did_you_mean
 from tokenprune.merging import Merge
-from tokenprune.selectors.options import check_option
+from tokenprune.selectors.options import check_options, with_options
 from tokenprune.tokens import INPUTS, Projector, TokenBatch, VisualTokens
 from tokenprune.transfer import to_device
 
@@ -123,9 +121,7 @@ class Selector:
 
     def __post_init__(self) -> None:
         _check_needs(type(self).__name__, "needs", self.needs)  # may have been changed since
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            check_option(self.name, field.name, getattr(self, field.name), hints[field.name])
+        check_options(self)
 
     @property
     def gathers(self) -> tuple[str, ...]:
@@ -147,13 +143,7 @@ class Selector:
         OptionError
             For a name the method does not have (with the nearest one) or a value it cannot take.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        for name in options:
-            if name not in known:
-                raise OptionError(
-                    f"method {cls.name!r} has no option {name!r}. {did_you_mean(name, known)}"
-                )
-        return cls(**options)
+        return with_options(cls, options)
 
     def check_model(self, config: Any) -> None:
         """Raise if the method does not work with a model; most work with any.

@@ -1,15 +1,18 @@
-"""Whether the value of a method's option is of the type that its field is annotated with."""
+"""A method's options: its fields, of the types that they are annotated with, given by name."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tokenprune.errors import OptionError, did_you_mean
+
+_Method = TypeVar("_Method")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,39 @@ _TYPES: dict[Any, _Type] = {
     Any: _Type("anything", lambda value: True),
 }
 """Annotations whose values `isinstance` alone does not tell."""
+
+
+def with_options(method: type[_Method], options: dict[str, Any]) -> _Method:
+    """Return a method with options, given by their names.
+
+    Parameters
+    ----------
+    method
+        A dataclass with a `name`.
+    options
+        Option -> its value; what is left out takes the field's default.
+
+    Raises
+    ------
+    OptionError
+        For a name that the method does not have (with the nearest one) or a value it cannot take.
+    """
+    kind: Any = method
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in options:
+        if name not in known:
+            raise OptionError(
+                f"method {kind.name!r} has no option {name!r}. {did_you_mean(name, known)}"
+            )
+    return method(**options)
+
+
+def check_options(method: Any) -> None:
+    """Raise OptionError unless every option of a method, a dataclass, is of its annotation."""
+    hints = typing.get_type_hints(type(method))
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        check_option(method.name, field.name, value, hints[field.name])
 
 
 def check_option(method: str, option: str, value: Any, annotation: Any) -> None:

@@ -45,18 +45,22 @@ _ENGINES = {
 
 def ls(console: Console, as_json: bool = False) -> int:
     """List what can be named, as tables or as one object: argument -> name -> description."""
-    from tokenprune.registry import methods
+    from tokenprune.registry import listed
     from tokenprune_eval.data.load import data_sets
 
-    listed = {
+    names = {
         "data": data_sets(),
-        "method": {name: method.summary for name, method in methods().items()},
+        "method": {
+            name: method.summary
+            for name, method in listed().items()
+            if method.kind != "cross-attention"  # no name that `method` takes
+        },
         "engine": _ENGINES,
     }
     if as_json:
-        print(json.dumps(listed, indent=2))
+        print(json.dumps(names, indent=2))
         return 0
-    for argument, rows in listed.items():
+    for argument, rows in names.items():
         table = Table(
             box=None,
             show_header=False,

@@ -269,9 +269,9 @@ def _check_for_transformers(settings: Settings) -> None:
     with torch.device("meta"):  # the modules without their weights
         model = models.from_config(config)
     for condition in settings.conditions():
-        selector = settings.pruning(condition).selector()
-        check_method(selector, model)
-        if {*SCORING, *MIDDLE} & set(selector.needs):
+        method = settings.pruning(condition).built()
+        check_method(method, model)
+        if {*SCORING, *MIDDLE} & set(method.needs):
             vision_model_of_any_type(model).scoring_layer(EncoderInputs("image"))
     if settings.proportional_attention:
         check_proportional_attention(model)

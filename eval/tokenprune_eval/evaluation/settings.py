@@ -12,7 +12,7 @@ from tokenprune.arguments import parse_keep
 from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
-from tokenprune.registry import find
+from tokenprune.registry import find_any, inside_methods
 from tokenprune_eval.results.records import UNPRUNED, Condition
 
 EngineName = Literal["hf", "vllm", "openai"]
@@ -211,6 +211,12 @@ class Settings(BaseModel):
                 "dominance is that of plain attention: leave out proportional_attention, or "
                 "measure dominance in a run of its own"
             )
+        if self.dominance and (inside := sorted({*self.method} & {*inside_methods()})):
+            raise ValueError(
+                "dominance is that of a prompt which all layers read alike, and with "
+                f"{', '.join(inside)} tokens leave inside the language model: leave out dominance, "
+                "or these methods"
+            )
         return self
 
     def check_methods(self) -> None:
@@ -223,7 +229,7 @@ class Settings(BaseModel):
         """
         for condition in self.conditions():
             if condition.method != UNPRUNED:
-                find(condition.method)
+                find_any(condition.method)
                 self.pruning(condition)
 
     def conditions(self) -> list[Condition]:

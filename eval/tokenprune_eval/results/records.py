@@ -159,9 +159,10 @@ class Record(BaseModel):
     correct
         The one of both that the run counts, see `Settings.choose_by`; None where that was cut.
     visual_tokens, of_visual_tokens
-        Visual tokens the language model read, and how many there were.
+        Visual tokens the language model read, and how many there were. Where tokens leave inside
+        it, the mean over its layers.
     prompt_tokens
-        All tokens of the prompt that it read.
+        All tokens of the prompt that it read; likewise.
     answer_tokens
         Tokens generated.
     mass_kept

@@ -36,10 +36,11 @@ from tokenprune.errors import (
     UnsupportedModelError,
     reason_of,
 )
+from tokenprune.inside.base import InsideMethod, reads_text
 from tokenprune.media.video import Video
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
-from tokenprune.tokens import FROM_PROMPT, TokenBatch, VisualTokens
+from tokenprune.tokens import TokenBatch, VisualTokens
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.dominance import depth_layers, measure_dominance
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
@@ -92,7 +93,7 @@ _Budgets = dict[str, tuple[list[Selection], float]]
 class _Pruning:
     """How a condition prunes, see `tokenprune_hf.prune`."""
 
-    selector: Selector
+    selector: Selector | InsideMethod
     keep: Keep
     positions: Positions
     proportional_attention: bool
@@ -135,7 +136,7 @@ class _EncodedMedium:
     encoded: Encoded | None = None
     encode_seconds: float = 0.0
     file: Path | None = None
-    chosen: dict[tuple[Selector, str], _Budgets] = field(default_factory=dict)
+    chosen: dict[tuple[Selector | InsideMethod, str], _Budgets] = field(default_factory=dict)
 
     def known(self) -> Encoded:
         """Return what was encoded."""
@@ -222,7 +223,7 @@ class TransformersEngine:
         self.model, self.processor = load(settings.model)
         self._prunings = {
             one.key: _Pruning(
-                _Given() if one.key in self._choose else settings.pruning(one).selector(),
+                _Given() if one.key in self._choose else settings.pruning(one).built(),
                 one.keep,
                 one.positions,
                 one.proportional_attention,
@@ -559,7 +560,12 @@ class TransformersEngine:
                         prefill=prefill,
                         decode=decode,
                     ),
-                    **_tokens(of_question, int(inputs["attention_mask"][row].sum()), output),
+                    **_tokens(
+                        of_question,
+                        int(inputs["attention_mask"][row].sum()),
+                        output,
+                        pruning.selector,
+                    ),
                 )
             )
         return answers
@@ -686,7 +692,7 @@ class _SelectionMemory:
 
     def __init__(self, questions: Sequence[_AskedQuestion], pruning: _Pruning) -> None:
         selector = pruning.selector
-        reads = bool(FROM_PROMPT & set(selector.needs))
+        reads = reads_text(selector)
         self._questions = questions
         self._budget = repr(pruning.keep)
         self._by_budget = [
@@ -696,8 +702,11 @@ class _SelectionMemory:
             for one in questions
         ]
         # Of any budget only where the scores are dear: elsewhere choosing takes next to nothing.
+        # What is chosen inside the language model is chosen again: it runs in any case.
         self._earlier = [
-            of.get(self._budget) or (next(iter(of.values()), None) if reads else None)
+            None
+            if isinstance(selector, InsideMethod)
+            else of.get(self._budget) or (next(iter(of.values()), None) if reads else None)
             for of in self._by_budget
         ]
         # Questions that share a dictionary share the time, too.
@@ -754,7 +763,12 @@ def _seconds(*, encode: float, select: float, prefill: float, decode: float) -> 
     )
 
 
-def _tokens(selections: Sequence[Selection], prompt_tokens: int, output: Any) -> dict[str, Any]:
+def _tokens(
+    selections: Sequence[Selection],
+    prompt_tokens: int,
+    output: Any,
+    method: Selector | InsideMethod,
+) -> dict[str, Any]:
     """Return the fields of an `EngineAnswer` that count tokens.
 
     Parameters
@@ -765,17 +779,25 @@ def _tokens(selections: Sequence[Selection], prompt_tokens: int, output: Any) ->
         Of its prompt before anything was dropped.
     output
         What ``generate`` returned.
+    method
+        What chose.
     """
+    cache = cache_of(output)
     before = sum(one.total for one in selections)
-    after = sum(len(one) for one in selections)
-    read = prompt_tokens - before + after
+    depth = len(cache.layers)
+    after = [sum(len(one) for one in selections)] * depth
+    if isinstance(method, InsideMethod):
+        of_items = [method.tokens_by_layer(depth, one.total, len(one)) for one in selections]
+        after = [sum(of_layer) for of_layer in zip(*of_items, strict=True)]
+    read = [prompt_tokens - before + of_layer for of_layer in after]
     only = selections[0] if len(selections) == 1 else None
     return {
-        "visual_tokens": after,
+        # Of layers that read different numbers the mean: that is what they cost.
+        "visual_tokens": round(sum(after) / depth),
         "of_visual_tokens": before,
-        "prompt_tokens": read,
+        "prompt_tokens": round(sum(read) / depth),
         "mass_kept": _mass_kept(selections),
-        "kv_bytes": _cache_bytes(cache_of(output), read),
+        "kv_bytes": _cache_bytes(cache, read),
         "kept": None if only is None else only.kept.cpu().numpy(),
         "grid": None if only is None or not only.is_picture else only.grid,
     }
@@ -793,11 +815,19 @@ def _mass_kept(selections: Sequence[Selection]) -> float | None:
     return kept / whole if whole > 0 else None
 
 
-def _cache_bytes(cache: Any, prompt_tokens: int) -> int:
-    """Return the bytes of keys and values that one prompt takes in the cache."""
+def _cache_bytes(cache: Any, prompt_tokens: Sequence[int]) -> int:
+    """Return the bytes of keys and values that one prompt takes in the cache.
+
+    Parameters
+    ----------
+    cache
+        What ``generate`` filled.
+    prompt_tokens
+        Tokens of the prompt that each layer read.
+    """
     total = 0.0
-    for layer in cache.layers:
+    for layer, tokens in zip(cache.layers, prompt_tokens, strict=True):
         batch, _, positions, _ = layer.keys.shape
         held = layer.keys.nbytes + layer.values.nbytes
-        total += held / batch / positions * min(positions, prompt_tokens)
+        total += held / batch / positions * min(positions, tokens)
     return round(total)
