@@ -198,6 +198,17 @@ def add_positions(parser: Container) -> None:
     )
 
 
+def add_scope(parser: Container) -> None:
+    """Add ``--scope``."""
+    parser.add_argument(
+        "--scope",
+        default="item",
+        choices=("item", "image"),
+        help="what has a set of kept tokens of its own: each item, such as a crop of an image "
+        "(default), or all crops of an image together",
+    )
+
+
 def add_options(parser: Container) -> None:
     """Add ``--option``; read the list with `options_by_method`."""
     parser.add_argument(

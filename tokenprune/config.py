@@ -16,6 +16,7 @@ from tokenprune.errors import ConfigError, did_you_mean, reason_of
 from tokenprune.formats import KEY, check_format
 from tokenprune.inside.base import InsideMethod
 from tokenprune.registry import build_any, no_selector
+from tokenprune.scope import Scope, check_scope
 from tokenprune.selectors.base import Selector
 
 FORMAT = 1
@@ -57,6 +58,10 @@ class PruningConfig:
         after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
     options
         The method's own options; what is left out takes the paper's default. They are copied.
+    scope
+        ``"item"``: each image, crop of an image or video has a budget and a set of its own.
+        ``"image"``: the crops of an image have them together, `keep` tokens for each of them, or a
+        share of all, wherever they lie; see `tokenprune.scope`.
 
     Raises
     ------
@@ -68,6 +73,7 @@ class PruningConfig:
     keep: Keep
     positions: Positions = "original"
     options: dict[str, Any] = field(default_factory=dict)
+    scope: Scope = "item"
 
     def __post_init__(self) -> None:
         # `cached_property` writes to the instance's __dict__, past the frozen class's refusal.
@@ -75,7 +81,7 @@ class PruningConfig:
         check_positions(self.positions)
         # A caller that changes its dict later must not change what the selector was built from.
         object.__setattr__(self, "options", dict(self.options))
-        self.built()
+        check_scope(self.scope, self.built())
 
     @functools.cached_property
     def budget(self) -> Budget:
@@ -111,16 +117,18 @@ class PruningConfig:
         return {known.name: getattr(self, known.name) for known in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON types: ``{"method", "keep", "positions", "options"}``.
+        """Return plain JSON types: ``{"method", "keep", "positions", "options"}``, and the scope.
 
-        A published budget is written as its name, which says where the number is from.
+        A published budget is written as its name, which says where the number is from. A scope of
+        ``"item"`` is left out, as it was before there was another one.
         """
-        return {
+        values = {
             "method": self.method,
             "keep": self.keep if self.budget.published is None else self.budget.published.name,
             "positions": self.positions,
             "options": dict(self.options),
         }
+        return values if self.scope == "item" else {**values, "scope": self.scope}
 
     def to_json(self) -> str:
         """Return `to_dict` and the format as JSON text."""
@@ -142,7 +150,7 @@ class PruningConfig:
         advice = "Write the configuration again with this version."
         what = "a pruning configuration"
         values = check_format(values, FORMAT, what, advice, kind=ConfigError)
-        known = ("method", "keep", "positions", "options")
+        known = ("method", "keep", "positions", "options", "scope")
         for key in values:
             if key not in known:
                 raise ConfigError(

@@ -151,6 +151,7 @@ def select_unchecked(
     keep: Keep | Budget,
     *,
     known: Sequence[Selection | None] | None = None,
+    counts: Sequence[int] | None = None,
 ) -> Unchecked:
     """Choose which tokens of each item stay, without a wait for a GPU; see `select_many`.
 
@@ -160,6 +161,9 @@ def select_unchecked(
     ----------
     items, selector, keep, known
         As for `select_many`.
+    counts
+        How many tokens of each item stay, where that is not what the budget is of its tokens; see
+        `tokenprune.scope`. Between 1 and as many as it has.
 
     Raises
     ------
@@ -169,15 +173,17 @@ def select_unchecked(
     budget = Budget.of(keep)
     if selector.needs_picture:
         _check_pictures(items, selector)
+    totals = [item.total for item in items]
+    keeps = list(map(budget.count, totals)) if counts is None else list(counts)
     earlier = [None] * len(items) if known is None else list(known)
-    check_known(earlier, [item.total for item in items])
+    check_known(earlier, totals)
     first = _first_places(items, selector)
     selections: dict[int, Selection] = {}
     scores: dict[int, Tensor | None] = {}
     groups: dict[tuple[object, ...], list[int]] = {}
     for index in dict.fromkeys(first):
         before = earlier[index]
-        if before is not None and len(before) == budget.count(before.total):
+        if before is not None and len(before) == keeps[index]:
             selections[index] = before
             continue
         scores[index] = _reusable_scores(selector, before)
@@ -186,6 +192,8 @@ def select_unchecked(
         any_size = fresh and selector.takes_sizes and _on_gpu(items[index])
         inputs = selector.inputs_of(items[index])
         key = (fresh, *batch_key(items[index], inputs, any_size))
+        if not any_size:
+            key = (keeps[index], *key)  # what one call of `select` is told
         groups.setdefault(key, []).append(index)
     batches = []
     with torch.no_grad():
@@ -193,7 +201,7 @@ def select_unchecked(
             batch = _select_batch(
                 [items[index] for index in indices],
                 selector,
-                budget,
+                [keeps[index] for index in indices],
                 [scores[index] for index in indices],
             )
             batches.append(batch)
@@ -234,13 +242,12 @@ def _reusable_scores(selector: Selector, before: Selection | None) -> Tensor | N
 def _select_batch(
     items: Sequence[VisualTokens],
     selector: Selector,
-    budget: Budget,
+    keeps: Sequence[int],
     scores: Sequence[Tensor | None],
 ) -> _Selected:
     """Select from items of one batch, from each one's scores float32 [N] where they are known."""
     inputs = selector.inputs_of(items[0])
     batch = stack(items, inputs)
-    keeps = list(map(budget.count, batch.sizes))
     check = BatchCheck(batch, selector, inputs)
     on_gpu = batch.device.type == "cuda"
     if not on_gpu:
@@ -293,7 +300,7 @@ def _pick(
     selector: Selector, batch: TokenBatch, keeps: Sequence[int], scores: Sequence[Tensor | None]
 ) -> Picks:
     """Return what stays of a batch, from each item's scores float32 [N] where they are known."""
-    if batch.grids is not None:
+    if batch.grids is not None or len(set(keeps)) > 1:
         return selector.select_sizes(batch, keeps)
     known = [score for score in scores if score is not None]
     if known:

@@ -27,9 +27,9 @@ from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens
 from tokenprune.tower.projectors import MLPProjector
 
-C, D, HEADS, JOINT = 13, 17, 16, 7
-"""Widths of the features and embeddings that `make_item` makes, heads of its attention, and the
-width of what it has of images and text in one space."""
+C, D, HEADS, JOINT, TAPS = 13, 17, 16, 7, 2
+"""Widths of the features and embeddings that `make_item` makes, heads of its attention, the width
+of what it has of images and text in one space, and how many deepstack taps it has."""
 
 GRIDS = ((1, 1, 1), (1, 3, 5), (2, 4, 9), (1, 23, 25))
 _QUESTION = (3, 1, 4, 1, 5)
@@ -113,6 +113,7 @@ def make_item(
         "text_embeddings": drawn(2, JOINT),
         "frame_features": drawn(grid[0], C),
         "pooling_attention": drawn(total, normal=False)[copies],
+        "deepstack": drawn(TAPS, total, D)[:, copies],
     }
     return VisualTokens(
         grid=grid,

@@ -55,6 +55,7 @@ _LAYOUTS = {
     "text_embeddings": _Layout("[S, J]", (2,)),
     "frame_features": _Layout("[T, G]", (2,), -2, "frames"),
     "pooling_attention": _Layout("[N]", (1,), -1),
+    "deepstack": _Layout("[L, N, D]", (3,), -2),
 }
 """The inputs that are tensors."""
 
@@ -126,6 +127,9 @@ class VisualTokens:
         [T, G], one vector for each frame, such as the output of SigLIP's pooling head. Likewise.
     pooling_attention
         [N], the attention of such a head to each token of its frame. Likewise.
+    deepstack
+        [L, N, D], the tokens at each of the tower's L deepstack taps: what some models add to their
+        first layers beside the embeddings (Qwen3-VL), the tap of the lowest layer first.
     label
         What to call this item in an error, for example ``"image 2"``.
     is_picture
@@ -158,6 +162,7 @@ class VisualTokens:
     text_embeddings: Tensor | None = None
     frame_features: Tensor | None = None
     pooling_attention: Tensor | None = None
+    deepstack: Tensor | None = None
 
     def __post_init__(self) -> None:
         grid = tuple(self.grid)
@@ -261,6 +266,7 @@ class TokenBatch:
     text_embeddings: Tensor | None = None
     frame_features: Tensor | None = None
     pooling_attention: Tensor | None = None
+    deepstack: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -435,6 +441,11 @@ def stack(items: Sequence[VisualTokens], needs: Sequence[str]) -> TokenBatch:
         grids=grids if padded else None,
         **fields,
     )
+
+
+def token_axis(name: str) -> int | None:
+    """Return the axis of an input that counts tokens, from behind; None where none does."""
+    return _TOKEN_AXIS.get(name)
 
 
 def tokens_at(values: Mapping[str, Tensor], place: Tensor | slice) -> dict[str, Tensor]:

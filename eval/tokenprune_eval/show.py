@@ -308,6 +308,7 @@ def _look(
     from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_hf.any_model import vision_model_of_any_type
     from tokenprune_hf.loading import ask
+    from tokenprune_hf.reading import prompt_items
 
     # Methods are the items here: one that this model cannot serve leaves the others.
     said: list[str] = []
@@ -316,8 +317,9 @@ def _look(
     inputs = asked.to(model.device, model.dtype)  # Llama 4's processor returns bfloat16
     with torch.inference_mode():
         encoded, usable = _encode(model, inputs, selectors, left_out)
+        vision = vision_model_of_any_type(model)
         items = [item.tokens for item in encoded.modalities["image"].items]
-        whole = len(items) - 1 if vision_model_of_any_type(model).family.whole_image_last else 0
+        whole = len(items) - 1 if vision.family.whole_image_last else 0
         if not items[whole].is_picture:
             raise TokensError(
                 f"{items[whole].label}: how its {items[whole].total} tokens lie in the picture is "
@@ -332,6 +334,7 @@ def _look(
             with left_out.around(selector.name):
                 answer = None
                 if question is None and isinstance(selector, Selector):
+                    items = prompt_items(vision, inputs, encoded, selector.needs)["image"]
                     selections = select_many(items, selector, keep)
                 else:
                     with tokenprune_hf.prune(model, selector, keep, positions) as pruning:

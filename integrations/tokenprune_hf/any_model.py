@@ -274,6 +274,7 @@ class AnyModel(VisionModel):
                 Item(
                     own,
                     self._tokens(rows, len(own), place, grid, f"{inputs.modality} {number}", more),
+                    number,
                 )
                 for (number, (own, grid)), place in zip(found, places, strict=True)
             ]

@@ -24,6 +24,7 @@ from tokenprune.selection import Selection
 from tokenprune.transfer import ToHost
 from tokenprune_hf.attached import ThreadState, named_arguments, named_call
 from tokenprune_hf.caches import Cache, Filling, Held, Holding, cache_length
+from tokenprune_hf.crops import IMAGE_CROPS
 from tokenprune_hf.engine import cache_argument, cache_of
 from tokenprune_hf.generate_arguments import FullPromptStreamer, refuse, setting, shift_lengths
 from tokenprune_hf.inside.continuing import Continuing
@@ -445,6 +446,7 @@ class Calls:
                 "known holds selections, and this method chooses inside the language model, anew "
                 "in each call. Leave known out."
             )
+        crops: Sequence[int] | None = arguments.pop(IMAGE_CROPS, None)
         brought = self._pruner.encoded(arguments, known_cache)
         if brought is None:
             self._note(NOTHING)
@@ -452,6 +454,7 @@ class Calls:
         encoded, on_host = brought
         with torch.no_grad():
             placeholders = find_placeholders(self._vision, on_host["input_ids"], encoded)
+            encoded = self._pruner.scoped(encoded, placeholders, crops)
             device = arguments["input_ids"].device
             chosen = self._pruner.choose(on_host, encoded, placeholders, known, device)
             shortened = self._pruner.shorten(arguments, on_host, encoded, placeholders, chosen)

@@ -179,6 +179,7 @@ def _put(tensors: dict[str, Tensor], modality: str, media: EncodedModality) -> d
                 "grid": tokens.grid,
                 "is_picture": tokens.is_picture,
                 "label": tokens.label,
+                "medium": item.medium,
                 "tensors": sorted(stored),
                 "embeddings_are_rows": are_rows,
             }
@@ -319,7 +320,9 @@ def _modality(
         _check(set(needs) <= set(inputs), f"what is there of {modality} {number}")
         label, is_picture = str(described["label"]), bool(described.get("is_picture", True))
         tokens = VisualTokens(grid=grid, label=label, is_picture=is_picture, **inputs)
-        items.append(Item(of_item, tokens))
+        # Files from before it was written have it in the label alone: "image 0, crop 2".
+        medium = described.get("medium", label.partition(",")[0].rpartition(" ")[2])
+        items.append(Item(of_item, tokens, int(medium)))
     return EncodedModality(
         rows, sizes, bool(said["stacked"]), deepstack, items, bool(said["videos_told"])
     )

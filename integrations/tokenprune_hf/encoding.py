@@ -19,7 +19,7 @@ from tokenprune.selection import Selection
 from tokenprune.transfer import to_device
 from tokenprune_hf.any_model import vision_model_of_any_type
 from tokenprune_hf.encoder_inputs import arguments_on_host
-from tokenprune_hf.vision import ENCODED, USUAL, EncodedModality, Item, VisionModel
+from tokenprune_hf.vision import ENCODED, USUAL, EncodedModality, VisionModel
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,12 @@ class Encoded:
         new_starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
         # Items count the rows of the whole batch, so they move with their image.
         items = [
-            Item(image.items[index].rows - starts[index] + new_start, image.items[index].tokens)
-            for index, new_start in zip(indices, new_starts[:-1], strict=True)
+            replace(
+                image.items[index],
+                rows=image.items[index].rows - starts[index] + new_start,
+                medium=number,
+            )
+            for number, (index, new_start) in enumerate(zip(indices, new_starts[:-1], strict=True))
         ]
         deepstack = [
             torch.cat([layer.split(image.sizes)[index] for index in indices])
@@ -137,14 +141,19 @@ def join(parts: Sequence[Encoded]) -> Encoded:
         batches = [part.modalities[modality] for part in parts]
         starts = itertools.accumulate((len(media.rows) for media in batches), initial=0)
         layers = zip(*(media.deepstack for media in batches), strict=True)
+        media_before = itertools.accumulate(
+            (max((item.medium + 1 for item in media.items), default=0) for media in batches),
+            initial=0,
+        )
         joined[modality] = replace(
             batches[0],
             rows=torch.cat([media.rows for media in batches]),
             sizes=[size for media in batches for size in media.sizes],
             deepstack=[torch.cat(layer) for layer in layers],
             items=[
-                Item(item.rows + start, item.tokens)
-                for media, start in zip(batches, starts, strict=False)  # the last start is the end
+                replace(item, rows=item.rows + start, medium=item.medium + first_medium)
+                # The last start is the end.
+                for media, start, first_medium in zip(batches, starts, media_before, strict=False)
                 for item in media.items
             ],
             videos_told=all(media.videos_told for media in batches),

@@ -7,6 +7,7 @@ others out of the prompt.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,20 @@ from tokenprune.budget import Budget
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.representation import tokens_represented
+from tokenprune.scope import Joined, Scope
 from tokenprune.selecting import check_known, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune.transfer import to_device
 from tokenprune_hf.caches import cache_length
+from tokenprune_hf.crops import join_crops
 from tokenprune_hf.encoder_inputs import arguments_on_host
 from tokenprune_hf.encoding import Encoded, encode_media, merged
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.reading import placed_items
 from tokenprune_hf.shortened import Application, Shortened
 from tokenprune_hf.shortening import shorten_prompt
-from tokenprune_hf.vision import ENCODED, EncodedModality, VisionModel, items_in_prompt
+from tokenprune_hf.vision import ENCODED, EncodedModality, Item, VisionModel, items_in_prompt
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,15 @@ class Chosen:
         The same selections in the order of the encoder's items, per modality.
     unchecked
         What is left to do to check them; see `checked`.
+    joined
+        Of each selection, the crops that it is of together, or None; empty where none is.
     """
 
     selections: list[Selection]
     seconds: float
     by_modality: dict[str, list[Selection]]
     unchecked: Callable[[], object] | None = None
+    joined: Sequence[Joined | None] = ()
 
     def checked(self) -> Chosen:
         """Return the same, once it is known that it may be used.
@@ -64,7 +70,15 @@ class Chosen:
         """
         if self.unchecked is not None:
             self.unchecked()
-        return dataclasses.replace(self, unchecked=None)
+        if not any(self.joined):
+            return dataclasses.replace(self, unchecked=None)
+        # Of each crop, now that the host waits anyway.
+        split = [
+            [selection] if joined is None else joined.split(selection)
+            for selection, joined in zip(self.selections, self.joined, strict=True)
+        ]
+        every = [one for of_item in split for one in of_item]
+        return dataclasses.replace(self, selections=every, unchecked=None, joined=())
 
 
 NOTHING = Chosen([], 0.0, {})
@@ -79,7 +93,7 @@ class Pruner:
     ----------
     vision
         The model's.
-    selector, budget, positions, application
+    selector, budget, positions, application, scope
         See `tokenprune_hf.prune`.
     proportional
         Whether selections have to say how many tokens each kept one stands for.
@@ -91,6 +105,7 @@ class Pruner:
     positions: Positions
     application: Application
     proportional: bool
+    scope: Scope = "item"
 
     def encoded(
         self, arguments: dict[str, Any], known_cache: bool
@@ -162,6 +177,14 @@ class Pruner:
                     "pass the pixel values without a cache."
                 )
 
+    def scoped(
+        self, encoded: Encoded, placeholders: Mapping[str, Tensor], crops: Sequence[int] | None
+    ) -> Encoded:
+        """Return the same with one item for each set that is chosen from; see `join_crops`."""
+        if self.scope == "item":
+            return encoded
+        return join_crops(self.vision, encoded, placeholders.get("image"), crops)
+
     def choose(
         self,
         on_host: Mapping[str, Any],
@@ -177,7 +200,7 @@ class Pruner:
         on_host
             The call's arguments, by name, on the CPU.
         encoded
-            What its images and videos were encoded to.
+            What its images and videos were encoded to; see `scoped`.
         placeholders
             See `tokenprune_hf.shortening.find_placeholders`.
         known
@@ -191,13 +214,18 @@ class Pruner:
             self.vision, on_host, encoded, placeholders, self.selector.needs, device
         )
         in_prompt = items_in_prompt(encoded.modalities, placeholders)
-        earlier = [None] * len(in_prompt) if known is None else list(known)
-        check_known(earlier, [items[modality][index].total for modality, index in in_prompt])
+        placed = [encoded.modalities[modality].items[index] for modality, index in in_prompt]
+        earlier = [None] * len(in_prompt) if known is None else _of_items(placed, known)
         known_of = dict(zip(in_prompt, earlier, strict=True))
         # Items of one shape go through the selector together, and come back in their order.
         every = [one for tokens in items.values() for one in tokens]
         already = [known_of[name, index] for name in items for index in range(len(items[name]))]
-        unchecked = select_unchecked(every, self.selector, self.budget, known=already)
+        counts = [
+            item.count(self.budget) for name in items for item in encoded.modalities[name].items
+        ]
+        unchecked = select_unchecked(
+            every, self.selector, self.budget, known=already, counts=counts
+        )
         chosen = iter(unchecked.selections)
         by_modality = {}
         for modality, tokens in items.items():
@@ -206,7 +234,9 @@ class Pruner:
                 selections = _represent(self.vision, encoded.modalities[modality], selections)
             by_modality[modality] = selections
         selections = [by_modality[modality][index] for modality, index in in_prompt]
-        return Chosen(selections, time.perf_counter() - started, by_modality, unchecked.checked)
+        seconds = time.perf_counter() - started
+        joined = [item.joined for item in placed]
+        return Chosen(selections, seconds, by_modality, unchecked.checked, joined)
 
     def shorten(
         self,
@@ -227,6 +257,18 @@ class Pruner:
             self.positions,
             self.application,
         )
+
+
+def _of_items(items: Sequence[Item], known: Sequence[Selection | None]) -> list[Selection | None]:
+    """Return a selection of each item that is chosen from, of those of its crops."""
+    crops = [[item.tokens] if item.joined is None else item.joined.crops for item in items]
+    check_known(known, [crop.total for of_item in crops for crop in of_item])
+    left = iter(known)
+    found = []
+    for item, of_item in zip(items, crops, strict=True):
+        own = list(itertools.islice(left, len(of_item)))
+        found.append(own[0] if item.joined is None else item.joined.whole(own))
+    return found
 
 
 def _represent(

@@ -16,11 +16,13 @@ from tokenprune.budget import Budget, Keep
 from tokenprune.config import Positions, PruningConfig, check_positions
 from tokenprune.errors import BudgetError, ConfigError, TokenPruneError, did_you_mean
 from tokenprune.inside.base import InsideMethod
+from tokenprune.scope import Scope, check_scope
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
 from tokenprune_hf.any_model import vision_model_of_any_type
 from tokenprune_hf.attached import Attachment, StandIn, attached
 from tokenprune_hf.calls import Calls
+from tokenprune_hf.crops import check_scope_of
 from tokenprune_hf.inside.everything import Everything
 from tokenprune_hf.inside.layers import InsideLayers
 from tokenprune_hf.mllama.by_name import trim_by_name
@@ -42,7 +44,7 @@ class Pruning(Attachment):
     ----------
     model
         The model that is pruned; the one inside, where a wrapper was passed.
-    selector, keep, positions, application, proportional_attention
+    selector, keep, positions, application, proportional_attention, scope
         What was asked for; `selector` is the method's object, also where it is no selector.
     selections
         One `Selection` per item (image, video or crop) of the last call, in prompt order: of the
@@ -60,12 +62,14 @@ class Pruning(Attachment):
         positions: Positions,
         application: Application,
         proportional_attention: bool = False,
+        scope: Scope = "item",
     ) -> None:
         super().__init__(model)
         self.selector = selector
         self._budget = Budget.of(keep)
         self.positions = check_positions(positions)
         self.application = _check_application(application)
+        self.scope = check_scope(scope, selector)
         if not isinstance(proportional_attention, bool):
             raise ConfigError(
                 f"proportional_attention={proportional_attention!r} must be True or False."
@@ -82,9 +86,16 @@ class Pruning(Attachment):
         else:
             before, budget = selector, self._budget
         check_selector(before, self._vision)
+        check_scope_of(self._vision, self.scope)
         self._vision.check_reading(positions, application == "mask", proportional_attention)
         pruner = Pruner(
-            self._vision, before, budget, positions, application, proportional_attention
+            self._vision,
+            before,
+            budget,
+            positions,
+            application,
+            proportional_attention,
+            self.scope,
         )
         self._calls = Calls(pruner)
         self.begin()
@@ -176,6 +187,7 @@ def prune(
     *,
     apply: Application = "drop",
     proportional_attention: bool = False,
+    scope: Scope = "item",
     **options: Any,
 ) -> Pruning:
     """Prune a model inside a ``with`` block.
@@ -222,6 +234,12 @@ def prune(
         area then weighs what it did in the full prompt. It costs no tokens and, with methods whose
         tokens cover the image, keeps more accuracy (docs/selectors.md). Token Merging's, arXiv
         2210.09461. vLLM's kernels cannot do it, so the answers of the two engines differ with it.
+    scope
+        ``"item"``: each image, crop of an image or video has a budget and a set of its own.
+        ``"image"``: the crops of an image have them together, `keep` tokens for each of them or a
+        share of all, wherever they lie; `selections` are those of crops all the same. Where a
+        processor does not tell which crops are of one image, a call has to:
+        ``image_crops=[5, 1]`` for an image of five and one of one.
     **options
         The method's own options.
 
@@ -239,7 +257,7 @@ def prune(
     TokenPruneError
         If the model is pruned already.
     """
-    return _start(model, method, keep, positions, apply, proportional_attention, options)
+    return _start(model, method, keep, positions, apply, proportional_attention, scope, options)
 
 
 def apply(
@@ -250,13 +268,14 @@ def apply(
     *,
     apply: Application = "drop",
     proportional_attention: bool = False,
+    scope: Scope = "item",
     **options: Any,
 ) -> Pruning:
     """Make a model's `generate` and calls run pruned until `remove`.
 
     Parameters, result and errors are those of `prune`.
     """
-    return _start(model, method, keep, positions, apply, proportional_attention, options)
+    return _start(model, method, keep, positions, apply, proportional_attention, scope, options)
 
 
 def _start(
@@ -266,6 +285,7 @@ def _start(
     positions: Positions,
     application: Application,
     proportional_attention: bool,
+    scope: Scope,
     options: dict[str, Any],
 ) -> Pruning:
     """Do what `prune` and `apply` say."""
@@ -280,27 +300,29 @@ def _start(
             "positions": (positions, "original"),
             "apply": (application, "drop"),
             "proportional_attention": (proportional_attention, False),
+            "scope": (scope, "item"),
         }
         # Not a `Pruning`, whatever the annotation says: the method is deprecated.
         return cast(Pruning, trim_by_name(model, cast(Keep, keep), options, about_prompts))
-    asked = _asked(method, keep, positions, options)
-    return Pruning(model, *asked, application, proportional_attention)
+    selector, budget, counted, scope = _asked(method, keep, positions, scope, options)
+    return Pruning(model, selector, budget, counted, application, proportional_attention, scope)
 
 
 def _asked(
     method: str | Selector | InsideMethod | PruningConfig,
     keep: Keep | None,
     positions: Positions,
+    scope: Scope,
     options: dict[str, Any],
-) -> tuple[Selector | InsideMethod, Keep | Budget, Positions]:
-    """Return the selector, budget and positions of a name with options, an object or a config."""
+) -> tuple[Selector | InsideMethod, Keep | Budget, Positions, Scope]:
+    """Return method, budget, positions and scope: of a name with options, an object, a config."""
     if isinstance(method, PruningConfig):
-        if keep is not None or options or positions != "original":
+        if keep is not None or options or positions != "original" or scope != "item":
             raise TokenPruneError(
-                "keep, positions or options came with a PruningConfig, which has them already. "
-                "Change them there, with dataclasses.replace."
+                "keep, positions, scope or options came with a PruningConfig, which has them "
+                "already. Change them there, with dataclasses.replace."
             )
-        return method.built(), method.budget, method.positions
+        return method.built(), method.budget, method.positions, method.scope
     given = cast(Keep, keep)
     if isinstance(method, (Selector, InsideMethod)):
         if options:
@@ -308,9 +330,9 @@ def _asked(
                 f"options {sorted(options)} came with a {type(method).__name__} object, which has "
                 "its options already. Set them there."
             )
-        return method, given, positions
-    config = PruningConfig(method, given, positions, options)
-    return config.built(), config.budget, config.positions
+        return method, given, positions, scope
+    config = PruningConfig(method, given, positions, options, scope)
+    return config.built(), config.budget, config.positions, config.scope
 
 
 def remove(model: Any) -> None:

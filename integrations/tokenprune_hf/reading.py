@@ -20,6 +20,7 @@ from tokenprune.question.attention import QueryKeys
 from tokenprune.question.prompt import ItemPrompt, loose_rows
 from tokenprune.question.reader import PromptReader, SetPrompts
 from tokenprune.tokens import FROM_PROMPT, VisualTokens
+from tokenprune.tower.layouts import places_on
 from tokenprune.transfer import to_device
 from tokenprune_hf.encoder_inputs import arguments_on_host
 from tokenprune_hf.encoding import Encoded
@@ -52,7 +53,7 @@ def prompt_items(
         not known which tiles make a video.
     """
     if not FROM_PROMPT & set(needs):
-        return _of_encoder(encoded)
+        return _of_encoder(encoded, needs)
     on_host = arguments_on_host(arguments)
     placeholders = find_placeholders(vision, on_host["input_ids"], encoded)
     device: torch.device = arguments["input_ids"].device
@@ -90,7 +91,7 @@ def placed_items(
         If no text comes after an item, or it is not known which tiles make a video.
     """
     if not FROM_PROMPT & set(needs):
-        return _of_encoder(encoded)
+        return _of_encoder(encoded, needs)
     # Each item's prompt is laid out on the host, so that the device is not waited for item by item.
     input_ids: Tensor = on_host["input_ids"]
     attention_mask = attention_mask_of(vision, on_host)
@@ -101,6 +102,7 @@ def placed_items(
     # Once a call: marks are read out of the whole config.
     users_text = vision.marks().users_text if "question_embeddings" in needs else None
     result: dict[str, list[VisualTokens]] = {}
+    of_encoder = _of_encoder(encoded, needs)
     for modality, media in encoded.modalities.items():
         places = placeholders[modality]
         vision.check_videos_told(media, places)
@@ -108,12 +110,10 @@ def placed_items(
         if not media.items:
             continue
         rows_of_items = [item.rows for item in media.items]
-        for item, own in zip(media.items, rows_of_items, strict=True):
+        for tokens, own in zip(of_encoder[modality], rows_of_items, strict=True):
             sample = int(places[own[0], 0])
             text = (attention_mask[sample].bool() & ~any_placeholder[sample]).nonzero()[:, 0]
-            prompt, rows = _item_prompt(
-                item.tokens, own, rows_of_items, places, input_ids[sample], text
-            )
+            prompt, rows = _item_prompt(tokens, own, rows_of_items, places, input_ids[sample], text)
             rows = to_device(rows, media.rows.device)
             added: dict[str, Any] = {}
             if "question" in needs:
@@ -123,25 +123,37 @@ def placed_items(
                 added["question_embeddings"] = vision.embedded(words)
             if "query_attention" in needs:
                 unpruned = partial(counted.around, sample, places[own, 1], text)
-                interval = vision.interval_read(modality, item.tokens.grid, unpruned)
+                interval = vision.interval_read(modality, tokens.grid, unpruned)
                 added["query_attention"] = PromptReader(
                     DecoderLayers(vision, device, counted.numbered),
                     prompt,
                     vision.as_read(media.rows[rows]),
                     [layer[rows] for layer in media.deepstack],
-                    item.tokens.grid,
+                    tokens.grid,
                     interval,
                 )
-            result[modality].append(replace(item.tokens, **added))
+            result[modality].append(replace(tokens, **added))
     return result
 
 
-def _of_encoder(encoded: Encoded) -> dict[str, list[VisualTokens]]:
-    """Return every item's tokens as the encoder made them."""
-    return {
-        modality: [item.tokens for item in media.items]
-        for modality, media in encoded.modalities.items()
-    }
+def _of_encoder(encoded: Encoded, needs: Sequence[str]) -> dict[str, list[VisualTokens]]:
+    """Return every item's tokens as the encoder made them, those at deepstack taps if needed."""
+    if "deepstack" not in needs:
+        return {
+            modality: [item.tokens for item in media.items]
+            for modality, media in encoded.modalities.items()
+        }
+    result = {}
+    for modality, media in encoded.modalities.items():
+        # What comes several times as one object stays one.
+        seen: dict[int, VisualTokens] = {}
+        rows = places_on([item.rows for item in media.items], media.rows.device)
+        for item, own in zip(media.items, rows, strict=True):
+            if id(item.tokens) not in seen:
+                taps = torch.stack([layer[own] for layer in media.deepstack])
+                seen[id(item.tokens)] = replace(item.tokens, deepstack=taps)
+        result[modality] = [seen[id(item.tokens)] for item in media.items]
+    return result
 
 
 def _item_prompt(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tokenprune.budget import Budget
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError, UnsupportedModelError
 from tokenprune.families.any import rope_axes
@@ -22,6 +23,7 @@ from tokenprune.families.base import MIDDLE, SCORING, Family
 from tokenprune.families.modules import entrance_of, layers_of
 from tokenprune.families.registry import FAMILIES, attending_layers
 from tokenprune.question.prompt import Marks
+from tokenprune.scope import Joined
 from tokenprune.selectors.base import Selector
 from tokenprune.tokens import Projector, VisualTokens, tokens_at
 from tokenprune.tower.layouts import Grid, Medium, places_on
@@ -49,10 +51,20 @@ class Item:
         for the modality. Rows that belong to no item (newline tokens, a CLS token) always stay.
     tokens
         What the selector may look at.
+    medium
+        Which image or video of the modality it is of, from 0.
+    joined
+        The crops that it was made of, where they are chosen from together.
     """
 
     rows: Tensor
     tokens: VisualTokens
+    medium: int = 0
+    joined: Joined | None = None
+
+    def count(self, budget: Budget) -> int:
+        """Return how many of its tokens stay."""
+        return budget.count(self.tokens.total) if self.joined is None else self.joined.count(budget)
 
 
 @dataclass(frozen=True)
@@ -494,6 +506,7 @@ class VisionModel:
                             label=f"{label}, {segment.label}" if segment.label else label,
                             **tokens_at(looked_at, place),
                         ),
+                        number,
                     )
                 )
             start += medium.rows
@@ -602,7 +615,7 @@ def check_selector(selector: Selector, vision: VisionModel) -> None:
     OptionError
         If an option asks for what this model's projector does not allow.
     """
-    vision.family.check_needs(selector.name, selector.gathers)
+    vision.family.check_selector(selector)
     selector.check_model(vision.model.config)
     if selector.merges and vision.model.config.model_type in PROJECTED_LATER:
         raise UnsupportedModelError(

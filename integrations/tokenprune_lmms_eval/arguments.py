@@ -19,6 +19,7 @@ _REQUIRED = ("pretrained", "method", "keep")
 _KNOWN = (
     *_REQUIRED,
     "positions",
+    "scope",
     "options",
     "max_frames_num",
     "fps",
@@ -37,7 +38,7 @@ class Arguments:
     pretrained
         Folder of a checkpoint, a name that transformers can find, or ``"bundled"``.
     pruning
-        Method, budget, positions and options.
+        Method, budget, positions, scope and options.
     max_frames_num
         Frames read of a video, spread evenly; with `fps`, the most there may be.
     fps
@@ -104,6 +105,7 @@ def read_arguments(values: Mapping[str, Any]) -> Arguments:
             values["keep"],
             values.get("positions", "original"),
             _options(values),
+            values.get("scope", "item"),
         ),
         max_frames_num=FRAMES if frames is None else frames,
         fps=None if fps is None else float(fps),

@@ -71,7 +71,12 @@ class PrunedModel(lmms):
                 ) from None
         config = arguments.pruning
         self.pruning = tokenprune_hf.apply(
-            self.model, config.method, config.keep, config.positions, **config.options
+            self.model,
+            config.method,
+            config.keep,
+            config.positions,
+            scope=config.scope,
+            **config.options,
         )
         self._told: set[str] = set()
 

@@ -52,6 +52,9 @@ from tokenprune_vllm.tracing import Layout, Tracer, decoder_of
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
 
+_NUMBERS = ("features", "embeddings", "deepstack", "question_embeddings")
+"""What selectors look at beside the tower's q and k, and may hold what is not finite."""
+
 
 class Chooser:
     """Chooses rows by the methods that a server loads.
@@ -105,7 +108,7 @@ class Chooser:
             if self._tracer.layers:
                 family.given |= TRACED
         for selector in self._selectors.values():
-            family.check_needs(selector.name, selector.gathers)
+            family.check_selector(selector)
         self.attention_name = "none"
         self._attention: nn.Module | None = None
         self._middle: nn.Module | None = None
@@ -132,6 +135,7 @@ class Chooser:
         elif "projector" in needs:
             # Which of them is a projector is not known before weights are loaded.
             keep_weights_plain(model, besides=decoder_of(model))
+        self._looks_deeper = "deepstack" in needs
         self._reads_words = "question_embeddings" in needs
         if self._reads_words:
             said = vllm_config.model_config.try_get_generation_config()
@@ -353,12 +357,19 @@ class Chooser:
             embeddings=rows[in_item, : self._width],
             projector=self._projector,
             label=f"{item.ticket.modality} {index} {segment.label}".strip(),
+            deepstack=self._deepstack(rows[in_item]) if self._looks_deeper else None,
             **tokens_at(looked_at, in_item),
         )
         pruning = item.ticket.pruning
         if pruning is not None and reads_prompt(pruning.method):
             return self._with_prompt(tokens, item, segment, rows)
         return tokens
+
+    def _deepstack(self, rows: Tensor) -> Tensor:
+        """Return what goes into deeper layers, tap by tap [L, N, D], of a segment's rows."""
+        taps = rows[:, self._width :].unflatten(1, (self._family.taps, self._width))
+        in_front: Tensor = taps.movedim(1, 0)
+        return in_front
 
     def _with_prompt(
         self, tokens: VisualTokens, item: Item, segment: Segment, rows: Tensor
@@ -511,7 +522,7 @@ def _finite(tokens: VisualTokens) -> VisualTokens:
         query_attention=None if reader is None else reader.made_finite(),
         **{
             name: value.nan_to_num(0.0, 0.0, 0.0)
-            for name in ("features", "embeddings", "question_embeddings", *SCORING, *MIDDLE)
+            for name in (*_NUMBERS, *SCORING, *MIDDLE)
             if (value := getattr(tokens, name)) is not None
         },
     )

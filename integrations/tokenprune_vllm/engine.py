@@ -14,7 +14,8 @@ from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
 from tokenprune.families.registry import FAMILIES
 from tokenprune.providers import model_path
-from tokenprune.registry import find
+from tokenprune.registry import build
+from tokenprune.scope import Scope
 from tokenprune_vllm.lookup import architecture_of
 from tokenprune_vllm.settings import KEY, MARK, ServerSettings
 
@@ -31,6 +32,7 @@ def engine_args(
     *,
     positions: Positions = "original",
     options: Mapping[str, Any] | None = None,
+    scope: Scope = "item",
     request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     **engine: Any,
 ) -> dict[str, Any]:
@@ -49,6 +51,9 @@ def engine_args(
         after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
     options
         The method's own options.
+    scope
+        ``"item"``: each crop of an image has a budget and a set of kept tokens of its own.
+        ``"image"``: all crops of an image have them together; see `tokenprune.PruningConfig`.
     request_methods
         Methods, beside `method`, that a request may name; a mapping gives their options.
     **engine
@@ -73,7 +78,7 @@ def engine_args(
     overrides = pruning_overrides(
         read_config(path, engine.get("revision")),
         str(model),
-        PruningConfig(method, keep, positions, dict(options or {})),
+        PruningConfig(method, keep, positions, dict(options or {}), scope),
         request_methods,
     )
     check_plugin()
@@ -140,8 +145,8 @@ def pruning_overrides(
     if not isinstance(request_methods, Mapping):
         request_methods = {name: {} for name in request_methods}
     settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
-    for name in settings.methods:
-        needs = find(name).needs  # raises where there is none of that name
+    for name, options in settings.methods.items():
+        needs = build(name, options).needs  # raises where there is none of that name
         if config.get("model_type") in FAMILIES:
             FAMILIES[config["model_type"]].check_attends(name, needs)
     overrides: dict[str, Any] = {"architectures": [architecture.name], KEY: settings.to_dict()}

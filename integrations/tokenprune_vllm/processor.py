@@ -30,6 +30,7 @@ from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDeta
 from tokenprune.budget import tokens_kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
+from tokenprune.scope import count_together
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
 from tokenprune_vllm.architectures import reads_prompt
@@ -273,6 +274,8 @@ class PruningProcessor:
             medium = medium_of(self._family, modality, rows, fields)
             segments = self._family.segments(medium)
         region = Region(ids, is_row, tuple(segments))
+        if pruning is not None and pruning.scope == "image" and modality == "image":
+            pruning, region = self._of_image(pruning, region)
         layout = "" if self._family.known else _layout(modality, fields)
         ticket = Ticket(modality, pruning, region, medium, *_held_together(item), layout)
         batched = MultiModalBatchedField(keep_on_cpu=True)
@@ -293,6 +296,27 @@ class PruningProcessor:
             region=ticket.region,
         )
         return [replace(update, content=details) for update in updates]
+
+    def _of_image(self, pruning: PruningConfig, region: Region) -> tuple[PruningConfig, Region]:
+        """Return one set for all crops of an image, with the number of tokens that they keep.
+
+        Raises
+        ------
+        RequestError
+            If it has to be known how many stay of each.
+        """
+        totals = [len(segment.rows) for segment in region.segments]
+        if len(totals) < 2:
+            return pruning, region
+        whole = region.joined()
+        if whole.rows_move() and any(map(self._family.images_see_all, (False, True))):
+            raise RequestError(
+                f"text stands between the {len(totals)} crops of this image, each of which sees "
+                "itself both ways, so vLLM has to know where each begins and ends before its "
+                "tokens are chosen. Start the server with --scope item, or send images that are "
+                "not cut into crops."
+            )
+        return replace(pruning, keep=count_together(pruning.keep, totals)), whole
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
         prompt_ids, placeholders = super()._maybe_apply_prompt_updates(  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.any import TRACED
-from tokenprune.registry import find
+from tokenprune.registry import build
 from tokenprune_vllm.drafting import is_drafted
 from tokenprune_vllm.positions import known_positions, rope_types
 from tokenprune_vllm.settings import INTERLEAVED, MARK, ServerSettings
@@ -38,7 +38,11 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
     original = settings.default.positions == "original"
     drafted = is_drafted(vllm_config)
     reads = bool(settings.readers)
-    tracing = [] if known else [name for name in settings.methods if TRACED & set(find(name).needs)]
+    tracing = [
+        name
+        for name, options in settings.methods.items()
+        if not known and TRACED & set(build(name, options).needs)
+    ]
     reading = (
         f"together with {settings.readers[0]}, which runs the model's first layers itself"
         if reads
@@ -55,6 +59,10 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
             f"--enable-lora without --enable-tower-connector-lora {reading}: add it, as "
             "`tokenprune serve` and `engine_args` do, so that vLLM keeps images of requests with "
             "other adapters apart",
+        ),
+        (
+            not known and settings.default.scope == "image",
+            "--scope image for a model of no known family (which rows are crops is not known)",
         ),
         (
             bool(multimodal.video_pruning_rate),

@@ -9,7 +9,7 @@ made, and travels to the worker with the image, so both ends count alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,11 @@ class Region:
             len(segment.rows) - tokens_kept(keep, len(segment.rows)) for segment in self.segments
         )
         return self.total - dropped
+
+    def joined(self) -> Region:
+        """Return the same with all segments as one, whose rows lie in no grid."""
+        rows = torch.cat([segment.rows for segment in self.segments]).sort().values
+        return replace(self, segments=(Segment(rows, None),))
 
     def rows_move(self) -> bool:
         """Say whether text stands between the rows of some segment.

@@ -18,6 +18,7 @@ from tokenprune.arguments import (
     add_model,
     add_options,
     add_positions,
+    add_scope,
     options_by_method,
     parse_keep,
 )
@@ -57,11 +58,12 @@ def add_pruning(parser: Parser) -> None:
         type=Path,
         metavar="FILE",
         help="a PruningConfig as JSON, which calibrate and find-layer write, in place of --method, "
-        "--keep and --positions",
+        "--keep, --positions and --scope",
     )
     add_method(parser, "see `tokenprune methods`")
     add_keep(parser)
     add_positions(parser)
+    add_scope(parser)
     add_options(parser)
     parser.add_argument(
         "--request-method",
@@ -202,6 +204,7 @@ def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, 
         parse_keep(arguments.keep),
         arguments.positions,
         options.get(arguments.method, {}),
+        arguments.scope,
     )
     return pruning, {name: options.get(name, {}) for name in arguments.request_method}
 

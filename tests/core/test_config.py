@@ -47,7 +47,7 @@ def test_the_selector_is_built_once_and_by_each_copy_anew() -> None:
     assert config.selector() is config.selector()
     for again in (copy.copy(config), copy.deepcopy(config), pickled(config)):
         assert again == config
-        assert vars(again).keys() == {"method", "keep", "positions", "options"}
+        assert vars(again).keys() == {"method", "keep", "positions", "options", "scope"}
         assert again.selector() == config.selector()
         assert again.selector() is not config.selector()
     changed = dataclasses.replace(config, keep=8, options={"seed": 5})

@@ -38,7 +38,7 @@ def engine(
     }
     pruning = {
         name: settings.pop(name)
-        for name in ("positions", "options", "request_methods")
+        for name in ("positions", "options", "scope", "request_methods")
         if name in settings
     }
     if method is None:

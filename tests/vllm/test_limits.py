@@ -347,6 +347,20 @@ def test_serve_and_engine_args_and_export_take_the_bundled_model(tmp_path: Path)
     assert (out / "model.safetensors").is_file()
 
 
+def test_where_tokens_are_taken_and_the_scope_reach_the_server(tmp_path: Path) -> None:
+    config = {"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = (str(tmp_path), "--method=divprune", "--keep=4", "--option", "divprune.taken=before")
+    made = settings_in(serve_command(*words, "--scope=image"))
+    assert (made["options"], made["scope"]) == ({"taken": "before"}, "image")
+    assert "scope" not in settings_in(serve_command(*words))
+    refused = (str(tmp_path), "--method=evs", "--keep=4", "--scope=image")
+    with pytest.raises(ConfigError, match=r"scope='image' does not go with method 'evs'"):
+        serve_command(*refused)
+    with pytest.raises(OptionError, match="Did you mean 'before'"):
+        serve_command(*words[:-1], "taken=befor")
+
+
 def test_options_of_the_methods_that_requests_may_name(llava: Path, tmp_path: Path) -> None:
     requests = ("--allow-request-keep", "--request-methods", "flexselect", "random", "--keep=4")
 

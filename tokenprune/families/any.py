@@ -184,6 +184,8 @@ class AnyFamily(Family):
         # Of a family, all models count alike; here each is asked.
         self.mrope = mrope  # type: ignore[misc]
         self.given = {"embeddings", "question", "question_embeddings"}  # engines add what they find
+        if self.taps:
+            self.given.add("deepstack")
         if causal and can_be_counted(config):
             self.given.add("query_attention")
 

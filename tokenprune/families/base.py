@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.modules import find_projector, find_tower
+from tokenprune.selectors.base import Selector
 from tokenprune.tokens import FROM_CALLER, Projector
 from tokenprune.tower.attention import mean_of_blocks, packed_pictures, received, whole_pictures
 from tokenprune.tower.layouts import Grid, Medium, Segment, Sides, check_rows, one_segment
@@ -131,6 +132,14 @@ class Family:
     whole_image_last: ClassVar[bool] = False
     """Whether an image that is cut into tiles comes whole and small behind them, not in front."""
 
+    tells_images: ClassVar[bool] = True
+    """Whether the inputs of transformers tell which pictures are the crops of one image; in vLLM
+    they always do."""
+
+    crops_touch: ClassVar[bool] = False
+    """Whether the crops of an image stand side by side in the prompt, so that this tells it; of
+    families that are `delimited`."""
+
     attends: ClassVar[bool] = True
     """Whether the last layers of the tower attend, so that tokens have an attention score."""
 
@@ -149,6 +158,35 @@ class Family:
 
     def __init__(self, config: ModelConfig) -> None:
         self.config: Any = config
+
+    @property
+    def taps(self) -> int:
+        """Deepstack taps of the tower: layers whose tokens the language model is given besides."""
+        vision = getattr(self.config, "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+    def check_selector(self, selector: Selector) -> None:
+        """Raise if a method looks at what is not known of the model, or at what it has not.
+
+        Parameters
+        ----------
+        selector
+            The method with its options.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Naming what it needs.
+        """
+        tap, taps = selector.tap, self.taps
+        if tap is not None and tap >= taps:
+            there = f"has deepstack-0 to deepstack-{taps - 1}" if taps else "has no deepstack tap"
+            raise UnsupportedModelError(
+                f"method {selector.name!r} takes tokens at deepstack-{tap}, and the vision tower "
+                f"of this {self.config.model_type} {there}. Use taken='before' or taken='after' "
+                "the projector, which every tower has."
+            )
+        self.check_needs(selector.name, selector.gathers)
 
     def check_needs(self, method: str, needs: Sequence[str]) -> None:
         """Raise if a method looks at what is not known of the model.

@@ -69,6 +69,7 @@ class MiniCPMV46(OwnSides):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("minicpmv4_6",)
+    tells_images: ClassVar[bool] = False
     label: ClassVar[str] = "slice"
 
     @property

@@ -139,6 +139,7 @@ class Lfm2VL(OwnSides):
     """LFM2-VL: pixel unshuffle, layer norm or none, linear, GELU, linear; tiles, then the whole."""
 
     model_types: ClassVar[tuple[str, ...]] = ("lfm2_vl",)
+    tells_images: ClassVar[bool] = False
     label: ClassVar[str] = "tile"
     whole_image_last: ClassVar[bool] = True
 

@@ -23,6 +23,7 @@ class Tiles(Family):
     """Every tile of an image is a segment of its own; a video, where one is told, is one."""
 
     tells_videos: ClassVar[bool] = False
+    tells_images: ClassVar[bool] = False
     delimited: ClassVar[bool] = True
 
     def segments(self, medium: Medium) -> Sequence[Segment]:
@@ -39,6 +40,7 @@ class InternVL(Tiles):
     """InternVL: pixel shuffle, then layer norm, linear, GELU, linear. Video frames are tiles."""
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    crops_touch: ClassVar[bool] = True
     whole_image_last: ClassVar[bool] = True
     reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {
         (32, 4096): 15,  # InternVL2.5-8B
@@ -117,6 +119,7 @@ class PerceptionLM(Tiles):
 
     model_types: ClassVar[tuple[str, ...]] = ("perception_lm",)
     tells_videos: ClassVar[bool] = True
+    tells_images: ClassVar[bool] = True
     videos_by_image_encoder: ClassVar[bool] = True
 
     @property
@@ -217,6 +220,7 @@ class Gemma3n(Tiles):
     """
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma3n",)
+    tells_images: ClassVar[bool] = True  # which are never cut
     attends: ClassVar[bool] = False
 
     def token_sides(self, medium: Medium) -> Sides:

@@ -58,7 +58,8 @@ class Selector:
     paper
         Title and arXiv number, or where else the method comes from; "" for a baseline.
     needs
-        Names out of `tokenprune.tokens.INPUTS`; adapters gather only these.
+        Names out of `tokenprune.tokens.INPUTS`; adapters gather only these. Those of an object may
+        be others, where what it looks at is an option.
     optional
         Likewise, for what the method uses where a caller gives it; no adapter gathers it.
     of_place
@@ -128,6 +129,11 @@ class Selector:
         """What adapters have to gather: `needs`, and the projector where features are added up."""
         added = self.merges == "features" and "projector" not in self.needs
         return (*self.needs, "projector") if added else self.needs
+
+    @property
+    def tap(self) -> int | None:
+        """The deepstack tap of the tower that it looks at, from 0; None where it looks at none."""
+        return None
 
     def inputs_of(self, item: VisualTokens) -> tuple[str, ...]:
         """Return which inputs of an item the method is given: `needs`, and `optional` ones."""

@@ -8,14 +8,15 @@ from typing import ClassVar
 from torch import Tensor
 
 from tokenprune.greedy import engine
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 _LEAST = 1e-6  # added to every relevance before it is scaled: the authors'
 
 
 @dataclass(frozen=True)
-class CDPruner(Selector):
+class CDPruner(TokenVectors):
     """Conditional determinantal point process: tokens that are diverse and relevant.
 
     With z the projected tokens, v_i the tokens and q_s the parts of the question in CLIP's joint
@@ -59,7 +60,7 @@ class CDPruner(Selector):
             tokens.require("image_embeddings"), tokens.require("text_embeddings")
         )
         similar = engine.folded_sum(cosines, 1)
-        return pick_conditional(tokens.require("embeddings"), similar, -cosines.shape[1], keep)
+        return pick_conditional(self.vectors(tokens), similar, -cosines.shape[1], keep)
 
 
 def cosines_to_text(rows: Tensor, text: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from tokenprune.greedy import engine
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
 from tokenprune.selectors.cdpruner import cosines_to_text, pick_conditional
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class CDPrunerLLM(Selector):
+class CDPrunerLLM(TokenVectors):
     """CDPruner's determinant, with relevance measured where the language model reads.
 
     With z the projected tokens and t the input embeddings of the question,
@@ -46,13 +47,16 @@ class CDPrunerLLM(Selector):
     summary: ClassVar[str] = "distances between projected tokens, weighted by the question's"
     paper: ClassVar[str] = "none: tokenprune's own form of CDPruner, arXiv 2506.10967"
     needs: ClassVar[tuple[str, ...]] = ("question_embeddings", "embeddings")
+    stays_needed: ClassVar[tuple[str, ...]] = ("embeddings",)  # relevance is where text is read
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending, and the relevance float32 [B, N]."""
-        embeddings = tokens.require("embeddings")
-        cosines = cosines_to_text(embeddings, tokens.require("question_embeddings"))
+        vectors = self.vectors(tokens)
+        cosines = cosines_to_text(
+            tokens.require("embeddings"), tokens.require("question_embeddings")
+        )
         sign = 1 if self.sign == "plus" else -1
         if self.reduction == "max":
-            return pick_conditional(embeddings, cosines.amax(dim=1), sign, keep)
+            return pick_conditional(vectors, cosines.amax(dim=1), sign, keep)
         similar = engine.folded_sum(cosines, 1)
-        return pick_conditional(embeddings, similar, sign * cosines.shape[1], keep)
+        return pick_conditional(vectors, similar, sign * cosines.shape[1], keep)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tokenprune.errors import OptionError
 from tokenprune.greedy import engine
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device, to_host
 
 
 @dataclass(frozen=True)
-class Dart(Selector):
+class Dart(TokenVectors):
     """Duplication matters more than importance: tokens that differ most from a few pivots.
 
     Pivots are the tokens of largest L1 norm, which stay, and the question's tokens of largest L1
@@ -84,12 +85,20 @@ class Dart(Selector):
                 raise OptionError(
                     f"option {option}={value} of method {self.name!r} must be at least {least}."
                 )
+        if self.text_pivots and self.taken != "after":
+            raise OptionError(
+                f"option taken={self.taken!r} of method {self.name!r} takes the image's tokens "
+                "where the question's are not, so none of those can be a pivot. Give "
+                "text_pivots=0 along with it."
+            )
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
         total, question = tokens.total, tokens.require("question_embeddings")
         # All rows together: what is done to them is done once.
-        rows = engine.integer_rows(torch.cat([tokens.require("embeddings"), question], dim=1))
+        vectors = self.vectors(tokens)
+        together = torch.cat([vectors, question], dim=1) if self.text_pivots else vectors
+        rows = engine.integer_rows(together)
         of_image = min(self.image_pivots, keep)
         of_text = min(self.text_pivots, question.shape[1])
         pivots, free = engine.pivots(rows.l1_norms(), total, of_image, of_text)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from tokenprune.greedy.engine import Some, pick
 from tokenprune.greedy.items import Items
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class DivPrune(Selector):
+class DivPrune(TokenVectors):
     """Max-min diversity over the projected tokens, distance ``1 - cos``.
 
     Starts with the token whose nearest neighbour is farthest (the second smallest entry of its
@@ -26,11 +27,12 @@ class DivPrune(Selector):
     Models", arXiv 2503.02175, and its released code. Unlike there, a token that is taken is
     masked: exact duplicates and half precision could otherwise pick one index twice. On LLaVA-NeXT
     the authors choose one set from all crops and newline tokens of an image; here each item, there
-    a crop, has a budget and a set of its own, and newlines stay: another choice under the same
-    share. A share of N is rounded half to even there and half up here (`tokenprune.tokens_kept`);
-    for the published shares of 576 tokens both are the same, and ``keep=round(0.098 * N)`` gives
-    theirs for any N. The start costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D),
-    and on a GPU all products of up to 4,096 tokens.
+    a crop, has a budget and a set of its own, or with ``scope="image"`` all crops have one
+    (`tokenprune.scope`), and newlines stay: another choice under the same share. A share of N is
+    rounded half to even there and half up here (`tokenprune.tokens_kept`); for the published shares
+    of 576 tokens both are the same, and ``keep=round(0.098 * N)`` gives theirs for any N. The start
+    costs O(N * N * D) time, the rest O(K * N * D); memory is O(N * D), and on a GPU all products of
+    up to 4,096 tokens.
     """
 
     name: ClassVar[str] = "divprune"
@@ -41,11 +43,11 @@ class DivPrune(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
-        return Picks(pick_diverse(tokens.require("embeddings"), keep))
+        return Picks(pick_diverse(self.vectors(tokens), keep))
 
     def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
         """Return LongTensor [B, max(keeps)]; there are no scores."""
-        return Picks(pick_diverse(tokens.require("embeddings"), keeps, sizes=tokens.sizes))
+        return Picks(pick_diverse(self.vectors(tokens), keeps, sizes=tokens.sizes))
 
 
 def pick_diverse(

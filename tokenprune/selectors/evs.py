@@ -11,15 +11,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tokenprune.budget import left_by_rate
-from tokenprune.selectors.base import ByPlace, Selector
+from tokenprune.selectors.base import ByPlace
 from tokenprune.selectors.in_time import distances_in_time
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 _FIRST = 255.0  # above every change, which is 2 at most
 
 
 @dataclass(frozen=True)
-class Evs(Selector):
+class Evs(TokenVectors):
     """Score each token of a video by how much it changed since the frame before.
 
         s[0, p] = 255,  s[t, p] = 1 - cos(z[t, p], z[t-1, p])
@@ -45,7 +46,7 @@ class Evs(Selector):
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: 255 in the first frame, then 1 - cosine, from 0 to 2."""
-        embeddings = tokens.require("embeddings")
+        embeddings = self.vectors(tokens)
         frames, rows, columns = tokens.grid
         if frames == 1:
             return embeddings.new_full(embeddings.shape[:2], _FIRST, dtype=torch.float32)

@@ -17,9 +17,10 @@ from tokenprune.greedy.rows import IntegerRows
 from tokenprune.merging import Merge
 from tokenprune.numerics import square_root
 from tokenprune.representation import representatives
-from tokenprune.selectors.base import ByPlace, Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks
 from tokenprune.selectors.cls_attention import ClsAttention
 from tokenprune.selectors.in_time import distances_in_time
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device, to_host
 
@@ -32,7 +33,7 @@ _CENTRE, _SALIENT, _ORDINARY = range(3)
 
 
 @dataclass(frozen=True)
-class FastVid(Selector):
+class FastVid(TokenVectors):
     """Cut a video into segments of alike frames; keep salient tokens, merge the rest into centres.
 
     With n tokens a frame, T frames and K to keep, a frame has ``b = floor(K / T)`` tokens, of which
@@ -124,7 +125,7 @@ class FastVid(Selector):
     def __post_init__(self) -> None:
         super().__post_init__()
         # What is looked at is an option, and nobody is asked for what is not looked at.
-        inputs = dict.fromkeys(("embeddings", self.segment_by, self.salient_by))
+        inputs = dict.fromkeys((self.vectors_from, self.segment_by, self.salient_by))
         object.__setattr__(self, "needs", tuple(inputs))
         for option, fits, wanted in (
             ("segments", self.segments >= 1, "at least 1 (the paper has 8)"),
@@ -141,7 +142,7 @@ class FastVid(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending, the attention [B, N], and a merge for each item."""
-        embeddings, frames = tokens.require("embeddings"), tokens.grid[0]
+        vectors, frames = self.vectors(tokens), tokens.grid[0]
         attention = self._attention(tokens)
         each = -(-keep // frames) if self.counts == "cut" else keep // frames
         context = int(each * self.context_share)
@@ -150,7 +151,7 @@ class FastVid(Selector):
             return Picks(_first(attention, kinds, keep), attention)
         kept, merges = [], []
         for item, segments in enumerate(self._segments(tokens)):
-            centres, stands_for = self._context(embeddings[item], ordinary[item], segments, context)
+            centres, stands_for = self._context(vectors[item], ordinary[item], segments, context)
             of_item = kinds[item].scatter(0, centres, _CENTRE)[None]
             stays = _first(attention[item, None], of_item, keep)[0]
             kept.append(stays)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from tokenprune.greedy.engine import folded_sum
-from tokenprune.selectors.base import Selector
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class FeatureNorm(Selector):
+class FeatureNorm(TokenVectors):
     """Score s_i = ||x_i||_2 of the encoder's output, before the projector."""
+
+    taken: str = field(default="before", kw_only=True)
 
     name: ClassVar[str] = "feature-norm"
     summary: ClassVar[str] = "L2 norm of the encoder's features (baseline)"
@@ -23,5 +25,5 @@ class FeatureNorm(Selector):
 
     def score(self, tokens: TokenBatch) -> Tensor:
         """Return float32 [B, N]: the norm of each row of `features`."""
-        features = tokens.require("features").float()
+        features = self.vectors(tokens).float()
         return folded_sum(features.square(), dim=-1).sqrt()

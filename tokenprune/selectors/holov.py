@@ -13,8 +13,9 @@ from tokenprune.greedy.engine import folded_sum, rows_in_parts
 from tokenprune.greedy.rows import IntegerRows
 from tokenprune.merging import Merge
 from tokenprune.numerics import square_root
-from tokenprune.selectors.base import ByPlace, Picks, Selector, top_k
+from tokenprune.selectors.base import ByPlace, Picks, top_k
 from tokenprune.selectors.cls_attention import mean_over_heads
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device
 
@@ -22,7 +23,7 @@ _ENTRIES = 2**22  # float64 cosines that exist at one time: 32 MiB
 
 
 @dataclass(frozen=True)
-class HoloV(Selector):
+class HoloV(TokenVectors):
     """Quotas of P runs of the flattened tokens, and in each run the tokens of highest attention.
 
     With a the CLS token's attention, the mean over heads, and S the cosines of the embeddings of a
@@ -86,7 +87,7 @@ class HoloV(Selector):
         wanted = self.chunks or max(1, int(1024 / 576 * tokens.total / keep))
         runs = _Runs.of(tokens.total, min(wanted, tokens.total), tokens.device)
         attention = runs.values(scores.double())
-        parts = rows_in_parts(tokens.require("embeddings"))
+        parts = rows_in_parts(self.vectors(tokens))
         variance = torch.cat([runs.variance(rows) for rows in parts])
         quota = _quotas(runs.scores(attention, variance, self.beta), runs.sizes, keep, self.exact)
         chosen = runs.highest(scores, quota)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -10,13 +10,13 @@ from torch import Tensor
 from tokenprune.errors import OptionError
 from tokenprune.greedy.engine import Some, pick, scaled
 from tokenprune.greedy.items import Items
-from tokenprune.selectors.base import Selector
 from tokenprune.selectors.cls_attention import mean_over_heads
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class IdSelection(Selector):
+class IdSelection(TokenVectors):
     """Importance, from which similar tokens that were taken before are subtracted softly.
 
     With s_i the CLS token's attention to token i, the mean over heads, scaled to [0, 1] in each
@@ -43,6 +43,7 @@ class IdSelection(Selector):
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
 
     sharpness: float = 20.0
+    taken: str = field(default="before", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,4 +64,4 @@ class IdSelection(Selector):
         def choose(items: Items, some: Some) -> Tensor:
             return items.soft_suppress(importance[some], self.sharpness)
 
-        return pick(tokens.require("features"), keep, choose)
+        return pick(self.vectors(tokens), keep, choose)

@@ -22,9 +22,10 @@ from tokenprune.greedy.engine import Some, folded_sum, pick
 from tokenprune.greedy.items import Items
 from tokenprune.question.attention import QueryKeys, question_scores
 from tokenprune.representation import representatives
-from tokenprune.selectors.base import ByPlace, Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks
 from tokenprune.selectors.frame_sets import of_set, pick_in_sets, shares
 from tokenprune.selectors.layer_reading import LayerReading
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device, to_host
 
@@ -33,7 +34,7 @@ _GROUP = 2048  # tokens of which candidates are chosen together, at most
 
 
 @dataclass(frozen=True)
-class Information(Selector):
+class Information(TokenVectors):
     """Keep tokens with large or distinctive embeddings that the other kept ones do not predict.
 
     Greedy maximum of ``log det(I + K_S / σ²)`` over sets S of the projected tokens E [N, D], with
@@ -79,20 +80,20 @@ class Information(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
-        embeddings = tokens.require("embeddings")
+        vectors = self.vectors(tokens)
 
         def pick(members: Tensor, share: int) -> Tensor:
             frames = _frames(tokens, members)
-            rows = of_set(embeddings, members)
+            rows = of_set(vectors, members)
             return pick_informative(rows, share, self.noise, frames=frames)
 
-        return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, embeddings.device, pick))
+        return Picks(pick_in_sets(tokens.grid, self.frames_per_set, keep, vectors.device, pick))
 
     def select_sizes(self, tokens: TokenBatch, keeps: Sequence[int]) -> Picks:
         """Return LongTensor [B, max(keeps)]; there are no scores."""
         grids = tokens.grids or (tokens.grid,) * tokens.size
         if all(frames == 1 for frames, _, _ in grids):
-            rows = tokens.require("embeddings")
+            rows = self.vectors(tokens)
             return Picks(pick_informative(rows, keeps, self.noise, sizes=tokens.sizes))
         # Videos have sets and changes of their own.
         alone = (self.select(tokens.alone(index), keep) for index, keep in enumerate(keeps))
@@ -100,7 +101,7 @@ class Information(Selector):
 
 
 @dataclass(frozen=True)
-class RelevantInformation(LayerReading):
+class RelevantInformation(LayerReading, TokenVectors):
     """Keep the tokens with most information about what the question attends to.
 
     As `Information`, and a token's variance is its length times ``1 + r_i / mean r``, in a video
@@ -154,8 +155,8 @@ class RelevantInformation(LayerReading):
     def score_sets(self, tokens: TokenBatch, sets: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return each set's weights, ``1 + r / mean r``; see the class."""
         given = tokens.require_query_attention()
-        embeddings = tokens.require("embeddings")
-        there = [to_device(members, embeddings.device) for members in sets]
+        vectors = self.vectors(tokens)
+        there = [to_device(members, vectors.device) for members in sets]
         chosen = [self._candidates(tokens, members) for members in there]
         candidates = [read for read, _ in chosen]
         if isinstance(given, Tensor):
@@ -200,7 +201,7 @@ class RelevantInformation(LayerReading):
             LongTensor [B, n]; a token that is read stands for itself.
         """
         total, frames = len(members), _frames(tokens, members)
-        rows = of_set(tokens.require("embeddings"), members)
+        rows = of_set(self.vectors(tokens), members)
         count = max(tokens_kept(self.candidates, total), min(self.min_candidates, total))
         every = torch.arange(total, device=rows.device)
         if count == total:
@@ -222,7 +223,7 @@ class RelevantInformation(LayerReading):
         self, tokens: TokenBatch, members: Tensor, scores: Tensor, share: int
     ) -> Tensor:
         """Return LongTensor [B, share]."""
-        rows = of_set(tokens.require("embeddings"), members)
+        rows = of_set(self.vectors(tokens), members)
         return pick_informative(rows, share, self.noise, scores, _frames(tokens, members))
 
 

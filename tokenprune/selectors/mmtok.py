@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from tokenprune.errors import OptionError
 from tokenprune.greedy.covering import Targets, cover
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class MMTok(Selector):
+class MMTok(TokenVectors):
     """Maximum coverage of two sets at once: the question's tokens and the image's.
 
     With t the M input embeddings of the question, z the N projected tokens and x their features,
@@ -60,6 +61,7 @@ class MMTok(Selector):
     text_temperature: float = 0.02
     image_temperature: float = 0.2
     alpha: float = 0.5
+    taken: str = field(default="before", kw_only=True)
 
     name: ClassVar[str] = "mmtok"
     summary: ClassVar[str] = "coverage of the question's tokens and the image's"
@@ -81,12 +83,12 @@ class MMTok(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
-        question, features = tokens.require("question_embeddings"), tokens.require("features")
+        question, vectors = tokens.require("question_embeddings"), self.vectors(tokens)
         asked = Targets(
             question,
             tokens.require("embeddings"),
             self.text_temperature,
             1 / max(1, question.shape[1]),
         )
-        seen = Targets(features, features, self.image_temperature, self.alpha / features.shape[1])
+        seen = Targets(vectors, vectors, self.image_temperature, self.alpha / vectors.shape[1])
         return Picks(cover([asked, seen], keep))

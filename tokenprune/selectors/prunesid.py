@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokenprune.greedy import engine
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 from tokenprune.transfer import to_device, to_host
 
@@ -20,7 +21,7 @@ Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PruneSID(Selector):
+class PruneSID(TokenVectors):
     """Principal components group the tokens; in each group alike ones are suppressed.
 
     For k tokens, with x the features and a the CLS token's attention summed over heads:
@@ -62,6 +63,7 @@ class PruneSID(Selector):
     """
 
     cls_counts: bool = False
+    taken: str = field(default="before", kw_only=True)
 
     name: ClassVar[str] = "prunesid"
     summary: ClassVar[str] = "groups by principal components, salient and unlike tokens of each"
@@ -70,7 +72,7 @@ class PruneSID(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
-        features, attention = tokens.require("features"), tokens.require("cls_attention")
+        features, attention = self.vectors(tokens), tokens.require("cls_attention")
         size, total, width = features.shape
         if keep == total:
             every = torch.arange(total, dtype=torch.int64, device=features.device)

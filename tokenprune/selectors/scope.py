@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -11,12 +11,13 @@ from tokenprune.errors import OptionError
 from tokenprune.greedy.covering import Targets, cover
 from tokenprune.greedy.engine import folded_sum
 from tokenprune.numerics import power
-from tokenprune.selectors.base import Picks, Selector
+from tokenprune.selectors.base import Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class Scope(Selector):
+class Scope(TokenVectors):
     """Set coverage of the encoder's features, each gain weighted by the CLS token's attention.
 
     With ``S_ij = cos(x_i, x_j)`` of the features, ``a`` the attention summed over heads, and
@@ -54,6 +55,7 @@ class Scope(Selector):
 
     alpha: float = 1.0
     combine: Literal["multi", "add"] = "multi"
+    taken: str = field(default="before", kw_only=True)
 
     name: ClassVar[str] = "scope"
     summary: ClassVar[str] = "coverage of all features, times the CLS token's attention"
@@ -70,7 +72,7 @@ class Scope(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending; there are no scores."""
-        features = tokens.require("features")
+        features = self.vectors(tokens)
         salience = self._salience(tokens.require("cls_attention"))
         multiplied = self.combine == "multi"
         kept = cover(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
 
 from tokenprune.errors import OptionError
 from tokenprune.numerics import power
-from tokenprune.selectors.base import Selector
 from tokenprune.selectors.cls_attention import mean_over_heads
 from tokenprune.selectors.divprune import pick_diverse
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class ScoreKCenter(Selector):
+class ScoreKCenter(TokenVectors):
     """Greedy k-center over encoder features v, each distance weighted by the token's score.
 
     With s_i the CLS token's attention to token i, the mean over heads, the first token is that of
@@ -43,6 +43,7 @@ class ScoreKCenter(Selector):
     needs: ClassVar[tuple[str, ...]] = ("features", "cls_attention")
 
     alpha: float = 1.0
+    taken: str = field(default="before", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,4 +65,4 @@ class ScoreKCenter(Selector):
             raised = power(scores.double(), self.alpha).float()
             weights = raised.masked_fill(scores == 0, 0.0)  # with alpha 0 it is 1
         first = scores.argmax(dim=-1)
-        return pick_diverse(tokens.require("features"), keep, weights, first)
+        return pick_diverse(self.vectors(tokens), keep, weights, first)

@@ -13,7 +13,8 @@ from tokenprune.budget import left_by_rate
 from tokenprune.errors import OptionError
 from tokenprune.greedy.engine import folded_sum
 from tokenprune.numerics import square_root
-from tokenprune.selectors.base import ByPlace, Picks, Selector
+from tokenprune.selectors.base import ByPlace, Picks
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 _TEMPERATURE = 0.01
@@ -23,7 +24,7 @@ _ENTRIES = 2**24  # float64 entries of a block: 128 MiB
 
 
 @dataclass(frozen=True)
-class VidCom2(Selector):
+class VidCom2(TokenVectors):
     """Share the budget between frames by how distinct each is, and keep the least usual tokens.
 
     Of the projected tokens the half of the channels that vary least over the video, int(D / 2),
@@ -79,7 +80,7 @@ class VidCom2(Selector):
 
     def select(self, tokens: TokenBatch, keep: int) -> Picks:
         """Return LongTensor [B, K], ascending, and scores -u, float32 [B, N]."""
-        embeddings = tokens.require("embeddings")
+        embeddings = self.vectors(tokens)
         ratio = keep / tokens.total if self.ratio is None else self.ratio
         at_once = max(1, _ENTRIES // embeddings[0].numel())
         usual, counts = [], []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tokenprune.errors import OptionError
 from tokenprune.greedy.engine import thin_out
-from tokenprune.selectors.base import ByPlace, Selector
+from tokenprune.selectors.base import ByPlace
 from tokenprune.selectors.cls_attention import mean_over_heads
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
-class VisPruner(Selector):
+class VisPruner(TokenVectors):
     """Important tokens by CLS attention, and diverse ones that are left when duplicates have gone.
 
     With a the CLS token's attention, the mean over heads, and K to keep:
@@ -54,6 +55,7 @@ class VisPruner(Selector):
 
     important_ratio: float = 0.5
     per_round: int = 8
+    taken: str = field(default="before", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,4 +79,4 @@ class VisPruner(Selector):
         important = int(keep * self.important_ratio)
         # Stable, as torch leaves the order of equal scores open otherwise.
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
-        return thin_out(tokens.require("features"), order, important, keep, self.per_round)
+        return thin_out(self.vectors(tokens), order, important, keep, self.per_round)

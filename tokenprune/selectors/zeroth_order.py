@@ -19,8 +19,9 @@ from tokenprune.errors import (
 )
 from tokenprune.greedy import engine
 from tokenprune.numerics import directional_derivative, full_precision
-from tokenprune.selectors.base import Selector, top_k
+from tokenprune.selectors.base import top_k
 from tokenprune.selectors.divprune import pick_diverse
+from tokenprune.selectors.token_vectors import TokenVectors
 from tokenprune.tokens import Projector, TokenBatch
 from tokenprune.tower import sensitivity
 from tokenprune.tower.model_projector import check_alike, entry_dtype, module_of, read_projector
@@ -34,7 +35,7 @@ _SAID: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class ZerothOrder(Selector):
+class ZerothOrder(TokenVectors):
     """Sensitivity of the projector at each token, then sensitivity-aware diversity (SADS).
 
     With ``J_i`` the projector's Jacobian at the feature x_i, and u the unit directions,
@@ -156,7 +157,7 @@ class ZerothOrder(Selector):
         if not self.diversity:
             return top_k(scores, keep)
         weights, first = engine.scaled(scores)
-        return pick_diverse(tokens.require("embeddings"), keep, weights, first)
+        return pick_diverse(self.vectors(tokens), keep, weights, first)
 
     def _measure(self, projector: Projector, features: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function from the features [N, C] of one item to its S [N]."""

@@ -243,6 +243,7 @@ def _check_for_vllm(settings: Settings) -> None:
                 pruning.keep,
                 positions=pruning.positions,
                 options=pruning.options,
+                scope=pruning.scope,
             )
     _processor(settings.model)
 
@@ -257,6 +258,7 @@ def _check_for_transformers(settings: Settings) -> None:
         check_proportional_attention,
     )
     from tokenprune_hf.any_model import check_method, check_type, vision_model_of_any_type
+    from tokenprune_hf.crops import check_scope_of
     from tokenprune_hf.encoder_inputs import EncoderInputs
 
     name = model_path(settings.model)
@@ -269,8 +271,10 @@ def _check_for_transformers(settings: Settings) -> None:
     with torch.device("meta"):  # the modules without their weights
         model = models.from_config(config)
     for condition in settings.conditions():
-        method = settings.pruning(condition).built()
+        pruning = settings.pruning(condition)
+        method = pruning.built()
         check_method(method, model)
+        check_scope_of(vision_model_of_any_type(model), pruning.scope)
         if {*SCORING, *MIDDLE} & set(method.needs):
             vision_model_of_any_type(model).scoring_layer(EncoderInputs("image"))
     if settings.proportional_attention:

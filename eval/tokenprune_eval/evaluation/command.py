@@ -12,6 +12,7 @@ from tokenprune.arguments import (
     add_model,
     add_options,
     add_positions,
+    add_scope,
     options_by_method,
     parse_keep,
     parse_options,
@@ -95,7 +96,8 @@ def _add_settings(parser: Parser) -> None:
     )
     add_options(what)
     add_positions(what)
-    what.set_defaults(positions=None)
+    add_scope(what)
+    what.set_defaults(positions=None, scope=None)
     what.add_argument(
         "--proportional-attention",
         nargs="?",

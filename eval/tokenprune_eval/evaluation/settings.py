@@ -13,6 +13,7 @@ from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
 from tokenprune.registry import find_any, inside_methods
+from tokenprune.scope import Scope
 from tokenprune_eval.results.records import UNPRUNED, Condition
 
 EngineName = Literal["hf", "vllm", "openai"]
@@ -47,6 +48,8 @@ class Settings(BaseModel):
         Method -> its own options.
     positions
         How the positions of kept tokens are counted.
+    scope
+        What has a set of kept tokens of its own, see `tokenprune.PruningConfig`.
     proportional_attention
         Whether attention counts a kept token as often as there are tokens that it stands for, see
         `tokenprune_hf.prune`; ``"both"``: every method and budget is run with and without it.
@@ -113,6 +116,7 @@ class Settings(BaseModel):
     keep: list[int | float | str] = [1.0, 0.5, 0.25, 0.125, 0.0625]
     options: dict[str, dict[str, Any]] = {}
     positions: Positions = "original"
+    scope: Scope = "item"
     proportional_attention: bool | Literal["both"] = False
     engine: EngineName = "hf"
     out: Path
@@ -258,7 +262,8 @@ class Settings(BaseModel):
         """Return a condition's pruning with the method's options."""
         method = "uniform" if condition.method == UNPRUNED else condition.method
         options = self.options.get(condition.method, {})
-        return PruningConfig(method, condition.keep, condition.positions, options)
+        scope: Scope = "item" if condition.method == UNPRUNED else self.scope
+        return PruningConfig(method, condition.keep, condition.positions, options, scope)
 
     def differences(self, other: Settings) -> list[str]:
         """Return the names of settings that keep two runs from being one."""

@@ -345,8 +345,13 @@ def check_server(settings: Settings) -> None:
 
 
 def _check_settings(settings: Settings) -> None:
-    if settings.positions != "original" or settings.options:
-        given = "options" if settings.options else f"positions={settings.positions!r}"
+    asked = {
+        "options": settings.options,
+        f"positions={settings.positions!r}": settings.positions != "original",
+        f"scope={settings.scope!r}": settings.scope != "item",
+    }
+    given = next((name for name, is_given in asked.items() if is_given), None)
+    if given is not None:
         raise ConfigError(
             f"{given} cannot be asked for in a request: a server has them from its start. Leave "
             "them out here, and give them to `tokenprune serve`."

@@ -38,6 +38,7 @@ from tokenprune.errors import (
 )
 from tokenprune.inside.base import InsideMethod, reads_text
 from tokenprune.media.video import Video
+from tokenprune.scope import Scope
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
 from tokenprune.tokens import TokenBatch, VisualTokens
@@ -53,6 +54,7 @@ from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, S
 from tokenprune_eval.shared.left_out import free_memory
 from tokenprune_eval.shared.output import OutputError
 from tokenprune_hf.any_model import check_method, vision_model_of_any_type
+from tokenprune_hf.crops import check_scope_of
 from tokenprune_hf.encoded_file import (
     encoded_key,
     encoder_fingerprint,
@@ -97,6 +99,7 @@ class _Pruning:
     keep: Keep
     positions: Positions
     proportional_attention: bool
+    scope: Scope = "item"
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,8 @@ class TransformersEngine:
                 one.keep,
                 one.positions,
                 one.proportional_attention,
+                # What was chosen beforehand was so in each item.
+                "item" if one.key in self._choose else settings.pruning(one).scope,
             )
             for one in conditions or settings.conditions()
         }
@@ -235,6 +240,7 @@ class TransformersEngine:
         )
         for pruning in self._prunings.values():
             check_method(pruning.selector, self.model)
+            check_scope_of(vision_model_of_any_type(self.model), pruning.scope)
         if any(pruning.proportional_attention for pruning in self._prunings.values()):
             check_proportional_attention(self.model)
         if settings.dominance:
@@ -747,6 +753,7 @@ def _pruned(model: Any, pruning: _Pruning) -> tokenprune_hf.Pruning:
         pruning.keep,
         pruning.positions,
         proportional_attention=pruning.proportional_attention,
+        scope=pruning.scope,
     )
 
 

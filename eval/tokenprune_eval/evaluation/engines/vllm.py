@@ -77,6 +77,7 @@ class VllmEngine:
                 0.5,
                 positions=settings.positions,
                 options=settings.options.get(methods[0], {}),
+                scope=settings.scope,
                 request_methods={name: settings.options.get(name, {}) for name in methods[1:]},
                 **options,
             )
