@@ -32,7 +32,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune import MLPProjector, VisualTokens
-from tokenprune.registry import GROUPS, Method, build, find, listed
+from tokenprune.registry import GROUPS, Method, build, listed
 from tokenprune.selecting import select_many
 from tokenprune.tokens import FROM_CALLER
 from tokenprune_eval.results.files import read_run
@@ -125,13 +125,12 @@ def about() -> str:
                 where = "transformers"
             elif FROM_CALLER & set(one.needs):
                 where = "`tokenprune.select`"
-            merging = one.kind == "before" and find(one.name).merges
             lines.append(
                 [
                     f"`{one.name}`",
                     ", ".join(one.needs) or "-",
                     "yes" if one.reads_question else "no",
-                    "yes" if merging else "no",
+                    "yes" if one.merges else "no",
                     where,
                     *(
                         ["-"] * 3

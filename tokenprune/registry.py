@@ -114,6 +114,8 @@ class Method:
         For a selector, names out of `tokenprune.tokens.INPUTS`.
     options
         Option -> its default.
+    merges
+        Whether it adds dropped tokens to kept ones.
     for_videos
         Whether it is made for videos alone, see `tokenprune.Selector`.
     """
@@ -125,6 +127,7 @@ class Method:
     call: str
     needs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    merges: bool = False
     for_videos: bool = False
 
     @property
@@ -267,6 +270,7 @@ def _described(known: type[Selector] | type[InsideMethod], kind: Kind) -> Method
         call=_call(known),
         needs=known.needs,
         options={option.name: option.default for option in dataclasses.fields(known)},
+        merges=bool(known.merges),
         for_videos=getattr(known, "for_videos", False),
     )
 

@@ -79,6 +79,8 @@ class InsideMethod:
         Whether `text_weights` says how much each token of the text counts.
     reads_states
         Whether `pick` reads the hidden states of the tokens.
+    merges
+        Whether it adds tokens that leave to tokens that stay.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class InsideMethod:
     asked: ClassVar[Asked] = "last"
     weighs_text: ClassVar[bool] = False
     reads_states: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     needs: ClassVar[tuple[str, ...]] = ()
     """What of the vision encoder it looks at: nothing, as for every method of this kind."""

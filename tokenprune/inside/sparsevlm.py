@@ -78,6 +78,7 @@ class SparseVLM(InsideMethod):
     summary: ClassVar[str] = "attention of text tokens that fit the image; dropped ones are merged"
     paper: ClassVar[str] = "SparseVLM, arXiv 2410.04417"
     asked: ClassVar[Asked] = "text"
+    merges: ClassVar[bool] = True
     weighs_text: ClassVar[bool] = True
     reads_states: ClassVar[bool] = True
 
