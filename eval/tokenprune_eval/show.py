@@ -31,6 +31,7 @@ from tokenprune.errors import (
 from tokenprune.packages import Package
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, needs_of_model
+from tokenprune_eval.shared.baselines import RESIZE
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from tokenprune.selectors.base import Selector
     from tokenprune_eval.shared.left_out import LeftOut
     from tokenprune_hf.encoding import Encoded
+    from tokenprune_hf.resized import Resized
 
     Method = Selector | InsideMethod
 
@@ -100,6 +102,33 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class Smaller:
+    """The picture made smaller, in place of a method.
+
+    Attributes
+    ----------
+    seen
+        float64 [H, W, 3], 0 to 1: as the encoder saw it.
+    tokens, of_tokens
+        Visual tokens now, and at full size.
+    answer
+        See `Shown`.
+    method
+        Its name.
+    """
+
+    seen: Pixels
+    tokens: int
+    of_tokens: int
+    answer: str | None
+    method: str = RESIZE
+
+    def caption(self) -> str:
+        """Return how many tokens it has."""
+        return f"{self.tokens} of {self.of_tokens} tokens"
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A picture of what methods keep of an image.
 
@@ -118,7 +147,7 @@ class Drawn:
     """
 
     seen: Pixels
-    shown: Sequence[Shown]
+    shown: Sequence[Shown | Smaller]
     question: str | None
     plain: str | None
     left_out: Sequence[str] = ()
@@ -165,7 +194,11 @@ def configure(parser: Parser) -> None:
     parser.add_argument(
         "--question", metavar="TEXT", help="also answer this, with all tokens and with those kept"
     )
-    add_methods(parser, "one panel each (default: zeroth-order cls-attention divprune)")
+    add_methods(
+        parser,
+        "one panel each; resize: the picture made smaller (default: zeroth-order cls-attention "
+        "divprune)",
+    )
     add_keep(parser, default="0.25")
     add_positions(parser)
     add_options(parser)
@@ -229,6 +262,7 @@ def picture(
         The image.
     methods
         Names, or selectors with options of their own; one column each. One may stand alone.
+        ``"resize"`` is the picture made smaller until it has as many tokens.
     keep
         Budget of the image: a number of tokens (int) or a fraction (float).
     question
@@ -248,30 +282,40 @@ def picture(
     from tokenprune.selectors.base import Selector
 
     named = [methods] if isinstance(methods, (str, Selector, InsideMethod)) else methods
-    selectors = [build_any(one, {}) if isinstance(one, str) else one for one in named]
+    selectors = [
+        build_any(one, {}) if isinstance(one, str) and one != RESIZE else one for one in named
+    ]
     if not selectors:
         raise ConfigError("methods is empty. Name at least one, for example 'cls-attention'.")
     _check_question(selectors, question, "pass question='...'")
     return _look(model, processor, image, question, selectors, keep, positions)
 
 
-def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Method]:
-    """Return the methods, each with those options that it has."""
+def _selectors(methods: Sequence[str], options: Sequence[str]) -> list[Method | str]:
+    """Return the methods, each with those options that it has; `RESIZE` stays as it is."""
     from tokenprune.registry import build_any
 
-    values = options_by_method(options, methods)
-    return [build_any(method, values.get(method, {})) for method in methods]
+    values = options_by_method(options, [method for method in methods if method != RESIZE])
+    return [
+        method if method == RESIZE else build_any(method, values.get(method, {}))
+        for method in methods
+    ]
 
 
-def _check_question(selectors: Sequence[Method], question: str | None, remedy: str) -> None:
+def _check_question(selectors: Sequence[Method | str], question: str | None, remedy: str) -> None:
     """Raise if a method chooses by the question and there is none."""
     from tokenprune.inside.base import reads_text
 
-    asking = [one.name for one in selectors if reads_text(one)]
+    asking = [one.name for one in _pruning(selectors) if reads_text(one)]
     if asking and question is None:
         raise ConfigError(
             f"{', '.join(asking)} chooses by the question, and there is none: {remedy}."
         )
+
+
+def _pruning(selectors: Sequence[Method | str]) -> list[Method]:
+    """Return those that are methods."""
+    return [one for one in selectors if not isinstance(one, str)]
 
 
 def _check_out(out: Path) -> None:
@@ -295,7 +339,7 @@ def _look(
     processor: Any,
     image: Image.Image,
     question: str | None,
-    selectors: Sequence[Method],
+    selectors: Sequence[Method | str],
     keep: Keep,
     positions: Positions,
 ) -> Drawn:
@@ -316,7 +360,8 @@ def _look(
     asked = ask(processor, question or "What is in the image?", image=image)
     inputs = asked.to(model.device, model.dtype)  # Llama 4's processor returns bfloat16
     with torch.inference_mode():
-        encoded, usable = _encode(model, inputs, selectors, left_out)
+        encoded, able = _encode(model, inputs, _pruning(selectors), left_out)
+        usable = [one for one in selectors if isinstance(one, str) or one in able]
         vision = vision_model_of_any_type(model)
         items = [item.tokens for item in encoded.modalities["image"].items]
         whole = len(items) - 1 if vision.family.whole_image_last else 0
@@ -329,8 +374,12 @@ def _look(
         if question is not None:
             with left_out.around("the answer with all tokens"):
                 plain = _answer(model, processor, inputs)
-        shown = []
+        shown: list[Shown | Smaller] = []
         for selector in usable:
+            if isinstance(selector, str):
+                with left_out.around(selector):
+                    shown.append(_smaller(model, processor, image, question, keep))
+                continue
             with left_out.around(selector.name):
                 answer = None
                 if question is None and isinstance(selector, Selector):
@@ -344,6 +393,30 @@ def _look(
                 shown.append(Shown(selector.name, selections[whole], others, answer))
     left_out.check("method", len(shown))
     return Drawn(_seen(inputs, processor, image, whole), shown, question, plain, said)
+
+
+def _smaller(
+    model: Any, processor: Any, image: Image.Image, question: str | None, keep: Keep
+) -> Smaller:
+    """Return the picture made smaller, as the encoder saw it, and the answer."""
+    from tokenprune_hf.any_model import vision_model_of_any_type
+    from tokenprune_hf.loading import ask
+    from tokenprune_hf.resizing import resize
+
+    resized = resize(model, processor, image, keep)
+    asked = ask(processor, question or "What is in the image?", image=resized)
+    inputs = asked.to(model.device, model.dtype)
+    last = -1 if vision_model_of_any_type(model).family.whole_image_last else 0
+    seen = _seen(inputs, processor, _as_small(resized, image), last)
+    answer = None if question is None else _answer(model, processor, inputs)
+    return Smaller(seen, resized.tokens, resized.of_tokens, answer)
+
+
+def _as_small(resized: Resized, image: Image.Image) -> Image.Image:
+    """Return an image with as much less detail as it has fewer tokens."""
+    share = (resized.tokens / resized.of_tokens) ** 0.5
+    width, height = (max(1, round(side * share)) for side in image.size)
+    return image.convert("RGB").resize((width, height))
 
 
 def _encode(
@@ -404,7 +477,7 @@ def _seen(inputs: Any, processor: Any, image: Image.Image, whole: int) -> Pixels
 
 def _draw(
     picture: Pixels,
-    shown: Sequence[Shown],
+    shown: Sequence[Shown | Smaller],
     question: str | None,
     plain: str | None,
     suffix: str,
@@ -433,7 +506,11 @@ def _draw(
         _words(axes[1, 0], question, plain)
         for place, one in enumerate(shown):
             band, column = divmod(place, across)
-            _column(axes[2 * band : 2 * band + 2, column + 1], picture, one)
+            panels = axes[2 * band : 2 * band + 2, column + 1]
+            if isinstance(one, Smaller):
+                _smaller_column(panels, picture, one)
+            else:
+                _column(panels, picture, one)
         return _saved(figure, suffix, io.BytesIO())
 
 
@@ -461,10 +538,24 @@ def _words(axes: Any, question: str | None, plain: str | None) -> None:
     axes.text(0, 0, note, va="bottom", transform=axes.transAxes, color=_SOFT, fontsize="small")
 
 
-def _lines(shown: Shown) -> list[str]:
+def _lines(shown: Shown | Smaller) -> list[str]:
     """Return what stands under the patches a method kept."""
     answer = [] if shown.answer is None else textwrap.wrap(shown.answer, 32)[:6]
     return [*textwrap.wrap(shown.caption(), 34), *answer]
+
+
+def _smaller_column(axes: Any, picture: Pixels, shown: Smaller) -> None:
+    """Draw the picture made smaller as large as the others; it has no scores."""
+    above, below = axes
+    height, width = picture.shape[:2]
+    edges = (-0.5, width - 0.5, height - 0.5, -0.5)
+    _title(above, shown.method)
+    above.imshow(0.12 * picture + 0.88 * 0.95)
+    words = {"ha": "center", "va": "center", "color": _SOFT, "transform": above.transAxes}
+    above.text(0.5, 0.5, "made smaller,\nno token dropped", **words)
+    below.imshow(shown.seen, extent=edges, interpolation="nearest")
+    text = "\n".join(_lines(shown))
+    below.text(0, -0.03, text, va="top", transform=below.transAxes, parse_math=False)
 
 
 def _column(axes: Any, picture: Pixels, shown: Shown) -> None:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from tokenprune_hf.pruning import apply as apply
     from tokenprune_hf.pruning import prune as prune
     from tokenprune_hf.pruning import remove as remove
+    from tokenprune_hf.resized import Resized as Resized
+    from tokenprune_hf.resizing import resize as resize
     from tokenprune_hf.sparse_attention import Sparse as Sparse
     from tokenprune_hf.sparse_attention import sparse as sparse
     from tokenprune_hf.vision import supported_models as supported_models
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Encoded": "encoding",
     "Pruning": "pruning",
+    "Resized": "resized",
     "Sparse": "sparse_attention",
     "TrimmedAttention": "mllama.trimmed",
     "Video": "tokenprune.media.video",
@@ -47,6 +50,7 @@ _HOMES = {
     "prune": "pruning",
     "read_video": "tokenprune.media.video",
     "remove": "pruning",
+    "resize": "resizing",
     "sparse": "sparse_attention",
     "trim_cross_attention": "mllama.trimmed",
 }

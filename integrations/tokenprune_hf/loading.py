@@ -17,6 +17,7 @@ from tokenprune.media.video import Video
 from tokenprune.providers import model_path
 from tokenprune_hf.any_model import check_type
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
+from tokenprune_hf.resized import Resized
 
 _FPS = 2.0
 """Frames per second of frames that come without their times: the rate at which most video models
@@ -78,8 +79,8 @@ def ask(
     processor: Any,
     question: str,
     *,
-    image: Image.Image | None = None,
-    video: Video | NDArray[np.uint8] | None = None,
+    image: Image.Image | Resized | None = None,
+    video: Video | NDArray[np.uint8] | Resized | None = None,
 ) -> Any:
     """Return what the processor makes of a question about one image or one video.
 
@@ -90,9 +91,10 @@ def ask(
     question
         The text after the image or video.
     image
-        The image, or None.
+        The image, or None. One that `tokenprune_hf.resize` has made smaller is read as such.
     video
-        What `read_video` returned, or frames uint8 [T, H, W, 3], taken to be two a second.
+        What `read_video` or `tokenprune_hf.resize` returned, or frames uint8 [T, H, W, 3], taken to
+        be two a second.
 
     Returns
     -------
@@ -102,10 +104,16 @@ def ask(
         `tokenprune_hf.prune` block only.
     """
     kind = "image" if video is None else "video"
+    medium: Any = image if video is None else video
+    more: dict[str, Any] = {}
+    if isinstance(medium, Resized):
+        processor = medium.processor(processor)
+        more = {"images_kwargs": dict(medium.arguments)} if medium.arguments else {}
+        medium = medium.content
     text = prompt_text(processor, question, kind)
-    if video is None:
-        return processor(text=[text], images=[image], return_tensors="pt")
-    frames, metadata = frames_and_metadata(video)
+    if kind == "image":
+        return processor(text=[text], images=[medium], return_tensors="pt", **more)
+    frames, metadata = frames_and_metadata(medium)
     inputs = processor(
         text=[text],
         videos=[frames],

@@ -142,6 +142,16 @@ class EncodedModality:
     container: Container = Container()
 
 
+def placeholder_id(config: Any, family: Family, modality: str) -> int:
+    """Return the id of the placeholder token of `modality`, -1 where a model has none."""
+    if family.videos_as_images:
+        modality = "image"
+    token_id: int | None = getattr(config, f"{modality}_token_id", None)
+    if token_id is None:
+        token_id = getattr(config, f"{modality}_token_index", -1)
+    return int(token_id)
+
+
 class VisionModel:
     """A vision-language model of transformers, with what its family says about it.
 
@@ -323,12 +333,7 @@ class VisionModel:
 
     def token_id(self, modality: str) -> int:
         """Return the id of the placeholder token of `modality`."""
-        if self.family.videos_as_images:
-            modality = "image"
-        token_id: int | None = getattr(self.model.config, f"{modality}_token_id", None)
-        if token_id is None:
-            token_id = getattr(self.model.config, f"{modality}_token_index", -1)
-        return int(token_id)
+        return placeholder_id(self.model.config, self.family, modality)
 
     def encoder_inputs(self, arguments: dict[str, Any]) -> list[EncoderInputs]:
         """Return the modalities whose pixels are among a call's arguments."""

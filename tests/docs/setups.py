@@ -67,6 +67,7 @@ def bundled(folder: Path) -> Setup:
             "tokenprune_hf": tokenprune_hf,
             "model": model,
             "processor": processor,
+            "image": image,
             "inputs": tokenprune_hf.ask(processor, question.question, image=image),
             "method": "information",
             "keep": 0.25,

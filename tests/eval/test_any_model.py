@@ -1,4 +1,4 @@
-"""A model whose type has no family: loaded, evaluated, and not drawn."""
+"""Models unlike the others: of no family, and with layers that keep a state; evaluated, drawn."""
 
 from __future__ import annotations
 
@@ -28,6 +28,18 @@ def test_it_is_evaluated(folder: Path, tmp_path: Path) -> None:
     assert len(records) == 9
     tokens = {record.condition: record.visual_tokens for record in records}
     assert tokens == {"unpruned": 36, "divprune@5": 5, "uniform@5": 5}
+
+
+def test_layers_that_keep_a_state_hold_no_keys(tmp_path: Path) -> None:
+    folder, out = checkpoints.save("lfm2_vl", tmp_path / "model"), tmp_path / "run"
+    asked = ["--method", "uniform", "--keep", "5", "--limit", "2", "--max-new-tokens", "4"]
+    assert main(["eval", str(folder), *asked, "--data", "scenes", "--out", str(out)]) == 0
+    records = list(read_run(out).records)
+    assert not [record.error for record in records if record.error]
+    for record in records:
+        assert record.prompt_tokens
+        # One of three layers attends, with keys and values of one head of width 32 in float32.
+        assert record.kv_bytes == record.prompt_tokens * 2 * 32 * 4
 
 
 def test_it_is_not_drawn(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -277,6 +277,22 @@ def _lines(file: Path, items: Sequence[Question], broken: int) -> Path:
     return file
 
 
+def test_a_resized_picture_has_a_budget_and_no_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--data", "scenes", "--limit", "30", "--max-drop", "90%", "--out", str(out)]
+    methods = ["--method", "resize", "uniform", "--keep-grid", "0.5", "0.25"]
+    assert main(["calibrate", "bundled", *arguments, *methods, "--positions", "compact"]) == 0
+    said = capsys.readouterr().out
+    assert "resize: no configuration is written" in said
+    log = json.loads((out / "calibration.json").read_text("utf-8"))
+    assert set(log["found"]) == {"resize", "uniform"}
+    assert None not in log["found"].values()
+    assert not (out / "resize.json").exists()
+    assert json.loads((out / "uniform.json").read_text("utf-8"))["positions"] == "compact"
+
+
 def test_no_budget_and_files_that_cannot_be_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

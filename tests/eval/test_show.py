@@ -374,6 +374,33 @@ def test_an_encoder_without_attention_leaves_methods_that_need_none(
     )
 
 
+def test_the_picture_made_smaller_stands_beside_methods(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = load_scenes()[0]
+    out = tmp_path / "out.png"
+    arguments = ["--method", "uniform", "resize", "--keep", "17", "--question", scene.question]
+    assert main(["show", str(scene.image), *arguments, "-o", str(out)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].startswith("resize, 16 of 64 tokens: ")
+    model, processor = load("bundled")
+    image = Image.open(scene.image)
+    drawn = show.picture(model, processor, image, ["resize", "uniform"], 0.25)
+    small, uniform = drawn.shown
+    assert isinstance(small, show.Smaller)
+    assert isinstance(uniform, show.Shown)
+    assert (small.tokens, small.of_tokens, len(uniform.whole)) == (16, 64, 16)
+    # 4 tokens of 28 pixels a side: the image at half its size.
+    assert small.seen.shape == (112, 112, 3)
+    halves = image.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC)
+    assert np.abs(small.seen - np.asarray(halves) / 255).mean() < 0.01
+    resized = tokenprune_hf.resize(model, processor, image, 17)
+    inputs = ask(processor, scene.question, image=resized)
+    output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert printed[2].endswith(f": {text.strip()}")
+
+
 def test_the_picture_from_python_is_the_one_of_the_command(tmp_path: Path) -> None:
     scene = load_scenes()[0]
     out = tmp_path / "command.png"
@@ -384,7 +411,7 @@ def test_the_picture_from_python_is_the_one_of_the_command(tmp_path: Path) -> No
     model, processor = load("bundled")
     drawn = show.picture(model, processor, Image.open(scene.image), methods, 9)
     assert str(drawn) == "zeroth-order, 9 of 64 tokens\nuniform, 9 of 64 tokens"
-    assert [len(one.whole) for one in drawn.shown] == [9, 9]
+    assert [len(one.whole) for one in drawn.shown if isinstance(one, show.Shown)] == [9, 9]
     drawn.save(tmp_path / "python.png")
     for content in (tmp_path / "python.png", io.BytesIO(drawn._repr_png_())):
         assert np.array_equal(np.asarray(Image.open(content)), np.asarray(Image.open(out)))

@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.vllm.checkpoints import save
 from tests.vllm.servers import COMMON, TOKENPRUNE, Server, serve
+from tokenprune.errors import UnsupportedModelError
 from tokenprune.media.images import load_image
 from tokenprune_eval.bundled.model import bundled_model_path
+from tokenprune_eval.data.load import load_data
 from tokenprune_eval.data.question import Question
+from tokenprune_eval.evaluation.checks import check_before_model
 from tokenprune_eval.evaluation.engines.base import EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.openai import OpenAIEngine
 from tokenprune_eval.evaluation.settings import Settings
@@ -90,6 +94,50 @@ def test_all_engines_answer_alike(server: Server, tmp_path: Path) -> None:
                     ]
                 same = sum(there[key].text == here[key].text for key in keys)
                 assert same >= fewest, (engine, condition)
+
+
+def test_resized_pictures_are_those_of_transformers(tmp_path: Path) -> None:
+    folder = save("qwen2_5_vl", tmp_path / "model")
+    methods = ("--method", "resize", "resize+divprune", "--keep", "0.3", "50")
+    command = (*TOKENPRUNE, "eval", str(folder), "--data", "scenes", "--limit=6", "--memory=0")
+    arguments = ("dtype=float32", "enforce_eager=true", "max_model_len=1024", "max_num_seqs=4")
+    engines = {"hf": (), "vllm": tuple(f"--engine-arg={one}" for one in arguments)}
+    known: dict[str, dict[tuple[str, str], Record]] = {}
+    for engine, more in engines.items():
+        out = tmp_path / engine
+        asked = (*command, *methods, f"--engine={engine}", "--batch=4", f"--out={out}", *more)
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        known[engine] = {(one.item, one.condition): one for one in read_run(out).records}
+    here, there = known["hf"], known["vllm"]
+    assert here.keys() == there.keys()
+    assert len({condition for _, condition in here}) == 5
+    for key, record in here.items():
+        assert there[key].error is None
+        assert there[key].visual_tokens == record.visual_tokens
+        if key[1].startswith("resize@"):
+            full = here[key[0], "unpruned"].visual_tokens or 0
+            assert (record.visual_tokens or 0) <= max(50, 0.3 * full + 0.5)
+        saved = [
+            (of[key[0], "unpruned"].prompt_tokens or 0) - (of[key].prompt_tokens or 0)
+            for of in (here, there)
+        ]
+        assert saved[0] == saved[1]
+    # The resized pictures are read, and not the same one again.
+    for condition in ("resize@50", "resize+divprune@50"):
+        items = [item for item, of in there if of == condition]
+        assert any(there[one, condition].text != there[one, "unpruned"].text for one in items)
+
+
+def test_a_model_of_one_size_in_vllm_is_refused_at_the_start(tmp_path: Path) -> None:
+    """vLLM lays out as many tokens for each of InternVL's tiles, whatever their size."""
+    settings = Settings(
+        engine="vllm", model="bundled", data=["scenes"], method=["resize"], out=tmp_path / "out"
+    )
+    sets = [load_data("scenes")]
+    with pytest.raises(UnsupportedModelError, match=r"in vLLM whatever its size.* --engine hf"):
+        check_before_model(settings, sets)
+    check_before_model(settings.model_copy(update={"engine": "hf"}), sets)
 
 
 def test_a_server_takes_a_question_with_choices(server: Server, tmp_path: Path) -> None:

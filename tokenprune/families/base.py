@@ -146,6 +146,14 @@ class Family:
     images_see_each_other: ClassVar[bool] = False
     """Whether all images of a prompt, and the marks around them, see each other."""
 
+    takes_smaller_tiles: ClassVar[bool] = False
+    """Whether transformers' tower takes square tiles smaller than its config says, for which it
+    resamples its table of positions, and the processor says ``image_seq_length`` tokens of each."""
+
+    limits: ClassVar[Mapping[str, Sequence[int]]] = {}
+    """Limits on an image's tokens that a processor takes (by the name of its argument), and the
+    values that it allows, ascending, where it allows some only."""
+
     known: ClassVar[bool] = True
     """Whether it is said here how rows lie, and where tower and projector are."""
 

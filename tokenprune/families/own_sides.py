@@ -7,7 +7,7 @@ are the tokens of all pictures, one after the other, without padding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +118,7 @@ class Gemma4(OwnSides):
 
     model_types: ClassVar[tuple[str, ...]] = ("gemma4",)
     label: ClassVar[str] = "frame"
+    limits: ClassVar[Mapping[str, Sequence[int]]] = {"max_soft_tokens": (70, 140, 280, 560, 1120)}
 
     def images_see_all(self, sliding: bool) -> bool:
         """Say so of sliding layers, where the config asks for it."""

@@ -42,6 +42,7 @@ class InternVL(Tiles):
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     crops_touch: ClassVar[bool] = True
     whole_image_last: ClassVar[bool] = True
+    takes_smaller_tiles: ClassVar[bool] = True
     reference_layers: ClassVar[Mapping[tuple[int, int], int]] = {
         (32, 4096): 15,  # InternVL2.5-8B
     }
@@ -57,6 +58,7 @@ class InternVLChat(InternVL):
 
     model_types: ClassVar[tuple[str, ...]] = ("internvl_chat",)
     in_transformers: ClassVar[bool] = False
+    takes_smaller_tiles: ClassVar[bool] = False
 
     def patch_sides(self, medium: Medium) -> Sides | None:
         """Return the rows and columns of patches of a tile, whose size the config may force."""

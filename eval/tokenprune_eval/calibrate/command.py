@@ -287,13 +287,17 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
         If they cannot be used.
     """
     from tokenprune_eval.evaluation.settings import read_settings
+    from tokenprune_eval.results.records import pruned_by
 
     values: dict[str, Any] = {
         name: getattr(arguments, name) for name in _SETTINGS if getattr(arguments, name) is not None
     }
     values |= {
         "keep": list(bounds.grid),
-        "options": options_by_method(arguments.option, arguments.method),
+        "options": options_by_method(
+            arguments.option,
+            [one for one in map(pruned_by, arguments.method) if one is not None],
+        ),
         "engine_args": parse_options(arguments.engine_arg or [], "--engine-arg"),
         "out": arguments.out,
     }

@@ -21,6 +21,7 @@ from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Engine
 from tokenprune_eval.evaluation.settings import FREE, Settings
 from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.shared.baselines import resizes
 from tokenprune_eval.shared.machine import versions
 from tokenprune_eval.shared.output import OutputError, write_whole
 from tokenprune_eval.shared.tables import percent, plain_table
@@ -124,9 +125,12 @@ class Report:
             write_whole(self.files[decision.method], config.to_json() + "\n")
 
     def config(self, method: str) -> PruningConfig | None:
-        """Return what was found so far; None where no budget was accepted."""
+        """Return what was found so far; None where no budget was accepted, or a picture resized.
+
+        How a picture is made smaller is no part of a configuration.
+        """
         keep = self.search.best(method)
-        if keep is None:
+        if keep is None or resizes(method):
             return None
         options = self.settings.options.get(method, {})
         return PruningConfig(method, keep, self.settings.positions, options)
@@ -271,6 +275,13 @@ def print_report(console: Console, report: Report) -> None:
     model = report.settings.model
     for method in report.methods:
         config = report.config(method)
+        if config is None and report.accepted(method) is not None:
+            say(
+                f"{method}: no configuration is written, for it is about pruning alone. "
+                "tokenprune_hf.resize makes pictures as small; before vLLM, make them smaller "
+                "yourself."
+            )
+            continue
         if config is None:
             tried = report.of(method)
             reasons = ", ".join(f"{one.keep} {one.outcome}" for one in tried)

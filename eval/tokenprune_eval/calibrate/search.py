@@ -407,16 +407,9 @@ class Search:
                 yield trial.decision(self.answers.calls[trial.condition.key])
 
     def _trials(self) -> list[_Trial]:
+        conditions = {(one.method, one.keep): one for one in self.settings.conditions()}
         return [
-            _Trial(
-                Condition(
-                    method=method,
-                    keep=self.bounds.grid[search.next - 1],
-                    positions=self.settings.positions,
-                ),
-                self.bounds,
-                self.media,
-            )
+            _Trial(conditions[method, self.bounds.grid[search.next - 1]], self.bounds, self.media)
             for method, search in self._searches.items()
             if search.next is not None
         ]

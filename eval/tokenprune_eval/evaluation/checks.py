@@ -27,7 +27,7 @@ from tokenprune_eval.data.choose import missing_media
 from tokenprune_eval.data.question import DataSet
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import run_before
-from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.shared.baselines import resizes
 from tokenprune_eval.shared.output import OutputError
 
 _BYTES_OF_ANSWER = 1024
@@ -56,6 +56,7 @@ def check_before_model(settings: Settings, sets: Sequence[DataSet]) -> None:
     """
     _check_packages(sets)
     _check_several_images(settings, sets)
+    _check_resizing(settings, sets)
     check_folder(settings.out)
     _check_room(settings, sets)
     if settings.engine == "hf":  # the others are asked when they start
@@ -78,6 +79,7 @@ def problems_of(settings: Settings, sets: Sequence[DataSet]) -> list[str]:
     checks: list[Callable[[], None]] = [
         partial(_check_packages, sets),
         partial(_check_several_images, settings, sets),
+        partial(_check_resizing, settings, sets),
         partial(_check_media, sets),
         partial(check_folder, settings.out),
         partial(_check_room, settings, sets),
@@ -108,13 +110,16 @@ def _check_packages(sets: Sequence[DataSet]) -> None:
 
 
 def _check_several_images(settings: Settings, sets: Sequence[DataSet]) -> None:
-    if settings.engine == "hf":
+    if settings.engine == "hf" and not any(map(resizes, settings.method)):
         return
     for one in sets:
         if several := [question.id for question in one.questions if question.further]:
+            reason = "need the engine hf. Leave out --engine"
+            if settings.engine == "hf":
+                reason = "resize makes one image smaller. Leave out resize"
             raise ConfigError(
                 f"{len(several)} questions of {one.name} are about several images, for example "
-                f"{several[0]}, and need the engine hf. Leave out --engine, or these questions."
+                f"{several[0]}, and {reason}, or these questions."
             )
 
 
@@ -126,6 +131,32 @@ def _check_media(sets: Sequence[DataSet]) -> None:
             f"{len(missing)} images or videos are not there, for example {shown}. Put them there, "
             "or say where they lie with --media; a run records questions about them as errors."
         )
+
+
+def _check_resizing(settings: Settings, sets: Sequence[DataSet]) -> None:
+    """Raise where a picture's number of tokens is fixed, or no size is within a budget.
+
+    The first picture of each data set is tried; of a video frames can be left out.
+    """
+    conditions = [one for one in settings.conditions() if one.resizes]
+    if not conditions:
+        return
+    from transformers import AutoConfig
+
+    from tokenprune.media.images import load_image
+    from tokenprune.providers import model_path
+    from tokenprune_hf.resizing import Resizer
+
+    processor = _processor(settings.model)
+    config = AutoConfig.from_pretrained(model_path(settings.model))
+    resizer = Resizer(config, processor, in_vllm=settings.engine == "vllm")
+    for one in sets:
+        first = next((each for each in one.questions if each.kind == "image"), None)
+        if first is None or not first.path.is_file():
+            continue  # a picture that is not there is recorded as such
+        image = load_image(first.path)
+        for condition in conditions:
+            resizer(image, condition.keep, halfway=condition.pruned_by is not None)
 
 
 # The folder -------------------------------------------------------------------------------------
@@ -235,7 +266,7 @@ def _check_for_vllm(settings: Settings) -> None:
 
     path = model_path(settings.model)
     for condition in settings.conditions():
-        if condition.method != UNPRUNED:
+        if condition.pruned_by is not None:
             pruning = settings.pruning(condition)
             tokenprune_vllm.engine_args(
                 path,

@@ -86,7 +86,10 @@ def _add_settings(parser: Parser) -> None:
     what.add_argument("--media", type=Path, metavar="DIR", help="where the data's files lie")
     what.add_argument("--split", help="of a named data set (default: test)")
     what.add_argument("--answers", type=Path, metavar="FILE", help="answers of a test split")
-    add_methods(what, "see `tokenprune methods`")
+    add_methods(
+        what,
+        "see `tokenprune methods`; besides resize, the picture made smaller, and resize+METHOD",
+    )
     what.add_argument(
         "--keep",
         nargs="+",
@@ -164,6 +167,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         If they are not usable.
     """
     from tokenprune_eval.evaluation.settings import Settings, read_settings
+    from tokenprune_eval.results.records import pruned_by
 
     values: dict[str, Any] = {
         name: getattr(arguments, name)
@@ -179,7 +183,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     if arguments.option:
         # The methods may stand in the file.
         methods = read_settings({**values, "options": {}}, arguments.config).method
-        values["options"] = options_by_method(arguments.option, methods)
+        named = [one for one in map(pruned_by, methods) if one is not None]
+        values["options"] = options_by_method(arguments.option, named)
     return read_settings(values, arguments.config)
 
 

@@ -14,7 +14,8 @@ from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
 from tokenprune.registry import find_any, inside_methods
 from tokenprune.scope import Scope
-from tokenprune_eval.results.records import UNPRUNED, Condition
+from tokenprune_eval.results.records import UNPRUNED, Condition, pruned_by
+from tokenprune_eval.shared.baselines import resizes
 
 EngineName = Literal["hf", "vllm", "openai"]
 ChooseBy = Literal["likelihood", "text"]
@@ -43,9 +44,10 @@ class Settings(BaseModel):
         Data sets, see `tokenprune_eval.data.load.load_data`.
     method, keep
         Every method is run with every budget; 1.0 is the unpruned model and is run once, always.
-        A budget may also be text, such as ``"25%"``.
+        A budget may also be text, such as ``"25%"``. ``resize`` makes the picture smaller in place
+        of a method, and ``resize+METHOD`` before one.
     options
-        Method -> its own options.
+        Method -> its own options, those of ``resize+METHOD`` as well.
     positions
         How the positions of kept tokens are counted.
     scope
@@ -194,7 +196,7 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _together(self) -> Settings:
         for method in self.options:
-            if method not in self.method:
+            if method not in map(pruned_by, self.method):
                 raise ValueError(
                     f"options are given for {method!r}, which is not among the methods"
                 )
@@ -202,6 +204,11 @@ class Settings(BaseModel):
             raise ValueError("engine openai needs base_url, for example http://127.0.0.1:8000/v1")
         if self.engine == "openai" and self.choose_by == "likelihood":
             raise ValueError("choose_by likelihood needs the engine hf or vllm")
+        if self.engine == "openai" and any(map(resizes, self.method)):
+            raise ValueError(
+                "resize needs the engine hf or vllm: how many tokens a picture becomes is counted "
+                "with the model's own processor. Leave resize out, or run it apart with --engine hf"
+            )
         for name, value in (("cache", self.cache), ("dominance", self.dominance)):
             if value and self.engine != "hf":
                 raise ValueError(f"{name} needs the engine hf")
@@ -215,6 +222,8 @@ class Settings(BaseModel):
                 "dominance is that of plain attention: leave out proportional_attention, or "
                 "measure dominance in a run of its own"
             )
+        if any(map(resizes, self.method)):
+            self._check_resizing()
         if self.dominance and (inside := sorted({*self.method} & {*inside_methods()})):
             raise ValueError(
                 "dominance is that of a prompt which all layers read alike, and with "
@@ -222,6 +231,19 @@ class Settings(BaseModel):
                 "or these methods"
             )
         return self
+
+    def _check_resizing(self) -> None:
+        if self.scope != "item":
+            raise ValueError(
+                f"the budget of resize is that of each item, and scope is {self.scope!r}: leave "
+                "out resize, or scope"
+            )
+        for method in self.method:
+            if resizes(method) and pruned_by(method) in inside_methods():
+                raise ValueError(
+                    f"{method}: tokens leave inside the language model, and resize goes before "
+                    f"methods that choose in front of it: name resize and {pruned_by(method)} apart"
+                )
 
     def check_methods(self) -> None:
         """Raise for a method, an option or a budget that is not there.
@@ -232,16 +254,20 @@ class Settings(BaseModel):
             As `PruningConfig`.
         """
         for condition in self.conditions():
-            if condition.method != UNPRUNED:
-                find_any(condition.method)
+            if condition.pruned_by is not None:
+                find_any(condition.pruned_by)
                 self.pruning(condition)
 
     def conditions(self) -> list[Condition]:
         """Return what is run: the unpruned model first, then every method with every budget."""
         keeps = [check_keep(keep) for keep in dict.fromkeys(self.keep)]
         both = self.proportional_attention == "both"
+        ways = (False, True) if both else (bool(self.proportional_attention),)
         pruned = [
-            Condition(
+            # A picture that is small stands for itself alone, at positions of its own.
+            Condition(method=method, keep=keep)
+            if pruned_by(method) is None
+            else Condition(
                 method=method,
                 keep=keep,
                 positions=self.positions,
@@ -250,7 +276,7 @@ class Settings(BaseModel):
             for method in dict.fromkeys(self.method)
             for keep in keeps
             if not keeps_all(keep)
-            for proportional in ((False, True) if both else (bool(self.proportional_attention),))
+            for proportional in (ways if pruned_by(method) is not None else ways[:1])
         ]
         return [Condition(method=UNPRUNED, keep=1.0), *pruned]
 
@@ -260,9 +286,9 @@ class Settings(BaseModel):
 
     def pruning(self, condition: Condition) -> PruningConfig:
         """Return a condition's pruning with the method's options."""
-        method = "uniform" if condition.method == UNPRUNED else condition.method
-        options = self.options.get(condition.method, {})
-        scope: Scope = "item" if condition.method == UNPRUNED else self.scope
+        method = condition.pruned_by or "uniform"
+        options = {} if condition.pruned_by is None else self.options.get(method, {})
+        scope: Scope = "item" if condition.pruned_by is None else self.scope
         return PruningConfig(method, condition.keep, condition.positions, options, scope)
 
     def differences(self, other: Settings) -> list[str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BASELINES = ("random", "uniform", "feature-norm")
+BASELINES = ("random", "uniform", "feature-norm", "resize")
 """Methods that no headline names as the best."""
 
 INK, FAINT, GRID = "#1b2430", "#5c6672", "#e3e6ea"
@@ -40,6 +40,7 @@ STYLES = {
     "random": Style("#6b7280", "X", "--", 1.5),
     "uniform": Style("#6b7280", "P", ":", 1.5),
     "feature-norm": Style("#A4708F", "v", "-.", 1.5),
+    "resize": Style("#374151", "<", "-", 1.5),
     "oracle": Style("#000000", "*", ""),
 }
 _OTHERS = (Style("#7A4FBF", "p"), Style("#8C564B", "*"))

@@ -13,9 +13,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tokenprune.config import Positions
+from tokenprune_eval.shared.baselines import RESIZE, resizes
 
 UNPRUNED = "unpruned"
 """Method of the condition that keeps every token; run once, whatever the number of methods."""
+
+
+def pruned_by(method: str) -> str | None:
+    """Return the selector of a condition's method, None for ``"unpruned"`` and ``"resize"``."""
+    return None if method in (UNPRUNED, RESIZE) else method.removeprefix(f"{RESIZE}+")
 
 
 def variant(positions: str, proportional_attention: bool) -> str:
@@ -41,9 +47,10 @@ class Condition(BaseModel):
     Attributes
     ----------
     method
-        A name out of `tokenprune.methods()`, or ``"unpruned"``.
+        A name out of `tokenprune.methods()`, or ``"unpruned"``, ``"resize"``, ``"resize+METHOD"``.
     keep
-        Number of tokens (int) or fraction (float) of each image or video; 1.0 where unpruned.
+        Number of tokens (int) or fraction (float) of each image or video at full size; 1.0 where
+        unpruned.
     positions
         How the positions of kept tokens are counted.
     proportional_attention
@@ -58,6 +65,16 @@ class Condition(BaseModel):
     positions: Positions = "original"
     # Folders from before it was a setting have none.
     proportional_attention: bool = False
+
+    @property
+    def pruned_by(self) -> str | None:
+        """See `pruned_by`."""
+        return pruned_by(self.method)
+
+    @property
+    def resizes(self) -> bool:
+        """Whether it makes the picture smaller."""
+        return resizes(self.method)
 
     @property
     def variant(self) -> str:
@@ -79,8 +96,8 @@ class Seconds(BaseModel):
     Attributes
     ----------
     encode
-        Vision encoder; shared by all conditions, so the same in each; None where an engine does
-        not tell.
+        Vision encoder; shared by all conditions of one size of the image or video, so the same in
+        each; None where an engine does not tell.
     select
         Scoring and choosing tokens, the language model's prefix included where a method has one.
     prefill
@@ -159,8 +176,8 @@ class Record(BaseModel):
     correct
         The one of both that the run counts, see `Settings.choose_by`; None where that was cut.
     visual_tokens, of_visual_tokens
-        Visual tokens the language model read, and how many there were. Where tokens leave inside
-        it, the mean over its layers.
+        Visual tokens the language model read, and how many there were, at full size. Where tokens
+        leave inside it, the mean over its layers.
     prompt_tokens
         All tokens of the prompt that it read; likewise.
     answer_tokens

@@ -1,6 +1,7 @@
 """The engine ``hf``: a model of transformers, pruned by `tokenprune_hf`.
 
-Every image and video is encoded once, whatever the number of questions and conditions. Questions
+Every image and video is encoded once, whatever the number of questions and conditions, and once
+more at each other size that a condition resizes it to. Questions
 are answered in batches, and batches may be shared out among copies of the model, each on one core:
 a small model gains nothing from several cores for one product.
 
@@ -47,6 +48,7 @@ from tokenprune_eval.dominance import depth_layers, measure_dominance
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.letters import Letters
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
+from tokenprune_eval.evaluation.engines.sizes import Sizes
 from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
@@ -67,6 +69,8 @@ from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
 from tokenprune_hf.proportional import ProportionalAttention
+from tokenprune_hf.resized import Content, Resized
+from tokenprune_hf.resizing import Resizer
 from tokenprune_hf.vision import USUAL
 
 _PIXELS = "pixel"
@@ -133,6 +137,10 @@ class _EncodedMedium:
         Where it is in the cache, or will be; None without a cache.
     chosen
         What was selected, by method and question ("" for methods that do not read it).
+    resized
+        Its size, where it is smaller than it was.
+    smaller
+        The same at the sizes that conditions ask for, where any does.
     """
 
     prompts: list[dict[str, Any]]
@@ -140,6 +148,26 @@ class _EncodedMedium:
     encode_seconds: float = 0.0
     file: Path | None = None
     chosen: dict[tuple[Selector | InsideMethod, str], _Budgets] = field(default_factory=dict)
+    resized: Resized | None = None
+    smaller: Sizes[_EncodedMedium] | None = None
+
+    def reason(self, condition: Condition) -> str | None:
+        """Return why it cannot be had as a condition wants it; None where it can."""
+        if not condition.resizes or self.smaller is None:
+            return None
+        return self.smaller.reasons.get(condition.key)
+
+    def at(self, condition: Condition) -> _EncodedMedium:
+        """Return it at the size that a condition asks for."""
+        if not condition.resizes or self.smaller is None:
+            return self
+        return self.smaller.at(condition) or self
+
+    def keep(self, condition: Condition) -> Keep:
+        """Return what a condition keeps of each of its items at that size."""
+        if not condition.resizes or self.smaller is None:
+            return condition.keep
+        return self.smaller.resized(condition).keep
 
     def known(self) -> Encoded:
         """Return what was encoded."""
@@ -156,6 +184,8 @@ class _AskedQuestion:
     ----------
     question, prompt, prepared
         The question, what the processor made of it, and what it is about.
+    keep
+        What stays of each item.
     choose
         What chooses its tokens in place of a method, if anything.
     """
@@ -163,6 +193,7 @@ class _AskedQuestion:
     question: Question
     prompt: dict[str, Any]
     prepared: _EncodedMedium
+    keep: Keep
     choose: ChooseTokens | None = None
 
     @property
@@ -224,6 +255,9 @@ class TransformersEngine:
             "video": max(1, settings.batch // 4),
         }
         self.model, self.processor = load(settings.model)
+        conditions = conditions or settings.conditions()
+        self._resizing = [one for one in conditions if one.resizes]
+        self._resizer = Resizer(self.model, self.processor)
         self._prunings = {
             one.key: _Pruning(
                 _Given() if one.key in self._choose else settings.pruning(one).built(),
@@ -233,7 +267,7 @@ class TransformersEngine:
                 # What was chosen beforehand was so in each item.
                 "item" if one.key in self._choose else settings.pruning(one).scope,
             )
-            for one in conditions or settings.conditions()
+            for one in conditions
         }
         self.needs = sorted(
             {need for one in self._prunings.values() for need in one.selector.gathers}
@@ -272,22 +306,38 @@ class TransformersEngine:
         }
 
     def prepare(self, asked: MediaQuestions) -> None:
-        """Have the processor lay out every question."""
+        """Have the processor lay out every question, at every size."""
+        texts, content = asked.prompts, asked.content
+        full = self._medium(texts, content)
+        if self._resizing and content is not None:
+            if isinstance(content, list):
+                raise PromptError(
+                    "resize makes one picture smaller, and the question is about several. Leave "
+                    "resize out, or these questions."
+                )
+            make = partial(self._medium, texts)
+            full.smaller = Sizes(content, self._resizer, self._resizing, make)
+        asked.prepared = full
+
+    def _medium(self, texts: Sequence[str], content: Any) -> _EncodedMedium:
+        """Return one size of an image or video as the processor lays it out."""
         prompts: list[dict[str, Any]] = []
-        for text in asked.prompts:
-            prompt = self._laid_out(text, asked.content)
+        for text in texts:
+            prompt = self._laid_out(text, content)
             if prompts:
                 prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
             prompts.append(prompt)
-        asked.prepared = _EncodedMedium(prompts)
+        medium = _EncodedMedium(prompts, resized=content if isinstance(content, Resized) else None)
         if self.settings.cache is not None:
             name = f"{encoded_key(self.model, self.needs, prompts[0])}.safetensors"
-            asked.prepared.file = self.settings.cache / name
+            medium.file = self.settings.cache / name
+        return medium
 
     def _laid_out(self, text: str, content: Any) -> dict[str, Any]:
         """Return what the processor makes of a question."""
         if not isinstance(content, list):
-            kind = "video" if isinstance(content, Video) else "image"
+            medium: Content = content.content if isinstance(content, Resized) else content
+            kind = "video" if isinstance(medium, Video) else "image"
             return dict(tokenprune_hf.ask(self.processor, text, **{kind: content}))
         if not getattr(self.processor, "chat_template", None):
             raise UnsupportedModelError(
@@ -322,23 +372,7 @@ class TransformersEngine:
                 self._letters.of(question)
 
         def encode(one: MediaQuestions, model: Any) -> None:
-            prepared: _EncodedMedium = one.prepared
-            if prepared.file is not None and prepared.file.is_file():
-                prepared.encoded = load_encoded(prepared.file, model)
-                prepared.encode_seconds = encoding_seconds(prepared.file)
-            else:
-                try:
-                    self._encode(prepared, model)
-                except Exception as error:  # an encoder may raise anything on odd pixels
-                    one.error = failure_of(error)
-                if one.error is not None:
-                    free_memory()
-                    return
-            prepared.prompts[0] = {
-                name: value
-                for name, value in prepared.prompts[0].items()
-                if not name.startswith(_PIXELS)
-            }
+            one.error = self._encoded(one.prepared, model)
 
         self._share_out([partial(encode, one) for one in media])
 
@@ -357,13 +391,19 @@ class TransformersEngine:
                     if question.id in ids:
                         done(question, EngineAnswer(error=one.error))
         choose = self._choose.get(condition.key)
-        questions = [
-            _AskedQuestion(question, prompt, one.prepared, choose)
-            for one in media
-            if one.error is None
-            for question, prompt in zip(one.questions, one.prepared.prompts, strict=True)
-            if question.id in ids
-        ]
+        able = [one for one in media if one.error is None and ids & {q.id for q in one.questions}]
+        if condition.resizes:
+            self._share_out([partial(self._begin_size, one.prepared, condition) for one in able])
+        questions = []
+        for one in able:
+            reason = one.prepared.reason(condition)
+            medium = one.prepared if reason else one.prepared.at(condition)
+            for question, prompt in zip(one.questions, medium.prompts, strict=True):
+                if question.id in ids and reason is not None:
+                    done(question, EngineAnswer(error=reason))
+                elif question.id in ids:
+                    keep = one.prepared.keep(condition)
+                    questions.append(_AskedQuestion(question, prompt, medium, keep, choose))
         pruning = self._prunings[condition.key]
         self._share_out(
             [
@@ -371,19 +411,23 @@ class TransformersEngine:
                 for batch in self._batches(questions)
             ]
         )
+        if condition.resizes:
+            for one in able:
+                one.prepared.smaller.free(condition)
 
     def _batches(self, questions: Sequence[_AskedQuestion]) -> list[list[_AskedQuestion]]:
         """Cut questions into batches, at least one for each worker.
 
         Short prompts of about one length go together, padded. Long ones only with others of the
         same length: with padding the engine computes the attention of all pairs, and without it
-        only that to earlier tokens. All of a batch keep as many tokens.
+        only that to earlier tokens. All of a batch keep as many tokens, or the same share.
         """
         size = min(self.settings.batch, -(-len(questions) // self.settings.workers))
-        groups: dict[tuple[int, int], list[_AskedQuestion]] = {}
+        groups: dict[tuple[int, int, str], list[_AskedQuestion]] = {}
         for one in sorted(questions, key=lambda one: one.length):
             kept = 0 if one.given is None else sum(map(len, one.given))
-            groups.setdefault((one.length if one.length >= _LONG else 0, kept), []).append(one)
+            length = one.length if one.length >= _LONG else 0
+            groups.setdefault((length, kept, repr(one.keep)), []).append(one)
         return [
             group[start : start + size]
             for group in groups.values()
@@ -394,13 +438,13 @@ class TransformersEngine:
         self, media: Sequence[MediaQuestions], question: Question, condition: Condition
     ) -> int | None:
         """Return the most bytes held beyond the weights and the encoded image or video."""
-        prompt, encoded = self._alone(media, question)
+        prompt, encoded, pruning = self._alone(media, question, condition)
 
         def call() -> None:
             with torch.inference_mode():
                 self.model(**prompt, encoded=encoded, logits_to_keep=1)
 
-        with _pruned(self.model, self._prunings[condition.key]):
+        with _pruned(self.model, pruning):
             if self.model.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
@@ -418,11 +462,11 @@ class TransformersEngine:
         UnsupportedModelError
             If the model's cache does not keep all keys.
         """
-        prompt, encoded = self._alone(media, question)
         try:
+            prompt, encoded, pruning = self._alone(media, question, condition)
             with (
                 torch.inference_mode(),
-                _pruned(self.model, self._prunings[condition.key]),
+                _pruned(self.model, pruning),
                 measure_dominance(self.model) as measured,
             ):
                 self.model.generate(
@@ -469,6 +513,38 @@ class TransformersEngine:
                 future.cancel()
             raise
 
+    def _begin_size(self, prepared: _EncodedMedium, condition: Condition, model: Any) -> None:
+        """Encode an image or video at the size of a condition, unless that was done before."""
+        sizes = prepared.smaller
+        if not condition.resizes or sizes is None or condition.key in sizes.reasons:
+            return
+        medium = sizes.at(condition)
+        if medium is not None and medium.encoded is None:
+            reason = self._encoded(medium, model) or _miscounted(medium)
+            if reason is not None:
+                sizes.fail(condition, reason)
+
+    def _encoded(self, prepared: _EncodedMedium, model: Any) -> str | None:
+        """Encode an image or video, or read it from the cache; return why that cannot be done."""
+        if prepared.file is not None and prepared.file.is_file():
+            prepared.encoded = load_encoded(prepared.file, model)
+            prepared.encode_seconds = encoding_seconds(prepared.file)
+        else:
+            reason = None
+            try:
+                self._encode(prepared, model)
+            except Exception as error:  # an encoder may raise anything on odd pixels
+                reason = failure_of(error)
+            if reason is not None:
+                free_memory()
+                return reason
+        prepared.prompts[0] = {
+            name: value
+            for name, value in prepared.prompts[0].items()
+            if not name.startswith(_PIXELS)
+        }
+        return None
+
     def _encode(self, prepared: _EncodedMedium, model: Any) -> None:
         """Run the encoder, and keep what it made where there is a cache."""
         started = time.perf_counter()
@@ -489,13 +565,19 @@ class TransformersEngine:
             ) from None
 
     def _alone(
-        self, media: Sequence[MediaQuestions], question: Question
-    ) -> tuple[dict[str, Any], Encoded]:
-        """Return one question's prompt and its encoded image or video."""
+        self, media: Sequence[MediaQuestions], question: Question, condition: Condition
+    ) -> tuple[dict[str, Any], Encoded, _Pruning]:
+        """Return one question's prompt, its encoded image or video, and how that is pruned."""
         one = next(one for one in media if question in one.questions)
         prepared: _EncodedMedium = one.prepared
-        prompt = prepared.prompts[one.questions.index(question)]
-        return {name: self._on_device(value) for name, value in prompt.items()}, prepared.known()
+        self._begin_size(prepared, condition, self.model)
+        if reason := prepared.reason(condition):
+            raise PromptError(reason)
+        medium = prepared.at(condition)
+        prompt = medium.prompts[one.questions.index(question)]
+        inputs = {name: self._on_device(value) for name, value in prompt.items()}
+        pruning = replace(self._prunings[condition.key], keep=prepared.keep(condition))
+        return inputs, medium.known(), pruning
 
     def _on_device(self, value: Any) -> Any:
         return value.to(self.model.device) if isinstance(value, Tensor) else value
@@ -529,8 +611,9 @@ class TransformersEngine:
         inputs = {name: self._on_device(value) for name, value in prompts.items()}
         first = _FirstToken([self._letters.of(one.question) for one in questions])
         given = questions[0].given
-        if given is not None and len(given) == 1:
-            pruning = replace(pruning, keep=len(given[0]))
+        # All of a batch keep the same.
+        keep = questions[0].keep if given is None or len(given) > 1 else len(given[0])
+        pruning = replace(pruning, keep=keep)
         memory = _SelectionMemory(questions, pruning)
         started = time.perf_counter()
         with torch.inference_mode(), _pruned(model, pruning) as running:
@@ -571,6 +654,7 @@ class TransformersEngine:
                         int(inputs["attention_mask"][row].sum()),
                         output,
                         pruning.selector,
+                        one.prepared.resized,
                     ),
                 )
             )
@@ -770,11 +854,24 @@ def _seconds(*, encode: float, select: float, prefill: float, decode: float) -> 
     )
 
 
+def _miscounted(medium: _EncodedMedium) -> str | None:
+    """Return what is wrong where a resized medium is encoded as other tokens than laid out."""
+    (modality,) = medium.known().modalities.values()
+    made = sum(item.tokens.total for item in modality.items)
+    if medium.resized is None or made == medium.resized.tokens:
+        return None
+    return (
+        f"the encoder made {made} visual tokens of a resized picture that was laid out as "
+        f"{medium.resized.tokens}: this model cannot be compared with resize. Leave it out."
+    )
+
+
 def _tokens(
     selections: Sequence[Selection],
     prompt_tokens: int,
     output: Any,
     method: Selector | InsideMethod,
+    resized: Resized | None,
 ) -> dict[str, Any]:
     """Return the fields of an `EngineAnswer` that count tokens.
 
@@ -788,6 +885,8 @@ def _tokens(
         What ``generate`` returned.
     method
         What chose.
+    resized
+        Its size, where its image or video was made smaller.
     """
     cache = cache_of(output)
     before = sum(one.total for one in selections)
@@ -801,7 +900,7 @@ def _tokens(
     return {
         # Of layers that read different numbers the mean: that is what they cost.
         "visual_tokens": round(sum(after) / depth),
-        "of_visual_tokens": before,
+        "of_visual_tokens": before if resized is None else resized.of_tokens,
         "prompt_tokens": round(sum(read) / depth),
         "mass_kept": _mass_kept(selections),
         "kv_bytes": _cache_bytes(cache, read),
@@ -834,7 +933,10 @@ def _cache_bytes(cache: Any, prompt_tokens: Sequence[int]) -> int:
     """
     total = 0.0
     for layer, tokens in zip(cache.layers, prompt_tokens, strict=True):
-        batch, _, positions, _ = layer.keys.shape
-        held = layer.keys.nbytes + layer.values.nbytes
+        keys = getattr(layer, "keys", None)
+        if keys is None:  # it keeps a state, which is as large for every prompt
+            continue
+        batch, _, positions, _ = keys.shape
+        held = keys.nbytes + layer.values.nbytes
         total += held / batch / positions * min(positions, tokens)
     return round(total)

@@ -1,7 +1,8 @@
 """The engine ``vllm``: `vllm.LLM` in this process, pruned by the plugin request by request.
 
 One engine serves every condition: a request names its method and budget. vLLM encodes for each of
-them anew, since what it caches is what was kept.
+them anew, since what it caches is what was kept. A condition that resizes sends a smaller picture,
+or says in its request how vLLM's processor is to make it smaller.
 """
 
 from __future__ import annotations
@@ -21,21 +22,51 @@ from tokenprune.providers import model_path
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Done, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.engines.letters import Letters
+from tokenprune_eval.evaluation.engines.sizes import Sizes
 from tokenprune_eval.evaluation.failures import EngineLostError, failure_of
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
-from tokenprune_eval.results.records import UNPRUNED, Condition, Seconds
+from tokenprune_eval.results.records import Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata, prompt_text
+from tokenprune_hf.resized import Content, Resized
+from tokenprune_hf.resizing import Resizer
 from tokenprune_vllm.engine import read_config
 from tokenprune_vllm.settings import KEY
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Prompts about one image or video, and the data that goes along with each."""
+    """Prompts about one image or video, and the data that goes along with each.
+
+    Attributes
+    ----------
+    prompts
+        One for each question.
+    media
+        What ``multi_modal_data`` is.
+    sizes
+        What it is at other sizes, where conditions ask for such.
+    """
 
     prompts: list[str]
     media: dict[str, Any]
+    sizes: Sizes[dict[str, Any]] | None = None
+
+    def at(self, condition: Condition) -> dict[str, Any]:
+        """Return the data at the size that a condition asks for."""
+        if self.sizes is None or not condition.resizes:
+            return self.media
+        return self.sizes.at(condition) or self.media
+
+    def resized(self, condition: Condition) -> Resized | None:
+        """Return what is known of that size, None at full size."""
+        if self.sizes is None or not condition.resizes:
+            return None
+        return self.sizes.resized(condition)
+
+
+_Asked = tuple[Question, str, _Prepared]
+"""A question, its prompt, and what it is about."""
 
 
 class VllmEngine:
@@ -66,7 +97,8 @@ class VllmEngine:
             "seed": settings.seed,
             **settings.engine_args,
         }
-        methods = list(dict.fromkeys(settings.method))
+        of_conditions = (one.pruned_by for one in settings.conditions())
+        methods = list(dict.fromkeys(method for method in of_conditions if method is not None))
         # An exported checkpoint prunes by itself: there the unpruned condition has to be asked for.
         self._pruned = bool(methods) or KEY in read_config(model)
         if methods:
@@ -99,6 +131,13 @@ class VllmEngine:
 
         processors: Any = AutoProcessor
         self._processor = processors.from_pretrained(model)
+        self._resizing = [one for one in settings.conditions() if one.resizes]
+        self._resizer: Resizer | None = None
+        if self._resizing:
+            from transformers import AutoConfig
+
+            config = AutoConfig.from_pretrained(model)
+            self._resizer = Resizer(config, self._processor, in_vllm=True)
         # InternVL's videos have a placeholder of their own here, which its config does not name.
         names = [
             getattr(self._processor, name)
@@ -120,17 +159,17 @@ class VllmEngine:
     def prepare(self, asked: MediaQuestions) -> None:
         """Lay the prompts out."""
         content = asked.content
-        if isinstance(content, Video):
-            frames, metadata = frames_and_metadata(content)
-            # vLLM's own key: these are the frames, none are to be drawn from them.
-            media: dict[str, Any] = {"video": (frames, {**metadata, "do_sample_frames": False})}
-        elif isinstance(content, Image.Image):
-            media = {"image": content}
-        else:
+        if not isinstance(content, Image.Image | Video):
             raise TypeError(f"neither image nor video: {content!r}")
+        media = _data(content)
         (kind,) = media
         prompts = [prompt_text(self._processor, text, kind) for text in asked.prompts]
-        asked.prepared = _Prepared(prompts, media)
+        sizes = None
+        if self._resizer is not None:
+            sizes = Sizes(
+                content, self._resizer, self._resizing, lambda resized: _data(resized.content)
+            )
+        asked.prepared = _Prepared(prompts, media, sizes)
 
     def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Check the letters; vLLM encodes as it answers.
@@ -153,12 +192,17 @@ class VllmEngine:
     ) -> None:
         """Hand over `Settings.batch` questions at a time."""
         ids = {question.id for question in wanted}
-        questions = [
-            (question, prompt, one.prepared.media)
-            for one in media
-            for question, prompt in zip(one.questions, one.prepared.prompts, strict=True)
-            if question.id in ids
-        ]
+        questions: list[_Asked] = []
+        for one in media:
+            prepared: _Prepared = one.prepared
+            reason = None
+            if condition.resizes and prepared.sizes is not None:
+                reason = prepared.sizes.reasons.get(condition.key)
+            for question, prompt in zip(one.questions, prepared.prompts, strict=True):
+                if question.id in ids and reason is not None:
+                    done(question, EngineAnswer(error=reason))
+                elif question.id in ids:
+                    questions.append((question, prompt, prepared))
         for start in range(0, len(questions), self.settings.batch):
             self._answer_batch(questions[start : start + self.settings.batch], condition, done)
 
@@ -176,13 +220,14 @@ class VllmEngine:
 
     def _answer_batch(
         self,
-        questions: Sequence[tuple[Question, str, dict[str, Any]]],
+        questions: Sequence[_Asked],
         condition: Condition,
         done: Done,
     ) -> None:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         requests = [self._request(prompt, media, condition) for _, prompt, media in questions]
+        sizes = [media.resized(condition) for _, _, media in questions]
         tokens = [self._letters.of(question) for question, _, _ in questions]
         try:
             outputs = self._llm.generate(
@@ -196,23 +241,36 @@ class VllmEngine:
         except Exception as error:  # too long a prompt, a processor that refuses, …
             reason = failure_of(error)
             if len(questions) == 1:
+                if sizes[0] is not None and sizes[0].arguments:
+                    reason += (
+                        " The request asked vLLM's processor for a smaller picture, which it may "
+                        "not be able to make of this model's: run resize with --engine hf."
+                    )
                 done(questions[0][0], EngineAnswer(error=reason))
                 return
             # One of them is the reason; the others have an answer.
             for alone in questions:
                 self._answer_batch([alone], condition, done)
             return
-        for (question, _, _), own, output in zip(questions, tokens, outputs, strict=True):
-            done(question, _said(question, own, output, len(questions), self._placeholders))
+        for (question, _, _), own, output, size in zip(
+            questions, tokens, outputs, sizes, strict=True
+        ):
+            answer = _said(question, own, output, len(questions), self._placeholders)
+            done(question, answer if size is None else _checked(answer, size, condition))
 
-    def _request(self, prompt: str, media: dict[str, Any], condition: Condition) -> dict[str, Any]:
-        request = {"prompt": prompt, "multi_modal_data": media}
+    def _request(self, prompt: str, media: _Prepared, condition: Condition) -> dict[str, Any]:
+        request = {"prompt": prompt, "multi_modal_data": media.at(condition)}
+        size = media.resized(condition)
+        more: dict[str, Any] = {}
+        if size is not None and size.arguments:
+            more["images_kwargs"] = dict(size.arguments)
         if self._pruned:
-            asked: dict[str, Any] = {"method": condition.method, "keep": condition.keep}
-            if condition.method == UNPRUNED:
+            keep = condition.keep if size is None else size.keep
+            asked: dict[str, Any] = {"method": condition.pruned_by, "keep": keep}
+            if condition.pruned_by is None:
                 asked = {"off": True}
-            request["mm_processor_kwargs"] = {KEY: asked}
-        return request
+            more[KEY] = asked
+        return {**request, "mm_processor_kwargs": more} if more else request
 
     def _sampling(self, letters: Sequence[Sequence[int]]) -> Any:
         import vllm
@@ -222,6 +280,26 @@ class VllmEngine:
         if wanted:
             more = {"logprobs": len(wanted), "logprob_token_ids": wanted}
         return vllm.SamplingParams(temperature=0.0, max_tokens=self.settings.max_new_tokens, **more)
+
+
+def _data(content: Content) -> dict[str, Any]:
+    """Return ``multi_modal_data`` of an image or a video."""
+    if isinstance(content, Image.Image):
+        return {"image": content}
+    frames, metadata = frames_and_metadata(content)
+    # vLLM's own key: these are the frames, none are to be drawn from them.
+    return {"video": (frames, {**metadata, "do_sample_frames": False})}
+
+
+def _checked(answer: EngineAnswer, size: Resized, condition: Condition) -> EngineAnswer:
+    """Return an answer about a resized medium, an error where vLLM has made it another size."""
+    if condition.pruned_by is None and answer.visual_tokens != size.placeholders:
+        return EngineAnswer(
+            error=f"vLLM made {answer.visual_tokens} visual tokens of a resized picture that "
+            f"transformers makes {size.placeholders} of: its processor takes no other sizes. Leave "
+            "resize out, or run it with --engine hf."
+        )
+    return answer
 
 
 def _said(
