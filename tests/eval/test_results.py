@@ -187,6 +187,52 @@ def test_summary_counts_by_hand(by_hand: Results) -> None:
     assert (by_hand.losses[0].shown, by_hand.losses[0].kept) == (TWO.key, [0, 3])
 
 
+def test_group_a_are_the_questions_that_a_smaller_picture_loses() -> None:
+    whole, small, smaller, half, other = conditions = [
+        FULL,
+        Condition(method="resize", keep=0.5),
+        Condition(method="resize", keep=0.25),
+        HALF,
+        Condition(method="resize+divprune", keep=0.25),
+    ]
+    right = {
+        # a and c are lost at a half, a and b at a quarter; d is wrong unpruned, e not answered.
+        whole.key: "abce",
+        small.key: "bd",
+        smaller.key: "c",
+        half.key: "ad",
+        other.key: "bcd",
+    }
+    items = [_item(name) for name in "abcde"]
+    records = [
+        _record(f"set/{name}", one, "red" if name in right[one.key] else "blue")
+        for one in conditions
+        for name in "abcd"
+    ]
+    records += [
+        _record("set/e", whole, "red"),
+        *(Record(item="set/e", condition=one.key, error="too small") for one in conditions[1:]),
+    ]
+    results = summarise(_about(), items, conditions, records)
+    found = {row.condition: row.group_a for row in results.rows}
+    assert [found[one.key] for one in (whole, small, smaller)] == [None, None, None]
+    of_half, of_other = found[half.key], found[other.key]
+    assert of_half
+    assert of_other
+    assert (of_half.correct, of_half.questions) == (1, 2)
+    assert (of_other.correct, of_other.questions) == (1, 2)
+    lines = [line for line in markdown(results).splitlines() if line.startswith("| ")]
+    place = [cell.strip() for cell in lines[0].split("|")].index("group A, %")
+    cells = [line.split("|")[place].strip().split(" ")[0] for line in lines[2:]]
+    assert cells == ["\N{EN DASH}", "\N{EN DASH}", "\N{EN DASH}", "50.0", "50.0"]
+    assert "group A, %" in render(results)
+    without = [one for one in conditions if not one.resizes]
+    kept = {one.key for one in without}
+    plain = summarise(_about(), items, without, [one for one in records if one.condition in kept])
+    assert all(row.group_a is None for row in plain.rows)
+    assert "| group A" not in markdown(plain)
+
+
 def test_variants_of_a_method_stand_apart(tmp_path: Path) -> None:
     variants = [
         HALF,

@@ -25,6 +25,7 @@ from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.results.plots import cost_plot, curves, styles
 from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.results.statistics import Accuracy
 from tokenprune_eval.results.summary import DataInfo, GivenAnswer, Loss, QuestionInfo, Results, Row
 
 THUMBNAIL = 160
@@ -238,6 +239,15 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             any(row.against_unpruned for row in rows),
         ),
         (
+            (
+                "group A, %",
+                "right of the questions that are right unpruned and wrong with resize at the same "
+                "budget",
+                "group_a",
+            ),
+            any(row.group_a is not None for row in rows),
+        ),
+        (
             ("select, ms", "scoring and choosing tokens, median", "select"),
             any(row.seconds.select is not None for row in rows),
         ),
@@ -277,10 +287,16 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
 
 def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     style = styles(rows).get((row.method, row.variant))
-    pair, right = row.against_unpruned, row.accuracy
+    pair = row.against_unpruned
 
     def cell(value: float | None, text: str, below: str = "") -> dict[str, Any]:
         return {"value": value, "text": text, "below": below}
+
+    def share(right: Accuracy | None) -> dict[str, Any]:
+        if right is None:
+            return cell(None, words.percent(None))
+        interval = f"{words.percent(right.low)}{words.NOTHING}{words.percent(right.high)}"
+        return cell(right.share, words.percent(right.share), interval)
 
     minus = "\N{MINUS SIGN}"
     return {
@@ -293,13 +309,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "better": pair is not None and pair.low > 0,
         "cells": {
             "tokens": cell(row.visual_tokens, words.number(row.visual_tokens)),
-            "accuracy": cell(
-                right.share if right else None,
-                words.percent(right.share if right else None),
-                f"{words.percent(right.low)}{words.NOTHING}{words.percent(right.high)}"
-                if right
-                else "",
-            ),
+            "accuracy": share(row.accuracy),
             "difference": cell(
                 pair.difference if pair else None,
                 words.points(pair.difference if pair else None).replace("-", minus),
@@ -309,6 +319,7 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             ),
             "p": cell(pair.p_value if pair else None, words.p_value(pair)),
             "same": cell(pair.agreement if pair else None, words.agreement(pair)),
+            "group_a": share(row.group_a),
             "select": cell(row.seconds.select, words.milliseconds(row.seconds.select)),
             "first": cell(row.seconds.first_token, words.milliseconds(row.seconds.first_token)),
             "rate": cell(row.items_per_second, words.number(row.items_per_second)),

@@ -36,6 +36,7 @@ from tokenprune_eval.results.statistics import (
     failed_questions,
     paired,
 )
+from tokenprune_eval.shared.baselines import RESIZE
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS = "results.json"
@@ -127,6 +128,10 @@ class Row(BaseModel):
     against_unpruned
         Against the unpruned condition, over the questions that both answered and that failed under
         no condition (`failed_questions`); None for itself and where it did not run.
+    group_a
+        Over the questions that are right unpruned and wrong where the picture was made smaller to
+        the same budget (condition ``resize``): group A of VTC-Bench (ACL 2026). A method beats a
+        smaller picture only there. None where that did not run, and for both of these conditions.
     by_type
         Type of question -> accuracy over the answered ones of that type, None where there are
         none. Empty where the data set has no types.
@@ -159,6 +164,8 @@ class Row(BaseModel):
     missing: int
     accuracy: Accuracy | None
     against_unpruned: Paired | None
+    # Files from before it was counted have none.
+    group_a: Accuracy | None = None
     by_type: dict[str, Accuracy | None]
     visual_tokens: float | None
     of_visual_tokens: float | None
@@ -399,7 +406,15 @@ def summarise(
         ],
         conditions=list(conditions),
         rows=[
-            _row(name, own, condition, given[condition.key], answers, failed[name])
+            _row(
+                name,
+                own,
+                condition,
+                given[condition.key],
+                answers,
+                failed[name],
+                _lost_by_resizing(condition, conditions, answers),
+            )
             for name, own in sets.items()
             for condition in conditions
         ],
@@ -487,6 +502,7 @@ def _row(
     given: Mapping[str, Record],
     answers: _Answers,
     failed: set[str],
+    lost_by_resizing: set[str],
 ) -> Row:
     """Return one data set under one condition.
 
@@ -500,6 +516,8 @@ def _row(
         Of all conditions.
     failed
         The questions that no paired figure counts.
+    lost_by_resizing
+        What `_lost_by_resizing` returned.
     """
     of_condition = answers[condition.key]
     answered = {
@@ -524,6 +542,13 @@ def _row(
         missing=len(questions) - len(asked),
         accuracy=accuracy_of([answer.correct for answer in answered.values()]),
         against_unpruned=_against_unpruned(condition, answered, answers, failed),
+        group_a=accuracy_of(
+            [
+                answer.correct
+                for question, answer in answered.items()
+                if question in lost_by_resizing - failed
+            ]
+        ),
         by_type=_by_type(questions, answered),
         **_costs(records),
     )
@@ -537,6 +562,31 @@ def _against_unpruned(
         return None
     compared = {question: answer for question, answer in answered.items() if question not in failed}
     return paired(compared, answers[UNPRUNED])
+
+
+def _lost_by_resizing(
+    condition: Condition, conditions: Sequence[Condition], answers: _Answers
+) -> set[str]:
+    """Return the questions that are right unpruned and wrong in a picture made smaller instead.
+
+    Of all data sets, to the budget of `condition`; none for the conditions that this is made of.
+    """
+    if condition.method in (UNPRUNED, RESIZE) or UNPRUNED not in answers:
+        return set()
+    # How positions are counted, and keys, makes no difference where no token is dropped.
+    smaller: Mapping[str, Answer] = next(
+        (
+            answers[one.key]
+            for one in conditions
+            if one.method == RESIZE and one.keep == condition.keep
+        ),
+        {},
+    )
+    return {
+        question
+        for question, answer in answers[UNPRUNED].items()
+        if answer.correct and question in smaller and not smaller[question].correct
+    }
 
 
 def _by_type(

@@ -15,7 +15,9 @@ NOTES = (
     "right: share of right answers over the answered questions, 95 % Wilson interval. "
     "difference: to unpruned in percentage points over the questions answered under both, 95 % "
     "paired bootstrap interval; p: exact McNemar test, not adjusted for the number of "
-    "conditions. same: same answer as unpruned. tokens: visual tokens read, mean. first: median "
+    "conditions. same: same answer as unpruned. "
+    "group A: right answers among the questions that are right unpruned and wrong with resize at "
+    "the same budget. tokens: visual tokens read, mean. first: median "
     "time to the first answer token. cut: answers cut off before they named anything, neither "
     "right nor wrong; at least: the share of right answers if all of these were wrong. answered:"
     " shown where some questions have no answer, because it was cut, because of an error, or "
@@ -37,6 +39,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("difference", lambda row: words.difference_with_interval(row.against_unpruned)),
     ("p", lambda row: words.p_value(row.against_unpruned)),
     ("same, %", lambda row: words.agreement(row.against_unpruned)),
+    ("group A, %", lambda row: words.share_with_interval(row.group_a)),
     ("first, ms", lambda row: words.milliseconds(row.seconds.first_token)),
     ("cut", lambda row: f"{row.cut:,}" if row.cut else words.NOTHING),
     ("at least, %", lambda row: words.percent(row.at_least) if row.cut else words.NOTHING),
