@@ -39,6 +39,7 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import answer_of, paired
 from tokenprune_eval.results.summary import Row, summarise
+from tokenprune_eval.shared.baselines import RESIZE
 
 ROOT = Path(__file__).parents[1]
 PAGE, COSTS = ROOT / "docs" / "methods.md", ROOT / "docs" / "bench_methods.json"
@@ -171,19 +172,18 @@ def accuracies(run: Path) -> str:
         video = info.name in videos
         lines = []
         for group, found in by_group():
-            inside = [
-                one
-                for one in found
-                if any((one.name, keep) in cells for keep in budgets)
-                and (video or not one.for_videos)
-            ]
-            if inside:
+            names = [one.name for one in found if video or not one.for_videos]
+            if group == "baselines":
+                names = [RESIZE, *names]
+            names = [name for name in names if any((name, keep) in cells for keep in budgets)]
+            if names:
                 lines.append([f"**{group}**", *[""] * len(budgets)])
             lines += [
-                [f"`{one.name}`", *(_right(cells.get((one.name, keep))) for keep in budgets)]
-                for one in inside
+                [f"`{name}`", *(_right(cells.get((name, keep))) for keep in budgets)]
+                for name in names
             ]
-        tokens = [next(row for row in rows if row.keep == keep).visual_tokens for keep in budgets]
+        # `resize` and methods inside the language model read other numbers.
+        tokens = [cells["random", keep].visual_tokens for keep in budgets]
         parts.append(
             f"### {info.name}\n\n{info.questions:,} questions, "
             f"{whole.of_visual_tokens or whole.visual_tokens:,.0f} tokens unpruned: "
@@ -208,7 +208,9 @@ def against_ours(run: Path) -> str:
     keys = {(one.method, one.keep): one.key for one in stored.conditions}
     every = listed()
     lines = []
-    for method in dict.fromkeys(method for method, _ in keys if method != UNPRUNED):
+    for method in dict.fromkeys(method for method, _ in keys):
+        if method not in every:
+            continue  # the unpruned model and `resize` are no methods
         one = every[method]
         reference = OURS[one.reads_question]
         if method in OURS.values() or not one.paper:
