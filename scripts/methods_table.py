@@ -3,7 +3,7 @@
 
     scripts/methods_table.py cost > docs/bench_methods.json    # on a quiet machine
     tokenprune eval --config scripts/methods.yaml
-    scripts/methods_table.py write methods-out                 # docs/methods.md, from both
+    scripts/methods_table.py write [methods-out]               # docs/methods.md, from both
 
 Every method that is installed is in the tables, in the group that its own class tells: nothing here
 names one. ``cost`` times each on one image of 576 tokens, of which 64 stay, in turn with a
@@ -253,14 +253,13 @@ def _markdown(headings: Sequence[str], texts: int, lines: Sequence[Sequence[str]
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
 
 
-def write(run: Path) -> None:
-    """Put the tables into docs/methods.md."""
+def write(run: Path | None) -> None:
+    """Put the tables into docs/methods.md; without a run, what was answered stays as it is."""
     text = PAGE.read_text("utf-8")
-    for name, table in (
-        ("about", about()),
-        ("accuracy", accuracies(run)),
-        ("against", against_ours(run)),
-    ):
+    tables = {"about": about()}
+    if run is not None:
+        tables |= {"accuracy": accuracies(run), "against": against_ours(run)}
+    for name, table in tables.items():
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
         text = pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)  # noqa: B023
@@ -273,7 +272,8 @@ def main() -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     timed = actions.add_parser("cost", help="time and count every method; prints JSON")
     timed.add_argument("--runs", type=int, default=5, help="timed runs of each (default 5)")
-    actions.add_parser("write", help="write docs/methods.md").add_argument("run", type=Path)
+    writing = actions.add_parser("write", help="write docs/methods.md")
+    writing.add_argument("run", type=Path, nargs="?", help="folder of the run, if it was run anew")
     arguments = parser.parse_args()
     if arguments.action == "cost":
         print(json.dumps(cost(arguments.runs), indent=1))
