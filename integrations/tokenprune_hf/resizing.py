@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from tokenprune.budget import Keep, check_keep, keeps_all, tokens_kept
-from tokenprune.errors import BudgetError, UnsupportedModelError
+from tokenprune.errors import BudgetError, PromptError, UnsupportedModelError
 from tokenprune.families.base import Family
 from tokenprune.families.registry import FAMILIES
 from tokenprune.media.video import Video
@@ -88,6 +88,14 @@ class _Shape:
         if isinstance(content, Image.Image):
             return cls(*content.size)
         frames = content.frames if isinstance(content, Video) else content
+        if not isinstance(frames, np.ndarray) or frames.ndim != 4:
+            shape = getattr(frames, "shape", None)
+            of_shape = "" if shape is None else f" of shape {list(shape)}"
+            raise PromptError(
+                f"a {type(frames).__name__}{of_shape} cannot be made smaller. Pass a picture "
+                "(PIL.Image), what tokenprune_hf.read_video returned, or frames as an array "
+                "[T, H, W, 3]."
+            )
         return cls(frames.shape[2], frames.shape[1], len(frames))
 
     @property
@@ -571,5 +579,7 @@ def resize(
         If every picture of this shape is as many tokens whatever its size.
     BudgetError
         If it cannot be made as few tokens; the message says how few.
+    PromptError
+        If `content` is no picture and no video.
     """
     return Resizer(model, processor)(content, keep, halfway=halfway)

@@ -16,7 +16,7 @@ import tokenprune_hf
 from tests.hf.models import tf
 from tests.vllm import checkpoints
 from tokenprune.budget import tokens_kept
-from tokenprune.errors import BudgetError, UnsupportedModelError
+from tokenprune.errors import BudgetError, PromptError, UnsupportedModelError
 from tokenprune_hf.resizing import Resizer, keep_of_items
 
 FAMILIES = ("qwen2_5_vl", "internvl", "llava_next", "idefics3", "smolvlm", "mistral3", "lfm2_vl")
@@ -388,6 +388,12 @@ def test_of_many_tokens_nearly_all_are_enough(folders: dict[str, Path]) -> None:
     assert 0.97 * 2100 <= resized.tokens <= 2100
     assert placeholders(config, processor, resized) == resized.tokens
     assert len(resizer._counts) < 12
+
+
+@pytest.mark.parametrize("content", ["picture.png", np.zeros((4, 4, 3), np.uint8), None])
+def test_what_is_no_picture_is_refused(content: Any, folders: dict[str, Path]) -> None:
+    with pytest.raises(PromptError, match=r"cannot be made smaller\. Pass a picture"):
+        Resizer(*parts(folders, "internvl"))(content, 0.25)
 
 
 def test_in_vllm_tiles_keep_their_size(folders: dict[str, Path]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import PromptError
-from tokenprune_hf.inside.left import Behind, Left, with_new
+from tokenprune_hf.inside.left import Behind, Left, rows_with_new
 from tokenprune_hf.inside.masks import form_of, in_form
 from tokenprune_hf.prefix import sliding_window
 
@@ -111,9 +111,9 @@ class Continuing:
         device = states.device
         total = self._past + states.shape[1]
         # The prompt's columns that are left, then everything that was read since.
-        columns = with_new(behind.columns, self._left.length, self._repeats, total).to(device)
-        valid = behind.valid.repeat_interleave(self._repeats, dim=0).to(device)
-        valid = torch.nn.functional.pad(valid, (0, columns.shape[1] - valid.shape[1]), value=True)
+        columns, valid = (
+            one.to(device) for one in rows_with_new(behind, self._left.length, self._repeats, total)
+        )
         # A layer with a window has forgotten the first of them.
         columns, valid = columns[:, -keys:], valid[:, -keys:]
         valid = valid & self._shown.to(device).gather(1, columns)

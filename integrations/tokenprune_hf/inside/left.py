@@ -153,7 +153,11 @@ def with_new(columns: Tensor, length: int, repeats: int, total: int) -> Tensor:
     return torch.cat([rows, new.expand(len(rows), -1)], dim=1)
 
 
-def valid_with_new(behind: Behind, repeats: int, new: int) -> Tensor:
-    """Return BoolTensor [R, S + n], True also for the n tokens behind the prompt."""
-    rows = behind.valid.repeat_interleave(repeats, dim=0)
-    return torch.nn.functional.pad(rows, (0, new), value=True)
+def rows_with_new(behind: Behind, length: int, repeats: int, total: int) -> tuple[Tensor, Tensor]:
+    """Return `with_new` of what is left behind a stage, and BoolTensor [R, S + n], which count.
+
+    All tokens behind the prompt do.
+    """
+    valid = behind.valid.repeat_interleave(repeats, dim=0)
+    valid = torch.nn.functional.pad(valid, (0, total - length), value=True)
+    return with_new(behind.columns, length, repeats, total), valid

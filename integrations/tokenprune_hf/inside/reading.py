@@ -19,7 +19,7 @@ from tokenprune.selection import Selection
 from tokenprune.transfer import ToHost, to_device
 from tokenprune_hf.engine import CACHE_NAMES
 from tokenprune_hf.inside.items import Placed, PlacedItem
-from tokenprune_hf.inside.left import Behind, Left, Merged, valid_with_new, with_new
+from tokenprune_hf.inside.left import Behind, Left, Merged, rows_with_new
 from tokenprune_hf.inside.masks import Cut
 from tokenprune_hf.prefix import Taken, sliding_window, taken
 from tokenprune_hf.prompt import ShortPrompt
@@ -224,9 +224,7 @@ class Reading:
 
     def _rows(self, behind: Behind) -> tuple[Tensor, Tensor]:
         """Return columns of each row of the call, those behind the prompt too, and which count."""
-        new = self._total - self._length
-        columns = with_new(behind.columns, self._length, self._repeats, self._total)
-        return columns, valid_with_new(behind, self._repeats, new)
+        return rows_with_new(behind, self._length, self._repeats, self._total)
 
     def _arguments(self, named: dict[str, Any], layer: Any, states: Tensor) -> dict[str, Any]:
         if not self._behind:
