@@ -9,25 +9,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.table import Table
 
-CPU = torch.device("cpu")
-
+# As the engine `hf` and `tokenprune advise` take times, so that figures mean the same.
+from tokenprune_eval.shared.machine import processor as processor
+from tokenprune_eval.shared.timing import CPU as CPU
+from tokenprune_eval.shared.timing import seconds as seconds
+from tokenprune_eval.shared.timing import wait as wait
 
 # Machine ---------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """Name the processor, as the system does where it can."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:
@@ -55,25 +49,6 @@ def quiet() -> None:
 
 
 # Times -----------------------------------------------------------------------------------------
-
-
-def wait(device: torch.device) -> None:
-    """Let a device finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(
-    run: Callable[[], Any],
-    device: torch.device = CPU,
-    clock: Callable[[], float] = time.perf_counter,
-) -> float:
-    """Return how long one run takes, until its device has finished."""
-    wait(device)
-    start = clock()
-    run()
-    wait(device)
-    return clock() - start
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ about an image or a video as the model's own chat template does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from tokenprune_hf.any_model import check_type
 from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
 from tokenprune_hf.resized import Resized
 
+if TYPE_CHECKING:
+    import torch
+
 _FPS = 2.0
 """Frames per second of frames that come without their times: the rate at which most video models
 sample."""
@@ -28,7 +31,9 @@ _CLOCKS = [whole / part for part in (1.0, 1.001) for whole in range(1000, 500, -
 No faster ones: some processors count a tick in whole milliseconds."""
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(
+    name: str, *, device: torch.device | str | None = None, dtype: str | None = None
+) -> tuple[Any, Any]:
     """Return a model in eval mode, on the GPU where there is one, and its processor.
 
     Parameters
@@ -36,6 +41,10 @@ def load(name: str) -> tuple[Any, Any]:
     name
         Folder of a checkpoint, a name that transformers can find, or one that a package brings
         (see `tokenprune.providers`): ``"bundled"`` is the bundled model.
+    device
+        Where to put it; None for the GPU or, where there is none, the CPU.
+    dtype
+        Of its weights, such as ``"bfloat16"``; None for the checkpoint's.
 
     Raises
     ------
@@ -57,7 +66,7 @@ def load(name: str) -> tuple[Any, Any]:
         check_type(hf.AutoConfig.from_pretrained(path, trust_remote_code=False), name)
         processor = hf.AutoProcessor.from_pretrained(path, trust_remote_code=False)
         model = hf.AutoModelForImageTextToText.from_pretrained(
-            path, dtype="auto", trust_remote_code=False
+            path, dtype=dtype or "auto", trust_remote_code=False
         )
     except TokenPruneError:
         raise
@@ -72,7 +81,9 @@ def load(name: str) -> tuple[Any, Any]:
             f"the model {name} cannot be loaded ({reason}). Give the folder of a checkpoint with "
             "its processor, or a name that transformers can find."
         ) from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), processor
 
 
 def ask(

@@ -34,6 +34,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, line: str) -> dict[str, Any]:
 
 
 COMMANDS = {
+    "advise": "--keep 0.5",
     "calibrate": "--data d --method random --max-drop 1%",
     "calibrate-heads": "--data d --out o",
     "eval": "--data d",
@@ -85,6 +86,7 @@ def test_the_model_beside_other_words_without_an_option(monkeypatch: pytest.Monk
         "eval a --model b --data d",
         "show photo.jpg a --model b",
         "find-layer a --model b --video v",
+        "advise a --model b",
     ],
 )
 def test_two_models_are_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:

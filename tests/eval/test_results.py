@@ -25,10 +25,17 @@ from tokenprune.errors import ConfigError, InputFileError
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.results.compare import compare, comparison_markdown, print_comparison
 from tokenprune_eval.results.files import read_run, write_questions
-from tokenprune_eval.results.plots import curves
+from tokenprune_eval.results.plots import cost_plot, curves
 from tokenprune_eval.results.records import Condition, Record, Seconds
 from tokenprune_eval.results.report import render
-from tokenprune_eval.results.statistics import answer_of, difference_interval, mcnemar_p, paired
+from tokenprune_eval.results.statistics import (
+    SpeedUp,
+    answer_of,
+    difference_interval,
+    mcnemar_p,
+    paired,
+    speed_up,
+)
 from tokenprune_eval.results.summary import (
     MAX_LOSSES,
     QuestionInfo,
@@ -37,6 +44,7 @@ from tokenprune_eval.results.summary import (
     summarise,
 )
 from tokenprune_eval.results.table import markdown, print_tables
+from tokenprune_eval.results.words import slower, times
 from tokenprune_eval.results.write import write_results
 
 EVIL = "<script>document.title = 'owned'</script> & \"quoted\" {{ 7 * 7 }} $x_1$ |"
@@ -82,6 +90,60 @@ def test_mcnemar_against_binomial_sums(gained: int, lost: int) -> None:
 def test_impossible_counts_are_refused(gained: int, lost: int, questions: int) -> None:
     with pytest.raises(ConfigError, match="cannot be counts"):
         difference_interval(gained, lost, questions)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(9, 1), (40, 1), (63, 1), (64, 4)])
+def test_speed_up_against_a_loop_over_resamples(count: int, batch: int) -> None:
+    """The interval without drawing is that of very many drawn medians."""
+    rng = np.random.default_rng(count)
+    here, there = rng.uniform(0.5, 2, count), rng.uniform(0.5, 3, count)
+    ratios = there / here
+    drawn = np.sort(rng.choice(ratios, (40_000, count // batch)), axis=1)
+    middle = count // batch
+    lower, upper = drawn[:, (middle + 1) // 2 - 1], drawn[:, middle // 2]
+    found = speed_up(list(here), list(there), batch)
+    assert found is not None
+    assert (found.questions, found.ratio) == (count, float(np.median(ratios)))
+    assert found.low is not None
+    assert found.high is not None
+    # Drawn quantiles may lie one of the values to the left or right.
+    order = np.sort(ratios)
+    for end, medians, share in ((found.low, lower, 0.025), (found.high, upper, 0.975)):
+        expected = np.quantile(medians, share, method="inverted_cdf")
+        steps = abs(int(np.searchsorted(order, end)) - int(np.searchsorted(order, expected)))
+        assert steps <= 1
+    assert found.low <= found.ratio <= found.high
+
+
+def test_few_times_have_no_interval_and_say_nothing() -> None:
+    assert speed_up([], []) is None
+    five = speed_up([2.0] * 5, [1.0] * 5)
+    assert five == SpeedUp(questions=5, ratio=0.5, low=None, high=None)
+    assert not five.is_slower
+    assert slower("divprune", five, five) == ""
+    six = speed_up([2.0] * 6, [1.0] * 6)
+    assert six == SpeedUp(questions=6, ratio=0.5, low=0.5, high=0.5)
+    # A batch of eight is one measurement.
+    in_batches = speed_up([2.0] * 40, [1.0] * 40, batch=8)
+    assert in_batches is not None
+    assert in_batches.high is None
+
+
+def test_words_for_what_is_slower() -> None:
+    def one(ratio: float) -> SpeedUp:
+        return SpeedUp(questions=9, ratio=ratio, low=ratio - 0.001, high=ratio + 0.001)
+
+    assert slower("divprune", one(1.2), one(1.1)) == ""
+    assert slower("divprune", one(0.9995), one(1.1)) == "", "the interval reaches beyond 1"
+    assert slower("divprune", None, None) == ""
+    said = slower("divprune", one(0.8), one(1.1))
+    assert said == "slower to the first token than not pruning (x0.80)"
+    assert "to the answer than not pruning (x0.90)" in slower("divprune", None, one(0.9))
+    both = slower("resize", one(0.8), one(0.9))
+    assert both == "slower than not resizing (x0.80 to the first token, x0.90 to the answer)"
+    assert [times(ratio) for ratio in (1, 0.998, 0.99, 12.345)] == [
+        *("x1.00", "x0.998", "x0.99", "x12.35"),
+    ]
 
 
 def test_the_same_answer_is_the_same_letter_or_text() -> None:
@@ -185,6 +247,96 @@ def test_summary_counts_by_hand(by_hand: Results) -> None:
         ("set/a", 1, 1),
     ]
     assert (by_hand.losses[0].shown, by_hand.losses[0].kept) == (TWO.key, [0, 3])
+
+
+def _timed(unpruned: float, half: float, two: float, count: int = 12) -> Results:
+    """Return a run in which a question takes these seconds to its first token, and 1 s more."""
+    items = [_item(f"{number}") for number in range(count)]
+    resize = Condition(method="resize", keep=0.5)
+    seconds = {FULL: unpruned, HALF: half, TWO: two, resize: 0.5 * unpruned}
+    records = [
+        _record(
+            item.id,
+            condition,
+            "red" if place % 3 else "blue",
+            visual_tokens=8,
+            of_visual_tokens=16,
+            seconds=Seconds(first_token=first, total=first + 1),
+        )
+        for condition, first in seconds.items()
+        for place, item in enumerate(items)
+    ]
+    return summarise(_about(), items, list(seconds), records)
+
+
+def test_time_stands_beside_accuracy() -> None:
+    results = _timed(unpruned=0.4, half=0.1, two=0.8)
+    full, half, two, resize = results.rows
+    assert full.first_token_speed_up is None
+    assert half.first_token_speed_up == SpeedUp(questions=12, ratio=4.0, low=4.0, high=4.0)
+    assert two.first_token_speed_up == SpeedUp(questions=12, ratio=0.5, low=0.5, high=0.5)
+    assert two.answer_speed_up
+    assert two.answer_speed_up.ratio == pytest.approx(1.4 / 1.8)
+    assert resize.first_token_speed_up
+    assert resize.first_token_speed_up.ratio == 2.0
+    assert two.items_per_second == pytest.approx(1 / 1.8)
+    lines = [line.split("|") for line in markdown(results).splitlines() if line.startswith("| ")]
+    titles = [cell.strip() for cell in lines[0]]
+    rows = [dict(zip(titles, (cell.strip() for cell in line), strict=True)) for line in lines[2:]]
+    assert [row["first token, s"] for row in rows] == ["0.400", "0.100", "0.800", "0.200"]
+    assert [row["answers/s"] for row in rows] == ["0.714", "0.909", "0.556", "0.833"]
+    assert [row["speed-up"] for row in rows] == ["\N{EN DASH}", "x4.00", "x0.50", "x2.00"]
+    said = "slower than not pruning (x0.50 to the first token, x0.78 to the answer)"
+    assert [row["slower"] for row in rows] == [*["\N{EN DASH}"] * 2, said, "\N{EN DASH}"]
+    page = _Page(render(results))
+    assert said in page.text
+    assert page.text.count("slower than not") == 1
+    (plot,) = (text for text in page.alternatives if "the time to the first token" in text)
+    for part in ("unpruned: 66.7 % at 0.400 s", "random: 66.7 % at 0.800 s", "resize: 66.7 %"):
+        assert part in plot
+
+
+def test_the_figure_of_time_marks_the_unpruned_and_the_resized() -> None:
+    rows = _timed(unpruned=0.4, half=0.1, two=0.8).rows
+    uri = cost_plot(rows, "first_token")
+    assert uri is not None
+    drawing = base64.b64decode(uri.partition(",")[2]).decode()
+    for words in (
+        "unpruned \N{RIGHTWARDS ARROW} slower",
+        "seconds to the first token",
+        "unpruned: 66.7 %",
+    ):
+        assert words in drawing
+    # Once in the legend, and once beside its points.
+    assert len(re.findall(r">resize<", drawing)) == 2
+    tokens = cost_plot(rows, "visual_tokens")
+    assert tokens is not None
+    assert "\N{RIGHTWARDS ARROW}" not in base64.b64decode(tokens.partition(",")[2]).decode()
+
+
+def test_without_times_nothing_is_said_of_them() -> None:
+    items = [_item(name) for name in "abcdefgh"]
+    records = [_record(item.id, one, "red") for one in (FULL, HALF) for item in items]
+    results = summarise(_about(), items, [FULL, HALF], records)
+    assert [row.first_token_speed_up for row in results.rows] == [None, None]
+    assert [row.answer_speed_up for row in results.rows] == [None, None]
+    header = next(line for line in markdown(results).splitlines() if line.startswith("| method"))
+    for title in ("first token", "answers/s", "speed-up", "slower"):
+        assert title not in header
+    assert cost_plot(results.rows, "first_token") is None
+
+
+def test_only_questions_timed_under_both_are_compared() -> None:
+    items = [_item(f"{number}") for number in range(10)]
+    slow, fast = Seconds(first_token=0.2), Seconds(first_token=0.1)
+    records = [_record(item.id, FULL, "red", seconds=slow) for item in items[:9]]
+    records += [Record(item=items[9].id, condition=FULL.key, error="cut off")]
+    records += [_record(items[0].id, HALF, "red")]  # without its time
+    records += [_record(item.id, HALF, "red", seconds=fast, batch=4) for item in items[1:]]
+    (_, half) = summarise(_about(), items, [FULL, HALF], records).rows
+    # 0 has no time here and 9 failed there; two batches are too few for an interval.
+    assert half.first_token_speed_up == SpeedUp(questions=8, ratio=2.0, low=None, high=None)
+    assert half.answer_speed_up is None
 
 
 def test_group_a_are_the_questions_that_a_smaller_picture_loses() -> None:
@@ -420,7 +572,7 @@ def test_tables_show_the_numbers(by_hand: Results) -> None:
     assert cells[:3] == ["divprune", "0.5", "4.5"]
     assert cells[3].startswith("75.0 (30.1-95.4")
     assert cells[4].startswith("0.0 \\[")
-    assert cells[5:] == ["1.000", "33.3", "100", "4"]
+    assert cells[5:] == ["1.000", "33.3", "0.100", "3.00", "x4.00", "4"]
     assert "error: unpruned 1, divprune@0.5 1." in text
     console = Console(width=110, record=True, file=io.StringIO())
     print_tables(console, by_hand)
@@ -434,17 +586,19 @@ def test_tables_show_the_numbers(by_hand: Results) -> None:
 
 
 class _Page(HTMLParser):
-    """Collects elements, what they refer to, and the text outside style and script."""
+    """Collects elements, what they refer to, texts for pictures, and the text that is shown."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[str] = []
         self.references: list[str] = []
+        self.alternatives: list[str] = []
         self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
+        self.alternatives += [value or "" for name, value in attrs if name == "alt"]
         self.references += [
             value or ""
             for name, value in attrs

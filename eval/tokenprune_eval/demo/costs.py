@@ -14,10 +14,9 @@ import torch
 import tokenprune_hf
 from tokenprune.budget import Keep
 from tokenprune.registry import build
-from tokenprune.selecting import select_many
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
-from tokenprune_hf.reading import prompt_items
+from tokenprune_eval.shared.asking import selected
 from tokenprune_hf.vision import vision_model
 
 ROUNDS = 9
@@ -97,8 +96,7 @@ def measure(
                 if keep != 1.0:
                     selector = build(method, {}) if isinstance(method, str) else method
                     start = time.perf_counter()
-                    tokens = prompt_items(vision, inputs, encoded, selector.needs)["image"]
-                    select_many(tokens, selector, keep)
+                    selected(vision, inputs, encoded, selector, keep)
                     selection[place].append(time.perf_counter() - start)
     return [
         Cost(

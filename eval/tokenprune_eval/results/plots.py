@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
 from tokenprune_eval.results.records import UNPRUNED, Seconds
 from tokenprune_eval.results.statistics import Accuracy
+from tokenprune_eval.shared.baselines import RESIZE
 
 Cost = Literal["visual_tokens", "first_token"]
 
@@ -99,8 +100,8 @@ def cost_plot(rows: Sequence[Plotted], cost: Cost, narrow: bool = False) -> str 
     rows
         All rows of the data set.
     cost
-        Visual tokens kept (mean), or the time to the first answer token (median); drawn on a
-        logarithmic axis.
+        Visual tokens kept (mean), or seconds to the first token, encoding and selecting included
+        (median); drawn on a logarithmic axis.
     narrow
         True for a telephone's screen.
 
@@ -144,6 +145,8 @@ def cost_plot(rows: Sequence[Plotted], cost: Cost, narrow: bool = False) -> str 
         everything = [point for points in drawn.values() for point in points]
         if unpruned is not None:
             everything += _unpruned(axes, unpruned, cost)
+        if cost == "first_token":
+            _mark_resized(axes, drawn)
         _decorate(axes, everything, cost, unpruned)
         figure.legend(
             loc="outside lower center",
@@ -161,11 +164,7 @@ def _short(name: str) -> str:
 
 
 def _point(row: Plotted, cost: Cost) -> _Point | None:
-    if cost == "visual_tokens":
-        value = row.visual_tokens
-    else:
-        seconds = row.seconds.first_token
-        value = None if seconds is None else 1000 * seconds
+    value = row.visual_tokens if cost == "visual_tokens" else row.seconds.first_token
     # A logarithmic axis has no place for zero.
     return _Point(value, row.accuracy) if value and row.accuracy else None
 
@@ -212,8 +211,43 @@ def _unpruned(axes: Axes, row: Plotted, cost: Cost) -> list[_Point]:
         markeredgecolor="white",
         linestyle="none",
         zorder=5,
+        label="unpruned" if cost == "first_token" else None,
     )
+    if cost == "first_token":
+        # What lies to the right of it costs time rather than saves it.
+        axes.axvline(point.cost, color="#8a6d1f", linewidth=1.2, linestyle=(0, (3, 2)), zorder=2)
+        axes.annotate(
+            "faster \N{LEFTWARDS ARROW} unpruned \N{RIGHTWARDS ARROW} slower",
+            (point.cost, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            color="#6f5716",
+            fontsize="small",
+            ha="center",
+            va="bottom",
+            zorder=6,
+        )
     return [point]
+
+
+def _mark_resized(axes: Axes, drawn: Mapping[tuple[str, str], Sequence[_Point]]) -> None:
+    """Write the name of the resized pictures beside their fastest point."""
+    for (method, variant), points in drawn.items():
+        if method == RESIZE and not variant:
+            first = min(points, key=lambda point: point.cost)
+            axes.annotate(
+                RESIZE,
+                (first.cost, 100 * first.accuracy.share),
+                xytext=(0, -8),
+                textcoords="offset points",
+                color=style_of(RESIZE, [RESIZE]).color,
+                fontsize="small",
+                fontweight="bold",
+                ha="center",
+                va="top",
+                zorder=6,
+            )
 
 
 def _decorate(axes: Axes, points: Sequence[_Point], cost: Cost, unpruned: Plotted | None) -> None:
@@ -234,7 +268,7 @@ def _decorate(axes: Axes, points: Sequence[_Point], cost: Cost, unpruned: Plotte
         ending = "" if total is None else f" of {words.number(total)}"
         axes.set_xlabel(f"visual tokens kept{ending} (mean)")
     else:
-        axes.set_xlabel("time to the first answer token, ms (median)")
+        axes.set_xlabel("seconds to the first token (median)")
     axes.set_title("right answers", loc="left", fontsize="medium", color=FAINT, pad=8)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)

@@ -105,8 +105,8 @@ class Seconds(BaseModel):
     decode
         All further answer tokens.
     first_token
-        From the encoded or sent input to the first answer token, as the caller sees it. Where an
-        engine tells the parts it is their sum, else it is measured as a whole.
+        From the input to the first answer token, encoding and selecting included. Where an engine
+        tells the parts it is their sum, else it is measured as a whole, as the caller sees it.
     total
         From handing the question to the engine until the answer is there.
     """

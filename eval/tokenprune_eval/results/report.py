@@ -189,13 +189,14 @@ def _through(row: Row) -> bool:
 def _plots(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
     """Return the curves of a data set, with what they show in words."""
     made = []
-    for cost, unit in (("visual_tokens", "visual tokens"), ("first_token", "ms")):
+    for cost, unit in (("visual_tokens", "visual tokens"), ("first_token", "s")):
         wide = cost_plot(rows, cost)  # type: ignore[arg-type]
         narrow = cost_plot(rows, cost, narrow=True)  # type: ignore[arg-type]
         if wide is None or narrow is None:
             continue
         lines = []
-        for key, of_key in curves(rows).items():
+        unpruned = [row for row in rows if row.method == UNPRUNED]
+        for key, of_key in {(UNPRUNED, ""): unpruned, **curves(rows)}.items():
             parts = [
                 f"{words.percent(row.accuracy.share)} % at {value} {unit}"
                 for row in of_key
@@ -203,14 +204,14 @@ def _plots(name: str, rows: Sequence[Row]) -> list[dict[str, str]]:
                 for value in [
                     words.number(row.visual_tokens)
                     if cost == "visual_tokens"
-                    else words.milliseconds(row.seconds.first_token)
+                    else words.seconds(row.seconds.first_token)
                 ]
             ]
             lines.append(f"{words.label(*key)}: {', '.join(parts) or 'not measured'}")
         title = (
             "Accuracy against visual tokens"
             if cost == "visual_tokens"
-            else "Accuracy against the time to the first answer token"
+            else "Accuracy against the time to the first token, encoding and selecting included"
         )
         text = f"{name}. {title}. {'; '.join(lines)}."
         made.append({"title": title, "wide": wide, "narrow": narrow, "text": text})
@@ -252,11 +253,24 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             any(row.seconds.select is not None for row in rows),
         ),
         (
-            ("first, ms", "time to the first answer token, median", "first"),
+            (
+                "first token, s",
+                "seconds until it, encoding and selecting included, median",
+                "first",
+            ),
             any(row.seconds.first_token is not None for row in rows),
         ),
         (
-            ("items/s", "questions per second of answering", "rate"),
+            (
+                "speed-up",
+                "seconds to the first token unpruned over those here, median over the questions of "
+                "both",
+                "speed_up",
+            ),
+            any(row.first_token_speed_up is not None for row in rows),
+        ),
+        (
+            ("answers/s", "answers per second of work, encoding and selecting included", "rate"),
             any(row.items_per_second is not None for row in rows),
         ),
         (
@@ -299,8 +313,10 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         return cell(right.share, words.percent(right.share), interval)
 
     minus = "\N{MINUS SIGN}"
+    fast = row.first_token_speed_up
     return {
         "name": words.label(row.method, row.variant),
+        "slower": words.slower(row.method, fast, row.answer_speed_up),
         "color": style.color if style else "#8a6d1f",
         "keep": words.keep_text(row.method, row.keep),
         "keep_value": row.keep,
@@ -321,8 +337,15 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
             "same": cell(pair.agreement if pair else None, words.agreement(pair)),
             "group_a": share(row.group_a),
             "select": cell(row.seconds.select, words.milliseconds(row.seconds.select)),
-            "first": cell(row.seconds.first_token, words.milliseconds(row.seconds.first_token)),
-            "rate": cell(row.items_per_second, words.number(row.items_per_second)),
+            "first": cell(row.seconds.first_token, words.seconds(row.seconds.first_token)),
+            "speed_up": cell(
+                fast.ratio if fast else None,
+                words.speed_up(fast),
+                f"{fast.low:.2f}{words.NOTHING}{fast.high:.2f}"
+                if fast and fast.low is not None and fast.high is not None
+                else "",
+            ),
+            "rate": cell(row.items_per_second, words.rate(row.items_per_second)),
             "kv": cell(row.kv_bytes, words.mebibytes(row.kv_bytes)),
             "peak": cell(row.peak_bytes, words.mebibytes(row.peak_bytes)),
             "mass": cell(row.mass_kept, words.percent(row.mass_kept)),

@@ -31,10 +31,12 @@ from tokenprune_eval.results.statistics import (
     Accuracy,
     Answer,
     Paired,
+    SpeedUp,
     accuracy_of,
     answer_of,
     failed_questions,
     paired,
+    speed_up,
 )
 from tokenprune_eval.shared.baselines import RESIZE
 
@@ -139,6 +141,10 @@ class Row(BaseModel):
         Means over the questions answered or cut; see `Record`.
     seconds
         Medians over the same questions, in seconds; see `Seconds`.
+    first_token_speed_up, answer_speed_up
+        Against the unpruned condition, `Seconds.first_token` and `Seconds.total` of the questions
+        that ended with no error under both and that failed under no condition; None for itself,
+        and where it did not run or nothing was timed.
     items_per_second
         Questions divided by the sum of their `Seconds.total`.
     peak_bytes
@@ -172,6 +178,9 @@ class Row(BaseModel):
     prompt_tokens: float | None
     answer_tokens: float | None
     seconds: Seconds
+    # Files from before they were worked out have none.
+    first_token_speed_up: SpeedUp | None = None
+    answer_speed_up: SpeedUp | None = None
     items_per_second: float | None
     peak_bytes: int | None
     kv_bytes: float | None
@@ -410,7 +419,7 @@ def summarise(
                 name,
                 own,
                 condition,
-                given[condition.key],
+                given,
                 answers,
                 failed[name],
                 _lost_by_resizing(condition, conditions, answers),
@@ -499,7 +508,7 @@ def _row(
     name: str,
     questions: Sequence[QuestionInfo],
     condition: Condition,
-    given: Mapping[str, Record],
+    everything: _Given,
     answers: _Answers,
     failed: set[str],
     lost_by_resizing: set[str],
@@ -510,16 +519,16 @@ def _row(
     ----------
     name, questions
         The data set and its questions.
-    condition, given
-        The condition, and its records by question.
-    answers
+    condition
+        The condition.
+    everything, answers
         Of all conditions.
     failed
         The questions that no paired figure counts.
     lost_by_resizing
         What `_lost_by_resizing` returned.
     """
-    of_condition = answers[condition.key]
+    given, of_condition = everything[condition.key], answers[condition.key]
     answered = {
         question.id: of_condition[question.id]
         for question in questions
@@ -550,6 +559,8 @@ def _row(
             ]
         ),
         by_type=_by_type(questions, answered),
+        first_token_speed_up=_speed_up("first_token", condition, records, everything, failed),
+        answer_speed_up=_speed_up("total", condition, records, everything, failed),
         **_costs(records),
     )
 
@@ -562,6 +573,34 @@ def _against_unpruned(
         return None
     compared = {question: answer for question, answer in answered.items() if question not in failed}
     return paired(compared, answers[UNPRUNED])
+
+
+def _speed_up(
+    part: Literal["first_token", "total"],
+    condition: Condition,
+    records: Sequence[Record],
+    everything: _Given,
+    failed: set[str],
+) -> SpeedUp | None:
+    """Compare a part of a condition's seconds with that of the unpruned one, where both have it."""
+    if condition.method == UNPRUNED:
+        return None
+    unpruned = everything.get(UNPRUNED, {})
+    pairs = [
+        (record, unpruned[record.item])
+        for record in records
+        if record.item in unpruned and record.item not in failed
+    ]
+    # A pair without one of its times, or with a clock that stood still, tells nothing.
+    timed = [
+        (here, there)
+        for one, other in pairs
+        if (here := getattr(one.seconds, part)) and (there := getattr(other.seconds, part))
+    ]
+    batches = [_mean(record.batch for record in side) or 1.0 for side in zip(*pairs, strict=True)]
+    return speed_up(
+        [here for here, _ in timed], [there for _, there in timed], max(batches, default=1.0)
+    )
 
 
 def _lost_by_resizing(

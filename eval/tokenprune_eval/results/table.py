@@ -17,8 +17,11 @@ NOTES = (
     "paired bootstrap interval; p: exact McNemar test, not adjusted for the number of "
     "conditions. same: same answer as unpruned. "
     "group A: right answers among the questions that are right unpruned and wrong with resize at "
-    "the same budget. tokens: visual tokens read, mean. first: median "
-    "time to the first answer token. cut: answers cut off before they named anything, neither "
+    "the same budget. tokens: visual tokens read, mean. first token: median seconds until it, "
+    "encoding and selecting included; answers/s: answers per second of work; speed-up: seconds to "
+    "the first token unpruned over those here, median over the questions of both; slower: stands "
+    "where the 95 % bootstrap interval of that, or of the same for the whole answer, is below 1. "
+    "cut: answers cut off before they named anything, neither "
     "right nor wrong; at least: the share of right answers if all of these were wrong. answered:"
     " shown where some questions have no answer, because it was cut, because of an error, or "
     "because they are not asked yet. Questions are taken as independent."
@@ -30,6 +33,10 @@ Columns = Sequence[tuple[str, Sequence[str]]]
 _ALWAYS = 4
 _TEXTS = 1
 _ANSWERED = "answered"
+_NOTE = "slower"
+"""The column that holds words, in the rows that have any."""
+_TIMES = ("first token, s", "answers/s", "speed-up", _NOTE)
+"""What a terminal has no room for beside all the rest."""
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("method", lambda row: words.plain(words.label(row.method, row.variant))),
@@ -40,10 +47,18 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("p", lambda row: words.p_value(row.against_unpruned)),
     ("same, %", lambda row: words.agreement(row.against_unpruned)),
     ("group A, %", lambda row: words.share_with_interval(row.group_a)),
-    ("first, ms", lambda row: words.milliseconds(row.seconds.first_token)),
+    (_TIMES[0], lambda row: words.seconds(row.seconds.first_token)),
+    (_TIMES[1], lambda row: words.rate(row.items_per_second)),
+    (_TIMES[2], lambda row: words.speed_up(row.first_token_speed_up)),
     ("cut", lambda row: f"{row.cut:,}" if row.cut else words.NOTHING),
     ("at least, %", lambda row: words.percent(row.at_least) if row.cut else words.NOTHING),
     (_ANSWERED, lambda row: f"{row.answered:,}"),
+    (
+        _NOTE,
+        lambda row: (
+            words.slower(row.method, row.first_token_speed_up, row.answer_speed_up) or words.NOTHING
+        ),
+    ),
 )
 
 
@@ -108,7 +123,12 @@ def print_tables(console: Console, results: Results) -> None:
     """
     for one in results.data:
         rows = [row for row in results.rows if row.data_set == one.name]
-        console.print(rich_table(title(results, one.name), columns(rows)))
+        every = columns(rows)
+        without = [column for column in every if column[0] not in _TIMES]
+        console.print(rich_table(title(results, one.name), without))
+        if len(without) < len(every):
+            timed = [column for column in every if column[0] in _TIMES]
+            console.print(rich_table("Time beside accuracy", [*every[:_ALWAYS], *timed]))
         for said in _left_out(one, rows):
             console.print(Text(said))
     console.print(Text(NOTES, style="dim"))
@@ -164,6 +184,10 @@ def rich_table(title: str, columns: Columns) -> Group:
     """Return the same table for a terminal, under its title."""
     table = plain_table()
     for place, (name, _) in enumerate(columns):
+        if name == _NOTE:
+            # Words go on in the next line rather than take room from the numbers.
+            table.add_column(name, min_width=12)
+            continue
         table.add_column(
             name, justify="left" if place < _TEXTS else "right", no_wrap=True, overflow="ellipsis"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from tokenprune_eval.results.records import UNPRUNED
-from tokenprune_eval.results.statistics import Accuracy, Paired
+from tokenprune_eval.results.statistics import Accuracy, Paired, SpeedUp
 from tokenprune_eval.shared import tables
+from tokenprune_eval.shared.baselines import RESIZE
 
 NOTHING = "\N{EN DASH}"
 """Stands where nothing was measured."""
@@ -60,6 +61,53 @@ def milliseconds(seconds: float | None) -> str:
         return NOTHING
     value = 1000 * seconds
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def seconds(value: float | None) -> str:
+    """Return seconds with three digits at least where there are any: ``"0.0123"``."""
+    return NOTHING if value is None else tables.three_digits(value)
+
+
+def rate(per_second: float | None) -> str:
+    """Return how many a second, with three digits at least: ``"0.312"``."""
+    return NOTHING if per_second is None else tables.three_digits(per_second)
+
+
+def times(ratio: float) -> str:
+    """Return a ratio of speeds: ``"x1.52"``, never as 1 where it is not."""
+    return f"x{ratio:.3f}" if ratio != 1 and 0.995 <= ratio < 1.005 else f"x{ratio:.2f}"
+
+
+def speed_up(one: SpeedUp | None) -> str:
+    """Return how many times as fast it is."""
+    return NOTHING if one is None else times(one.ratio)
+
+
+def slower(method: str, first_token: SpeedUp | None, answer: SpeedUp | None) -> str:
+    """Return that a condition is slower than the unpruned one, where it is beyond the interval.
+
+    Parameters
+    ----------
+    method
+        The condition's.
+    first_token, answer
+        How many times as fast its first token, and its whole answer, is there.
+
+    Returns
+    -------
+    str
+        Empty where neither is slower, or it is not known.
+    """
+    known = (("first token", first_token), ("answer", answer))
+    parts = [(what, one.ratio) for what, one in known if one is not None and one.is_slower]
+    than = "not resizing" if method == RESIZE else "not pruning"
+    match parts:
+        case []:
+            return ""
+        case [(what, ratio)]:
+            return f"slower to the {what} than {than} ({times(ratio)})"
+    said = ", ".join(f"{times(ratio)} to the {what}" for what, ratio in parts)
+    return f"slower than {than} ({said})"
 
 
 def mebibytes(count: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.table import Table
 
@@ -9,6 +11,13 @@ from rich.table import Table
 def percent(share: float, digits: int = 1) -> str:
     """Return a share in per cent, without the sign: ``"95.2"``."""
     return f"{100 * share:.{digits}f}"
+
+
+def three_digits(value: float) -> str:
+    """Return a number with three digits at least where there are any: ``"0.0123"``, ``"1,234"``."""
+    if value <= 0:
+        return "0"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def plain_table(title: str = "") -> Table:

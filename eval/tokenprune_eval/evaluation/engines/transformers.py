@@ -38,7 +38,6 @@ from tokenprune.errors import (
     reason_of,
 )
 from tokenprune.inside.base import InsideMethod, reads_text
-from tokenprune.media.video import Video
 from tokenprune.scope import Scope
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Picks, Selector
@@ -53,8 +52,17 @@ from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import Condition, Depth, ModalityIndices, Seconds
+from tokenprune_eval.shared.asking import (
+    GREEDY,
+    batched,
+    laid_out,
+    on_device,
+    padding_of,
+    without_pixels,
+)
 from tokenprune_eval.shared.left_out import free_memory
 from tokenprune_eval.shared.output import OutputError
+from tokenprune_eval.shared.timing import moment
 from tokenprune_hf.any_model import check_method, vision_model_of_any_type
 from tokenprune_hf.crops import check_scope_of
 from tokenprune_hf.encoded_file import (
@@ -64,29 +72,17 @@ from tokenprune_hf.encoded_file import (
     load_encoded,
     save_encoded,
 )
-from tokenprune_hf.encoder_inputs import VIDEO_FRAMES, EncoderInputs
+from tokenprune_hf.encoder_inputs import EncoderInputs
 from tokenprune_hf.encoding import Encoded
 from tokenprune_hf.engine import cache_of
 from tokenprune_hf.loading import load
 from tokenprune_hf.proportional import ProportionalAttention
-from tokenprune_hf.resized import Content, Resized
+from tokenprune_hf.resized import Resized
 from tokenprune_hf.resizing import Resizer
 from tokenprune_hf.vision import USUAL
 
-_PIXELS = "pixel"
-"""How the names of the processor's arguments begin that only the encoder reads."""
-
 _LONG = 512
 """Tokens of a prompt from which on padding costs more than it saves."""
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
-
 
 ChooseTokens = Callable[[Question, int, VisualTokens], Selection]
 """Chooses the tokens of a question's image or video of that number by what no method may know."""
@@ -323,35 +319,13 @@ class TransformersEngine:
         """Return one size of an image or video as the processor lays it out."""
         prompts: list[dict[str, Any]] = []
         for text in texts:
-            prompt = self._laid_out(text, content)
-            if prompts:
-                prompt = {name: prompt[name] for name in prompt if not name.startswith(_PIXELS)}
-            prompts.append(prompt)
+            prompt = laid_out(self.model, self.processor, text, content)
+            prompts.append(without_pixels(prompt) if prompts else prompt)
         medium = _EncodedMedium(prompts, resized=content if isinstance(content, Resized) else None)
         if self.settings.cache is not None:
             name = f"{encoded_key(self.model, self.needs, prompts[0])}.safetensors"
             medium.file = self.settings.cache / name
         return medium
-
-    def _laid_out(self, text: str, content: Any) -> dict[str, Any]:
-        """Return what the processor makes of a question."""
-        if not isinstance(content, list):
-            medium: Content = content.content if isinstance(content, Resized) else content
-            kind = "video" if isinstance(medium, Video) else "image"
-            return dict(tokenprune_hf.ask(self.processor, text, **{kind: content}))
-        if not getattr(self.processor, "chat_template", None):
-            raise UnsupportedModelError(
-                "the processor has no chat template, which says how several images are laid out. "
-                "Ask about one image at a time."
-            )
-        said = [*({"type": "image"} for _ in content), {"type": "text", "text": text}]
-        message = {"role": "user", "content": said}
-        prompt = self.processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = dict(self.processor(text=[prompt], images=content, return_tensors="pt"))
-        if not vision_model_of_any_type(self.model).family.tells_videos:
-            # Else they may be the frames of a video, which methods that read the question refuse.
-            inputs[VIDEO_FRAMES] = [1] * inputs["pixel_values"].shape[:-3].numel()
-        return inputs
 
     def begin(self, media: Sequence[MediaQuestions]) -> None:
         """Encode every image and video, or read what an earlier run made of it.
@@ -473,7 +447,7 @@ class TransformersEngine:
                     **prompt,
                     encoded=encoded,
                     max_new_tokens=self.settings.max_new_tokens,
-                    **_GREEDY,
+                    **GREEDY,
                 )
         except UnsupportedModelError:
             raise
@@ -538,22 +512,16 @@ class TransformersEngine:
             if reason is not None:
                 free_memory()
                 return reason
-        prepared.prompts[0] = {
-            name: value
-            for name, value in prepared.prompts[0].items()
-            if not name.startswith(_PIXELS)
-        }
+        prepared.prompts[0] = without_pixels(prepared.prompts[0])
         return None
 
     def _encode(self, prepared: _EncodedMedium, model: Any) -> None:
         """Run the encoder, and keep what it made where there is a cache."""
         started = time.perf_counter()
-        first = {name: self._on_device(value) for name, value in prepared.prompts[0].items()}
+        first = on_device(self.model, prepared.prompts[0])
         with torch.inference_mode():
             prepared.encoded = tokenprune_hf.encode(model, needs=self.needs, **first)
-            if self.model.device.type == "cuda":
-                torch.cuda.synchronize()
-        prepared.encode_seconds = time.perf_counter() - started
+        prepared.encode_seconds = moment(self.model.device) - started
         if prepared.file is None:
             return
         try:
@@ -575,12 +543,9 @@ class TransformersEngine:
             raise PromptError(reason)
         medium = prepared.at(condition)
         prompt = medium.prompts[one.questions.index(question)]
-        inputs = {name: self._on_device(value) for name, value in prompt.items()}
+        inputs = on_device(self.model, prompt)
         pruning = replace(self._prunings[condition.key], keep=prepared.keep(condition))
         return inputs, medium.known(), pruning
-
-    def _on_device(self, value: Any) -> Any:
-        return value.to(self.model.device) if isinstance(value, Tensor) else value
 
     def _answer_batch(
         self, questions: Sequence[_AskedQuestion], pruning: _Pruning, done: Done, model: Any
@@ -607,8 +572,8 @@ class TransformersEngine:
         self, questions: Sequence[_AskedQuestion], pruning: _Pruning, model: Any
     ) -> list[EngineAnswer]:
         """Return what a model says to a batch of questions."""
-        prompts = _batch([one.prompt for one in questions], self._padding())
-        inputs = {name: self._on_device(value) for name, value in prompts.items()}
+        prompts = batched([one.prompt for one in questions], padding_of(self.processor))
+        inputs = on_device(self.model, prompts)
         first = _FirstToken([self._letters.of(one.question) for one in questions])
         given = questions[0].given
         # All of a batch keep the same.
@@ -624,7 +589,7 @@ class TransformersEngine:
                 max_new_tokens=self.settings.max_new_tokens,
                 logits_processor=[first],
                 return_dict_in_generate=True,
-                **_GREEDY,
+                **GREEDY,
             )
             selecting, selections = running.selecting_seconds, iter(running.selections)
         ended = time.perf_counter()
@@ -659,11 +624,6 @@ class TransformersEngine:
                 )
             )
         return answers
-
-    def _padding(self) -> int:
-        tokenizer = self.processor.tokenizer
-        pad = tokenizer.pad_token_id
-        return int(tokenizer.eos_token_id if pad is None else pad)
 
     def _answer_tokens(self, new: Tensor) -> tuple[int, bool]:
         """Return how many tokens were generated, and whether the end is among them."""
@@ -728,9 +688,7 @@ class _FirstToken:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if not self.at:
-            if scores.is_cuda:
-                torch.cuda.synchronize()
-            self.at = time.perf_counter()
+            self.at = moment(scores.device)
             for row, tokens in enumerate(self._tokens):
                 if not tokens:
                     self._letters.append([])
@@ -743,27 +701,6 @@ class _FirstToken:
         """Return letter -> log-probability of one prompt; None where it has no choices."""
         known = self._letters[row]
         return dict(zip(letters, known, strict=True)) if known else None
-
-
-def _batch(prompts: Sequence[dict[str, Any]], padding: int) -> dict[str, Any]:
-    """Put prompts together: text padded on the left, the rest one behind the other."""
-    length = max(int(prompt["input_ids"].shape[1]) for prompt in prompts)
-    result: dict[str, Any] = {}
-    for name, value in prompts[0].items():
-        own = [prompt[name] for prompt in prompts]
-        if isinstance(value, Tensor) and value.shape == prompts[0]["input_ids"].shape:
-            fill = padding if name == "input_ids" else 0
-            result[name] = torch.cat(
-                [
-                    torch.nn.functional.pad(one, (length - one.shape[1], 0), value=fill)
-                    for one in own
-                ]
-            )
-        elif isinstance(value, Tensor):
-            result[name] = torch.cat(own)
-        else:
-            result[name] = [entry for one in own for entry in one]
-    return result
 
 
 class _SelectionMemory:
