@@ -579,6 +579,14 @@ def test_listing_needs_no_heavy_package() -> None:
     assert names.split()[:3] == ["easy-vqa", "scenes", "needles"]
     assert {name.removesuffix(":PATH") for name in names.split()[3:]} == {
         "jsonl",
+        "ocrbench",
+        "textvqa",
+        "docvqa",
+        "pope",
+        "refcoco",
+        "mmmu",
+        "mmbench",
+        "tallyqa",
         "video-mme",
         "mlvu",
         "longvideobench",

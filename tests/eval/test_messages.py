@@ -150,7 +150,8 @@ def check(error: BaseException) -> None:
 @pytest.mark.parametrize("reader", READERS)
 def test_bad_files(reader: str, tmp_path: Path) -> None:
     read = READERS[reader]
-    suffixes = {form.suffix for form in FORMATS.values()} | {".yaml", ".png", ".mp4"}
+    shapes = {shape.suffix for form in FORMATS.values() for shape in form.shapes}
+    suffixes = shapes | {".yaml", ".png", ".mp4"}
     refused = 0
     files = [
         tmp_path / "missing.jsonl",

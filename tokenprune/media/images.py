@@ -27,8 +27,8 @@ LARGEST = 178_000_000
 MAX_PIXELS = 16_000_000
 """Pixels a picture is shrunk to. No processor of the supported families keeps more."""
 
-# Formats that draw pixels. PIL would also run Ghostscript on PostScript, and open containers.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+"""Formats that draw pixels. PIL would also run Ghostscript on PostScript, and open containers."""
 
 _UNREADABLE = (
     OSError,
@@ -121,7 +121,7 @@ def _open(file: Path) -> Image.Image:
     """Open the image without decoding it."""
     Image.init()
     try:
-        return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+        return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise InputFileError(
             f"{file}: this is no image that can be read. Give a JPEG, PNG, WebP, GIF, BMP, TIFF, "

@@ -60,6 +60,7 @@ _SETTINGS = (
     "fps",
     "max_side",
     "instruction",
+    "box_unit",
     "max_new_tokens",
     "choose_by",
     "engine",
@@ -200,7 +201,7 @@ def run(arguments: argparse.Namespace) -> int:
         with bar.step("loading the model", 1):
             engine = build_engine(settings)
         try:
-            answers = Answers(store, earlier, settings.choose_by)
+            answers = Answers(store, earlier, settings)
             search = Search(settings, bounds, media, engine, answers, progress)
             report = Report(settings, bounds, search, engine, files)
             for decision in search.decisions():

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -21,8 +20,8 @@ from tokenprune_eval.calibrate.sequential import MeanTest
 from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.evaluation.engines.base import Engine, EngineAnswer, MediaQuestions
 from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
-from tokenprune_eval.evaluation.scoring import prompt_of, score
-from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.evaluation.scoring import prompts_of, score
+from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
 
@@ -209,8 +208,8 @@ class Answers:
         What an interrupted search left in it. These are not taken as answered: the search comes to
         each of them as before, and gets it from here in place of the model, so that it goes the
         same way.
-    choose_by
-        What counts for questions with choices.
+    settings
+        How answers are read.
 
     Attributes
     ----------
@@ -222,10 +221,10 @@ class Answers:
         Condition's key -> id of a question -> why there is no answer.
     """
 
-    def __init__(self, store: Store, earlier: Iterable[Record], choose_by: ChooseBy) -> None:
+    def __init__(self, store: Store, earlier: Iterable[Record], settings: Settings) -> None:
         self._store = store
         self._earlier = {(one.condition, one.item): one for one in earlier}
-        self._choose_by: ChooseBy = choose_by
+        self._settings = settings
         self._lock = threading.Lock()
         self.right: dict[str, dict[str, bool | None]] = {}
         self.calls: Counter[str] = Counter()
@@ -252,7 +251,7 @@ class Answers:
 
     def note(self, question: Question, condition: Condition, said: EngineAnswer) -> None:
         """Note what the model said and put it on disk; answers may come from several threads."""
-        record = score(question, condition, said, self._choose_by)
+        record = score(question, condition, said, self._settings.choose_by, self._settings.box_unit)
         with self._lock:
             self._store.append([record])
             self._note(record, condition)
@@ -458,7 +457,7 @@ class Search:
             read_ahead(
                 [group for group, is_known in zip(groups, known, strict=True) if not is_known],
                 self.settings,
-                partial(prompt_of, instruction=self.settings.instruction),
+                prompts_of(self.settings),
                 self.engine.prepare,
             ),
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tokenprune_eval.data.question import LETTERS, DataSet, Question
 
 VIDEO_SUFFIXES = (".mp4", ".MP4", ".mkv", ".webm")
 """Tried in this order where a data set names a video without its suffix."""
+
+_ROWS_AT_ONCE = 64
+"""Rows with pictures that are in memory together."""
 
 Record = tuple[str, dict[str, Any]]
 """A place such as ``"line 3"``, and what stands there."""
@@ -87,8 +91,13 @@ def read_json(file: Path, problems: Problems) -> list[Record]:
         raise DataSetError(
             f"{file} holds a JSON {type(content).__name__}, and a list of questions is needed."
         )
+    return objects_of(content, problems)
+
+
+def objects_of(entries: Sequence[Any], problems: Problems) -> list[Record]:
+    """Return the entries that are objects; others are noted in `problems`. They count from 1."""
     records: list[Record] = []
-    for number, record in enumerate(content, start=1):
+    for number, record in enumerate(entries, start=1):
         place = f"entry {number}"
         if isinstance(record, dict):
             records.append((place, record))
@@ -126,6 +135,24 @@ def read_parquet(file: Path) -> list[Record]:
     DataSetError
         If the file is missing or no parquet.
     """
+    return [(f"row {number}", row) for number, row in enumerate(parquet_rows(file), start=1)]
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a parquet file, a few of which are in memory; see `read_parquet`."""
+    with _parquet(file) as opened:
+        for batch in opened.iter_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """Return the names of a parquet file's columns; see `read_parquet`."""
+    with _parquet(file) as opened:
+        return list(opened.schema_arrow.names)
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet as parquet  # type: ignore[import-untyped]
@@ -137,14 +164,13 @@ def read_parquet(file: Path) -> list[Record]:
         # A ParquetFile reads the one file it is given; read_table would take "key=value" folders
         # of the path for columns.
         with parquet.ParquetFile(file) as opened:
-            rows = opened.read().to_pylist()
+            yield opened
     except FileNotFoundError:
         raise DataSetError(f"{file} does not exist. Check the path.") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataSetError(
             f"{file} is no parquet file that can be read: {reason_of(error)}."
         ) from None
-    return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def columns_of(records: Iterable[Record]) -> set[str]:
@@ -173,7 +199,26 @@ def check_columns(file: Path, needed: Iterable[str], records: Sequence[Record], 
     """
     if not records:
         raise DataSetError(f"{file} holds no questions.")
-    found = columns_of(records)
+    check_names(file, needed, columns_of(records), kind)
+
+
+def check_names(file: Path, needed: Iterable[str], found: set[str], kind: str) -> None:
+    """Make sure that a file has all columns of a format.
+
+    Parameters
+    ----------
+    file
+        Named in the message.
+    needed, found
+        Names of columns.
+    kind
+        What the file was read as, for the message.
+
+    Raises
+    ------
+    DataSetError
+        Says which columns are missing and which there are.
+    """
     missing = sorted(set(needed) - found)
     if missing:
         raise DataSetError(
@@ -301,6 +346,38 @@ def letter_of(answer: str, choices: Sequence[str]) -> str:
         f"the answer {answer!r} is none of the choices. Give a letter, {letters[0]} to "
         f"{letters[-1]}, or the exact text of a choice"
     )
+
+
+ANNOTATORS = 4
+"""The fewest whose answers VQA accuracy can be made of: three of the others make one right."""
+
+
+def check_answers(question: Question) -> None:
+    """Make sure that the right answers of an open question can be scored.
+
+    Raises
+    ------
+    ValueError
+        If one is empty, or cannot be what the question's scoring compares.
+    """
+    if question.choices:
+        return
+    if not all(answer.strip() for answer in question.accepted):
+        raise ValueError("an answer is empty")
+    answer = question.answer.strip()
+    if question.scoring == "yes-no" and answer.lower() not in ("yes", "no"):
+        raise ValueError(f"the answer {answer!r} is neither yes nor no")
+    if question.scoring == "count" and not (answer.isascii() and answer.isdecimal()):
+        raise ValueError(f"the answer {answer!r} is no count. Give a whole number, such as 3")
+    if question.scoring == "vqa" and len(question.accepted) < ANNOTATORS:
+        raise ValueError(
+            f"VQA accuracy needs the answers of {ANNOTATORS} annotators or more, got "
+            f"{len(question.accepted)}"
+        )
+    if question.scoring == "box":
+        left, top, right, bottom = json.loads(answer)
+        if question.size is None or min(question.size) < 1 or left >= right or top >= bottom:
+            raise ValueError(f"the box {answer} has no area, or the image no size")
 
 
 def finish(

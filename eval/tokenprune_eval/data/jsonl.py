@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tokenprune_eval.data.errors import Problems
 from tokenprune_eval.data.files import (
+    check_answers,
     check_choices,
     finish,
     inside,
@@ -17,7 +18,7 @@ from tokenprune_eval.data.files import (
     media_folder,
     read_jsonl,
 )
-from tokenprune_eval.data.question import DataSet, Question
+from tokenprune_eval.data.question import DataSet, Question, Scoring
 
 NAME = "jsonl"
 COLUMNS = frozenset({"question", "answer"})
@@ -39,6 +40,11 @@ class Line(BaseModel):
         Put to the model.
     answer
         Where there are `choices` a letter or the exact text of a choice, else any text.
+    answers
+        All right answers to an open question, `answer` among them; with `scoring` vqa those of all
+        annotators.
+    scoring
+        How an open answer is read; any but ``"box"``.
     choices
         Texts, all different.
     id
@@ -59,6 +65,8 @@ class Line(BaseModel):
     images: list[str] | None = Field(default=None, min_length=2)
     question: str
     answer: str
+    answers: list[str] | None = Field(default=None, min_length=1)
+    scoring: Scoring = "exact"
     choices: list[str] | None = None
     id: str | None = None
     type: str = ""
@@ -110,6 +118,12 @@ class Line(BaseModel):
             )
         if self.times and self.video is None:
             raise ValueError("'times' are for videos, and this is an image")
+        if self.choices and (self.answers or self.scoring != "exact"):
+            raise ValueError("'answers' and 'scoring' are for open questions, and this has choices")
+        if self.scoring == "box":
+            raise ValueError("the scoring 'box' is for data sets with boxes; leave it out")
+        if self.answers and self.answer not in self.answers:
+            raise ValueError(f"the answer {self.answer!r} is none of 'answers'")
         if self.evidence and self.image is None:
             raise ValueError("'evidence' is for a single image, given as 'image'")
         return self
@@ -155,7 +169,10 @@ def load(file: Path, media: Path | None = None) -> DataSet:
                 times=tuple(line.times or ()),
                 evidence=tuple((a, b, c, d) for a, b, c, d in line.evidence or ()),
                 further=tuple(further),
+                scoring=line.scoring,
+                answers=tuple(line.answers or ()),
             )
+            check_answers(question)
         except ValueError as error:
             problems.add(place, str(error))
             continue

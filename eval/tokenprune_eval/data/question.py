@@ -13,6 +13,13 @@ from tokenprune_eval.bundled.questions import Box
 LETTERS = string.ascii_uppercase
 """Names of the choices, in their order."""
 
+Scoring = Literal["exact", "contains", "formula", "vqa", "anls", "yes-no", "count", "box"]
+"""How the answer to an open question is read and scored; see `tokenprune_eval.results.scoring`."""
+
+BoxUnit = Literal["fraction", "thousandth", "pixel"]
+"""What the numbers of a box in an answer count: parts of the picture's width and height from 0 to
+1, or from 0 to 1000, or its pixels."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -41,6 +48,20 @@ class Question:
         does not say.
     further
         The images that come after the first, in the order of the prompt.
+    scoring
+        How the answer to an open question is read and scored.
+    answers
+        All right answers to an open question, where there are several; with scoring ``"vqa"`` those
+        of all annotators, equal ones as often as they were given. Empty: `answer` alone.
+    instruction
+        What the authors' evaluation puts behind the question, on a line of its own; for an open
+        question.
+    size
+        Width and height of the image in pixels, for scoring ``"box"``, whose `answer` is
+        ``[left, top, right, bottom]`` in these pixels.
+    group
+        Name of the questions that are one question with its choices in other orders; empty where
+        the question stands for itself.
     """
 
     id: str
@@ -53,6 +74,16 @@ class Question:
     times: tuple[float, ...] = ()
     evidence: tuple[Box, ...] = ()
     further: tuple[Path, ...] = ()
+    scoring: Scoring = "exact"
+    answers: tuple[str, ...] = ()
+    instruction: str = ""
+    size: tuple[int, int] | None = None
+    group: str = ""
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All right answers, one at least."""
+        return self.answers or (self.answer,)
 
     @property
     def paths(self) -> tuple[Path, ...]:

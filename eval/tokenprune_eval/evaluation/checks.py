@@ -56,6 +56,7 @@ def check_before_model(settings: Settings, sets: Sequence[DataSet]) -> None:
     """
     _check_packages(sets)
     _check_several_images(settings, sets)
+    _check_box_unit(settings, sets)
     _check_resizing(settings, sets)
     check_folder(settings.out)
     _check_room(settings, sets)
@@ -79,6 +80,7 @@ def problems_of(settings: Settings, sets: Sequence[DataSet]) -> list[str]:
     checks: list[Callable[[], None]] = [
         partial(_check_packages, sets),
         partial(_check_several_images, settings, sets),
+        partial(_check_box_unit, settings, sets),
         partial(_check_resizing, settings, sets),
         partial(_check_media, sets),
         partial(check_folder, settings.out),
@@ -131,6 +133,19 @@ def _check_media(sets: Sequence[DataSet]) -> None:
             f"{len(missing)} images or videos are not there, for example {shown}. Put them there, "
             "or say where they lie with --media; a run records questions about them as errors."
         )
+
+
+def _check_box_unit(settings: Settings, sets: Sequence[DataSet]) -> None:
+    """Raise where a box is asked for in pixels, and not every condition shows the same pixels."""
+    if settings.box_unit != "pixel" or not any(map(resizes, settings.method)):
+        return
+    for one in sets:
+        if any(question.scoring == "box" for question in one.questions):
+            raise ConfigError(
+                f"{one.name} asks for boxes, in pixels (--box-unit pixel), and resize makes the "
+                "picture smaller: its pixels are others. Leave out resize, or give --box-unit "
+                "fraction or thousandth."
+            )
 
 
 def _check_resizing(settings: Settings, sets: Sequence[DataSet]) -> None:

@@ -136,6 +136,12 @@ def add_how(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="use what can be decoded of videos that are cut off or damaged",
     )
     asking.add_argument("--instruction", metavar="TEXT", help="put behind every open question")
+    asking.add_argument(
+        "--box-unit",
+        choices=("fraction", "thousandth", "pixel"),
+        help="what the numbers of boxes count that are asked for: 0 to 1 (default), 0 to 1000, or "
+        "pixels",
+    )
     asking.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 16")
     asking.add_argument(
         "--choose-by",

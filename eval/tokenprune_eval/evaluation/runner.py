@@ -31,7 +31,7 @@ from tokenprune_eval.evaluation.engines.base import (
 )
 from tokenprune_eval.evaluation.failures import alike, failure_of
 from tokenprune_eval.evaluation.read_ahead import by_media, read_ahead
-from tokenprune_eval.evaluation.scoring import prompt_of, score
+from tokenprune_eval.evaluation.scoring import prompts_of, score
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import StoredRun, read_run
@@ -320,7 +320,7 @@ class _Answering:
         reading = read_ahead(
             [group for group in groups if group],
             self.settings,
-            partial(prompt_of, instruction=self.settings.instruction),
+            prompts_of(self.settings),
             self.engine.prepare,
         )
         for chunk in _chunks(reading, self.engine.media_at_once):
@@ -425,7 +425,9 @@ class _Answering:
                     )
 
         def done(question: Question, said: EngineAnswer) -> None:
-            record = score(question, condition, said, self.settings.choose_by)
+            record = score(
+                question, condition, said, self.settings.choose_by, self.settings.box_unit
+            )
             record.peak_bytes = peaks.get(question.id)
             record.dominance = dominances.get(question.id)
             with self._lock:

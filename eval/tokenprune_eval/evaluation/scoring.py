@@ -1,23 +1,35 @@
 """How a question is put, and what its answer counts as.
 
 Choices are laid out one a line behind their letters, and the letter is asked for, as LLaVA's
-evaluation does. `tokenprune_eval.results.answer_text` reads the answers.
+evaluation does. `tokenprune_eval.results.answer_text` reads the answers to them, and
+`tokenprune_eval.results.scoring` those to open questions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from tokenprune_eval.data.question import LETTERS, Question
+from tokenprune_eval.data.question import LETTERS, BoxUnit, Question
 from tokenprune_eval.evaluation.engines.base import EngineAnswer
-from tokenprune_eval.evaluation.settings import ChooseBy
-from tokenprune_eval.results.answer_text import is_right, read_choice
+from tokenprune_eval.evaluation.settings import ChooseBy, Settings
+from tokenprune_eval.results.answer_text import read_choice
 from tokenprune_eval.results.records import Condition, Record
+from tokenprune_eval.results.scoring import RIGHT, RULES
 
 LETTER_ONLY = "Answer with the option's letter from the given choices directly."
 
+BOX_INSTRUCTIONS: Mapping[BoxUnit, str] = {
+    "fraction": "Answer with one box, [left, top, right, bottom], in fractions of the image's "
+    "width and height between 0 and 1.",
+    "thousandth": "Answer with one box, [left, top, right, bottom], in thousandths of the image's "
+    "width and height between 0 and 1000.",
+    "pixel": "Answer with one box, [left, top, right, bottom], in pixels of the image.",
+}
+"""What is put behind a question for a box: the unit in which the answer is read."""
 
-def prompt_of(question: Question, instruction: str = "") -> str:
+
+def prompt_of(question: Question, instruction: str = "", box_unit: BoxUnit = "fraction") -> str:
     """Return the text that is put to the model.
 
     Parameters
@@ -25,14 +37,24 @@ def prompt_of(question: Question, instruction: str = "") -> str:
     question
         The question.
     instruction
-        Put behind an open question, on a line of its own; a question with choices has its own.
+        Put behind an open question, on a line of its own, in place of the data set's own; a
+        question with choices has its own.
+    box_unit
+        The unit that a question for a box asks for.
     """
     if question.choices:
         choices = "\n".join(
             f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False)
         )
         return f"{question.question}\n{choices}\n{LETTER_ONLY}"
-    return f"{question.question}\n{instruction}" if instruction else question.question
+    own = BOX_INSTRUCTIONS[box_unit] if question.scoring == "box" else question.instruction
+    behind = instruction or own
+    return f"{question.question}\n{behind}" if behind else question.question
+
+
+def prompts_of(settings: Settings) -> Callable[[Question], str]:
+    """Return what makes a run's prompts."""
+    return partial(prompt_of, instruction=settings.instruction, box_unit=settings.box_unit)
 
 
 def letters_of(question: Question) -> str:
@@ -46,7 +68,11 @@ def likeliest(likelihoods: Mapping[str, float]) -> str:
 
 
 def score(
-    question: Question, condition: Condition, said: EngineAnswer, choose_by: ChooseBy
+    question: Question,
+    condition: Condition,
+    said: EngineAnswer,
+    choose_by: ChooseBy,
+    box_unit: BoxUnit = "fraction",
 ) -> Record:
     """Return the record of an answer, read against the right one.
 
@@ -60,6 +86,8 @@ def score(
         What it said.
     choose_by
         What counts for questions with choices.
+    box_unit
+        What the numbers of a box count, where the question asks for one.
     """
     record = Record(item=question.id, condition=condition.key, error=said.error)
     if said.error is not None:
@@ -84,7 +112,10 @@ def score(
         if said.likelihoods is not None:
             record.correct_by_likelihood = likeliest(said.likelihoods) == question.answer
     else:
-        record.correct_by_text = is_right(said.text, question.answer, cut=said.cut)
+        reading = RULES[question.scoring].read(said.text, question, said.cut, box_unit)
+        record.correct_by_text = None if reading is None else reading.score >= RIGHT
+        if reading is not None and question.scoring != "exact":
+            record.read, record.score = reading.said, reading.score
     record.cut = True if record.correct_by_text is None else None
     by_text = choose_by == "text" or not question.choices
     record.correct = record.correct_by_text if by_text else record.correct_by_likelihood

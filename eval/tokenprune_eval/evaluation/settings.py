@@ -14,6 +14,7 @@ from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
 from tokenprune.registry import find_any, inside_methods
 from tokenprune.scope import Scope
+from tokenprune_eval.data.question import BoxUnit
 from tokenprune_eval.results.records import UNPRUNED, Condition, pruned_by
 from tokenprune_eval.shared.baselines import resizes
 
@@ -70,7 +71,9 @@ class Settings(BaseModel):
         Whether what can be decoded of a video that is cut off or damaged is used, see
         `tokenprune_hf.read_video`; otherwise it is an error.
     instruction
-        Put behind every open question, on a line of its own.
+        Put behind every open question, on a line of its own, in place of the data set's own.
+    box_unit
+        What the numbers of a box in an answer count, and what the questions for boxes ask for.
     choose_by
         What counts for questions with choices: the likeliest letter, or the text. Where it is not
         given, likelihood, with ``openai`` text.
@@ -130,6 +133,7 @@ class Settings(BaseModel):
     max_side: int | None = Field(default=None, ge=16)
     allow_truncated: bool = False
     instruction: str = ""
+    box_unit: BoxUnit = "fraction"
     choose_by: ChooseBy = "likelihood"
     max_new_tokens: int = Field(default=16, ge=1)
     limit: int | dict[str, int] | None = None

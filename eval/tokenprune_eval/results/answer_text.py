@@ -66,6 +66,23 @@ _DECORATION = re.compile(
 _NEXT_TURN = re.compile(r"\n\s*(?:question|user|human|q)\s*:", re.IGNORECASE)
 
 
+def marked_part(text: str) -> str:
+    """Return the part of a text that is the answer, as it was written.
+
+    Thoughts are left out, and where the answer is marked, all around it; no sign is changed, as an
+    answer may be spelled out from a picture.
+
+    Parameters
+    ----------
+    text
+        What the model said.
+    """
+    said = _without_thoughts(text)
+    while (inside := _last_container(said)) is not None:
+        said = inside
+    return said.strip()
+
+
 def final_part(text: str) -> str:
     """Return the part of a text that is the answer, without thoughts and decoration.
 
@@ -79,9 +96,7 @@ def final_part(text: str) -> str:
     str
         Empty where the model only thought.
     """
-    said = _without_thoughts(unicodedata.normalize("NFKC", text.translate(_PLAIN)))
-    while (inside := _last_container(said)) is not None:
-        said = inside
+    said = marked_part(unicodedata.normalize("NFKC", text.translate(_PLAIN)))
     while (bare := _LATEX.sub(r"\1", said)) != said:
         said = bare
     said = _DECORATION.sub("", said)

@@ -13,6 +13,8 @@ from rich.text import Text
 from tokenprune_eval.results import words
 from tokenprune_eval.results.files import StoredRun, read_run
 from tokenprune_eval.results.records import Record
+from tokenprune_eval.results.scores import Scores, metric_of, scores_of
+from tokenprune_eval.results.scoring import ACCURACY
 from tokenprune_eval.results.statistics import (
     Accuracy,
     Answer,
@@ -22,7 +24,7 @@ from tokenprune_eval.results.statistics import (
     failed_questions,
     paired,
 )
-from tokenprune_eval.results.summary import QuestionInfo
+from tokenprune_eval.results.summary import QuestionInfo, scored
 from tokenprune_eval.results.table import Columns, escape, markdown_table, rich_table
 
 _ABOUT = ("settings", "versions", "machine")
@@ -45,6 +47,9 @@ class Pair:
         B against A as reference: positive is B better. None where no question was answered by both.
     cut_a, cut_b, errors_a, errors_b
         Cut answers and errors of each on the questions that both have.
+    scores_a, scores_b
+        The data set's own measure of each over the questions of `a` and `b`; of B also against A.
+        None where right and wrong are all there is.
     """
 
     data_set: str
@@ -59,6 +64,8 @@ class Pair:
     cut_b: int
     errors_a: int
     errors_b: int
+    scores_a: Scores | None = None
+    scores_b: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ class DataDifference:
     only_a, only_b
         Questions that one alone has.
     changed
-        Questions with the same id and another text, answer, choices or kind of file; left out.
+        Questions with the same id and another text, answer, scoring, choices or kind of file; left
+        out.
     failed
         Questions of both that failed in either run under a condition that both have; left out.
     """
@@ -172,6 +180,7 @@ def compare(a: Path, b: Path) -> Comparison:
             both = [
                 question for question in same if question in answers_a and question in answers_b
             ]
+            scores_a, scores_b = _scores([left[one] for one in both], condition.key, ours, theirs)
             pairs.append(
                 Pair(
                     data_set=name,
@@ -186,6 +195,8 @@ def compare(a: Path, b: Path) -> Comparison:
                     cut_b=theirs.cut(condition.key, same),
                     errors_a=len(ours.errors(condition.key, same)),
                     errors_b=len(theirs.errors(condition.key, same)),
+                    scores_a=scores_a,
+                    scores_b=scores_b,
                 )
             )
     return Comparison(
@@ -198,6 +209,17 @@ def compare(a: Path, b: Path) -> Comparison:
         differences=_differences(first.about, second.about),
         incomplete=tuple(run.folder for run in (first, second) if not run.about.get("complete")),
     )
+
+
+def _scores(
+    questions: Sequence[QuestionInfo], key: str, ours: _Lookup, theirs: _Lookup
+) -> tuple[Scores, Scores] | tuple[None, None]:
+    """Return the data set's own measure of both runs; see `Pair`."""
+    metric = metric_of({one.scoring for one in questions}, grouped=False)
+    if metric is None or metric == ACCURACY:
+        return None, None
+    here, there = (scored(questions, one.given[key]) for one in (ours, theirs))
+    return scores_of(metric, here, None, (), {}), scores_of(metric, there, here, (), {})
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -248,8 +270,8 @@ _NOTE = (
     "A, B: share of right answers with its 95 % Wilson interval, over the questions that both runs "
     "answered. B - A: in percentage points, 95 % paired bootstrap interval; p: exact McNemar test, "
     "not adjusted for the number of conditions. same: same answer in both. cut, errors: answers "
-    "cut off before they named anything, and failures, in A and in B. Questions are taken as "
-    "independent."
+    "cut off before they named anything, and failures, in A and in B. A data set's own measure has "
+    "its 95 % bootstrap interval, paired for B - A. Questions are taken as independent."
 )
 _NOTHING_SHARED = "No condition and question is in both runs, so there is nothing to compare."
 
@@ -306,6 +328,8 @@ def _alike(one: QuestionInfo, other: QuestionInfo) -> bool:
             question.question,
             question.answer,
             question.choices,
+            question.scoring,
+            question.answers,
             question.kind,
             [path.name for path in (question.path, *question.further)],
             question.times,
@@ -389,6 +413,7 @@ def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
                 [words.agreement(pair.b_against_a) for pair in pairs],
             ),
         ]
+        columns += _score_columns(pairs)
         for title, counts in (
             ("cut", [(pair.cut_a, pair.cut_b) for pair in pairs]),
             ("errors", [(pair.errors_a, pair.errors_b) for pair in pairs]),
@@ -397,6 +422,25 @@ def _tables(comparison: Comparison) -> list[tuple[str, Columns]]:
                 columns.append((title, [f"{a}/{b}" for a, b in counts]))
         tables.append((f"{one.data_set}: {one.both:,} questions in both", columns))
     return tables
+
+
+def _score_columns(pairs: Sequence[Pair]) -> list[tuple[str, list[str]]]:
+    metric = words.metric_of([pair.scores_a for pair in pairs if pair.scores_a])
+    if metric is None:
+        return []
+    return [
+        (f"A, {metric}, %", [words.score_with_interval(pair.scores_a) for pair in pairs]),
+        (f"B, {metric}, %", [words.score_with_interval(pair.scores_b) for pair in pairs]),
+        (
+            f"B - A, {metric}",
+            [
+                words.difference_with_interval(
+                    pair.scores_b.against_unpruned if pair.scores_b else None
+                )
+                for pair in pairs
+            ],
+        ),
+    ]
 
 
 def _difference_columns(comparison: Comparison, longest: int | None = None) -> Columns:

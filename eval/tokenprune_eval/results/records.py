@@ -175,6 +175,10 @@ class Record(BaseModel):
         Whether it is right, read either way; None where it was not read that way.
     correct
         The one of both that the run counts, see `Settings.choose_by`; None where that was cut.
+    read, score
+        What the scoring of an open question read, and its score from 0 to 1, see
+        `tokenprune_eval.results.scoring`; the answer counts as right from 0.5 on. None for
+        questions with choices and for scoring ``"exact"``.
     visual_tokens, of_visual_tokens
         Visual tokens the language model read, and how many there were, at full size. Where tokens
         leave inside it, the mean over its layers.
@@ -214,6 +218,8 @@ class Record(BaseModel):
     correct_by_text: bool | None = None
     correct_by_likelihood: bool | None = None
     correct: bool | None = None
+    read: str | None = None
+    score: float | None = None
     visual_tokens: int | None = None
     of_visual_tokens: int | None = None
     prompt_tokens: int | None = None

@@ -25,7 +25,8 @@ from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import BASELINES, DARK_VEIL, LIGHT_VEIL
 from tokenprune_eval.results.plots import cost_plot, curves, styles
 from tokenprune_eval.results.records import UNPRUNED
-from tokenprune_eval.results.statistics import Accuracy
+from tokenprune_eval.results.scores import FIGURES, ScoreDifference
+from tokenprune_eval.results.statistics import Accuracy, Paired
 from tokenprune_eval.results.summary import DataInfo, GivenAnswer, Loss, QuestionInfo, Results, Row
 
 THUMBNAIL = 160
@@ -123,6 +124,7 @@ def _set_view(results: Results, data: DataInfo) -> dict[str, Any]:
         ]
         or ([{"rows": [unpruned], "tokens": None, "keep": None, "main": True}] if unpruned else []),
         "type_counts": unpruned.by_type if unpruned else {},
+        "metric": words.metric_of([row.scores for row in rows if row.scores is not None]),
     }
 
 
@@ -248,6 +250,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
             ),
             any(row.group_a is not None for row in rows),
         ),
+        *((column, True) for column in _score_columns(rows)),
         (
             ("select, ms", "scoring and choosing tokens, median", "select"),
             any(row.seconds.select is not None for row in rows),
@@ -299,6 +302,22 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
     return [column for column, shown in everything if shown]
 
 
+def _score_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Return the columns of the data set's own measure and its further figures."""
+    scores = [row.scores for row in rows if row.scores is not None]
+    columns: list[_Column] = []
+    if metric := words.metric_of(scores):
+        columns = [
+            (f"{metric}, %", words.metric_meaning(metric), "score"),
+            (f"{metric} difference", "to unpruned, in points", "score_difference"),
+        ]
+    columns += [
+        (words.figure_title(name), FIGURES[name].meaning, name)
+        for name in words.figures_shown(scores)
+    ]
+    return columns
+
+
 def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     style = styles(rows).get((row.method, row.variant))
     pair = row.against_unpruned
@@ -313,6 +332,26 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         return cell(right.share, words.percent(right.share), interval)
 
     minus = "\N{MINUS SIGN}"
+
+    def change(pair: Paired | ScoreDifference | None) -> dict[str, Any]:
+        if pair is None:
+            return cell(None, words.points(None))
+        between = f"{words.points(pair.low)} to {words.points(pair.high)}"
+        return cell(
+            pair.difference,
+            words.points(pair.difference).replace("-", minus),
+            between.replace("-", minus),
+        )
+
+    def score() -> dict[str, Any]:
+        if row.scores is None or row.scores.value is None:
+            return cell(None, words.percent(None))
+        interval = f"{words.percent(row.scores.low)}{words.NOTHING}{words.percent(row.scores.high)}"
+        return cell(row.scores.value, words.percent(row.scores.value), interval)
+
+    figures = row.scores.figures if row.scores else {}
+    score_pair = row.scores.against_unpruned if row.scores else None
+    pairs = {"difference": pair, "score_difference": score_pair}
     fast = row.first_token_speed_up
     return {
         "name": words.label(row.method, row.variant),
@@ -321,18 +360,18 @@ def _row_view(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "keep": words.keep_text(row.method, row.keep),
         "keep_value": row.keep,
         # Coloured only where the interval is on one side of zero.
-        "worse": pair is not None and pair.high < 0,
-        "better": pair is not None and pair.low > 0,
+        "worse": {name for name, one in pairs.items() if one is not None and one.high < 0},
+        "better": {name for name, one in pairs.items() if one is not None and one.low > 0},
         "cells": {
             "tokens": cell(row.visual_tokens, words.number(row.visual_tokens)),
             "accuracy": share(row.accuracy),
-            "difference": cell(
-                pair.difference if pair else None,
-                words.points(pair.difference if pair else None).replace("-", minus),
-                f"{words.points(pair.low)} to {words.points(pair.high)}".replace("-", minus)
-                if pair
-                else "",
-            ),
+            "difference": change(pair),
+            "score": score(),
+            "score_difference": change(score_pair),
+            **{
+                name: cell(figures.get(name), words.figure(name, figures.get(name)))
+                for name in FIGURES
+            },
             "p": cell(pair.p_value if pair else None, words.p_value(pair)),
             "same": cell(pair.agreement if pair else None, words.agreement(pair)),
             "group_a": share(row.group_a),

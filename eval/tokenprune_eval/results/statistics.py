@@ -6,10 +6,12 @@ these only at how many one got right and the other wrong. Everything is exact or
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from tokenprune.errors import ConfigError
@@ -21,6 +23,8 @@ SEED = 0
 _FEWEST = 6
 """Measurements from which on a median has a 95 % interval: all lie on one side of the true one with
 probability 2 / 2**6 = 0.03, and with five 0.06."""
+_DRAWS_AT_ONCE = 2_000_000
+"""Of questions in resamples, so that a large data set's bootstrap takes little memory."""
 
 BY_TEXT = "text"
 """`choose_by` of a run that reads letters from the text even where it knows likelihoods."""
@@ -232,6 +236,100 @@ def difference_interval(
     return float(low), float(high)
 
 
+def mean_interval(
+    values: Sequence[float], *, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a mean over questions.
+
+    Questions are drawn with replacement, and the interval runs from the 2.5th to the 97.5th
+    percentile of the resampled means. Of differences of two answers to each question it is the
+    paired bootstrap interval.
+
+    Parameters
+    ----------
+    values
+        One for each question, at least one.
+    resamples
+        How many resamples, at least 1.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    tuple of float
+        Low and high; both the mean where all values are equal.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    count = len(known)
+    at_once = max(1, _DRAWS_AT_ONCE // count)
+    means = [
+        known[rng.integers(0, count, (min(at_once, resamples - done), count))].mean(axis=1)
+        for done in range(0, resamples, at_once)
+    ]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def f1_of(yes_and_yes: float, said_yes: float, is_yes: float) -> float | None:
+    """Return the F1 score of "yes".
+
+    Parameters
+    ----------
+    yes_and_yes
+        Questions where "yes" is right and was said.
+    said_yes, is_yes
+        Questions where it was said; where it is right.
+
+    Returns
+    -------
+    float or None
+        The harmonic mean of precision and recall; None where "yes" was neither right nor said.
+    """
+    total = said_yes + is_yes
+    return 2 * yes_and_yes / total if total else None
+
+
+def f1_intervals(
+    answers: Sequence[tuple[bool, bool, bool]], *, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the 95 % bootstrap intervals of an F1 score and of its difference to another.
+
+    Questions are drawn with replacement, each with both its answers; only how many there are of
+    each kind matters, so a resample is a draw from a multinomial distribution.
+
+    Parameters
+    ----------
+    answers
+        Of each question: whether "yes" is right, was said here, and was said in the reference.
+    resamples
+        How many resamples, at least 1.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    tuple of tuple of float
+        Low and high of the score here, and of the score here less that of the reference. Resamples
+        in which "yes" is neither right nor said count as 0.
+    """
+    counted = sorted(Counter(answers).items())
+    kinds = [kind for kind, _ in counted]
+    shares = np.array([count for _, count in counted]) / len(answers)
+    drawn = np.random.default_rng(seed).multinomial(len(answers), shares, size=resamples)
+    right, here, there = np.array(kinds, dtype=np.int64).T
+
+    def scores(said: NDArray[np.int64]) -> NDArray[np.float64]:
+        total = drawn @ (said + right)
+        return np.asarray(2 * (drawn @ (said * right)) / np.maximum(total, 1), dtype=np.float64)
+
+    own = scores(here)
+    (low, high), (below, above) = (
+        np.quantile(values, [0.025, 0.975]) for values in (own, own - scores(there))
+    )
+    return (float(low), float(high)), (float(below), float(above))
+
+
 def mcnemar_p(gained: int, lost: int) -> float:
     """Return the exact two-sided p-value of McNemar's test.
 
@@ -264,7 +362,8 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
 
     The answer is the letter of a question with choices: the most likely one where likelihoods are
     known and the run does not count by text, otherwise as read from the text. Where there is no
-    letter, it is the text as an open answer is read, or else in lower case with single spaces.
+    letter, it is what the question's scoring read, or the text as an open answer is read, or else
+    in lower case with single spaces.
 
     Parameters
     ----------
@@ -289,7 +388,7 @@ def answer_of(record: Record, choose_by: object = None) -> Answer | None:
         said = max(sorted(record.likelihoods), key=record.likelihoods.__getitem__)
     else:
         text = record.text or ""
-        said = record.choice or read_open(text) or " ".join(text.split()).casefold()
+        said = record.choice or record.read or read_open(text) or " ".join(text.split()).casefold()
     return Answer(record.correct, said)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune.formats import check_format
-from tokenprune_eval.data.question import Question
+from tokenprune_eval.data.question import Question, Scoring
 from tokenprune_eval.results.records import (
     UNPRUNED,
     Condition,
@@ -27,6 +28,7 @@ from tokenprune_eval.results.records import (
     Seconds,
     variant,
 )
+from tokenprune_eval.results.scores import Scored, Scores, metric_of, scores_of
 from tokenprune_eval.results.statistics import (
     Accuracy,
     Answer,
@@ -57,6 +59,8 @@ class QuestionInfo(BaseModel):
         Name of the data set.
     kind, path, question, answer, choices, type, times, evidence, further
         See `Question`.
+    scoring, answers, group
+        See `Question`; files from before there were others than ``"exact"`` have none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -72,6 +76,9 @@ class QuestionInfo(BaseModel):
     times: tuple[float, ...] = ()
     evidence: tuple[tuple[int, int, int, int], ...] = ()
     further: tuple[Path, ...] = ()
+    scoring: Scoring = "exact"
+    answers: tuple[str, ...] = ()
+    group: str = ""
 
     @classmethod
     def of(cls, data_set: str, question: Question) -> QuestionInfo:
@@ -88,6 +95,9 @@ class QuestionInfo(BaseModel):
             times=question.times,
             evidence=question.evidence,
             further=question.further,
+            scoring=question.scoring,
+            answers=question.answers,
+            group=question.group,
         )
 
 
@@ -137,6 +147,8 @@ class Row(BaseModel):
     by_type
         Type of question -> accuracy over the answered ones of that type, None where there are
         none. Empty where the data set has no types.
+    scores
+        The data set's own measure; None where right and wrong answers are all there is.
     visual_tokens, of_visual_tokens, prompt_tokens, answer_tokens
         Means over the questions answered or cut; see `Record`.
     seconds
@@ -173,6 +185,8 @@ class Row(BaseModel):
     # Files from before it was counted have none.
     group_a: Accuracy | None = None
     by_type: dict[str, Accuracy | None]
+    # Files from before it was measured have none.
+    scores: Scores | None = None
     visual_tokens: float | None
     of_visual_tokens: float | None
     prompt_tokens: float | None
@@ -423,6 +437,7 @@ def summarise(
                 answers,
                 failed[name],
                 _lost_by_resizing(condition, conditions, answers),
+                given.get(UNPRUNED, {}),
             )
             for name, own in sets.items()
             for condition in conditions
@@ -512,6 +527,7 @@ def _row(
     answers: _Answers,
     failed: set[str],
     lost_by_resizing: set[str],
+    unpruned: Mapping[str, Record],
 ) -> Row:
     """Return one data set under one condition.
 
@@ -527,6 +543,8 @@ def _row(
         The questions that no paired figure counts.
     lost_by_resizing
         What `_lost_by_resizing` returned.
+    unpruned
+        The records of the unpruned condition by question; empty where it did not run.
     """
     given, of_condition = everything[condition.key], answers[condition.key]
     answered = {
@@ -561,6 +579,7 @@ def _row(
         by_type=_by_type(questions, answered),
         first_token_speed_up=_speed_up("first_token", condition, records, everything, failed),
         answer_speed_up=_speed_up("total", condition, records, everything, failed),
+        scores=_scores(questions, condition, given, answered, unpruned, failed),
         **_costs(records),
     )
 
@@ -637,6 +656,51 @@ def _by_type(
         if question.id in answered:
             right[question.type].append(answered[question.id].correct)
     return {kind: accuracy_of(of_kind) for kind, of_kind in right.items()} if any(right) else {}
+
+
+def _scores(
+    questions: Sequence[QuestionInfo],
+    condition: Condition,
+    given: Mapping[str, Record],
+    answered: Mapping[str, Answer],
+    unpruned: Mapping[str, Record],
+    failed: set[str],
+) -> Scores | None:
+    """Return the data set's own measure under a condition."""
+    groups = Counter(question.group for question in questions if question.group)
+    metric = metric_of({question.scoring for question in questions}, bool(groups))
+    if metric is None:
+        return None
+    reference = None
+    if condition.method != UNPRUNED and unpruned:
+        reference = scored([one for one in questions if one.id not in failed], unpruned)
+    types = dict.fromkeys(question.type for question in questions)
+    here = scored([one for one in questions if one.id in answered], given)
+    return scores_of(metric, here, reference, types if any(types) else (), groups)
+
+
+def scored(questions: Iterable[QuestionInfo], records: Mapping[str, Record]) -> dict[str, Scored]:
+    """Return the answers by question as `tokenprune_eval.results.scores` compares them.
+
+    Parameters
+    ----------
+    questions
+        Those that are wanted.
+    records
+        Id of a question -> its record. What has none, failed or was cut is left out.
+    """
+    return {
+        question.id: Scored(
+            type=question.type,
+            scoring=question.scoring,
+            answer=question.answer,
+            group=question.group,
+            score=float(record.correct) if record.score is None else record.score,
+            said=record.read or "",
+        )
+        for question in questions
+        if (record := records.get(question.id)) is not None and record.correct is not None
+    }
 
 
 def _costs(records: Sequence[Record]) -> dict[str, Any]:

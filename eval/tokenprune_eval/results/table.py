@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from rich.console import Console, Group
 from rich.text import Text
 
 from tokenprune_eval.results import words
+from tokenprune_eval.results.scores import Scores
 from tokenprune_eval.results.summary import DataInfo, Results, Row
 from tokenprune_eval.shared.tables import plain_table
 
@@ -31,6 +33,7 @@ Columns = Sequence[tuple[str, Sequence[str]]]
 """Title and cells of each column; the first columns are texts, those with digits numbers."""
 
 _ALWAYS = 4
+_NAMING = 3
 _TEXTS = 1
 _ANSWERED = "answered"
 _NOTE = "slower"
@@ -38,7 +41,9 @@ _NOTE = "slower"
 _TIMES = ("first token, s", "answers/s", "speed-up", _NOTE)
 """What a terminal has no room for beside all the rest."""
 
-_COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
+_Column = tuple[str, Callable[[Row], str]]
+
+_COLUMNS: tuple[_Column, ...] = (
     ("method", lambda row: words.plain(words.label(row.method, row.variant))),
     ("keep", lambda row: words.keep_text(row.method, row.keep)),
     ("tokens", lambda row: words.number(row.visual_tokens)),
@@ -70,7 +75,13 @@ def columns(rows: Sequence[Row]) -> Columns:
     rows
         Of one data set, in the order of the table.
     """
-    made = [(title, [cell(row) for row in rows]) for title, cell in _COLUMNS]
+    behind = [title for title, _ in _COLUMNS].index("group A, %") + 1
+    return _filled([*_COLUMNS[:behind], *_score_columns(rows), *_COLUMNS[behind:]], rows)
+
+
+def _filled(wanted: Sequence[_Column], rows: Sequence[Row]) -> Columns:
+    """Return columns with their cells, without those that would say nothing."""
+    made = [(title, [cell(row) for row in rows]) for title, cell in wanted]
     unanswered = any(row.answered < row.questions for row in rows)
     return [
         (title, cells)
@@ -78,6 +89,34 @@ def columns(rows: Sequence[Row]) -> Columns:
         if place < _ALWAYS
         or (unanswered if title == _ANSWERED else any(cell != words.NOTHING for cell in cells))
     ]
+
+
+def _score_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Return the columns of a data set's own measure and its further figures."""
+    scores = _scores(rows)
+    columns: list[_Column] = []
+    if metric := words.metric_of(scores):
+        columns = [
+            (f"{metric}, %", lambda row: words.score_with_interval(row.scores)),
+            (
+                f"{metric} difference",
+                lambda row: words.difference_with_interval(
+                    row.scores.against_unpruned if row.scores else None
+                ),
+            ),
+        ]
+    columns += [
+        (words.figure_title(name), partial(_figure, name)) for name in words.figures_shown(scores)
+    ]
+    return columns
+
+
+def _scores(rows: Sequence[Row]) -> list[Scores]:
+    return [row.scores for row in rows if row.scores is not None]
+
+
+def _figure(name: str, row: Row) -> str:
+    return words.figure(name, row.scores.figures.get(name) if row.scores else None)
 
 
 def title(results: Results, name: str) -> str:
@@ -108,6 +147,8 @@ def markdown(results: Results) -> str:
         lines += [*markdown_table(columns(rows)), ""]
         for said in _left_out(one, rows):
             lines += [escape(said), ""]
+    for note in words.score_notes(_scores(results.rows)):
+        lines += [escape(note), ""]
     return "\n".join([*lines, NOTES, ""])
 
 
@@ -123,14 +164,19 @@ def print_tables(console: Console, results: Results) -> None:
     """
     for one in results.data:
         rows = [row for row in results.rows if row.data_set == one.name]
-        every = columns(rows)
-        without = [column for column in every if column[0] not in _TIMES]
-        console.print(rich_table(title(results, one.name), without))
-        if len(without) < len(every):
-            timed = [column for column in every if column[0] in _TIMES]
-            console.print(rich_table("Time beside accuracy", [*every[:_ALWAYS], *timed]))
+        # A terminal is too narrow for all of it side by side.
+        answers = [column for column in _COLUMNS if column[0] not in _TIMES]
+        times = [column for column in _COLUMNS if column[0] in _TIMES]
+        console.print(rich_table(title(results, one.name), _filled(answers, rows)))
+        if measured := _score_columns(rows):
+            console.print(rich_table("", _filled([*_COLUMNS[:_NAMING], *measured], rows)))
+        timed = _filled([*_COLUMNS[:_ALWAYS], *times], rows)
+        if len(timed) > _ALWAYS:
+            console.print(rich_table("Time beside accuracy", timed))
         for said in _left_out(one, rows):
             console.print(Text(said))
+    for note in words.score_notes(_scores(results.rows)):
+        console.print(Text(note, style="dim"))
     console.print(Text(NOTES, style="dim"))
     if not results.complete:
         console.print(Text("The run is not complete; these are the answers so far."))
@@ -194,4 +240,4 @@ def rich_table(title: str, columns: Columns) -> Group:
     for row in zip(*(cells for _, cells in columns), strict=True):
         table.add_row(*(Text(cell) for cell in row))
     # A table's own title would be broken to its width.
-    return Group(Text(f"\n{title}", style="bold"), table)
+    return Group(Text(f"\n{title}" if title else "", style="bold"), table)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from tokenprune_eval.results.records import UNPRUNED
+from tokenprune_eval.results.scores import F1, FIGURES, ScoreDifference, Scores
+from tokenprune_eval.results.scoring import ACCURACY
 from tokenprune_eval.results.statistics import Accuracy, Paired, SpeedUp
 from tokenprune_eval.shared import tables
 from tokenprune_eval.shared.baselines import RESIZE
@@ -137,11 +141,69 @@ def share_with_interval(accuracy: Accuracy | None) -> str:
     return f"{percent(accuracy.share)} ({percent(accuracy.low)}-{percent(accuracy.high)})"
 
 
-def difference_with_interval(pair: Paired | None) -> str:
+def difference_with_interval(pair: Paired | ScoreDifference | None) -> str:
     """Return ``"-4.6 [-6.8, -2.4]"``, in percentage points."""
     if pair is None:
         return NOTHING
     return f"{points(pair.difference)} [{points(pair.low)}, {points(pair.high)}]"
+
+
+def score_with_interval(scores: Scores | None) -> str:
+    """Return ``"61.3 (58.2-64.4)"``, in per cent."""
+    if scores is None or scores.value is None:
+        return NOTHING
+    return f"{percent(scores.value)} ({percent(scores.low)}-{percent(scores.high)})"
+
+
+def metric_of(scores: Sequence[Scores]) -> str | None:
+    """Return the measure of a data set's rows where it is not what `Row.accuracy` says already."""
+    return next((one.metric for one in scores if one.metric != ACCURACY), None)
+
+
+def metric_meaning(metric: str) -> str:
+    """Return what a measure is, a clause."""
+    if metric == F1:
+        return "of the answer yes"
+    return "mean over the answered questions, which count as right from a score of 0.5 on"
+
+
+def figures_shown(scores: Sequence[Scores]) -> list[str]:
+    """Return the names of the further figures that tables show of a data set's rows."""
+    return [
+        name
+        for name, measure in FIGURES.items()
+        if any(
+            one.figures.get(name) if measure.trouble else one.figures.get(name) is not None
+            for one in scores
+        )
+    ]
+
+
+def figure(name: str, value: float | None) -> str:
+    """Return a further figure: a share in per cent, or a number with two digits."""
+    if value is None:
+        return NOTHING
+    return percent(value) if FIGURES[name].share else f"{value:.2f}"
+
+
+def figure_title(name: str) -> str:
+    """Return a further figure's title with its unit."""
+    measure = FIGURES[name]
+    return f"{measure.title}, %" if measure.share else measure.title
+
+
+def score_notes(scores: Iterable[Scores]) -> list[str]:
+    """Return what the columns of the data sets' own measures mean; empty where there are none."""
+    known = list(scores)
+    metrics = dict.fromkeys(one.metric for one in known if one.metric != ACCURACY)
+    parts = [f"{metric}: {metric_meaning(metric)}" for metric in metrics]
+    if parts:
+        parts.append(
+            "intervals of these, and of their differences to unpruned in points: 95 % bootstrap, "
+            "paired for the differences"
+        )
+    parts += [f"{FIGURES[name].title}: {FIGURES[name].meaning}" for name in figures_shown(known)]
+    return [f"{'; '.join(parts)}."] if parts else []
 
 
 def keep_text(method: str, keep: float) -> str:
