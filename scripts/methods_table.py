@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +26,17 @@ import torch
 from bench_common import Variant, in_turn, processor, releases
 from bench_generate import CLIP_L
 from count_launches import drawn_item, make_item, methods, twice
+from run_tables import answers_by_set, by_group, markdown, replace_between, right
 from torch import nn
 
 import tokenprune
 from tokenprune import MLPProjector, VisualTokens
-from tokenprune.registry import GROUPS, Method, build, listed
+from tokenprune.registry import build, listed
 from tokenprune.selecting import select_many
 from tokenprune.tokens import FROM_CALLER
 from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED
-from tokenprune_eval.results.statistics import answer_of, paired
+from tokenprune_eval.results.statistics import Accuracy, paired
 from tokenprune_eval.results.summary import Row, summarise
 from tokenprune_eval.shared.baselines import RESIZE
 
@@ -48,17 +47,6 @@ IMAGE, VIDEO = ((1, 24, 24), 64), ((16, 12, 12), 256)
 TOWER = "tower"
 OURS = {False: "information", True: "relevant-information"}
 """Whether it reads the question -> what is recommended of such."""
-
-
-# Groups ------------------------------------------------------------------------------------------
-
-
-def by_group() -> Iterator[tuple[str, list[Method]]]:
-    """Yield each group's heading and methods."""
-    for group, meaning in GROUPS.items():
-        found = [one for one in listed().values() if one.group == group]
-        if found and group != "cross-attention":  # of no prompt's tokens
-            yield meaning.partition(":")[0], found
 
 
 # Cost --------------------------------------------------------------------------------------------
@@ -149,7 +137,7 @@ def about() -> str:
         *("image, ms (of the tower)", "video, ms", "kernels / waits"),
     )
     return (
-        _markdown(headings, 5, lines) + f"\n\n{known['machine']}; "
+        markdown(headings, 5, lines) + f"\n\n{known['machine']}; "
         f"{', '.join(f'{name} {release}' for name, release in known['releases'].items())}; median "
         f"of {known['runs']} runs in turn. Image: 576 tokens of width 1,024, 64 stay; the tower, "
         f"CLIP-L/14-336, takes {tower:,.0f} ms. Video: 16 frames of 144 tokens, 256 stay. Random "
@@ -179,7 +167,7 @@ def accuracies(run: Path) -> str:
             if names:
                 lines.append([f"**{group}**", *[""] * len(budgets)])
             lines += [
-                [f"`{name}`", *(_right(cells.get((name, keep))) for keep in budgets)]
+                [f"`{name}`", *(right(accuracy(cells.get((name, keep)))) for keep in budgets)]
                 for name in names
             ]
         # `resize` and methods inside the language model read other numbers.
@@ -187,8 +175,8 @@ def accuracies(run: Path) -> str:
         parts.append(
             f"### {info.name}\n\n{info.questions:,} questions, "
             f"{whole.of_visual_tokens or whole.visual_tokens:,.0f} tokens unpruned: "
-            f"{_right(whole)} % right.\n\n"
-            + _markdown(
+            f"{right(whole.accuracy)} % right.\n\n"
+            + markdown(
                 ("tokens kept", *(f"{one:,.0f}" for one in tokens if one is not None)), 1, lines
             )
         )
@@ -198,12 +186,7 @@ def accuracies(run: Path) -> str:
 def against_ours(run: Path) -> str:
     """Return how many cells each published method is ahead of, or behind, the recommended one."""
     stored = read_run(run)
-    answers: dict[str, dict[Any, Any]] = {}
-    for record in stored.records:
-        if (answer := answer_of(record)) is not None:
-            answers.setdefault(record.condition, {})[record.item] = answer
-    sets = {question.id: question.data_set for question in stored.questions}
-    names = list(dict.fromkeys(sets.values()))
+    answers = answers_by_set(stored)
     videos = {question.data_set for question in stored.questions if question.kind == "video"}
     keys = {(one.method, one.keep): one.key for one in stored.conditions}
     every = listed()
@@ -211,25 +194,18 @@ def against_ours(run: Path) -> str:
     for method in dict.fromkeys(method for method, _ in keys):
         if method not in every:
             continue  # the unpruned model and `resize` are no methods
-        one = every[method]
-        reference = OURS[one.reads_question]
-        if method in OURS.values() or not one.paper:
+        chosen = every[method]
+        reference = OURS[chosen.reads_question]
+        if method in OURS.values() or not chosen.paper:
             continue
         counts, gaps = [0, 0, 0], []
-        for name in names:
+        for name, given in answers.items():
             for (other, keep), key in keys.items():
                 if other != method or (reference, keep) not in keys:
                     continue
-                if one.for_videos and name not in videos:
+                if chosen.for_videos and name not in videos:
                     continue
-                own, ours = (
-                    {
-                        item: said
-                        for item, said in answers.get(which, {}).items()
-                        if sets[item] == name
-                    }
-                    for which in (key, keys[reference, keep])
-                )
+                own, ours = (given.get(one, {}) for one in (key, keys[reference, keep]))
                 if (gap := paired(own, ours)) is not None:
                     counts[0 if gap.low > 0 else 2 if gap.high < 0 else 1] += 1
                     gaps.append(100 * gap.difference)
@@ -237,33 +213,20 @@ def against_ours(run: Path) -> str:
             mean = f"{sum(gaps) / len(gaps):+.1f} ({min(gaps):+.1f} to {max(gaps):+.1f})"
             lines.append([f"`{method}`", f"`{reference}`", *map(str, counts), mean])
     headings = ("method", "against", "ahead", "no difference", "behind", "points, mean (range)")
-    return _markdown(headings, 2, lines)
+    return markdown(headings, 2, lines)
 
 
-def _right(row: Row | None) -> str:
-    if row is None or row.accuracy is None:
-        return "-"
-    found = row.accuracy
-    return f"{found.share:.1%} ({100 * found.low:.1f}-{100 * found.high:.1f})".replace("%", "")
-
-
-def _markdown(headings: Sequence[str], texts: int, lines: Sequence[Sequence[str]]) -> str:
-    """Return a table whose first columns are texts, and the others numbers."""
-    rule = ["---"] * texts + ["---:"] * (len(headings) - texts)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
+def accuracy(row: Row | None) -> Accuracy | None:
+    """Return a row's accuracy, where there is a row."""
+    return None if row is None else row.accuracy
 
 
 def write(run: Path | None) -> None:
     """Put the tables into docs/methods.md; without a run, what was answered stays as it is."""
-    text = PAGE.read_text("utf-8")
     tables = {"about": about()}
     if run is not None:
         tables |= {"accuracy": accuracies(run), "against": against_ours(run)}
-    for name, table in tables.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        pattern = re.compile(f"{re.escape(start)}.*{re.escape(end)}", re.DOTALL)
-        text = pattern.sub(lambda _: f"{start}\n{table}\n{end}", text)  # noqa: B023
-    PAGE.write_text(text, "utf-8")
+    replace_between(PAGE, tables)
 
 
 def main() -> None:

@@ -144,7 +144,8 @@ class EncodedModality:
 
 def placeholder_id(config: Any, family: Family, modality: str) -> int:
     """Return the id of the placeholder token of `modality`, -1 where a model has none."""
-    if family.videos_as_images:
+    # InternVL's processor makes images of a video's frames, placeholders and all.
+    if family.videos_as_images or not family.tells_videos:
         modality = "image"
     token_id: int | None = getattr(config, f"{modality}_token_id", None)
     if token_id is None:
