@@ -31,6 +31,7 @@ from torch import nn
 
 import tokenprune
 from tokenprune import MLPProjector, VisualTokens
+from tokenprune.baselines import RESIZE
 from tokenprune.registry import build, listed
 from tokenprune.selecting import select_many
 from tokenprune.tokens import FROM_CALLER
@@ -38,7 +39,6 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import Accuracy, paired
 from tokenprune_eval.results.summary import Row, summarise
-from tokenprune_eval.shared.baselines import RESIZE
 
 ROOT = Path(__file__).parents[1]
 PAGE, COSTS = ROOT / "docs" / "methods.md", ROOT / "docs" / "bench_methods.json"

@@ -29,6 +29,7 @@ from methods_table import accuracy
 from rich.console import Console
 from run_tables import answers_by_set, by_group, markdown, replace_between, right
 
+from tokenprune.baselines import RESIZE
 from tokenprune.registry import Method
 from tokenprune.tokens import FROM_CALLER
 from tokenprune_eval.bundled import scenes
@@ -39,7 +40,6 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import Paired, paired
 from tokenprune_eval.results.summary import summarise
-from tokenprune_eval.shared.baselines import RESIZE
 from tokenprune_eval.shared.progress import RunProgress
 
 HERE = Path(__file__).parent

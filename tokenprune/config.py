@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from tokenprune.budget import Budget, Keep
-from tokenprune.errors import ConfigError, did_you_mean, reason_of
+from tokenprune.errors import AbstainedError, ConfigError, did_you_mean, reason_of
 from tokenprune.formats import KEY, check_format
 from tokenprune.inside.base import InsideMethod
 from tokenprune.registry import build_any, no_selector
@@ -21,6 +21,9 @@ from tokenprune.selectors.base import Selector
 
 FORMAT = 1
 """Rises when the meaning of a written configuration changes."""
+
+ABSTAINED = "abstained"
+"""The key of what `tokenprune calibrate` writes for a method without a budget."""
 
 Positions = Literal["original", "compact"]
 """The positions of kept tokens in the language model: those of the full prompt, or renumbered."""
@@ -140,6 +143,8 @@ class PruningConfig:
 
         Raises
         ------
+        AbstainedError
+            If it is what `tokenprune calibrate` wrote for a method that has no budget.
         ConfigError
             For a missing or an unknown key, or a newer format; everything else as on construction.
         """
@@ -150,6 +155,7 @@ class PruningConfig:
         advice = "Write the configuration again with this version."
         what = "a pruning configuration"
         values = check_format(values, FORMAT, what, advice, kind=ConfigError)
+        _check_is_none_of_calibrate(values)
         known = ("method", "keep", "positions", "options", "scope")
         for key in values:
             if key not in known:
@@ -181,3 +187,20 @@ class PruningConfig:
                 f"a pruning configuration must be JSON: {reason_of(error)}."
             ) from error
         return cls.from_dict(values)
+
+
+def _check_is_none_of_calibrate(values: dict[str, Any]) -> None:
+    """Raise for what `tokenprune calibrate` writes beside configurations."""
+    if values.get(ABSTAINED) is True:
+        given = values.get("next")
+        advice = [str(one) for one in given] if isinstance(given, list) else []
+        said = " ".join([str(values.get("message", "")), *advice]).strip()
+        raise AbstainedError(
+            f"this is no budget: `tokenprune calibrate` abstained. {said} To run the model "
+            "unpruned, leave the configuration out."
+        )
+    if {"found", "decisions"} <= values.keys():
+        raise ConfigError(
+            "this is the log of `tokenprune calibrate`, and no pruning configuration. Give the "
+            "file of a method beside it, METHOD.json."
+        )

@@ -38,6 +38,10 @@ class ConfigError(TokenPruneError, ValueError):
     """A pruning configuration has unknown keys or values it cannot take."""
 
 
+class AbstainedError(ConfigError):
+    """What was read in place of a configuration says that a calibration found no budget."""
+
+
 class SelectorError(TokenPruneError, ValueError):
     """A selector is not defined as it must be, or returns a value that it must not."""
 

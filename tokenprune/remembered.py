@@ -25,6 +25,10 @@ class Remembered(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Return how many are remembered."""
+        return len(self._values)
+
     def get(self, key: K) -> V | None:
         """Return the value of a key; None where it is not known, or no longer."""
         with self._lock:

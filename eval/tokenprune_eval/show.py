@@ -21,6 +21,7 @@ from tokenprune.arguments import (
     options_by_method,
     parse_keep,
 )
+from tokenprune.baselines import RESIZE
 from tokenprune.errors import (
     ConfigError,
     MissingPackageError,
@@ -31,7 +32,6 @@ from tokenprune.errors import (
 from tokenprune.packages import Package
 from tokenprune.providers import BUNDLED
 from tokenprune_eval.packages import PLOTS, needs_of_model
-from tokenprune_eval.shared.baselines import RESIZE
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:

@@ -11,14 +11,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from tokenprune.media.video import Video
-
-Content = Image.Image | Video | NDArray[np.uint8]
-"""A picture, or a video, also as frames uint8 [T, H, W, 3]."""
+from tokenprune.media.sizes import Content
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from tokenprune.providers import model_path
 from tokenprune.registry import build
 from tokenprune.scope import Scope
 from tokenprune_vllm.lookup import architecture_of
-from tokenprune_vllm.settings import KEY, MARK, ServerSettings
+from tokenprune_vllm.settings import KEY, MARK, ServerSettings, check_default
 
 TOWER_LORA = "enable_tower_connector_lora"
 """vLLM's argument for adapters of towers."""
@@ -55,7 +55,8 @@ def engine_args(
         ``"item"``: each crop of an image has a budget and a set of kept tokens of its own.
         ``"image"``: all crops of an image have them together; see `tokenprune.PruningConfig`.
     request_methods
-        Methods, beside `method`, that a request may name; a mapping gives their options.
+        Methods, beside `method`, that a request may name; a mapping gives their options. With
+        ``"resize"`` among them a request may have its pictures made smaller.
     **engine
         vLLM's own arguments; `hf_overrides` among them is merged with ours.
 
@@ -74,6 +75,7 @@ def engine_args(
         If the model has no config.json that can be read.
     """
     check_model_impl(engine.get("model_impl"))
+    check_default(method)
     path = model_path(model)
     overrides = pruning_overrides(
         read_config(path, engine.get("revision")),

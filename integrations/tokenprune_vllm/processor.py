@@ -12,9 +12,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.hasher import MultiModalHasher
@@ -22,14 +24,17 @@ from vllm.multimodal.inputs import (
     MultiModalBatchedField,
     MultiModalFieldElem,
     MultiModalFlatField,
+    MultiModalKwargsItems,
     MultiModalSharedField,
 )
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdateDetails
 
-from tokenprune.budget import tokens_kept
+from tokenprune.budget import keeps_all, tokens_kept
 from tokenprune.config import PruningConfig
 from tokenprune.errors import ConfigError
+from tokenprune.media.sizes import Counted, Plan, patch_side
+from tokenprune.remembered import Remembered
 from tokenprune.scope import count_together
 from tokenprune.tower.layouts import Medium, Segment
 from tokenprune_vllm import metrics
@@ -37,6 +42,7 @@ from tokenprune_vllm.architectures import reads_prompt
 from tokenprune_vllm.encoder_inputs import SOUND, Fields, family_of, medium_of
 from tokenprune_vllm.positions import known_positions, rotary_length
 from tokenprune_vllm.regions import Region
+from tokenprune_vllm.resizing import PictureSizes, plans_of, resized
 from tokenprune_vllm.settings import KEY, RequestError, RequestSettings, ServerSettings
 
 TICKET, REGION = "tokenprune_ticket", "tokenprune_region"
@@ -46,6 +52,9 @@ PROMPT = "tokenprune_prompt"
 """The field with the text around it, where the server loads methods that choose by it."""
 
 _DUMMY_QUESTION = [0] * 64
+
+_MOST_SETTINGS = 8
+"""Settings of the engine's processor for each of which it is remembered what a size comes to."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +141,11 @@ class PrunedDetails(PromptUpdateDetails):
     Attributes
     ----------
     before, after
-        Rows of the encoder before and after.
+        Rows of the encoder before and after; of a picture made smaller, before that.
     length_before
-        Prompt tokens before, text included.
+        Prompt tokens before pruning, text included.
     method
-        What chose, ``"off"`` where nothing did.
+        What chose or resized, ``"off"`` where nothing did.
     pruning
         With which budget and options, or None where nothing did.
     region
@@ -174,6 +183,7 @@ class PruningProcessor:
         config = info.ctx.get_hf_config()
         self._server = ServerSettings.from_config(config)
         self._family = family_of(config)
+        self._sizes: Remembered[str, PictureSizes] = Remembered(_MOST_SETTINGS)
         self._dummies: list[tuple[str, PrunedDetails]] | None = None
         self._text_config = config.get_text_config()
         own: Any = super()._recompute_cached_prompt_update  # type: ignore[misc]
@@ -222,7 +232,11 @@ class PruningProcessor:
         return replace(cached_update, item_idx=new_item_idx)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        return super()._apply_hf_processor_main(mm_items, _less(hf_kwargs))  # type: ignore[misc]
+        request = self._server.request(hf_kwargs)
+        plans = self._plans(mm_items, hf_kwargs, request)
+        return super()._apply_hf_processor_main(  # type: ignore[misc]
+            resized(self.info, mm_items, plans), _less(hf_kwargs)
+        )
 
     def _get_mm_fields_config(
         self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]
@@ -237,33 +251,82 @@ class PruningProcessor:
         self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
     ) -> Any:
         request = self._server.request(hf_processor_mm_kwargs)
+        plans = self._plans(mm_items, hf_processor_mm_kwargs, request)
         updates = super()._get_mm_prompt_updates(  # type: ignore[misc]
-            mm_items, _less(hf_processor_mm_kwargs), out_mm_kwargs
+            resized(self.info, mm_items, plans, blank=True),
+            _less(hf_processor_mm_kwargs),
+            out_mm_kwargs,
         )
         return {
             modality: [
-                self._shrink(modality, of_item, mm_items[modality], item, request)
-                for of_item, item in zip(of_modality, out_mm_kwargs[modality], strict=True)
+                self._shrink(modality, of_item, mm_items[modality], item, request, plan)
+                for of_item, item, plan in zip(
+                    of_modality,
+                    out_mm_kwargs[modality],
+                    plans if modality == "image" and plans else [None] * len(of_modality),
+                    strict=True,
+                )
             ]
             for modality, of_modality in updates.items()
             if of_modality
         }
 
-    def _shrink(
-        self, modality: str, updates: Sequence[Any], items: Any, item: Any, request: RequestSettings
-    ) -> list[Any]:
-        """Shrink one item's placeholders, and put its ticket beside its pixels."""
+    def _plans(
+        self, mm_items: Any, hf_kwargs: Mapping[str, object], request: RequestSettings
+    ) -> Sequence[Plan]:
+        """Return how small each picture is made; nothing where they stay as they are."""
+        if not request.resizes:
+            return ()
+        less = _less(hf_kwargs)
+        config = self.info.ctx.get_hf_config()
+        sizes = self._sizes.made(
+            repr(sorted(less.items())),
+            lambda: PictureSizes(patch_side(config), partial(self._counted, less)),
+        )
+        return plans_of(mm_items, request, sizes)
+
+    def _counted(self, hf_kwargs: Mapping[str, object], picture: Image.Image) -> Counted:
+        """Have the engine's own processor lay out a picture, and count what becomes of it."""
+        items = self.info.parse_mm_data({"image": [picture]}, validate=False)
+        made = super()._apply_hf_processor_main(items, hf_kwargs)  # type: ignore[misc]
+        fields = super()._get_mm_fields_config(made, hf_kwargs)  # type: ignore[misc]
+        kwargs = MultiModalKwargsItems.from_hf_inputs(made, fields)
+        updates = super()._get_mm_prompt_updates(  # type: ignore[misc]
+            items, hf_kwargs, kwargs
+        )
+        content = self._content("image", updates["image"][0])
+        rows = int(_rows_of(content).sum())
+        item = {name: element.data for name, element in kwargs["image"][0].items()}
+        segments = self._family.segments(medium_of(self._family, "image", rows, item))
+        return Counted(rows, tuple(len(segment.rows) for segment in segments))
+
+    def _content(self, modality: str, updates: Sequence[Any]) -> Any:
+        """Return how an item is laid out, if that is in one way."""
         content = updates[0].content
         if any(update.content.full != content.full for update in updates):
             raise ConfigError(
                 f"the {modality} could be laid out in several ways, which tokenprune does not know "
                 "how to prune. Please report the model."
             )
+        return content
+
+    def _shrink(
+        self,
+        modality: str,
+        updates: Sequence[Any],
+        items: Any,
+        item: Any,
+        request: RequestSettings,
+        plan: Plan | None,
+    ) -> list[Any]:
+        """Shrink one item's placeholders, and put its ticket beside its pixels."""
+        content = self._content(modality, updates)
         ids = torch.tensor(content.full)
-        is_row = torch.ones_like(ids, dtype=torch.bool)
-        if content.is_embed is not None:
-            is_row = content.is_embed(content.full)
+        is_row = _rows_of(content)
         pruning = request.config if request.prunes else None
+        if pruning is not None and plan is not None:
+            # The picture is smaller by now: what is left to keep of it.
+            pruning = None if keeps_all(plan.keep) else replace(pruning, keep=plan.keep)
         rows = int(is_row.sum())
         fields: Fields = {name: element.data for name, element in item.items()}
         medium: Medium | None = None
@@ -288,10 +351,10 @@ class PruningProcessor:
         details = PrunedDetails(
             full=new_ids.tolist(),
             is_embed=None if new_is_row is None else _Mask(new_is_row),
-            before=rows,
+            before=rows if plan is None else plan.full.placeholders,
             after=rows if pruning is None else ticket.region.kept(pruning.keep),
             length_before=len(ids),
-            method="off" if pruning is None else pruning.method,
+            method="off" if pruning is None and plan is None else request.method,
             pruning=pruning,
             region=ticket.region,
         )
@@ -374,7 +437,7 @@ class PruningProcessor:
         ]
         for number, (_, _, modality, index) in enumerate(found):
             details = regions[modality, index]
-            if details.pruning is None or not reads_prompt(details.method):
+            if details.pruning is None or not reads_prompt(details.pruning.method):
                 continue
             before = [*texts[0]]
             for own, text in zip(inside[:number], texts[1 : number + 1], strict=True):
@@ -524,6 +587,14 @@ def largest_items(model_config: Any) -> dict[str, tuple[int, int]]:
     processor: Any = MULTIMODAL_REGISTRY.create_processor(model_config)
     found: dict[str, tuple[int, int]] = processor.largest()
     return found
+
+
+def _rows_of(content: Any) -> Tensor:
+    """Return which of a region's ids stand for rows of the encoder: bool [tokens]."""
+    if content.is_embed is None:
+        return torch.ones(len(content.full), dtype=torch.bool)
+    is_row: Tensor = content.is_embed(content.full)
+    return is_row
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tokenprune.arguments import (
     options_by_method,
     parse_keep,
 )
+from tokenprune.baselines import resizes
 from tokenprune.errors import ConfigError, InputFileError, OptionError, reason_of
 from tokenprune.packages import TRANSFORMERS, Package
 from tokenprune.providers import model_path
@@ -73,7 +74,8 @@ def add_pruning(parser: Parser) -> None:
         action="extend",
         default=[],
         metavar="METHOD",
-        help="methods, beside --method, that a request may ask for",
+        help="methods, beside --method, that a request may ask for; with `resize` among them it "
+        "may have its pictures made smaller",
     )
 
 
@@ -177,6 +179,7 @@ def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, 
         As `options_by_method`.
     """
     from tokenprune.config import PruningConfig
+    from tokenprune_vllm.settings import check_default
 
     if arguments.pruning is not None:
         if arguments.method or arguments.keep:
@@ -198,7 +201,9 @@ def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, 
                 f"--{name} is missing. Say how to prune, for example --method cls-attention "
                 "--keep 64. For an unpruned server use vLLM's own command."
             )
-    options = options_by_method(arguments.option, [arguments.method, *arguments.request_method])
+    check_default(arguments.method)
+    named = [name for name in arguments.request_method if not resizes(name)]
+    options = options_by_method(arguments.option, [arguments.method, *named])
     pruning = PruningConfig(
         arguments.method,
         parse_keep(arguments.keep),
@@ -221,7 +226,7 @@ def _request_methods(
     """
     names = [name for name in arguments.request_method if name != pruning.method]
     try:
-        options = options_by_method(arguments.option, names)
+        options = options_by_method(arguments.option, [one for one in names if not resizes(one)])
     except OptionError as error:
         raise ConfigError(
             f"how {pruning.method} prunes is written down with its options, so --option is for the "

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from typing import Any
 
 from tokenprune import formats
-from tokenprune.budget import keeps_all
+from tokenprune.baselines import RESIZE, behind_resize, resizes
+from tokenprune.budget import Keep, check_keep, keeps_all
 from tokenprune.config import FORMAT, PruningConfig
 from tokenprune.errors import (
     ConfigError,
@@ -56,11 +57,14 @@ class ServerSettings:
     only_tokenprune
         Whether a request's mm_processor_kwargs may hold nothing but ``tokenprune``. vLLM opens
         all of them or none; a server that opens them for budgets alone keeps the rest closed.
+    resize
+        Whether requests may ask for smaller pictures, alone or with one of the methods.
     """
 
     default: PruningConfig
     methods: Mapping[str, dict[str, Any]]
     only_tokenprune: bool = False
+    resize: bool = False
 
     @classmethod
     def build(
@@ -76,7 +80,8 @@ class ServerSettings:
         default
             See `ServerSettings`.
         request_methods
-            Methods beside the default's that requests may name, with their options.
+            Methods beside the default's that requests may name, with their options; ``"resize"``
+            may be among them.
         only_tokenprune
             See `ServerSettings`.
 
@@ -87,9 +92,11 @@ class ServerSettings:
         UnsupportedModelError
             If one of them has tokens leave inside the language model.
         ConfigError
-            If the default prunes nothing.
+            If the default prunes nothing, or ``resize`` is asked for in another way than by itself.
         """
-        for name in (default.method, *(request_methods or {})):
+        named = dict(request_methods or {})
+        resize = _takes_resize(named, default)
+        for name in (default.method, *named):
             _check_kind(name)
         if keeps_all(default.keep):
             raise ConfigError(
@@ -97,10 +104,10 @@ class ServerSettings:
                 "fraction or a number of tokens, or serve the model without tokenprune."
             )
         methods = {default.method: dict(default.options)}
-        for name, options in (request_methods or {}).items():
+        for name, options in named.items():
             methods.setdefault(name, dict(options))
             replace(default, method=name, options=methods[name])  # raises for an unknown name
-        return cls(default, methods, only_tokenprune)
+        return cls(default, methods, only_tokenprune, resize)
 
     @property
     def reads_prompt(self) -> bool:
@@ -121,7 +128,8 @@ class ServerSettings:
                 name: options
                 for name, options in self.methods.items()
                 if name != self.default.method
-            },
+            }
+            | ({RESIZE: {}} if self.resize else {}),
             "only_tokenprune": self.only_tokenprune,
         }
 
@@ -195,22 +203,32 @@ class ServerSettings:
                 f"{KEY} in mm_processor_kwargs says off and also {', '.join(sorted(asked))}. "
                 "Ask for one or the other."
             )
-        method = asked.get("method", self.default.method)
-        if not isinstance(method, str) or method not in self.methods:
+        if off:
+            return RequestSettings(None)
+        return self._asked(asked.get("method", self.default.method), asked)
+
+    def _asked(self, named: object, asked: Mapping[str, Any]) -> RequestSettings:
+        """Return what a request gets that names a method, perhaps the default's, and a budget."""
+        offered: dict[str, tuple[str | None, bool]] = {name: (name, False) for name in self.methods}
+        if self.resize:
+            offered[RESIZE] = (None, True)
+            offered |= {f"{RESIZE}+{name}": (name, True) for name in self.methods}
+        if not isinstance(named, str) or named not in offered:
             raise RequestError(
-                f"{KEY}.method={method!r} in mm_processor_kwargs is not loaded by this server. "
-                f"{did_you_mean(str(method), self.methods)}"
+                f"{KEY}.method={named!r} in mm_processor_kwargs is not loaded by this server. "
+                f"{did_you_mean(str(named), offered)}"
             )
+        method, smaller = offered[named]
+        keep = asked.get("keep", self.default.keep)
         try:
+            if method is None:
+                return RequestSettings(None, check_keep(keep))
             config = replace(
-                self.default,
-                method=method,
-                keep=asked.get("keep", self.default.keep),
-                options=dict(self.methods[method]),
+                self.default, method=method, keep=keep, options=dict(self.methods[method])
             )
         except TokenPruneError as error:
             raise RequestError(f"{KEY} in mm_processor_kwargs: {error}") from error
-        return RequestSettings(None if off else config)
+        return RequestSettings(config, config.keep if smaller else 1.0)
 
 
 @dataclass(frozen=True)
@@ -221,9 +239,13 @@ class RequestSettings:
     ----------
     config
         Method, budget and options, or None where the request asked for no pruning.
+    resized_to
+        The budget that pictures are made smaller for, ``1.0`` where they stay as they are. With a
+        method they are made smaller half of the way, see `tokenprune_vllm.resizing`.
     """
 
     config: PruningConfig | None
+    resized_to: Keep = 1.0
 
     @property
     def prunes(self) -> bool:
@@ -231,15 +253,73 @@ class RequestSettings:
         return self.config is not None and not keeps_all(self.config.keep)
 
     @property
+    def resizes(self) -> bool:
+        """Whether pictures are made smaller."""
+        return not keeps_all(self.resized_to)
+
+    @property
+    def method(self) -> str:
+        """What it is called in metrics: a method, ``"resize"``, both, or ``"off"``."""
+        names = [RESIZE] if self.resizes else []
+        names += [self.config.method] if self.prunes and self.config is not None else []
+        return "+".join(names) or "off"
+
+    @property
     def reads_prompt(self) -> bool:
         """Whether the selection depends on the prompt's text."""
         return self.prunes and self.config is not None and reads_prompt(self.config.method)
 
     def fingerprint(self) -> str:
-        """Return what tells selections apart in caches that know images by their hash."""
-        if not self.prunes or self.config is None:
+        """Return what tells apart, in caches, what is made of one and the same image.
+
+        An image is known there by what the request sent, at its full size. So the budget for which
+        it is made smaller stands in here.
+        """
+        if not self.prunes and not self.resizes:
             return "off"
-        return json.dumps({"version": _version(), **self.config.to_dict()})
+        values: dict[str, Any] = {"version": _version()}
+        if self.prunes and self.config is not None:
+            values |= self.config.to_dict()
+        if self.resizes:
+            values[RESIZE] = self.resized_to
+        return json.dumps(values)
+
+
+def check_default(method: str) -> None:
+    """Raise ConfigError where a server would resize by default."""
+    if resizes(method):
+        raise ConfigError(
+            f"{method!r} cannot be a server's default: it makes pictures smaller, and is asked for "
+            f"by requests. Start the server with a method that prunes, --allow-request-keep and "
+            f"--request-method {RESIZE}; or make the pictures smaller before you send them."
+        )
+
+
+def _takes_resize(named: dict[str, Any], default: PruningConfig) -> bool:
+    """Take ``resize`` out of the methods that requests may name; say whether it was there.
+
+    Raises
+    ------
+    ConfigError
+        If it is named together with a method, has options, or cannot be used with the default.
+    """
+    for name in named:
+        if resizes(name) and name != RESIZE:
+            raise ConfigError(
+                f"{name!r} among the methods of requests: name {RESIZE} and "
+                f"{behind_resize(name)} there by themselves. Requests may then ask for both as "
+                f"{name!r}."
+            )
+    if RESIZE not in named:
+        return False
+    if named.pop(RESIZE):
+        raise ConfigError(f"{RESIZE} has no options.")
+    if default.scope != "item":
+        raise ConfigError(
+            f"the budget of {RESIZE} is that of each item, and scope is {default.scope!r}: leave "
+            f"out {RESIZE}, or scope."
+        )
+    return True
 
 
 def _check_kind(method: str) -> None:

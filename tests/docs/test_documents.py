@@ -26,11 +26,11 @@ import tokenprune_hf
 from tests.docs.blocks import BLOCKS, DOCUMENTS, ROOT, Block
 from tests.docs.setups import SETUPS, Setup, bundled
 from tokenprune import VisualTokens
+from tokenprune.baselines import RESIZE
 from tokenprune.cli import GROUP, main
 from tokenprune.registry import find
 from tokenprune.selecting import select_many
 from tokenprune_eval.data.jsonl import load as load_jsonl
-from tokenprune_eval.shared.baselines import RESIZE
 
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 SHELL = [block for block in BLOCKS if block.language == "bash"]

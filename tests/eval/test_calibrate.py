@@ -304,7 +304,7 @@ def test_no_budget_and_files_that_cannot_be_read(
     printed = capsys.readouterr().out
     assert printed.count("no budget below 1.0 can be accepted (0.015625 too lossy)") == 2
     there = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert there == ["answers", "calibration.json"]
+    assert there == ["answers", "calibration.json", "feature-norm.json", "uniform.json"]
     log = json.loads((tmp_path / "out" / "calibration.json").read_text())
     assert log["found"] == {"feature-norm": None, "uniform": None}
     assert log["steps"] == 1

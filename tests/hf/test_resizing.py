@@ -17,7 +17,8 @@ from tests.hf.models import tf
 from tests.vllm import checkpoints
 from tokenprune.budget import tokens_kept
 from tokenprune.errors import BudgetError, PromptError, UnsupportedModelError
-from tokenprune_hf.resizing import Resizer, keep_of_items
+from tokenprune.media.sizes import keep_of_items
+from tokenprune_hf.resizing import Resizer
 
 FAMILIES = ("qwen2_5_vl", "internvl", "llava_next", "idefics3", "smolvlm", "mistral3", "lfm2_vl")
 FIXED = ("llava", "gemma3")

@@ -17,11 +17,11 @@ from tokenprune.arguments import (
     options_by_method,
     parse_keep,
 )
+from tokenprune.baselines import RESIZE
 from tokenprune.errors import ConfigError
 from tokenprune.media.packages import VIDEO
 from tokenprune.packages import Package
 from tokenprune_eval.packages import TABLES, needs_of_model
-from tokenprune_eval.shared.baselines import RESIZE
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:

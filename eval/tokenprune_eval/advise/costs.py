@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tokenprune_eval.shared.baselines import RESIZE
+from tokenprune.baselines import RESIZE
 
 UNPRUNED = "unpruned"
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,14 @@ from tokenprune.arguments import (
     parse_options,
     parse_share,
 )
-from tokenprune.errors import ConfigError
+from tokenprune.errors import ConfigError, did_you_mean
 from tokenprune.packages import Package
 from tokenprune_eval.evaluation.command import add_how
 from tokenprune_eval.packages import needs_of_run
 
 if TYPE_CHECKING:
     from tokenprune_eval.calibrate.search import Bounds
-    from tokenprune_eval.data.question import Question
+    from tokenprune_eval.data.question import DataSet, Question
     from tokenprune_eval.evaluation.settings import Settings
     from tokenprune_eval.evaluation.store import Store
     from tokenprune_eval.results.records import Record
@@ -86,7 +87,7 @@ def configure(parser: Parser) -> None:
         "[options]"
     )
     parser.epilog = (
-        "Exit status: 0 where every method has a budget below 1.0, 1 where one has none, 2 for "
+        "Exit status: 0 where every method has a budget below 1.0, 1 where one abstained, 2 for "
         "wrong input. `tokenprune docs calibrate` says what is claimed, and how surely."
     )
     add_model(parser, "a checkpoint, bundled, or with --engine openai the served name")
@@ -104,6 +105,19 @@ def configure(parser: Parser) -> None:
         required=True,
         metavar="SHARE",
         help="accuracy that may be lost, in points: 1%% or 0.01",
+    )
+    what.add_argument(
+        "--per-type",
+        action="store_true",
+        help="the bound must hold for every type of question that the data have",
+    )
+    what.add_argument(
+        "--type-drop",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TYPE=SHARE",
+        help="a bound of its own for a type, with --per-type; `none`: the type is not asked about",
     )
     what.add_argument(
         "--confidence",
@@ -125,7 +139,7 @@ def configure(parser: Parser) -> None:
         default="1",
         metavar="N",
         help="questions of each image or video, or `all` (default: 1, the fewest calls; more help "
-        "where images or videos are few)",
+        "where images or videos are few); with --per-type, of each type",
     )
     what.add_argument("--limit", type=int, metavar="N", help="questions to draw at most")
     what.add_argument("--seed", type=int, help="of the order of the questions (default: 0)")
@@ -153,6 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Search, write the configurations and print the table."""
     bounds = bounds_of(arguments)
     per_media = _per_media(arguments.per_media)
+    type_drops = type_drops_of(arguments)
     if arguments.limit is not None and arguments.limit < 1:
         raise ConfigError(f"--limit {arguments.limit} draws nothing. Leave it out for all.")
     settings = settings_of(arguments, bounds)
@@ -164,10 +179,12 @@ def run(arguments: argparse.Namespace) -> int:
         LOG,
         Report,
         check_not_there,
+        clear_abstentions,
         files_of,
         print_report,
         said,
         search_values,
+        types_said,
     )
     from tokenprune_eval.calibrate.search import Answers, Search, draw
     from tokenprune_eval.evaluation.checks import check_before_model
@@ -180,9 +197,13 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings.model_copy(update={"out": files[ANSWERS]})
     sets = load_sets(settings)
     check_before_model(settings, sets)
-    media = draw(sets, per_media, arguments.limit, settings.seed)
+    left_out: list[str] = []
+    if arguments.per_type:
+        types, left_out = types_of(sets, bounds.max_drop, type_drops)
+        bounds = replace(bounds, types=types)
+    media = draw(sets, per_media, arguments.limit, settings.seed, bounds.types)
     check_not_there(files, settings.method, search_values(settings, bounds, media))
-    _check_enough(bounds, len(media))
+    _check_enough(bounds, media)
     prepare_folder(files[LOG].parent)
 
     console = Console()
@@ -195,12 +216,15 @@ def run(arguments: argparse.Namespace) -> int:
             f"{sum(map(len, media)):,} questions about {len(media):,} images or videos, "
             f"{len(bounds.grid)} budgets"
         )
+        if bounds.types:
+            bar.say(types_said(bounds, media, left_out))
         earlier = _begin(store, settings, media)
         if earlier:
             bar.say(f"{len(earlier):,} answers are there from before")
         with bar.step("loading the model", 1):
             engine = build_engine(settings)
         try:
+            clear_abstentions(files, settings.method)
             answers = Answers(store, earlier, settings)
             search = Search(settings, bounds, media, engine, answers, progress)
             report = Report(settings, bounds, search, engine, files)
@@ -211,8 +235,7 @@ def run(arguments: argparse.Namespace) -> int:
             engine.close()
         report.write(complete=True)
     print_report(console, report)
-    missing = [method for method in report.methods if search.best(method) is None]
-    return 1 if missing else 0
+    return 1 if any(map(report.abstention, report.methods)) else 0
 
 
 def _begin(store: Store, settings: Settings, media: Sequence[Sequence[Question]]) -> list[Record]:
@@ -307,17 +330,109 @@ def settings_of(arguments: argparse.Namespace, bounds: Bounds) -> Settings:
     return settings
 
 
-def _check_enough(bounds: Bounds, media: int) -> None:
+def type_drops_of(arguments: argparse.Namespace) -> dict[str, float | None]:
+    """Return the type -> its own bound; None: the type is not asked about.
+
+    Raises
+    ------
+    ConfigError
+        If one is no TYPE=SHARE, or types are not told apart.
+    """
+    drops: dict[str, float | None] = {}
+    for given in arguments.type_drop:
+        # A type's name may have a sign of equality in it, a share cannot.
+        name, equals, text = given.rpartition("=")
+        if not equals or not name:
+            raise ConfigError(f"--type-drop {given} is not TYPE=SHARE, for example counting=2%.")
+        if name in drops:
+            raise ConfigError(f"--type-drop gives {name} two bounds. Give it one.")
+        drops[name] = None if text == "none" else parse_share(f"--type-drop {name}=", text)
+    if drops and not arguments.per_type:
+        raise ConfigError(
+            f"--type-drop {arguments.type_drop[0]} is a bound of one type, and without --per-type "
+            "the bound is one of all questions together. Add --per-type."
+        )
+    return drops
+
+
+def types_of(
+    sets: Sequence[DataSet], max_drop: float, drops: Mapping[str, float | None]
+) -> tuple[dict[str, float], list[str]]:
+    """Return the bound of every type of question, and the types that have none.
+
+    Parameters
+    ----------
+    sets
+        The data; types of one name are one type.
+    max_drop
+        For types without a bound of their own.
+    drops
+        See `type_drops_of`.
+
+    Raises
+    ------
+    ConfigError
+        If a question has no type, there is no such type, or none is left.
+    """
+    names: dict[str, None] = {}
+    untyped = []
+    for data_set in sets:
+        for question in data_set.questions:
+            names.setdefault(question.type)
+            if not question.type:
+                untyped.append(f"{data_set.name}/{question.id}")
+    if untyped:
+        raise ConfigError(
+            f"--per-type needs a type for every question, and {len(untyped):,} have none, for "
+            f"example {untyped[0]}. Give them one (the key `type` in JSON lines), or leave "
+            "--per-type out."
+        )
+    for name in drops:
+        if name not in names:
+            raise ConfigError(
+                f"--type-drop {name}: the data have no such type. {did_you_mean(name, names)}"
+            )
+    bounds = {name: drops.get(name, max_drop) for name in sorted(names)}
+    types = {name: bound for name, bound in bounds.items() if bound is not None}
+    if not types:
+        raise ConfigError("--type-drop leaves no type with a bound. Give at least one a share.")
+    return types, [name for name, bound in bounds.items() if bound is None]
+
+
+def _check_enough(bounds: Bounds, media: Sequence[Sequence[Question]]) -> None:
+    """Raise if there are fewer images or videos than any answers could decide with."""
+    from tokenprune_eval.calibrate.search import of_part
     from tokenprune_eval.calibrate.sequential import needed
 
-    least = needed(bounds.max_drop, bounds.accept_at)
-    if media < least:
+    problems = []
+    for name, bound in bounds.parts.items():
+        there, least = len(of_part(media, name)), needed(bound, bounds.accept_at)
+        if there >= least:
+            continue
+        if name is None:
+            raise ConfigError(
+                f"{there:,} images or videos cannot show that a drop stays below {bound:.4g}: even "
+                f"if no answer changed, {least:,} would be needed for a confidence of "
+                f"{bounds.confidence:g} and {len(bounds.grid)} budgets. Give more data or a larger "
+                "--max-drop; a lower --confidence or a shorter --keep-grid saves a few."
+            )
+        problems.append(_too_few(name, bound, there, least, bounds))
+    if problems:
         raise ConfigError(
-            f"{media:,} images or videos cannot show that a drop stays below {bounds.max_drop:.4g}"
-            f": even if no answer changed, {least:,} would be needed for a confidence of "
-            f"{bounds.confidence:g} and {len(bounds.grid)} budgets. Give more data or a larger "
-            "--max-drop; a lower --confidence or a shorter --keep-grid saves a few."
+            "--per-type has types with too few images or videos: even if no answer changed, "
+            f"{'; '.join(problems)}. Give more questions of these types, a larger bound, or none, "
+            "with --type-drop 'TYPE=none': then nothing is asked or claimed about the type."
         )
+
+
+def _too_few(name: str, bound: float, there: int, least: int, bounds: Bounds) -> str:
+    """Return what a type lacks, and the bound that is within its reach."""
+    from tokenprune_eval.calibrate.sequential import least_bound
+
+    within = least_bound(there, bounds.accept_at)
+    rounded = math.ceil(1000 * within) / 1000  # at a thousandth more, fewer are enough
+    reach = f" ({there:,} can show {100 * rounded:.1f} %)" if rounded < 1 else ""
+    return f"{name} has {there:,} and needs {least:,} for a drop below {100 * bound:.4g} %{reach}"
 
 
 # Progress ---------------------------------------------------------------------------------------

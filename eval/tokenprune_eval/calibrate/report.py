@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from tokenprune.config import PruningConfig
+from tokenprune.baselines import resizes
+from tokenprune.config import ABSTAINED, PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune.formats import KEY
 from tokenprune.providers import BUNDLED
-from tokenprune_eval.calibrate.search import Bounds, Decision, Search, steps
+from tokenprune_eval.calibrate.abstention import (
+    Abstention,
+    abstain,
+    drop_of,
+    percent_of,
+    without_nan,
+)
+from tokenprune_eval.calibrate.search import Bounds, Decision, Search, of_part, steps
 from tokenprune_eval.calibrate.sequential import needed
 from tokenprune_eval.data.question import Question
 from tokenprune_eval.evaluation.engines.base import Engine
 from tokenprune_eval.evaluation.settings import FREE, Settings
 from tokenprune_eval.results.records import UNPRUNED
-from tokenprune_eval.shared.baselines import resizes
 from tokenprune_eval.shared.machine import versions
 from tokenprune_eval.shared.output import OutputError, write_whole
-from tokenprune_eval.shared.tables import percent, plain_table
+from tokenprune_eval.shared.tables import plain_table
 
 FORMAT = 1
 """Of the log; rises when its meaning changes."""
@@ -65,10 +72,24 @@ def check_not_there(files: dict[str, Path], methods: list[str], search: dict[str
     if _is_unfinished(files[LOG], search):
         return
     for method in methods:
-        if files[method].exists():
+        if files[method].exists() and not _is_abstention(files[method]):
             raise OutputError(
                 f"{files[method]} is there already. Remove it, or give another place with --out."
             )
+
+
+def clear_abstentions(files: dict[str, Path], methods: Sequence[str]) -> None:
+    """Remove what an earlier search said of methods for which it found no budget."""
+    for method in methods:
+        if files[method].exists() and _is_abstention(files[method]):
+            files[method].unlink()
+
+
+def _is_abstention(file: Path) -> bool:
+    try:
+        return bool(json.loads(file.read_text("utf-8"))[ABSTAINED] is True)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _is_unfinished(log: Path, search: dict[str, Any]) -> bool:
@@ -87,6 +108,7 @@ def search_values(
     """Return all on which the result of a search depends, as JSON types; the log holds it."""
     return {
         "max_drop": bounds.max_drop,
+        "types": dict(bounds.types) or None,
         "confidence": bounds.confidence,
         "grid": list(bounds.grid),
         "order": [[question.id for question in questions] for questions in media],
@@ -117,12 +139,15 @@ class Report:
         self.decisions: list[Decision] = []
 
     def note(self, decision: Decision) -> None:
-        """Write a decision, and the configuration if it was the method's last."""
+        """Write a decision, and if it was the method's last the configuration or why none."""
         self.decisions.append(decision)
         self.write(complete=False)
-        config = self.config(decision.method)
-        if self.search.finished(decision.method) and config is not None:
-            write_whole(self.files[decision.method], config.to_json() + "\n")
+        method = decision.method
+        config, abstention = self.config(method), self.abstention(method)
+        if abstention is not None:
+            write_whole(self.files[method], json.dumps(abstention.to_dict(), indent=2) + "\n")
+        elif self.search.finished(method) and config is not None:
+            write_whole(self.files[method], config.to_json() + "\n")
 
     def config(self, method: str) -> PruningConfig | None:
         """Return what was found so far; None where no budget was accepted, or a picture resized.
@@ -134,6 +159,12 @@ class Report:
             return None
         options = self.settings.options.get(method, {})
         return PruningConfig(method, keep, self.settings.positions, options)
+
+    def abstention(self, method: str) -> Abstention | None:
+        """Return why a method has no budget; None where it has one or is not at its end."""
+        if not self.search.finished(method) or self.search.best(method) is not None:
+            return None
+        return abstain(method, self.of(method), self.bounds, self.methods)
 
     def of(self, method: str) -> list[Decision]:
         """Return one method's decisions, in order."""
@@ -159,16 +190,24 @@ class Report:
         """Return how the unpruned model fared."""
         right = self.search.answers.right.get(UNPRUNED, {})
         answered = [one for one in right.values() if one is not None]
+        types: dict[str, dict[str, int]] = {
+            name: {"answered": 0, "right": 0} for name in self.bounds.types
+        }
+        for questions in self.search.media if types else ():
+            for question in questions:
+                is_right = right.get(question.id)
+                if is_right is not None:
+                    types[question.type]["answered"] += 1
+                    types[question.type]["right"] += is_right
         return {
             "answered": len(answered),
             "right": sum(answered),
+            "types": types,
             "errors": self.search.answers.errors.get(UNPRUNED, {}),
         }
 
     def write(self, complete: bool) -> None:
         """Write the log."""
-        from tokenprune_eval.shared.output import write_whole
-
         bounds, media = self.bounds, self.search.media
         values = {
             KEY: FORMAT,
@@ -177,8 +216,15 @@ class Report:
             "steps": steps(len(bounds.grid)),
             "accept_at": bounds.accept_at,
             "reject_at": bounds.reject_at,
-            "media_needed_at_least": needed(bounds.max_drop, bounds.accept_at),
+            "media_needed_at_least": max(
+                needed(bound, bounds.accept_at) for bound in bounds.parts.values()
+            ),
             "found": {method: self.search.best(method) for method in self.methods},
+            "abstained": {
+                method: abstention.to_dict()
+                for method in self.methods
+                if (abstention := self.abstention(method)) is not None
+            },
             "calls": self.calls(),
             "unpruned": self.unpruned(),
             "decisions": [_plain(one) for one in self.decisions],
@@ -189,27 +235,43 @@ class Report:
         write_whole(self.files[LOG], text + "\n")
 
 
-def _plain(decision: Decision) -> dict[str, Any]:
-    values = {**vars(decision)}
-    if math.isnan(decision.drop):
-        values["drop"] = None
-    return values
+def _plain(decision: Decision) -> Any:
+    return without_nan(asdict(decision))
 
 
 # What is printed --------------------------------------------------------------------------------
 
 
-def _percent(share: float) -> str:
-
-    return "" if math.isnan(share) else percent(share, digits=2)
-
-
 def said(one: Decision) -> str:
     """Return a decision as one line."""
     return (
-        f"{one.method}@{one.keep}: {one.outcome} after {one.questions:,} questions, "
-        f"drop {_percent(one.drop)} % ({_percent(one.at_least)} to {_percent(one.at_most)})"
+        f"{one.method}@{one.keep}: {one.outcome}{_of_types(one)} after {one.questions:,} "
+        f"questions, {drop_of(one)}"
     )
+
+
+def _of_types(one: Decision) -> str:
+    """Return which types a decision is about, as it stands behind its outcome."""
+    if not one.types or one.outcome == "unanswered":
+        return ""
+    if one.outcome == "accepted":
+        return f" for every type ({len(one.types)})"
+    return f" for {', '.join(one.stopped_by)}"
+
+
+def types_said(bounds: Bounds, media: Sequence[Sequence[Question]], left_out: Sequence[str]) -> str:
+    """Return what is asked of each type, and how many images or videos it has, in a line each."""
+    lines = []
+    for name, bound in bounds.types.items():
+        of_type = of_part(media, name)
+        lines.append(
+            f"type {name}: {sum(map(len, of_type)):,} questions about {len(of_type):,} images or "
+            f"videos, needs at least {needed(bound, bounds.accept_at):,} for a drop below "
+            f"{100 * bound:.4g} %"
+        )
+    if left_out:
+        lines.append(f"not asked about and not bounded: {', '.join(left_out)}")
+    return "\n".join(lines)
 
 
 def serve_command(model: str, config: PruningConfig) -> str:
@@ -233,27 +295,20 @@ def serve_command(model: str, config: PruningConfig) -> str:
 def print_report(console: Console, report: Report) -> None:
     """Print what was found, at what cost, what is missing, and how to serve it."""
     bounds, unpruned, calls = report.bounds, report.unpruned(), report.calls()
-    table = plain_table(
-        f"\nSmallest keep with a drop below {100 * bounds.max_drop:.4g} % at "
-        f"{100 * bounds.confidence:.4g} %"
-    )
-    table.add_column("method", no_wrap=True)
-    for name in ("keep", "drop, %", "at least", "at most", "questions", "tests", "calls"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for method in report.methods:
-        tried = report.of(method)
-        ends = [str(len(tried)), f"{sum(one.calls for one in tried):,}"]
-        found = report.accepted(method)
-        if found is None:
-            table.add_row(method, "none", "", "", "", "", *ends)
-            continue
-        numbers = [_percent(one) for one in (found.drop, found.at_least, found.at_most)]
-        table.add_row(method, str(found.keep), *numbers, f"{found.questions:,}", *ends)
-    console.print(table)
+    per_type = bool(bounds.types)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    _print_found(console, report)
+    if per_type:
+        _print_types(console, report)
+        for method in report.methods:
+            if stopped := [one for one in report.of(method) if one.outcome != "accepted"]:
+                reasons = "; ".join(
+                    f"{one.keep} {one.outcome}{_of_types(one)}, {drop_of(one)}" for one in stopped
+                )
+                say(f"{method}, not accepted: {reasons}")
     say(f"unpruned, {unpruned['right']:,} of {unpruned['answered']:,} answers are right")
     say(
         f"{calls['total']:,} calls of the model, {calls['unpruned']:,} of them unpruned; every "
@@ -274,28 +329,77 @@ def print_report(console: Console, report: Report) -> None:
         )
     model = report.settings.model
     for method in report.methods:
-        config = report.config(method)
-        if config is None and report.accepted(method) is not None:
+        config, abstention = report.config(method), report.abstention(method)
+        if abstention is not None:
+            say(" ".join([abstention.message, *abstention.next]))
+            say(f"{report.files[method]}: holds no budget, and is refused where one is loaded.")
+        elif config is None:
             say(
                 f"{method}: no configuration is written, for it is about pruning alone. "
-                "tokenprune_hf.resize makes pictures as small; before vLLM, make them smaller "
-                "yourself."
+                "tokenprune_hf.resize makes pictures as small, and so does `tokenprune serve` with "
+                "--request-method resize for requests that ask for it."
             )
-            continue
-        if config is None:
-            tried = report.of(method)
-            reasons = ", ".join(f"{one.keep} {one.outcome}" for one in tried)
-            say(
-                f"{method}: no budget below 1.0 can be accepted ({reasons}), and no configuration "
-                "was written. Allow a larger --max-drop, or where it is undecided give more "
-                "images or videos, or more questions of each with --per-media; where it is "
-                "unanswered, the errors say why."
-            )
-            continue
-        say(f"{report.files[method]}: {serve_command(model, config)}")
+        else:
+            say(f"{report.files[method]}: {serve_command(model, config)}")
     if model == BUNDLED:
         say(
             "The bundled model is a test object and no public VLM: its budgets say nothing about "
             "public models."
         )
     say(f"every decision: {report.files[LOG]}")
+
+
+def _print_found(console: Console, report: Report) -> None:
+    """Print the smallest budget of each method."""
+    bounds = report.bounds
+    everywhere = " in every type of question" if bounds.types else ""
+    own = {bound for bound in bounds.types.values() if bound != bounds.max_drop}
+    below = "its bound" if own else f"{100 * bounds.max_drop:.4g} %"
+    table = plain_table(
+        f"\nSmallest keep with a drop below {below}{everywhere} at {100 * bounds.confidence:.4g} %"
+    )
+    table.add_column("method", no_wrap=True)
+    names = ["keep", "drop, %", "at least", "at most", "questions", "tests", "calls"]
+    if bounds.types:
+        names.insert(1, "most in")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in report.methods:
+        tried = report.of(method)
+        ends = [str(len(tried)), f"{sum(one.calls for one in tried):,}"]
+        found = report.accepted(method)
+        if found is None:
+            table.add_row(method, ABSTAINED, *[""] * (len(names) - 3), *ends)
+            continue
+        numbers = [percent_of(one) for one in (found.drop, found.at_least, found.at_most)]
+        kind = [found.type or ""] if bounds.types else []
+        table.add_row(method, str(found.keep), *kind, *numbers, f"{found.questions:,}", *ends)
+    console.print(table)
+
+
+def _print_types(console: Console, report: Report) -> None:
+    """Print what every type lost at the smallest budget of each method."""
+    unpruned = report.unpruned()["types"]
+    table = plain_table("\nEvery type at that keep")
+    for name in ("method", "keep", "type"):
+        table.add_column(name, no_wrap=True)
+    columns = ("bound, %", "drop, %", "at least", "at most", "questions", "unpruned right")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in report.methods:
+        found = report.accepted(method)
+        if found is None:
+            continue
+        for name, part in found.types.items():
+            share = unpruned[name]
+            table.add_row(
+                method,
+                str(found.keep),
+                name,
+                f"{100 * part.bound:.4g}",
+                *(percent_of(one) for one in (part.drop, part.at_least, part.at_most)),
+                f"{part.questions:,}",
+                f"{share['right']:,} of {share['answered']:,}",
+            )
+    if table.row_count:
+        console.print(table)

@@ -6,12 +6,13 @@ the unpruned model answers each question once.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
@@ -32,6 +33,9 @@ GIVE_UP = 10
 """Questions without an answer, and none with one, after which the search ends."""
 
 Outcome = Literal["accepted", "too lossy", "undecided", "unanswered"]
+
+State = Literal["accepted", "too lossy", "undecided", "open"]
+"""Of one type of question under test: `Outcome`, or not decided when the budget was."""
 
 
 class CalibrationError(TokenPruneError, RuntimeError):
@@ -100,26 +104,83 @@ class Bounds:
         Likewise.
     grid
         Budgets from the largest to the smallest, without 1.0.
+    types
+        Type of question -> the share that may be lost there, for a claim about every type; empty
+        for a claim about all questions together.
     """
 
     max_drop: float
     confidence: float
     grid: tuple[int | float, ...]
+    types: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> Mapping[str | None, float]:
+        """What is tested by itself -> its bound: each type, or None, all questions together."""
+        parts: dict[str | None, float] = dict(self.types.items())
+        return parts or {None: self.max_drop}
 
     @property
     def accept_at(self) -> float:
-        """Wealth at which a budget is accepted.
+        """Wealth at which a budget is accepted, in each of its `parts`.
 
         As many bad budgets can be the first one to be accepted wrongly as the bisection has steps:
         until then every bad one was refused, and a good one that is refused leads to good ones
         only. So they are fixed by where the good ones end, and each gets its share of the error.
+
+        Types need no share of their own. A budget is bad if one type loses too much, and it is
+        accepted only if that type's own test accepts, too: an intersection-union test, whose parts
+        each have the whole level (Berger, "Multiparameter hypothesis testing and acceptance
+        sampling", 1982).
         """
-        return steps(len(self.grid)) * self.reject_at
+        return steps(len(self.grid)) / (1 - self.confidence)
 
     @property
     def reject_at(self) -> float:
-        """Wealth at which a budget is refused; being wrong there costs tokens and no accuracy."""
-        return 1 / (1 - self.confidence)
+        """Wealth at which a budget is refused; being wrong there costs tokens and no accuracy.
+
+        One type is enough to refuse a budget. That none of them does so wrongly is a claim about
+        their union, so the error is divided among them.
+        """
+        return len(self.parts) / (1 - self.confidence)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the test of one type of question came to, or that of all questions together.
+
+    Attributes
+    ----------
+    bound
+        What may be lost.
+    state
+        What came of it.
+    media, questions
+        Images or videos that the test looked at, and questions about them.
+    of_media
+        Images or videos that there are for it.
+    media_least, media_expected
+        After how many it would accept if no answer to come changed, and if those to come went like
+        these; None where never.
+    drop
+        Mean loss of accuracy over these images or videos.
+    at_least, at_most
+        Bounds of the true loss, see `Decision`.
+    wealth
+        Evidence that the loss is below the bound, see `MeanTest`.
+    """
+
+    bound: float
+    state: State
+    media: int
+    questions: int
+    of_media: int
+    media_least: int
+    media_expected: int | None
+    drop: float
+    at_least: float
+    at_most: float
+    wealth: float
 
 
 @dataclass(frozen=True)
@@ -134,11 +195,20 @@ class Decision:
         ``"accepted"``, ``"too lossy"``, ``"undecided"`` where the questions left do not suffice, or
         ``"unanswered"`` where the pruned model had an answer to none.
     media, questions
-        Images or videos that the test looked at, and questions about them.
+        Images or videos that the test looked at, and questions about them. In a claim about types
+        an image counts once for each type that it was looked at for.
     calls
         Questions put to the pruned model; those asked in one batch with the last are among them.
     errors
         Of `questions`, those without an answer, and why; they count as wrong.
+    type
+        In a claim about types, the one that the numbers below are of: where the budget was not
+        accepted, the type that stopped it, and otherwise the one that loses most, measured from its
+        bound. None where all questions are taken together.
+    stopped_by
+        All types that stopped the budget at that moment.
+    bound
+        What may be lost.
     drop
         Mean loss of accuracy over these images or videos.
     at_least, at_most
@@ -146,6 +216,10 @@ class Decision:
         for, and with the one that acceptance needs.
     wealth
         Evidence that the loss is below the bound, see `MeanTest`.
+    of_media, media_least, media_expected
+        See `Part`.
+    types
+        Every type -> what its test came to; empty where all questions are taken together.
     lost, gained
         Questions that only the unpruned, or only the pruned model got right.
     """
@@ -157,16 +231,27 @@ class Decision:
     questions: int
     calls: int
     errors: dict[str, str]
+    type: str | None
+    stopped_by: tuple[str, ...]
+    bound: float
     drop: float
     at_least: float
     at_most: float
     wealth: float
+    of_media: int
+    media_least: int
+    media_expected: int | None
+    types: Mapping[str, Part]
     lost: tuple[str, ...]
     gained: tuple[str, ...]
 
 
 def draw(
-    sets: Sequence[DataSet], per_media: int | None, limit: int | None, seed: int
+    sets: Sequence[DataSet],
+    per_media: int | None,
+    limit: int | None,
+    seed: int,
+    types: Collection[str] = (),
 ) -> list[list[Question]]:
     """Return images and videos in random order, each with some of its questions.
 
@@ -175,26 +260,73 @@ def draw(
     sets
         Questions; those about one file belong together. Their ids get the set's name in front.
     per_media
-        Questions of each file at most, drawn; None for all.
+        Questions of each file at most, drawn; None for all. With `types`, of each type.
     limit
-        Questions in all; None for all that were drawn.
+        Questions in all; None for all that were drawn. With `types`, each type gets as many of
+        them as the others, or all that it has, where these are fewer.
     seed
         Of both draws.
+    types
+        Types of question to draw; where there are none, all questions, whatever their type.
     """
     generator = random.Random(seed)
     of_path: dict[Path, list[Question]] = {}
     for one in sets:
         for question in one.questions:
+            if types and question.type not in types:
+                continue
             named = replace(question, id=f"{one.name}/{question.id}")
             of_path.setdefault(question.path, []).append(named)
     drawn: list[list[Question]] = []
-    left = sum(map(len, of_path.values())) if limit is None else limit
     for questions in generator.sample(list(of_path.values()), len(of_path)):
-        own = generator.sample(questions, len(questions))[:per_media][:left]
-        if own:
-            drawn.append(own)
-        left -= len(own)
-    return drawn
+        taken: Counter[str] = Counter()
+        own = []
+        for question in generator.sample(questions, len(questions)):
+            part = question.type if types else ""
+            if per_media is None or taken[part] < per_media:
+                taken[part] += 1
+                own.append(question)
+        drawn.append(own)
+    if limit is None:
+        return drawn
+    there = Counter(question.type if types else "" for own in drawn for question in own)
+    left = Counter(shared_out(there, limit))
+    limited = []
+    for own in drawn:
+        kept = []
+        for question in own:
+            part = question.type if types else ""
+            if left[part] > 0:
+                left[part] -= 1
+                kept.append(question)
+        if kept:
+            limited.append(kept)
+    return limited
+
+
+def shared_out(there: Mapping[str, int], limit: int) -> dict[str, int]:
+    """Return how many of each are drawn: `limit` in all, evenly as far as there are enough.
+
+    Parameters
+    ----------
+    there
+        How many there are of each.
+    limit
+        How many are drawn.
+    """
+    shares, left = {}, limit
+    for place, name in enumerate(sorted(there, key=lambda one: (there[one], one))):
+        shares[name] = min(there[name], left // (len(there) - place))
+        left -= shares[name]
+    return shares
+
+
+def of_part(media: Sequence[Sequence[Question]], part: str | None) -> list[list[Question]]:
+    """Return images and videos, in order, with their questions of one type; None: with all."""
+    if part is None:
+        return [list(questions) for questions in media]
+    own = ([one for one in questions if one.type == part] for questions in media)
+    return [questions for questions in own if questions]
 
 
 class Answers:
@@ -263,81 +395,164 @@ class Answers:
             self.errors_of(condition)[record.item] = record.error or CUT
 
 
+class _PartTest:
+    """One type of question under test, or all questions together, for one budget."""
+
+    def __init__(self, bound: float, bounds: Bounds, media: Sequence[Sequence[Question]]) -> None:
+        self.test = MeanTest(bound, bounds.accept_at, bounds.reject_at)
+        self.state: State = "open"
+        self.questions = 0
+        self.media = media
+        self.at = 0
+
+    def look(self, drop: float | None, questions: int) -> None:
+        """Count the next image or video, whose drop is None where it has no answer unpruned."""
+        self.at += 1
+        if drop is not None:
+            self.questions += questions
+            self.test.add(drop)
+        if self.test.accepted:
+            self.state = "accepted"
+        elif self.test.rejected:
+            self.state = "too lossy"
+        elif not self.test.can_accept_within(len(self.media) - self.at):
+            self.state = "undecided"
+
+    def part(self) -> Part:
+        """Return what came of it."""
+        return Part(
+            bound=self.test.bound,
+            state=self.state,
+            media=self.test.count,
+            questions=self.questions,
+            of_media=len(self.media),
+            media_least=self.test.least(),
+            media_expected=self.test.expected(),
+            drop=self.test.mean,
+            at_least=self.test.at_least,
+            at_most=self.test.at_most,
+            wealth=self.test.wealth,
+        )
+
+
 class _Trial:
-    """One budget of one method under test."""
+    """One budget of one method under test.
+
+    Attributes
+    ----------
+    open
+        Types about which questions are still to be asked; None stands for all together.
+    """
 
     def __init__(
-        self, condition: Condition, bounds: Bounds, media: Sequence[Sequence[Question]]
+        self,
+        condition: Condition,
+        bounds: Bounds,
+        media: Mapping[str | None, Sequence[Sequence[Question]]],
     ) -> None:
         self.condition = condition
-        self.test = MeanTest(bounds.max_drop, bounds.accept_at, bounds.reject_at)
         self.outcome: Outcome | None = None
         self.questions = 0
         self.errors: dict[str, str] = {}
         self.lost: list[str] = []
         self.gained: list[str] = []
-        self._media = media
-        self._at = 0
+        self._parts = {
+            part: _PartTest(bound, bounds, media[part]) for part, bound in bounds.parts.items()
+        }
+        self.open: frozenset[str | None] = frozenset(self._parts)
+
+    def asks(self, question: Question) -> bool:
+        """Say whether an answer to a question is of use."""
+        return None in self.open or question.type in self.open
 
     def advance(self, answers: Answers) -> None:
         """Look at all images or videos whose answers are there, in order, until it is decided."""
-        unpruned = answers.of(_FULL)
-        pruned = answers.of(self.condition)
-        while self.outcome is None and self._at < len(self._media):
-            questions = self._media[self._at]
-            if any(question.id not in unpruned for question in questions):
-                return
-            asked = [question.id for question in questions if unpruned[question.id] is not None]
-            if any(one not in pruned for one in asked):
-                return
-            self._at += 1
-            if asked:
-                self._look(asked, unpruned, pruned)
-                reasons = answers.errors_of(self.condition)
-                self.errors |= {one: reasons[one] for one in asked if pruned[one] is None}
-            self._decide()
+        for part in self._parts.values():
+            while self.outcome is None and part.state == "open" and part.at < len(part.media):
+                if not self._look(part, answers):
+                    break
 
-    def _look(
-        self, asked: list[str], unpruned: dict[str, bool | None], pruned: dict[str, bool | None]
-    ) -> None:
+    def _look(self, part: _PartTest, answers: Answers) -> bool:
+        """Look at a part's next image or video; say whether its answers are there."""
+        unpruned, pruned = answers.of(_FULL), answers.of(self.condition)
+        questions = part.media[part.at]
+        if any(question.id not in unpruned for question in questions):
+            return False
+        asked = [question.id for question in questions if unpruned[question.id] is not None]
+        if any(one not in pruned for one in asked):
+            return False
         lost = [one for one in asked if unpruned[one] and not pruned[one]]
         gained = [one for one in asked if pruned[one] and not unpruned[one]]
+        reasons = answers.errors_of(self.condition)
+        self.errors |= {one: reasons[one] for one in asked if pruned[one] is None}
         self.lost += lost
         self.gained += gained
         self.questions += len(asked)
-        self.test.add((len(lost) - len(gained)) / len(asked))
+        part.look((len(lost) - len(gained)) / len(asked) if asked else None, len(asked))
+        self._decide()
+        return True
 
     def _decide(self) -> None:
+        states = {part.state for part in self._parts.values()}
         silent = len(self.errors) == self.questions > 0
-        if silent and (self.questions >= GIVE_UP or self.test.rejected):
+        if silent and (self.questions >= GIVE_UP or "too lossy" in states):
             # It counts as loss, and yet is none: the method does not run on these questions.
             self.outcome = "unanswered"
-        elif self.test.accepted:
-            self.outcome = "accepted"
-        elif self.test.rejected:
+        elif "too lossy" in states:
             self.outcome = "too lossy"
-        elif not self.test.can_accept_within(len(self._media) - self._at):
+        elif "undecided" in states:
             self.outcome = "undecided"
+        elif states == {"accepted"}:
+            self.outcome = "accepted"
+        self.open = frozenset(
+            part
+            for part, one in self._parts.items()
+            if self.outcome is None and one.state == "open"
+        )
 
     def decision(self, calls: int) -> Decision:
         """Return what came of it."""
         if self.outcome is None:
             raise RuntimeError("the test is not decided")
+        parts = {name: one.part() for name, one in self._parts.items()}
+        stopped_by = [
+            name for name, one in parts.items() if one.state in ("too lossy", "undecided")
+        ]
+        shown = (
+            min(
+                stopped_by, key=lambda name: (parts[name].state != self.outcome, parts[name].wealth)
+            )
+            if stopped_by
+            else max(parts, key=lambda name: (parts[name].media > 0, _over(parts[name])))
+        )
+        one = parts[shown]
         return Decision(
             method=self.condition.method,
             keep=self.condition.keep,
             outcome=self.outcome,
-            media=self.test.count,
+            media=sum(each.media for each in parts.values()),
             questions=self.questions,
             calls=calls,
             errors=self.errors,
-            drop=self.test.mean,
-            at_least=self.test.at_least,
-            at_most=self.test.at_most,
-            wealth=self.test.wealth,
+            type=shown,
+            stopped_by=tuple(name for name in stopped_by if name is not None),
+            bound=one.bound,
+            drop=one.drop,
+            at_least=one.at_least,
+            at_most=one.at_most,
+            wealth=one.wealth,
+            of_media=one.of_media,
+            media_least=one.media_least,
+            media_expected=one.media_expected,
+            types={name: each for name, each in parts.items() if name is not None},
             lost=tuple(self.lost),
             gained=tuple(self.gained),
         )
+
+
+def _over(part: Part) -> float:
+    """Return by how much the measured drop is above the bound; lowest where nothing was seen."""
+    return part.drop - part.bound if part.media else -math.inf
 
 
 _FULL = Condition(method=UNPRUNED, keep=1.0)
@@ -378,6 +593,7 @@ class Search:
         self.engine = engine
         self.progress = progress
         self.answers = answers
+        self._of_part = {part: of_part(media, part) for part in bounds.parts}
         self._searches = {
             method: Bisection(len(bounds.grid)) for method in dict.fromkeys(settings.method)
         }
@@ -408,7 +624,9 @@ class Search:
     def _trials(self) -> list[_Trial]:
         conditions = {(one.method, one.keep): one for one in self.settings.conditions()}
         return [
-            _Trial(conditions[method, self.bounds.grid[search.next - 1]], self.bounds, self.media)
+            _Trial(
+                conditions[method, self.bounds.grid[search.next - 1]], self.bounds, self._of_part
+            )
             for method, search in self._searches.items()
             if search.next is not None
         ]
@@ -416,42 +634,61 @@ class Search:
     def _round(self, trials: list[_Trial]) -> Iterator[_Trial]:
         """Ask about one image or video after the other until every trial is decided."""
         left = trials
-        unpruned = self.answers.of(_FULL)
-        groups = [
-            group
-            for questions in self.media
-            for group in by_media(
-                [one for one in questions if unpruned.get(one.id, True) is not None]
-            )
-        ]
-        reading = self._read(groups, [_FULL, *(one.condition for one in left)])
-        with closing(reading):
-            for chunk in _chunks(reading, self.engine.media_at_once, self.settings.batch):
-                self._ask(chunk, [one.condition for one in left])
-                for trial in left:
-                    trial.advance(self.answers)
-                decided = [one for one in left if one.outcome is not None]
-                if decided:
-                    self._check_answers(1)
-                yield from decided
-                left = [one for one in left if one.outcome is None]
-                self.progress.advance(len(chunk))
-                if not left:
-                    return
+        while left:
+            asked_for = _open(left)
+            groups = [
+                group
+                for questions in self.media
+                for group in by_media([one for one in questions if self._is_missing(one, left)])
+            ]
+            reading = self._read(groups, left)
+            with closing(reading):
+                for chunk in _chunks(reading, self.engine.media_at_once, self.settings.batch):
+                    self._ask(chunk, left)
+                    for trial in left:
+                        trial.advance(self.answers)
+                    decided = [one for one in left if one.outcome is not None]
+                    if decided:
+                        self._check_answers(1)
+                    yield from decided
+                    left = [one for one in left if one.outcome is None]
+                    self.progress.advance(len(chunk))
+                    if _open(left) != asked_for:
+                        # Images or videos with questions of decided types alone are not read.
+                        break
+                else:
+                    break
         self._check_answers(1)
         # Only images and videos that cannot be read came behind the last one that was looked at.
         for trial in left:
             trial.advance(self.answers)
             yield trial
 
+    def _is_missing(self, question: Question, trials: Sequence[_Trial]) -> bool:
+        """Say whether a trial needs an answer to a question that is not there."""
+        if self.answers.of(_FULL).get(question.id, True) is None:
+            return False
+        return any(
+            one.asks(question) and question.id not in self.answers.of(one.condition)
+            for one in trials
+        )
+
     def _read(
-        self, groups: Sequence[Sequence[Question]], conditions: Sequence[Condition]
+        self, groups: Sequence[Sequence[Question]], trials: Sequence[_Trial]
     ) -> Generator[MediaQuestions, None, None]:
         """Yield every group, read and prepared, in order.
 
         Those about which nothing is left to ask have neither content nor prompts.
         """
-        known = [all(self.answers.knows(one, conditions) for one in group) for group in groups]
+        known = [
+            all(
+                self.answers.knows(
+                    question, [_FULL, *(one.condition for one in trials if one.asks(question))]
+                )
+                for question in group
+            )
+            for group in groups
+        ]
         reading = cast(
             Generator[MediaQuestions, None, None],
             read_ahead(
@@ -472,7 +709,7 @@ class Search:
                     left -= len(part.questions)
                     yield part
 
-    def _ask(self, chunk: Sequence[MediaQuestions], conditions: Sequence[Condition]) -> None:
+    def _ask(self, chunk: Sequence[MediaQuestions], trials: Sequence[_Trial]) -> None:
         if to_encode := [one for one in chunk if one.error is None and one.prompts]:
             self.engine.begin(to_encode)
         # What cannot be read, prepared or encoded has no answer under any condition.
@@ -482,18 +719,24 @@ class Search:
                     if not self.answers.recall(question, _FULL):
                         self.answers.note(question, _FULL, EngineAnswer(error=asked.error))
         if good := [one for one in chunk if one.error is None]:
-            for condition in (_FULL, *conditions):
-                self._answer(good, condition)
+            self._answer(good, _FULL, trials)
+            for trial in trials:
+                self._answer(good, trial.condition, [trial])
         self._check_answers(GIVE_UP)
 
-    def _answer(self, media: Sequence[MediaQuestions], condition: Condition) -> None:
+    def _answer(
+        self, media: Sequence[MediaQuestions], condition: Condition, trials: Sequence[_Trial]
+    ) -> None:
+        """Have the questions answered that one of these trials is open for."""
         known = self.answers.of(condition)
         unpruned = self.answers.of(_FULL)
         wanted = [
             question
             for one in media
             for question in one.questions
-            if question.id not in known and unpruned.get(question.id, True) is not None
+            if question.id not in known
+            and unpruned.get(question.id, True) is not None
+            and any(one.asks(question) for one in trials)
         ]
         self.answers.calls[condition.key] += len(wanted)
         new = [question for question in wanted if not self.answers.recall(question, condition)]
@@ -515,6 +758,11 @@ class Search:
                 f"{question}: {error} See to that first; `tokenprune eval validate` helps to find "
                 "it."
             )
+
+
+def _open(trials: Sequence[_Trial]) -> frozenset[str | None]:
+    """Return the types of question that any of these trials asks about."""
+    return frozenset(part for one in trials for part in one.open)
 
 
 def _chunks(

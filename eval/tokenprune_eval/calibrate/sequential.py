@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,6 +117,29 @@ class MeanTest:
         """Say whether as many more observations of 0 would make it accept."""
         return _together(self._below + left * _below(0.0, self.bound)) >= math.log(self.accept_at)
 
+    def least(self) -> int:
+        """Return after how many observations in all it accepts if all those to come are 0."""
+        return self.count + _first(self.can_accept_within, -1)
+
+    def expected(self) -> int | None:
+        """Return after how many observations in all it accepts if those to come are like these.
+
+        A guess and no bound: what it is based on are the observations themselves.
+
+        Returns
+        -------
+        int or None
+            At least `count`; None where it would never accept, or nothing was observed.
+        """
+        if not self.count or self._below.max() <= 0:
+            return None
+        wanted = math.log(self.accept_at)
+
+        def accepts(count: int) -> bool:
+            return _together(self._below * (count / self.count)) >= wanted
+
+        return self.count if accepts(self.count) else _first(accepts, self.count)
+
     @property
     def mean(self) -> float:
         """Mean of the observations; nan where there are none."""
@@ -171,12 +195,36 @@ def needed(bound: float, accept_at: float) -> int:
     """
     if not 0 < bound < 1:
         raise ConfigError(f"bound={bound} must lie between 0 and 1, both left out.")
-    test = MeanTest(bound, accept_at, 1.0)
-    high = 1
-    while not test.can_accept_within(high):
-        high *= 2
-    low = high // 2
+    return _first(MeanTest(bound, accept_at, 1.0).can_accept_within, 0)
+
+
+def least_bound(count: int, accept_at: float) -> float:
+    """Return the least bound that `count` observations of 0, and nothing else, can show.
+
+    Parameters
+    ----------
+    count
+        Observations that there are.
+    accept_at
+        See `MeanTest`.
+
+    Returns
+    -------
+    float
+        1.0 where none below it can be shown.
+    """
+    test = MeanTest(0.5, accept_at, 1.0)
+    for _ in range(count):
+        test.add(0.0)
+    return test.at_most
+
+
+def _first(accepts: Callable[[int], bool], low: int) -> int:
+    """Return the first number above `low` that is accepted, as all after it are."""
+    high = max(low + 1, 2 * low)
+    while not accepts(high):
+        low, high = high, max(1, 2 * high)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if test.can_accept_within(middle) else (middle, high)
+        low, high = (low, middle) if accepts(middle) else (middle, high)
     return high

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenprune.baselines import resizes
 from tokenprune.errors import (
     ConfigError,
     InputFileError,
@@ -27,7 +28,6 @@ from tokenprune_eval.data.choose import missing_media
 from tokenprune_eval.data.question import DataSet
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.evaluation.store import run_before
-from tokenprune_eval.shared.baselines import resizes
 from tokenprune_eval.shared.output import OutputError
 
 _BYTES_OF_ANSWER = 1024

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenprune.arguments import parse_keep
+from tokenprune.baselines import resizes
 from tokenprune.budget import check_keep, keeps_all
 from tokenprune.config import Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, TokenPruneError, did_you_mean, reason_of
@@ -16,7 +17,6 @@ from tokenprune.registry import find_any, inside_methods
 from tokenprune.scope import Scope
 from tokenprune_eval.data.question import BoxUnit
 from tokenprune_eval.results.records import UNPRUNED, Condition, pruned_by
-from tokenprune_eval.shared.baselines import resizes
 
 EngineName = Literal["hf", "vllm", "openai"]
 ChooseBy = Literal["likelihood", "text"]

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from tokenprune.baselines import RESIZE
 from tokenprune_eval.results import words
 from tokenprune_eval.results.drawing import FAINT, GRID, INK, Style, draw_line, style_of, svg_uri
 from tokenprune_eval.results.records import UNPRUNED, Seconds
 from tokenprune_eval.results.statistics import Accuracy
-from tokenprune_eval.shared.baselines import RESIZE
 
 Cost = Literal["visual_tokens", "first_token"]
 

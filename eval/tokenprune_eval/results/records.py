@@ -12,8 +12,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tokenprune.baselines import RESIZE, resizes
 from tokenprune.config import Positions
-from tokenprune_eval.shared.baselines import RESIZE, resizes
 
 UNPRUNED = "unpruned"
 """Method of the condition that keeps every token; run once, whatever the number of methods."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tokenprune.baselines import RESIZE
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune.formats import check_format
@@ -40,7 +41,6 @@ from tokenprune_eval.results.statistics import (
     paired,
     speed_up,
 )
-from tokenprune_eval.shared.baselines import RESIZE
 
 SCHEMA_VERSION: Literal[1] = 1
 RESULTS = "results.json"

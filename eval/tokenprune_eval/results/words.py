@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from tokenprune.baselines import RESIZE
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.scores import F1, FIGURES, ScoreDifference, Scores
 from tokenprune_eval.results.scoring import ACCURACY
 from tokenprune_eval.results.statistics import Accuracy, Paired, SpeedUp
 from tokenprune_eval.shared import tables
-from tokenprune_eval.shared.baselines import RESIZE
 
 NOTHING = "\N{EN DASH}"
 """Stands where nothing was measured."""

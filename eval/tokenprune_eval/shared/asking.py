@@ -9,10 +9,11 @@ from tokenprune.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from tokenprune.budget import Keep
+    from tokenprune.media.sizes import Content
     from tokenprune.selection import Selection
     from tokenprune.selectors.base import Selector
     from tokenprune_hf.encoding import Encoded
-    from tokenprune_hf.resized import Content, Resized
+    from tokenprune_hf.resized import Resized
     from tokenprune_hf.vision import VisionModel
 
 _PIXELS = "pixel"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
+from tokenprune.media.sizes import Content
 from tokenprune_eval.evaluation.failures import failure_of
 from tokenprune_eval.results.records import Condition
-from tokenprune_hf.resized import Content, Resized
+from tokenprune_hf.resized import Resized
 from tokenprune_hf.resizing import Resizer
 
 Made = TypeVar("Made")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import tokenprune_vllm
 from tokenprune.errors import ConfigError, TokenPruneError, reason_of
+from tokenprune.media.sizes import Content
 from tokenprune.media.video import Video
 from tokenprune.providers import model_path
 from tokenprune_eval.data.question import Question
@@ -28,7 +29,7 @@ from tokenprune_eval.evaluation.scoring import letters_of
 from tokenprune_eval.evaluation.settings import Settings
 from tokenprune_eval.results.records import Condition, Seconds
 from tokenprune_hf.loading import frames_and_metadata, prompt_text
-from tokenprune_hf.resized import Content, Resized
+from tokenprune_hf.resized import Resized
 from tokenprune_hf.resizing import Resizer
 from tokenprune_vllm.engine import read_config
 from tokenprune_vllm.settings import KEY
