@@ -1,6 +1,6 @@
 """Tables of runs of the evaluation for the documents: methods by group, and what they answered.
 
-Used by ``methods_table.py`` and ``resize_table.py``. Every method that is installed is in a table,
+Used by ``methods_table.py``. Every method that is installed is in a table,
 in the group that its own class tells: nothing here names one.
 """
 
