@@ -9,19 +9,16 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenprune.errors import PromptError, UnsupportedModelError
-from tokenprune.masks import Causal, Classes, ImageSpan, Mask, ModelIdentity, PromptLayout, Window
+from tokenprune.masks import ImageSpan, Mask, ModelIdentity, PromptLayout, layer_mask
+from tokenprune.masks.heads import sampled
 from tokenprune.masks.layout import image_spans
 from tokenprune_hf.encoder_inputs import EncoderInputs, sizes_of
 from tokenprune_hf.interface import AttentionModule
 from tokenprune_hf.prefix import sliding_window
 from tokenprune_hf.vision import VisionModel, vision_model
-
-_SAMPLE = 64
-"""Weights that tell one model from another."""
 
 
 def decoder_of(model: object) -> Any:
@@ -70,14 +67,13 @@ def identity_of(model: Any) -> ModelIdentity:
     decoder, text = decoder_of(model), model.config.get_text_config()
     heads = int(text.num_attention_heads)
     weights = decoder.get_input_embeddings().weight.detach().flatten()
-    step = max(1, len(weights) // _SAMPLE)
     return ModelIdentity(
         model_type=str(model.config.model_type),
         layers=len(decoder.layers),
         heads=heads,
         key_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         hidden_size=int(text.hidden_size),
-        sample=tuple(weights[step // 2 :: step][:_SAMPLE].float().tolist()),
+        sample=tuple(weights[sampled(len(weights))].float().tolist()),
     )
 
 
@@ -98,15 +94,9 @@ def own_mask(
         Whether the prompt came with token types, from which some models (Gemma 3) know that the
         tokens of an image see all of it, as far as the layer's window goes.
     """
-    mask: Mask = Causal(layout.length)
     window = sliding_window(attention)
     sees_all = vision_model(model).family.images_see_all(window is not None)
-    if both_ways and layout.images and sees_all:
-        # Class 0 is text, which sees nothing that stands behind it; an image sees itself alone.
-        table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
-        table[0, 0] = False
-        mask = mask | Classes(layout.image_of + 1, table[None])
-    return mask if window is None else mask & Window(layout.length, window)
+    return layer_mask(layout, window, both_ways=both_ways and sees_all)
 
 
 def image_spans_of(

@@ -211,7 +211,9 @@ class Resizer(Planner):
         )
         inputs = dict(ask(self._processor, _QUESTION, **{modality: blank}))
         family = self._family or Family(self._config)
-        placeholder = placeholder_id(self._config, family, modality)
+        # Where videos are not told from images, a video's frames have an image's placeholders.
+        kind = modality if family.tells_videos else "image"
+        placeholder = placeholder_id(self._config, family, kind)
         placeholders = int((inputs["input_ids"] == placeholder).sum())
         if placeholders == 0:
             raise UnsupportedModelError(

@@ -144,8 +144,7 @@ class EncodedModality:
 
 def placeholder_id(config: Any, family: Family, modality: str) -> int:
     """Return the id of the placeholder token of `modality`, -1 where a model has none."""
-    # InternVL's processor makes images of a video's frames, placeholders and all.
-    if family.videos_as_images or not family.tells_videos:
+    if family.videos_as_images:
         modality = "image"
     token_id: int | None = getattr(config, f"{modality}_token_id", None)
     if token_id is None:

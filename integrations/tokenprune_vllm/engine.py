@@ -17,7 +17,14 @@ from tokenprune.providers import model_path
 from tokenprune.registry import build
 from tokenprune.scope import Scope
 from tokenprune_vllm.lookup import architecture_of
-from tokenprune_vllm.settings import KEY, MARK, ServerSettings, check_default
+from tokenprune_vllm.settings import (
+    KEY,
+    MARK,
+    UNPRUNED,
+    HeadsFile,
+    ServerSettings,
+    check_default,
+)
 
 TOWER_LORA = "enable_tower_connector_lora"
 """vLLM's argument for adapters of towers."""
@@ -27,9 +34,10 @@ _GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
 
 def engine_args(
     model: str | os.PathLike[str],
-    method: str,
-    keep: Keep,
+    method: str | None = None,
+    keep: Keep | None = None,
     *,
+    masks: str | os.PathLike[str] | None = None,
     positions: Positions = "original",
     options: Mapping[str, Any] | None = None,
     scope: Scope = "item",
@@ -45,7 +53,11 @@ def engine_args(
     method
         A name out of `tokenprune.methods()`.
     keep
-        A number of tokens (int) or a fraction (float) of each image or video.
+        A number of tokens (int) or a fraction (float) of each image or video. `method` and `keep`
+        may be left out where there are `masks`: then every token stays.
+    masks
+        A heads file that ``tokenprune calibrate-heads`` wrote: prompts are read under its sparse
+        masks, as with `tokenprune_hf.sparse`.
     positions
         ``"original"``: each kept token keeps the position it has in the full image, and the text
         after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
@@ -72,16 +84,31 @@ def engine_args(
     ConfigError, BudgetError, UnknownMethodError, OptionError
         For settings that cannot be used, and where vLLM would not load the plugin.
     InputFileError
-        If the model has no config.json that can be read.
+        If the model has no config.json that can be read, or the heads file cannot be read.
     """
     check_model_impl(engine.get("model_impl"))
-    check_default(method)
+    if method is not None:
+        check_default(method)
     path = model_path(model)
+    pruning = UNPRUNED
+    if method is not None and keep is not None:
+        pruning = PruningConfig(method, keep, positions, dict(options or {}), scope)
+    elif masks is None or (method, keep) != (None, None):
+        raise ConfigError(
+            f"method={method!r} and keep={keep!r}: give both, or neither of them and masks, with "
+            "which every token stays."
+        )
+    elif options or scope != "item" or positions != "original":
+        raise ConfigError(
+            "options, scope and positions say how to prune, and no method and keep were given. "
+            "Give these, or leave out the others."
+        )
     overrides = pruning_overrides(
         read_config(path, engine.get("revision")),
         str(model),
-        PruningConfig(method, keep, positions, dict(options or {}), scope),
+        pruning,
         request_methods,
+        masks=None if masks is None else HeadsFile.of(masks),
     )
     check_plugin()
     given = engine.pop("hf_overrides", None)
@@ -127,6 +154,7 @@ def pruning_overrides(
     pruning: PruningConfig,
     request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     only_tokenprune: bool = False,
+    masks: HeadsFile | None = None,
 ) -> dict[str, Any]:
     """Return what has to stand in a model's config so that vLLM serves it pruned.
 
@@ -140,13 +168,20 @@ def pruning_overrides(
         The server's default.
     request_methods
         Methods that a request may name, beside the default's.
-    only_tokenprune
+    only_tokenprune, masks
         See `ServerSettings`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the model or a method cannot be served pruned, or the masks are another model's.
     """
     architecture = architecture_of(config, model)
     if not isinstance(request_methods, Mapping):
         request_methods = {name: {} for name in request_methods}
-    settings = ServerSettings.build(pruning, request_methods, only_tokenprune)
+    settings = ServerSettings.build(pruning, request_methods, only_tokenprune, masks)
+    if masks is not None:
+        _check_masks(masks, config, model)
     for name, options in settings.methods.items():
         needs = build(name, options).needs  # raises where there is none of that name
         if config.get("model_type") in FAMILIES:
@@ -159,6 +194,22 @@ def pruning_overrides(
     elif not architecture.mrope and "mrope_section" in config:
         overrides["mrope_section"] = None  # left by an export with original positions
     return overrides
+
+
+def _check_masks(masks: HeadsFile, config: Mapping[str, Any], model: str) -> None:
+    """Raise if a heads file is of a model of another type; the worker compares all there is.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming both types.
+    """
+    given, own = masks.load().model.model_type, config.get("model_type")
+    if given != own:
+        raise UnsupportedModelError(
+            f"the heads of {masks.path} are those of a model of type {given!r}, and {model} is "
+            f"{own!r}. Calibrate this model: tokenprune calibrate-heads."
+        )
 
 
 def read_config(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from torch import Tensor
 from tokenprune_vllm import drafting
 from tokenprune_vllm.adapters import modules_with_adapters
 from tokenprune_vllm.encoder_inputs import family_of
+from tokenprune_vllm.masks import Masks
 from tokenprune_vllm.positions import check_tables
 from tokenprune_vllm.processor import largest_items
 from tokenprune_vllm.pruner import Pruner
-from tokenprune_vllm.refusals import check_engine, room_for_positions
+from tokenprune_vllm.refusals import check_engine, check_masks, room_for_positions
 from tokenprune_vllm.settings import ServerSettings
 from tokenprune_vllm.stages import hand_on, taken_over, with_room
 
@@ -37,19 +38,35 @@ class PrunedModel:
         settings = ServerSettings.from_config(config)
         family = family_of(config, causal=not vllm_config.model_config.is_mm_prefix_lm)
         check_engine(vllm_config, settings, family.known)
+        heads = None
+        if settings.masks is not None:
+            check_masks(vllm_config, family)
+            heads = settings.masks.load()
         with room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if not family.known and settings.default.positions == "original":
             check_tables(self.get_language_model(), config.get_text_config())  # type: ignore[attr-defined]
         if drafting.is_drafted(vllm_config):
             drafting.prepare(self, settings.default.positions == "original")
-        self._pruner = Pruner(self, family, settings, vllm_config)
+        self._masks: Masks | None = None
+        if heads is not None:
+            self._masks = Masks(self, family, heads, vllm_config)  # type: ignore[arg-type]
+            self._masks.say()
+        reach = None if self._masks is None else self._masks.reach
+        self._pruner = Pruner(self, family, settings, vllm_config, reach)
         pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         self._hands_on = pipeline and settings.default.positions == "original"
         if self._hands_on:
             make: Any = self.make_empty_intermediate_tensors  # type: ignore[has-type]
             self.make_empty_intermediate_tensors = with_room(make, 3 if family.mrope else 1)
         self._pruner.say(largest_items(vllm_config.model_config))
+
+    def load_weights(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights as vLLM does, and look whether masks are theirs."""
+        loaded = super().load_weights(*args, **kwargs)  # type: ignore[misc]
+        if self._masks is not None:
+            self._masks.check_weights()
+        return loaded
 
     # Adapters ----------------------------------------------------------------------------------
 
@@ -124,6 +141,8 @@ class PrunedModel:
             intermediate_tensors, positions = taken_over(intermediate_tensors)
         else:
             positions = self._pruner.positions(positions)
+        if self._masks is not None:
+            self._masks.begin()
         output = super().forward(  # type: ignore[misc]
             input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs
         )

@@ -43,35 +43,34 @@ def from_columns(columns: Tensor) -> Tensor:
     return offsets
 
 
-class PositionOffsets:
-    """What is added to the positions of one batch: 0 for text, each kept token its own offset.
+class RowNumbers:
+    """Numbers of the tokens of one batch, which came with its rows: 0 for text.
 
-    The buffers stay where they are and are written in place, so that a captured graph reads what
-    was written for the batch at hand.
+    The buffer stays where it is and is written in place, so that a captured graph reads what was
+    written for the batch at hand.
 
     Parameters
     ----------
     axes
-        Rows of positions that are added to.
+        How many numbers each token has.
     tokens
         Most tokens of a batch.
     device
-        Where the model is.
+        Where they are read.
     """
 
     def __init__(self, axes: int, tokens: int, device: torch.device) -> None:
         # One column more than is used keeps a slice's strides what they are for any batch, as
         # in the engine's own buffer: compiled code relies on it.
-        self._offsets = torch.zeros(axes, tokens + 1, dtype=torch.int64, device=device)
-        self._positions = torch.zeros_like(self._offsets)
+        self._numbers = torch.zeros(axes, tokens + 1, dtype=torch.int64, device=device)
         self._written = 0
 
-    def write(self, offsets: Tensor | None, is_row: Tensor | None, tokens: int) -> None:
-        """Set the offsets of a batch.
+    def write(self, numbers: Tensor | None, is_row: Tensor | None, tokens: int) -> None:
+        """Set the numbers of a batch.
 
         Parameters
         ----------
-        offsets
+        numbers
             LongTensor [A, n] of all rows in the batch, or None where there are none.
         is_row
             BoolTensor [tokens] with n True.
@@ -79,12 +78,39 @@ class PositionOffsets:
             Tokens of the batch.
         """
         self._grow(tokens)
-        self._offsets[:, : max(self._written, tokens)] = 0
+        self._numbers[:, : max(self._written, tokens)] = 0
         self._written = 0
-        if offsets is not None and is_row is not None:
-            where = to_device(is_row, self._offsets.device).expand(len(self._offsets), -1)
-            self._offsets[:, :tokens].masked_scatter_(where, offsets)
+        if numbers is not None and is_row is not None:
+            where = to_device(is_row, self._numbers.device).expand(len(self._numbers), -1)
+            self._numbers[:, :tokens].masked_scatter_(where, numbers)
             self._written = tokens
+
+    def read(self, tokens: int) -> Tensor:
+        """Return LongTensor [A, tokens], the numbers of a batch of so many tokens."""
+        self._grow(tokens)
+        return self._numbers[:, :tokens]
+
+    def _grow(self, tokens: int) -> None:
+        if tokens >= self._numbers.shape[1]:
+            old = self._numbers
+            self._numbers = old.new_zeros(len(old), tokens + 1)
+            self._numbers[:, : old.shape[1]] = old
+
+
+class PositionOffsets(RowNumbers):
+    """What is added to the positions of one batch: 0 for text, each kept token its own offset.
+
+    Parameters
+    ----------
+    axes
+        Rows of positions that are added to.
+    tokens, device
+        See `RowNumbers`.
+    """
+
+    def __init__(self, axes: int, tokens: int, device: torch.device) -> None:
+        super().__init__(axes, tokens, device)
+        self._positions = torch.zeros_like(self._numbers)
 
     def add(self, positions: Tensor) -> Tensor:
         """Return positions [3, tokens] with the offsets added, as [A, tokens].
@@ -92,17 +118,15 @@ class PositionOffsets:
         With one axis the first row is taken: the engine counts such a prompt alike on all three.
         """
         tokens = positions.shape[-1]
-        self._grow(tokens)
+        offsets = self.read(tokens)
         moved = self._positions[:, :tokens]
-        torch.add(positions[: len(self._offsets)], self._offsets[:, :tokens], out=moved)
+        torch.add(positions[: len(offsets)], offsets, out=moved)
         return moved
 
     def _grow(self, tokens: int) -> None:
-        if tokens >= self._offsets.shape[1]:
-            old = self._offsets
-            self._offsets = old.new_zeros(len(old), tokens + 1)
-            self._offsets[:, : old.shape[1]] = old
-            self._positions = torch.zeros_like(self._offsets)
+        super()._grow(tokens)
+        if self._positions.shape != self._numbers.shape:
+            self._positions = torch.zeros_like(self._numbers)
 
 
 def rope_types(text_config: Any) -> set[str]:

@@ -78,6 +78,8 @@ class Ticket:
     layout
         Tells apart how rows may lie, where no family says it: a digest of all that the processor
         made of it but the pixels' values.
+    masked
+        Whether its prompt is read under the server's sparse masks.
     """
 
     modality: str
@@ -87,6 +89,7 @@ class Ticket:
     entries: Mapping[str, int] = field(default_factory=dict)
     shared: Sequence[str] = ()
     layout: str = ""
+    masked: bool = False
 
     @property
     def visual(self) -> bool:
@@ -105,6 +108,7 @@ class Ticket:
                 "entries": dict(self.entries),
                 "shared": list(self.shared),
                 "layout": self.layout,
+                "masked": self.masked,
             }
         )
         return {
@@ -125,6 +129,7 @@ class Ticket:
             values["entries"],
             values["shared"],
             values["layout"],
+            values["masked"],
         )
 
     def shrunk(self) -> tuple[Tensor, Tensor | None]:
@@ -340,7 +345,9 @@ class PruningProcessor:
         if pruning is not None and pruning.scope == "image" and modality == "image":
             pruning, region = self._of_image(pruning, region)
         layout = "" if self._family.known else _layout(modality, fields)
-        ticket = Ticket(modality, pruning, region, medium, *_held_together(item), layout)
+        held = _held_together(item)
+        masked = request.masks is not None
+        ticket = Ticket(modality, pruning, region, medium, *held, layout, masked)
         batched = MultiModalBatchedField(keep_on_cpu=True)
         packed = ticket.pack()
         if self._server.reads_prompt:

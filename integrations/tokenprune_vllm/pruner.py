@@ -26,9 +26,19 @@ from tokenprune_vllm.adapters import Adapters
 from tokenprune_vllm.carrying import carry, taken
 from tokenprune_vllm.choosing import Chooser, logger
 from tokenprune_vllm.encoder_calls import EncoderCall, Item
-from tokenprune_vllm.positions import DIGITS, PositionOffsets, from_columns, to_columns
+from tokenprune_vllm.positions import (
+    DIGITS,
+    PositionOffsets,
+    RowNumbers,
+    from_columns,
+    to_columns,
+)
 from tokenprune_vllm.prompt_positions import item_positions, loses_nothing, prompt_positions
-from tokenprune_vllm.settings import ServerSettings
+from tokenprune_vllm.settings import UNPRUNED, ServerSettings
+from tokenprune_vllm.tags import around
+
+_REACH = 2
+"""Numbers of `tags.around`."""
 
 _NOISES = 4
 """Most times that an encoder is run on noise: rows that are codes may be the same by chance."""
@@ -47,6 +57,9 @@ class Pruner:
         The server's.
     vllm_config
         vLLM's.
+    reach
+        Where to write how far the image of each token of a batch reaches around it, see
+        `tags.around`; None where no masks are loaded.
 
     Attributes
     ----------
@@ -59,7 +72,12 @@ class Pruner:
     """
 
     def __init__(
-        self, model: Any, family: Family, settings: ServerSettings, vllm_config: Any
+        self,
+        model: Any,
+        family: Family,
+        settings: ServerSettings,
+        vllm_config: Any,
+        reach: RowNumbers | None = None,
     ) -> None:
         self._model = model
         self._family = family
@@ -92,6 +110,9 @@ class Pruner:
             device = torch.get_default_device()
             self._offsets = PositionOffsets(self._axes, scheduler.max_num_batched_tokens, device)
             self._columns += DIGITS * self._axes
+        self._reach = reach
+        if reach is not None:
+            self._columns += DIGITS * _REACH
 
     def say(self, largest: Mapping[str, tuple[int, int]]) -> None:
         """Say at the start how this server prunes.
@@ -107,6 +128,8 @@ class Pruner:
             If nothing would be dropped of any.
         """
         default = self._settings.default
+        if default == UNPRUNED:
+            return
         if all(before == after for before, after in largest.values()):
             sizes = " and ".join(f"{name} has {rows}" for name, (rows, _) in largest.items())
             raise ConfigError(
@@ -248,7 +271,7 @@ class Pruner:
         else:
             columns = columns[stays]
             ids = torch.zeros_like(columns)
-        return _Plan(order, self._columns_behind(item, columns, ids, dtype), text)
+        return _Plan(order, self._columns_behind(item, columns, ids, dtype, text), text)
 
     def _keep(
         self, items: Sequence[Item], rows: Sequence[Tensor], plans: Sequence[_Plan]
@@ -286,9 +309,11 @@ class Pruner:
         return made
 
     def _columns_behind(
-        self, item: Item, columns: Tensor, ids: Tensor, dtype: torch.dtype
+        self, item: Item, columns: Tensor, ids: Tensor, dtype: torch.dtype, text: Tensor | None
     ) -> Tensor | None:
-        """Return what travels behind the rows of an item, on the host: positions, and ids of text.
+        """Return what travels behind the rows of an item, on the host.
+
+        These are positions, how far its image reaches, and ids of text.
 
         Parameters
         ----------
@@ -300,6 +325,8 @@ class Pruner:
             LongTensor [n], 0 for a row, and of text its id + 1.
         dtype
             Of the rows.
+        text
+            Ids of the text inside that comes along; None where none does.
 
         Returns
         -------
@@ -314,6 +341,16 @@ class Pruner:
             else:  # sound, whose positions are in the prompt's already
                 offsets = columns.new_zeros(self._axes, len(columns))
             behind.append(to_columns(offsets, dtype))
+        if self._reach is not None:
+            reach = columns.new_zeros(_REACH, len(columns))
+            if item.ticket.masked and item.ticket.visual:
+                # As the rows stand in the prompt, which is perhaps pruned.
+                _, is_row = item.ticket.shrunk()
+                if text is not None or is_row is None:
+                    reach = around(ids == 0)
+                else:
+                    reach = around(is_row)[:, is_row]
+            behind.append(to_columns(reach, dtype))
         if self._carries_ids:
             behind.append(to_columns(ids[None], dtype))
         return torch.cat(behind, dim=1) if behind else None
@@ -344,18 +381,23 @@ class Pruner:
             What the model is to embed. Text that came as rows is text again.
         """
         if rows is None or len(rows) == 0:
-            if self._offsets is not None:
-                self._offsets.write(None, None, len(input_ids))
+            for numbers in (self._offsets, self._reach):
+                if numbers is not None:
+                    numbers.write(None, None, len(input_ids))
             return input_ids, rows, is_row
         if not self._columns:
             return input_ids, rows, is_row
         pairs = [taken(of_item, self._columns, self._copied) for of_item in rows]
         rows = [of_item for of_item, _ in pairs]
         columns = [behind for _, behind in pairs]
-        if self._offsets is not None:
-            axes = self._axes * DIGITS
-            offsets = from_columns(torch.cat([behind[:, :axes] for behind in columns]))
-            self._offsets.write(offsets, is_row, len(input_ids))
+        first = 0
+        for numbers, count in ((self._offsets, self._axes), (self._reach, _REACH)):
+            if numbers is None:
+                continue
+            end = first + count * DIGITS
+            found = from_columns(torch.cat([behind[:, first:end] for behind in columns]))
+            numbers.write(found, is_row, len(input_ids))
+            first = end
         if self._carries_ids and self._text_travels and is_row is not None:
             ids = [from_columns(behind[:, -DIGITS:])[0] for behind in columns]
             return self._text_again(input_ids, rows, is_row, ids)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.any import TRACED
+from tokenprune.families.base import Family
 from tokenprune.registry import build
 from tokenprune_vllm.drafting import is_drafted
 from tokenprune_vllm.positions import known_positions, rope_types
@@ -122,6 +123,71 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
         raise UnsupportedModelError(
             f"tokenprune does not work together with {'; '.join(refused)}. Leave that out, or "
             "serve the model without tokenprune."
+        )
+
+
+def check_masks(vllm_config: Any, family: Family) -> None:
+    """Refuse models, and settings of vLLM, under which sparse masks would be wrong or not happen.
+
+    Parameters
+    ----------
+    vllm_config
+        vLLM's.
+    family
+        Of the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Naming all of them.
+    """
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import is_quantized_kv_cache
+
+    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
+    text = family.config.get_text_config()
+    layers = getattr(text, "layer_types", None) or ()
+    table: list[tuple[bool, str]] = [
+        (
+            not current_platform.is_cpu(),
+            f"{current_platform.device_name} (they are for vLLM's CPU backend so far)",
+        ),
+        (not family.known, "a model of no known family (where its images stand is not known)"),
+        (family.images_see_each_other, "a model whose images see each other in both directions"),
+        (
+            bool(getattr(text, "use_bidirectional_attention", False)),
+            "a model whose text attends to what stands behind it",
+        ),
+        (
+            "chunked_attention" in layers,
+            "a model with layers that see one chunk of the prompt",
+        ),
+        (
+            is_quantized_kv_cache(cache.cache_dtype),
+            f"--kv-cache-dtype {cache.cache_dtype} (masks read keys as they were written)",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None or bool(cache.kv_offloading_size),
+            "--kv-transfer-config or --kv-offloading-size (what is known of where images stand in "
+            "the cache does not move with it)",
+        ),
+        (vllm_config.speculative_config is not None, "--speculative-config"),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "--pipeline-parallel-size above 1 (later stages are not told where images stand)",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "--decode-context-parallel-size or --prefill-context-parallel-size above 1",
+        ),
+        (parallel.use_ubatching, "--enable-dbo or --ubatch-size above 1"),
+        (bool(vllm_config.use_v2_model_runner), "vLLM's second model runner"),
+    ]
+    refused = [setting for applies, setting in table if applies]
+    if refused:
+        raise UnsupportedModelError(
+            f"sparse masks do not work together with {'; '.join(refused)}. Leave that out, or "
+            "serve the model without --masks."
         )
 
 

@@ -46,9 +46,16 @@ def configure(parser: Parser) -> None:
     add_model(parser, "a folder, a name on the model hub, or bundled; comes first")
     add_pruning(parser)
     parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FILE",
+        help="a heads file, which calibrate-heads writes: prompts are read under its sparse masks; "
+        "without --method and --keep every token stays",
+    )
+    parser.add_argument(
         "--allow-request-keep",
         action="store_true",
-        help="let a request ask for its own keep, method or no pruning",
+        help="let a request ask for its own keep, method, no pruning or no masks",
     )
 
 
@@ -116,7 +123,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         read_config,
     )
     from tokenprune_vllm.lookup import brings_code
-    from tokenprune_vllm.settings import KEY
+    from tokenprune_vllm.settings import KEY, UNPRUNED, HeadsFile
 
     check_plugin()
     overrides, more = _take_overrides(arguments.more)
@@ -127,6 +134,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     model = model_path(arguments.model)
     config = read_config(model, _value(more, "--revision"))
     given = (arguments.pruning, arguments.method, arguments.keep)
+    masks = None if arguments.masks is None else HeadsFile.of(arguments.masks)
     if given == (None, None, None) and KEY in config:
         values = dict(config[KEY])  # an exported checkpoint says itself how to prune
         methods = dict(values.pop("request_methods", {}))
@@ -134,6 +142,8 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         pruning = PruningConfig.from_dict(values)
         for name, options in _request_methods(arguments, pruning).items():
             methods[name] = options or methods.get(name, {})
+    elif given == (None, None, None) and masks is not None:
+        pruning, methods = UNPRUNED, _request_methods(arguments, UNPRUNED)
     else:
         pruning, methods = pruning_of(arguments)
     ours = pruning_overrides(
@@ -142,6 +152,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         pruning,
         methods,
         only_tokenprune=arguments.allow_request_keep and not trusts,
+        masks=masks,
     )
     if not _has(more, "--trust-remote-code") and brings_code(config):
         raise ConfigError(

@@ -8,11 +8,14 @@ bring ``mm_processor_kwargs={"tokenprune": {...}}``.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenprune import formats
 from tokenprune.baselines import RESIZE, behind_resize, resizes
@@ -20,12 +23,17 @@ from tokenprune.budget import Keep, check_keep, keeps_all
 from tokenprune.config import FORMAT, PruningConfig
 from tokenprune.errors import (
     ConfigError,
+    InputFileError,
     TokenPruneError,
     UnsupportedModelError,
     did_you_mean,
+    reason_of,
 )
 from tokenprune.registry import find, inside_methods
 from tokenprune_vllm.architectures import reads_prompt
+
+if TYPE_CHECKING:
+    from tokenprune.masks import HeadCategories
 
 KEY = "tokenprune"
 """Where the configuration lies in the model's config, and in a request's mm_processor_kwargs."""
@@ -40,8 +48,57 @@ INTERLEAVED = "use_audio_in_video"
 """What requests to omni models may ask of their processor."""
 
 
+UNPRUNED = PruningConfig("uniform", 1.0, "compact")
+"""The default of a server that was given masks and no method: every token stays."""
+
+
 class RequestError(TokenPruneError, ValueError):
     """A request asks for a pruning that is not offered; vLLM answers it with HTTP 400."""
+
+
+@dataclass(frozen=True)
+class HeadsFile:
+    """The heads file that a server reads prompts with.
+
+    Attributes
+    ----------
+    path
+        Where it is, for every process of the server.
+    digest
+        Of what is in it.
+    """
+
+    path: str
+    digest: str
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str]) -> HeadsFile:
+        """Return what a server is told of a file.
+
+        Raises
+        ------
+        InputFileError
+            If it cannot be read, or is no heads file.
+        """
+        absolute = Path(path).absolute()
+        _heads_in(absolute)
+        return cls(str(absolute), _digest(absolute))
+
+    def load(self) -> HeadCategories:
+        """Return what is in the file.
+
+        Raises
+        ------
+        InputFileError
+            If it cannot be read, or is another one now.
+        """
+        heads = _heads_in(Path(self.path))
+        if _digest(Path(self.path)) != self.digest:
+            raise InputFileError(
+                f"{self.path} is another file than the one the server was started with. Start the "
+                "server again, and leave the file as it is meanwhile."
+            )
+        return heads
 
 
 @dataclass(frozen=True)
@@ -53,18 +110,22 @@ class ServerSettings:
     default
         The pruning of a request that asks for nothing.
     methods
-        Every method that requests may name, with its options; the default's is one of them.
+        Every method that requests may name, with its options; the default's is one of them, but
+        for `UNPRUNED`.
     only_tokenprune
         Whether a request's mm_processor_kwargs may hold nothing but ``tokenprune``. vLLM opens
         all of them or none; a server that opens them for budgets alone keeps the rest closed.
     resize
         Whether requests may ask for smaller pictures, alone or with one of the methods.
+    masks
+        The sparse masks under which prompts are read; None for none.
     """
 
     default: PruningConfig
     methods: Mapping[str, dict[str, Any]]
     only_tokenprune: bool = False
     resize: bool = False
+    masks: HeadsFile | None = None
 
     @classmethod
     def build(
@@ -72,6 +133,7 @@ class ServerSettings:
         default: PruningConfig,
         request_methods: Mapping[str, Mapping[str, Any]] | None = None,
         only_tokenprune: bool = False,
+        masks: HeadsFile | None = None,
     ) -> ServerSettings:
         """Return the settings of a server.
 
@@ -82,7 +144,7 @@ class ServerSettings:
         request_methods
             Methods beside the default's that requests may name, with their options; ``"resize"``
             may be among them.
-        only_tokenprune
+        only_tokenprune, masks
             See `ServerSettings`.
 
         Raises
@@ -92,22 +154,23 @@ class ServerSettings:
         UnsupportedModelError
             If one of them has tokens leave inside the language model.
         ConfigError
-            If the default prunes nothing, or ``resize`` is asked for in another way than by itself.
+            If the default prunes nothing and there are no masks, or ``resize`` is asked for in
+            another way than by itself.
         """
         named = dict(request_methods or {})
         resize = _takes_resize(named, default)
         for name in (default.method, *named):
             _check_kind(name)
-        if keeps_all(default.keep):
+        if keeps_all(default.keep) and masks is None:
             raise ConfigError(
                 "keep=1.0 keeps every token, so this server would prune nothing. Give a smaller "
                 "fraction or a number of tokens, or serve the model without tokenprune."
             )
-        methods = {default.method: dict(default.options)}
+        methods = {} if default == UNPRUNED else {default.method: dict(default.options)}
         for name, options in named.items():
             methods.setdefault(name, dict(options))
             replace(default, method=name, options=methods[name])  # raises for an unknown name
-        return cls(default, methods, only_tokenprune, resize)
+        return cls(default, methods, only_tokenprune, resize, masks)
 
     @property
     def reads_prompt(self) -> bool:
@@ -127,10 +190,11 @@ class ServerSettings:
             "request_methods": {
                 name: options
                 for name, options in self.methods.items()
-                if name != self.default.method
+                if name != self.default.method or self.default == UNPRUNED
             }
             | ({RESIZE: {}} if self.resize else {}),
             "only_tokenprune": self.only_tokenprune,
+            **({} if self.masks is None else {"masks": asdict(self.masks)}),
         }
 
     @classmethod
@@ -152,8 +216,9 @@ class ServerSettings:
         values = dict(values)
         methods: dict[str, dict[str, Any]] = values.pop("request_methods", {})
         only = bool(values.pop("only_tokenprune", False))
+        masks = values.pop("masks", None)
         default = PruningConfig.from_dict(values)
-        return cls.build(default, methods, only)
+        return cls.build(default, methods, only, None if masks is None else HeadsFile(**masks))
 
     def request(self, mm_processor_kwargs: Mapping[str, object]) -> RequestSettings:
         """Return the pruning that one request gets.
@@ -162,7 +227,7 @@ class ServerSettings:
         ----------
         mm_processor_kwargs
             The request's, perhaps with a key ``tokenprune``: a dict with ``keep``, ``method``,
-            ``off``.
+            ``off``, ``masks``.
 
         Raises
         ------
@@ -183,12 +248,13 @@ class ServerSettings:
             )
         asked = mm_processor_kwargs.get(KEY)
         if asked is None:
-            return RequestSettings(self.default)
+            return RequestSettings(self.default, masks=self.masks)
         if not isinstance(asked, Mapping):
             raise RequestError(
-                f"{KEY}={asked!r} in mm_processor_kwargs is not an object with keep, method, off."
+                f"{KEY}={asked!r} in mm_processor_kwargs is not an object with keep, method, off, "
+                "masks."
             )
-        allowed = ("keep", "method", "off")
+        allowed = ("keep", "method", "off", "masks")
         for name in asked:
             if name not in allowed:
                 raise RequestError(
@@ -198,14 +264,21 @@ class ServerSettings:
         off = asked.get("off", False)
         if not isinstance(off, bool):
             raise RequestError(f"{KEY}.off={off!r} in mm_processor_kwargs is not true or false.")
-        if off and len(asked) > 1:
+        if off and {"keep", "method"} & set(asked):
             raise RequestError(
                 f"{KEY} in mm_processor_kwargs says off and also {', '.join(sorted(asked))}. "
                 "Ask for one or the other."
             )
-        if off:
-            return RequestSettings(None)
-        return self._asked(asked.get("method", self.default.method), asked)
+        masks = self._masks(asked.get("masks", self.masks is not None))
+        if off or not {"keep", "method"} & set(asked):
+            return RequestSettings(None if off else self.default, masks=masks)
+        if "method" not in asked and self.default == UNPRUNED:
+            raise RequestError(
+                f"{KEY}.keep in mm_processor_kwargs asks for pruning, and this server prunes "
+                f"nothing by itself. Name a method; it loads: {', '.join(self.methods) or 'none'}."
+            )
+        found = self._asked(asked.get("method", self.default.method), asked)
+        return replace(found, masks=masks)
 
     def _asked(self, named: object, asked: Mapping[str, Any]) -> RequestSettings:
         """Return what a request gets that names a method, perhaps the default's, and a budget."""
@@ -230,6 +303,25 @@ class ServerSettings:
             raise RequestError(f"{KEY} in mm_processor_kwargs: {error}") from error
         return RequestSettings(config, config.keep if smaller else 1.0)
 
+    def _masks(self, asked: object) -> HeadsFile | None:
+        """Return the masks that a request gets which asks for them so.
+
+        Raises
+        ------
+        RequestError
+            If it asks for masks that are not there.
+        """
+        if not isinstance(asked, bool):
+            raise RequestError(
+                f"{KEY}.masks={asked!r} in mm_processor_kwargs is not true or false."
+            )
+        if asked and self.masks is None:
+            raise RequestError(
+                f"{KEY}.masks in mm_processor_kwargs asks for sparse masks, and this server loaded "
+                "none. Leave it out, or start the server with --masks HEADS_FILE."
+            )
+        return self.masks if asked else None
+
 
 @dataclass(frozen=True)
 class RequestSettings:
@@ -242,10 +334,13 @@ class RequestSettings:
     resized_to
         The budget that pictures are made smaller for, ``1.0`` where they stay as they are. With a
         method they are made smaller half of the way, see `tokenprune_vllm.resizing`.
+    masks
+        The sparse masks under which it is read, or None.
     """
 
     config: PruningConfig | None
     resized_to: Keep = 1.0
+    masks: HeadsFile | None = None
 
     @property
     def prunes(self) -> bool:
@@ -275,13 +370,15 @@ class RequestSettings:
         An image is known there by what the request sent, at its full size. So the budget for which
         it is made smaller stands in here.
         """
-        if not self.prunes and not self.resizes:
+        if not self.prunes and not self.resizes and self.masks is None:
             return "off"
         values: dict[str, Any] = {"version": _version()}
         if self.prunes and self.config is not None:
             values |= self.config.to_dict()
         if self.resizes:
             values[RESIZE] = self.resized_to
+        if self.masks is not None:
+            values["masks"] = self.masks.digest
         return json.dumps(values)
 
 
@@ -331,6 +428,19 @@ def _check_kind(method: str) -> None:
             "method that prunes before the language model (see `tokenprune methods`), or the model "
             "in transformers, with tokenprune_hf.prune."
         )
+
+
+def _heads_in(path: Path) -> HeadCategories:
+    from tokenprune.masks import HeadCategories
+
+    return HeadCategories.load(path)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    except OSError as error:
+        raise InputFileError(f"{path} cannot be read: {reason_of(error)}.") from error
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from tokenprune.masks import (
     category_mask,
     heads_mask,
     image_spans,
+    layer_mask,
     visible_keys,
 )
 from tokenprune.masks.kernels import Kernel, Prepared
@@ -163,6 +164,71 @@ def test_gathered_computes_few_pairs_that_the_mask_hides(categories: list[Catego
     torch.testing.assert_close(ready(query, key, value), dense)
 
 
+PARTS = [range(0, 300), range(0, 97), range(97, 160), range(130, 300), range(255, 256)]
+
+
+@pytest.mark.parametrize("kernel", ["gathered", "dense"])
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("queries", PARTS, ids=str)
+def test_a_part_of_the_queries_equals_its_rows_of_the_matrix(
+    queries: range, name: str, kernel: Kernel
+) -> None:
+    mask = masks()[name]
+    torch.manual_seed(1)
+    query = torch.randn(4, len(queries), 16)
+    key, value = torch.randn(2, 2, 300, 16)
+    ready = Prepared(mask, query.device, kernel, 32, queries)
+    pairs = mask.matrix()[:, queries.start : queries.stop]
+    wide = [one.repeat_interleave(2, dim=0) for one in (key, value)]
+    logits = query @ wide[0].transpose(1, 2) * 16**-0.5
+    expected = logits.masked_fill(~pairs, -torch.inf).softmax(dim=-1) @ wide[1]
+    torch.testing.assert_close(ready(query, key, value), expected)
+    with torch.no_grad():  # where memory is used again
+        torch.testing.assert_close(ready(query, key, value), expected)
+    causal = sum(position + 1 for position in queries)
+    assert ready.computed * causal >= float(pairs.sum()) / len(pairs) - 1e-3
+    assert ready.computed <= 300 * len(queries) / causal
+
+
+def test_a_part_of_the_queries_is_planned_once() -> None:
+    mask = masks()["one category"]
+    parts = [Prepared(mask, torch.device("cpu"), None, 32, range(40, 80)) for _ in range(2)]
+    assert parts[0]._plans[0][0] is parts[1]._plans[0][0]
+
+
+@pytest.mark.parametrize(
+    "queries", [range(0, 0), range(0, 301), range(-1, 5), range(9, 3), range(0, 9, 2)], ids=str
+)
+def test_queries_that_are_not_of_the_prompt_are_refused(queries: range) -> None:
+    with pytest.raises(LayoutError, match=r"with 0 <= start < stop <= 300"):
+        Prepared(Causal(300), torch.device("cpu"), "gathered", 32, queries)
+
+
+def test_what_does_not_fit_a_part_of_the_queries_is_refused() -> None:
+    with pytest.raises(LayoutError, match="'flex' computes whole prompts"):
+        Prepared(Causal(300), torch.device("cpu"), "flex", 32, range(3, 9))
+    ready = Prepared(Causal(300), torch.device("cpu"), "gathered", 32, range(3, 9))
+    for queries, keys in ((300, 300), (6, 9)):
+        with pytest.raises(LayoutError, match="6 queries and 300 tokens"):
+            ready(torch.zeros(1, queries, 16), *torch.zeros(2, 1, keys, 16))
+
+
+def test_layers_see_a_window_and_their_images_both_ways() -> None:
+    images = (ImageSpan(1, 4), ImageSpan(4, 6))
+    layout = PromptLayout(8, images)
+    for window, both_ways in itertools.product((None, 3), (False, True)):
+        found = layer_mask(layout, window, both_ways=both_ways).matrix()[0]
+        for query, key in itertools.product(range(8), range(8)):
+            seen = key <= query
+            if both_ways:
+                seen |= any(
+                    one.start <= query < one.stop and one.start <= key < one.stop for one in images
+                )
+            if window is not None:
+                seen &= query - key < window
+            assert bool(found[query, key]) == seen
+
+
 def test_heads_of_unlike_blocks_go_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """On many threads heads are computed together: each over keys of its own, filled up."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
@@ -269,5 +335,5 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     with pytest.raises(LayoutError, match=r"need \[heads, 3, 3\]"):
         Blocks(torch.ones(1, 2, 2, dtype=torch.bool), 300, 128)
     states = torch.zeros(4, 10, 8)
-    with pytest.raises(LayoutError, match="a mask of 1 heads and 11 tokens was given"):
+    with pytest.raises(LayoutError, match="a mask of 1 heads, 11 queries and 11 tokens was given"):
         attend(states, states, states, Causal(11))

@@ -97,11 +97,15 @@ def talk(folder: Path) -> Setup:
 def heads(folder: Path) -> Setup:
     """Return the bundled model, and a mask for each of its heads in ``heads.json``."""
     known = bundled(folder).names
-    config = decoder_of(known["model"]).config
+    _save_heads(known["model"], folder)
+    return Setup(known)
+
+
+def _save_heads(model: Any, folder: Path) -> None:
+    config = decoder_of(model).config
     layer: list[Category] = ["dense"] * config.num_attention_heads
     layer[0] = "intra"
-    heads_of(known["model"], [layer] * config.num_hidden_layers).save(folder / "heads.json")
-    return Setup(known)
+    heads_of(model, [layer] * config.num_hidden_layers).save(folder / "heads.json")
 
 
 def llava(folder: Path) -> Setup:
@@ -170,10 +174,19 @@ def no_engine(folder: Path) -> Setup:
     return Setup(names, known.stand_ins, around)
 
 
+def heads_no_engine(folder: Path) -> Setup:
+    """Return what `no_engine` does, and a mask for each of the model's heads in ``heads.json``."""
+    setup = no_engine(folder)
+    model, _ = tokenprune_hf.load(str(setup.stand_ins[LLAVA]))
+    _save_heads(model, folder)
+    return setup
+
+
 SETUPS: dict[str, Callable[[Path], Setup]] = {
     "bundled": bundled,
     "calibrated": calibrated,
     "heads": heads,
+    "heads-no-engine": heads_no_engine,
     "llama-vision": llama_vision,
     "llava": llava,
     "no-engine": no_engine,

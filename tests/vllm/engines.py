@@ -19,7 +19,7 @@ _OF_RANKS = {"tensor_parallel_size", "pipeline_parallel_size"}
 def engine(
     model: Path, method: str | None = None, keep: Any = None, *, forked: bool = True, **options: Any
 ) -> Iterator[Any]:
-    """Start `vllm.LLM`, pruned where a method is given, and stop it after the block.
+    """Start `vllm.LLM`, pruned or masked where a method or masks are given, and stop it afterwards.
 
     Engine and worker share one forked process (`tests.vllm.processes`), which writes where the
     first one wrote; several ranks have one each. With `forked=False` vLLM makes its own.
@@ -38,10 +38,11 @@ def engine(
     }
     pruning = {
         name: settings.pop(name)
-        for name in ("positions", "options", "scope", "request_methods")
+        for name in ("positions", "options", "scope", "request_methods", "masks")
         if name in settings
     }
-    if method is None:
+    ours = method is not None or "masks" in pruning
+    if not ours:
         arguments = {"model": str(model), **settings}
     else:
         arguments = tokenprune_vllm.engine_args(model, method, keep, **pruning, **settings)
@@ -52,7 +53,7 @@ def engine(
     with forked_processes() if forked else nullcontext():
         llm = vllm.LLM(**arguments)
     try:
-        if method is not None:
+        if ours:
             llm.collective_rpc("start_recording")
         yield llm
     finally:

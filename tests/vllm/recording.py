@@ -109,6 +109,11 @@ class Recording:
         """Return the module of the model runner's class."""
         return str(type(self.model_runner).__module__)
 
+    def layers_with_masks(self) -> int:
+        """Return how many layers have another attention than vLLM's own."""
+        layers = self.model_runner.compilation_config.static_forward_context.values()
+        return sum("forward" in vars(layer.impl) for layer in layers)
+
     def memory(self) -> dict[str, int]:
         """Return how many encoded images the worker still holds, and how many requests."""
         runner = self.model_runner

@@ -27,4 +27,5 @@ from tokenprune.masks.mask import Window as Window
 from tokenprune.masks.mask import visible_keys as visible_keys
 from tokenprune.masks.patterns import category_mask as category_mask
 from tokenprune.masks.patterns import heads_mask as heads_mask
+from tokenprune.masks.patterns import layer_mask as layer_mask
 from tokenprune.masks.pooled import PooledBlocks as PooledBlocks

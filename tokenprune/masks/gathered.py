@@ -40,7 +40,7 @@ class _Part:
     heads
         Which heads; they see the same.
     queries
-        Their positions, a slice where they follow each other.
+        Their places among the plan's queries, a slice where they follow each other.
     count
         How many queries.
     columns, single
@@ -116,22 +116,30 @@ class Plan:
         Queries, and keys, of a block.
     device
         Where attention is computed.
+    queries
+        Positions of the queries that are computed, all L where it is left out. Keys are all L.
 
     Raises
     ------
     LayoutError
-        If a query may attend to no key.
+        If a query may attend to no key, or is none of the prompt's.
     """
 
-    def __init__(self, mask: Mask, block: int, device: torch.device) -> None:
+    def __init__(
+        self, mask: Mask, block: int, device: torch.device, queries: range | None = None
+    ) -> None:
         self._length, self._heads = mask.length, mask.heads
         self._block, self._device = block, device
+        self._queries = queries_in(queries, mask.length)
         cover, heads, length = mask.cover(block), mask.heads, mask.length
         # The code of a head in a block of pairs: -1 none is allowed, 0 all are, and above 0 some
         # are. Heads of the same code above 0 in a block allow the same pairs in it.
         codes = torch.where(cover.every, 0, 1 + _kinds(mask)).where(cover.some, -1)
         codes = codes.expand(heads, -1, -1)
-        self._causal = self._causal_heads(mask, codes)
+        # Torch's causal attention begins with the first key: a later part of the queries cannot
+        # use it.
+        whole = self._queries == range(length)
+        self._causal = self._causal_heads(mask, codes) if whole else []
         others = [head for head in range(heads) if head not in self._causal]
         self.calls = list(self._make(mask, codes, others)) if others else []
         self.pairs = sum(
@@ -174,7 +182,8 @@ class Plan:
     def _make(self, mask: Mask, codes: Tensor, heads: list[int]) -> Iterator[list[_Part]]:
         """Yield the parts of each call of the kernel, block of queries by block of queries."""
         # Memory is that of the pairs of one row of blocks: all of them would be H * L * L bytes.
-        for number in range(codes.shape[1]):
+        first, last = self._queries[0] // self._block, self._queries[-1] // self._block
+        for number in range(first, last + 1):
             row = self._row(mask, codes[:, number], torch.tensor(heads), number)
             for chosen in _split(row.allowed, row.weight, _CALL * len(row.heads)):
                 yield from _calls(self._parts(row, chosen), self._device)
@@ -194,7 +203,10 @@ class Plan:
             Of the block of queries.
         """
         block, length = self._block, self._length
-        queries = torch.arange(number * block, min(number * block + block, length))
+        asked = self._queries
+        queries = torch.arange(
+            max(number * block, asked.start), min(number * block + block, asked.stop)
+        )
         # Heads that have the same in all blocks of keys go through the kernel together.
         patterns, pattern_of_head = torch.unique(codes[heads], dim=0, return_inverse=True)
         members = [heads[pattern_of_head == pattern] for pattern in range(len(patterns))]
@@ -290,6 +302,7 @@ class Plan:
         last = not len(ends) or not len(mixed) or int(mixed.min()) > int(ends.max())
         # No key is there twice, so they follow each other if they are as many as their range.
         run = (low, high) if last and high - low == size else None
+        queries = queries - self._queries.start
         start, count = int(queries[0]), len(queries)
         follows = int(queries[-1]) - start + 1 == count  # they ascend
         device = self._device
@@ -413,13 +426,13 @@ class Work:
     Parameters
     ----------
     query
-        [H, L, d].
+        [H, Q, d], of the plan's queries.
     key, value
         [G, L, d].
     scale
         Factor on q kᵀ.
     output
-        [H, L, d], is written.
+        [H, Q, d], is written.
     """
 
     def __init__(
@@ -430,7 +443,7 @@ class Work:
         # [G * L, d], so that one index picks rows of any head.
         self.rows = [states.contiguous().flatten(0, 1) for states in (key, value)]
         # Zeros are as many as the keys, and the same for every part: they are made once.
-        self._zeros = query.new_zeros(0, query.shape[1])
+        self._zeros = query.new_zeros(0, key.shape[1])
         self._rooms: dict[str, Tensor] = {}
         # A kernel that keeps its bias for the way back, or wants it aligned, gets one of its own.
         self._reuse = query.device.type == "cpu" and not torch.is_grad_enabled()
@@ -532,16 +545,37 @@ def _at(heads: slice | Tensor, queries: slice | Tensor) -> Any:
     return heads, queries
 
 
+_Made = tuple[int, torch.device, range | None]
+"""What a plan of a mask was made for: block, device and queries."""
+
 # Weak, so that a plan lives as long as its mask: a prompt's masks are gone with the prompt.
-_plans: WeakKeyDictionary[Mask, dict[tuple[int, torch.device], Plan]] = WeakKeyDictionary()
+_plans: WeakKeyDictionary[Mask, dict[_Made, Plan]] = WeakKeyDictionary()
 
 
-def plan_of(mask: Mask, block: int, device: torch.device) -> Plan:
+def plan_of(mask: Mask, block: int, device: torch.device, queries: range | None = None) -> Plan:
     """Return a mask's plan, the one made before if there is one: layers may share masks."""
     plans = _plans.setdefault(mask, {})
-    if (block, device) not in plans:
-        plans[block, device] = Plan(mask, block, device)
-    return plans[block, device]
+    if (block, device, queries) not in plans:
+        plans[block, device, queries] = Plan(mask, block, device, queries)
+    return plans[block, device, queries]
+
+
+def queries_in(queries: range | None, length: int) -> range:
+    """Return which queries of a prompt are computed: `queries`, or all.
+
+    Raises
+    ------
+    LayoutError
+        If there is none, one is left out between others, or one is none of the prompt's.
+    """
+    if queries is None:
+        return range(length)
+    if queries.step != 1 or not 0 <= queries.start < queries.stop <= length:
+        raise LayoutError(
+            f"queries={queries} are not some that follow each other in a prompt of {length} "
+            f"tokens. Give range(start, stop) with 0 <= start < stop <= {length}."
+        )
+    return queries
 
 
 def shared_masks(mask: Mask) -> list[tuple[Mask, list[int] | None]]:

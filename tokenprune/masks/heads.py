@@ -23,6 +23,9 @@ from tokenprune.masks.patterns import CATEGORIES, Category
 FORMAT = 1
 """Raised when the file's meaning changes."""
 
+_SAMPLE = 64
+"""Weights that tell one model from another."""
+
 
 @dataclass(frozen=True)
 class ModelIdentity:
@@ -62,6 +65,18 @@ class ModelIdentity:
         if not differing and not _cosine(self.sample, other.sample) >= 0.98:
             differing.append("its weights are others")
         return differing
+
+
+def sampled(weights: int) -> slice:
+    """Return which of a model's embeddings, row by row in one list, `ModelIdentity.sample` holds.
+
+    Parameters
+    ----------
+    weights
+        How many there are.
+    """
+    step = max(1, weights // _SAMPLE)
+    return slice(step // 2, step // 2 + step * min(_SAMPLE, weights), step)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import LayoutError
-from tokenprune.masks.gathered import Plan, Work, fused, plan_of, shared_masks
+from tokenprune.masks.gathered import Plan, Work, fused, plan_of, queries_in, shared_masks
 from tokenprune.masks.mask import BLOCK, Mask
 
 Kernel = Literal["flex", "gathered", "dense"]
@@ -76,6 +76,14 @@ class Prepared:
         Where attention is computed.
     kernel, block
         As for `attend`.
+    queries
+        Positions of the queries that are computed, where these are a part of the prompt: a chunk
+        of it, whose keys begin with the first token all the same. ``"flex"`` takes whole prompts.
+
+    Raises
+    ------
+    LayoutError
+        If these are no queries of the prompt, or the kernel takes no part of them.
     """
 
     def __init__(
@@ -84,37 +92,46 @@ class Prepared:
         device: torch.device,
         kernel: Kernel | None = None,
         block: int = BLOCK,
+        queries: range | None = None,
     ) -> None:
         self.mask = mask
+        self.queries = queries_in(queries, mask.length)
         self.kernel: Kernel = default_kernel(device) if kernel is None else kernel
+        part = self.queries if self.queries != range(mask.length) else None
+        if part is not None and self.kernel == "flex":
+            raise LayoutError(
+                f"queries={part} are a part of a prompt of {mask.length} tokens, and kernel 'flex' "
+                "computes whole prompts. Use kernel 'gathered'."
+            )
         self._blocks: Any = block_mask(mask, device, block) if self.kernel == "flex" else None
         self._plans: list[tuple[Plan, list[int] | None]] = []
         if self.kernel == "gathered":
             for shared, heads in shared_masks(mask):
-                self._plans.append((plan_of(shared, block, device), heads))
+                self._plans.append((plan_of(shared, block, device, part), heads))
 
     @property
     def computed(self) -> float:
         """Pairs that the kernel computes, over those of causal attention; the mean over heads."""
-        length = self.mask.length
-        causal = length * (length + 1) / 2
+        length, first, last = self.mask.length, self.queries[0], self.queries[-1]
+        causal = (first + last + 2) * len(self.queries) / 2
         if self._plans:
             pairs = sum(plan.pairs * len(heads or [0]) for plan, heads in self._plans)
             return pairs / self.mask.heads / causal
         if self._blocks is not None:
             return float(1 - self._blocks.sparsity() / 100) * length**2 / causal
-        return length**2 / causal
+        return length * len(self.queries) / causal
 
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     ) -> Tensor:
-        """Return what `attend` returns."""
-        heads, length = query.shape[:2]
-        if self.mask.length != length or self.mask.heads not in (1, heads):
+        """Return what `attend` returns; of `queries` alone, where these are a part."""
+        heads, count = query.shape[:2]
+        sizes = (count, key.shape[1])
+        if sizes != (len(self.queries), self.mask.length) or self.mask.heads not in (1, heads):
             raise LayoutError(
-                f"a mask of {self.mask.heads} heads and {self.mask.length} tokens was given with "
-                f"queries of {heads} heads and {length} tokens. Make it for this prompt, for all "
-                "heads or for 1."
+                f"a mask of {self.mask.heads} heads, {len(self.queries)} queries and "
+                f"{self.mask.length} tokens was given with queries of {heads} heads and {count} "
+                f"tokens, and {sizes[1]} keys. Make it for this prompt, for all heads or for 1."
             )
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._blocks is not None:
@@ -125,7 +142,8 @@ class Prepared:
             for plan, of_heads in self._plans:
                 plan(work, list(range(heads)) if of_heads is None else of_heads)
             return output
-        pairs = self.mask.matrix()[None].to(query.device)
+        rows = slice(self.queries.start, self.queries.stop)
+        pairs = self.mask.matrix()[None, :, rows].to(query.device)
         return fused(query, key, value, pairs, scale)
 
 

@@ -34,6 +34,27 @@ LOCAL = 64
 """How many tokens before it a token of a ``sink`` head sees (reconstruction)."""
 
 
+def layer_mask(layout: PromptLayout, window: int | None = None, *, both_ways: bool = False) -> Mask:
+    """Return what a layer's own mask lets through in a prompt without padding.
+
+    Parameters
+    ----------
+    layout
+        Of the prompt.
+    window
+        How many tokens up to itself a query sees, itself included; None for all.
+    both_ways
+        Whether the tokens of an image see all of it, as far as the window goes (Gemma 3).
+    """
+    mask: Mask = Causal(layout.length)
+    if both_ways and layout.images:
+        # Class 0 is text, which sees nothing that stands behind it; an image sees itself alone.
+        table = torch.eye(len(layout.images) + 1, dtype=torch.bool)
+        table[0, 0] = False
+        mask = mask | Classes(layout.image_of + 1, table[None])
+    return mask if window is None else mask & Window(layout.length, window)
+
+
 def category_mask(layout: PromptLayout, category: Category, model: Mask | None = None) -> Mask:
     """Return one category's mask for a prompt, the same for all heads.
 

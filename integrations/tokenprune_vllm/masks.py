@@ -1,0 +1,441 @@
+"""Masks: the attention of a served model under the sparse masks of a heads file.
+
+Layers keep vLLM's own attention for whatever the masks leave whole: decoding, text, prompts without
+images, and layers all of whose heads are dense. Where a chunk of a prompt has image tokens among
+its queries, our kernel computes that prompt's attention, over the keys that the masks let through.
+
+vLLM's platform for CPUs takes no other attention backend than its own, so none is registered: what
+stands in is the `forward` of a layer's implementation, and metadata and cache are vLLM's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+
+from tokenprune.errors import UnsupportedModelError
+from tokenprune.families.base import Family
+from tokenprune.masks import HeadCategories, Mask, ModelIdentity, PromptLayout, category_mask
+from tokenprune.masks.heads import sampled
+from tokenprune.masks.kernels import Prepared
+from tokenprune.masks.patterns import Category, layer_mask, per_head
+from tokenprune_vllm.paged import keys_and_values, of_requests
+from tokenprune_vllm.positions import RowNumbers
+from tokenprune_vllm.tags import Tags, edges, layout_of
+
+logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
+
+_CHUNKS = 8
+"""Chunks of prompts whose masks are kept for the next layers, and the next prompts like them."""
+
+_UNSEEN = ("alibi_slopes", "logits_soft_cap", "sinks", "kv_sharing_target_layer_name")
+"""Attributes of vLLM's implementations that change logits, or read another layer's cache."""
+
+Own = Callable[..., Tensor]
+"""vLLM's `forward` of a layer's implementation."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer with heads that are not dense.
+
+    Attributes
+    ----------
+    name
+        vLLM's.
+    attention
+        Its attention.
+    categories
+        Of the heads that this rank has.
+    window
+        How many tokens up to itself a query sees; None for all.
+    """
+
+    name: str
+    attention: Any
+    categories: tuple[Category, ...]
+    window: int | None
+
+
+class _Chunk:
+    """Masks of a part of a prompt, made when a layer asks for them and kept for the next ones.
+
+    Parameters
+    ----------
+    layout
+        Of the prompt up to the part's end.
+    queries
+        Which tokens the part is.
+    block
+        Queries, and keys, of a block.
+    """
+
+    def __init__(self, layout: PromptLayout, queries: range, block: int) -> None:
+        self._layout, self._queries, self._block = layout, queries, block
+        self._masks: dict[tuple[Category, int | None], Mask] = {}
+        self._ready: dict[tuple[tuple[Category, ...], int | None], Prepared] = {}
+
+    def ready(self, categories: tuple[Category, ...], window: int | None) -> Prepared:
+        """Return the mask of a layer with these heads, made ready."""
+        if (categories, window) not in self._ready:
+            # vLLM's kernels for CPUs let no image see what stands behind, in any model.
+            own = layer_mask(self._layout, window)
+            for category in set(categories):
+                if (category, window) not in self._masks:
+                    self._masks[category, window] = category_mask(self._layout, category, own)
+            masks = {category: self._masks[category, window] for category in set(categories)}
+            self._ready[categories, window] = Prepared(
+                per_head(categories, masks),
+                torch.device("cpu"),
+                block=self._block,
+                queries=self._queries,
+            )
+        return self._ready[categories, window]
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """A request of a batch that is read under masks.
+
+    Attributes
+    ----------
+    request
+        Its number in the batch.
+    rows
+        Its tokens in the batch.
+    first
+        Position of the first of them in the prompt.
+    length
+        Tokens of the prompt up to the last of them.
+    chunk
+        Their masks.
+    """
+
+    request: int
+    rows: slice
+    first: int
+    length: int
+    chunk: _Chunk
+
+
+@dataclass(eq=False)
+class _Step:
+    """One batch, for the layers that share vLLM's metadata of it.
+
+    Attributes
+    ----------
+    masked
+        Requests that are read under masks.
+    others
+        Numbers of the other requests.
+    rows
+        LongTensor, the tokens of those.
+    metadata
+        vLLM's of those, made when the first layer asks for it.
+    """
+
+    masked: list[_Masked]
+    others: list[int]
+    rows: Tensor
+    metadata: Any = field(default=None)
+
+
+class Masks:
+    """A heads file on a served model.
+
+    Parameters
+    ----------
+    model
+        vLLM's model, before its weights are loaded.
+    family
+        Of that model.
+    heads
+        The heads file.
+    vllm_config
+        vLLM's.
+
+    Attributes
+    ----------
+    reach
+        What each token of the batch at hand has in `tags.around`; written before the forward.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the heads are another model's, or a layer's attention is more than softmax(q kᵀ) v.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, heads: HeadCategories, vllm_config: Any
+    ) -> None:
+        self._model, self._heads = model, heads
+        self._checked = False
+        text = family.config.get_text_config()
+        all_heads = int(text.num_attention_heads)
+        self._identity = ModelIdentity(
+            model_type=str(family.config.model_type),
+            layers=int(text.num_hidden_layers),
+            heads=all_heads,
+            key_heads=int(getattr(text, "num_key_value_heads", None) or all_heads),
+            hidden_size=int(text.hidden_size),
+            sample=heads.model.sample,  # looked at when there are weights
+        )
+        self._refuse_others(heads.model.differences(self._identity))
+        tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.reach = RowNumbers(2, tokens, torch.device("cpu"))
+        self._layers = self._find_layers(vllm_config)
+        self._steps: dict[int, _Step] = {}
+        self._metadata: list[Any] = []  # of the steps, so that their ids stay theirs
+        self._tags: dict[str, Tags] = {}
+        self._chunks: OrderedDict[tuple[PromptLayout, range], _Chunk] = OrderedDict()
+        for layer in self._layers:
+            impl = layer.attention.impl
+            impl.forward = functools.partial(self._attend, layer, impl.forward)
+
+    def say(self) -> None:
+        """Say at the start which masks there are."""
+        if get_tensor_model_parallel_rank() == 0:
+            counts = ", ".join(f"{count} {name}" for name, count in self._heads.counts().items())
+            logger.info(
+                "tokenprune: sparse masks in %d of %d layers; heads: %s",
+                len(self._layers),
+                self._heads.model.layers,
+                counts,
+            )
+
+    # The model ---------------------------------------------------------------------------------
+
+    def _find_layers(self, vllm_config: Any) -> list[_Layer]:
+        """Return the layers with heads that are not dense."""
+        every: dict[str, Any] = {
+            name: one
+            for name, one in vllm_config.compilation_config.static_forward_context.items()
+            if isinstance(one, AttentionLayerBase)
+        }
+        found = {extract_layer_index(name): (name, one) for name, one in every.items()}
+        plain = len(found) == len(every) and all(type(one) is Attention for one in every.values())
+        if not plain or sorted(found) != list(range(self._heads.model.layers)):
+            raise UnsupportedModelError(
+                f"the language model of {type(self._model).__name__} has layers of a kind that no "
+                "mask reaches, such as those that keep a state, or latent states, in place of "
+                "keys. Serve it without --masks."
+            )
+        layers = []
+        for number, (name, attention) in sorted(found.items()):
+            for unseen in _UNSEEN:
+                value = getattr(attention.impl, unseen, None)
+                if value is not None and value != 0:
+                    raise UnsupportedModelError(
+                        f"the attention of {type(self._model).__name__} has {unseen}, which does "
+                        "not go together with sparse masks. Serve it without --masks."
+                    )
+            categories = self._heads.categories[number]
+            own, rank = attention.num_heads, get_tensor_model_parallel_rank()
+            ranks = vllm_config.parallel_config.tensor_parallel_size
+            if own * ranks != len(categories):
+                raise UnsupportedModelError(
+                    f"layer {number} has {own} heads on each of {ranks} ranks, and the heads file "
+                    f"{len(categories)}. Serve with another --tensor-parallel-size, or without "
+                    "--masks."
+                )
+            of_rank = categories[rank * own : (rank + 1) * own]
+            if set(of_rank) != {"dense"}:
+                window = attention.sliding_window
+                layers.append(_Layer(name, attention, of_rank, window))
+        return layers
+
+    def check_weights(self) -> None:
+        """Raise if the weights that were loaded are another model's; looked at once.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If they are.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        whole: Any = self._model.get_language_model()  # type: ignore[operator]
+        tables = [
+            module
+            for module in whole.modules()
+            if isinstance(module, VocabParallelEmbedding)
+            and not isinstance(module, ParallelLMHead)
+            and module.weight.is_floating_point()
+        ]
+        if not tables:
+            raise UnsupportedModelError(
+                f"the embeddings of {type(self._model).__name__} are quantized, so it is not known "
+                "whether the heads file is this model's. Serve it without --masks."
+            )
+        table: Any = tables[0]
+        width = int(table.weight.shape[1])
+        places = torch.arange(int(table.org_vocab_size) * width, device="cpu")
+        places = places[sampled(len(places))]
+        shard = table.shard_indices
+        row = places // width
+        # A rank has some rows of the table, and compares what it has.
+        here = (row >= shard.org_vocab_start_index) & (row < shard.org_vocab_end_index)
+        if not bool(here.any()):
+            return
+        weights = table.weight.detach()
+        own = weights[
+            (row - shard.org_vocab_start_index)[here].to(weights.device),
+            (places % width)[here].to(weights.device),
+        ]
+        said = self._heads.model
+        if len(said.sample) == len(here):
+            given = torch.tensor(said.sample, dtype=torch.float64)[here].tolist()
+        else:
+            given = []
+        one = ModelIdentity("", 0, 0, 0, 0, tuple(given))
+        other = ModelIdentity("", 0, 0, 0, 0, tuple(own.double().tolist()))
+        self._refuse_others(one.differences(other))
+
+    def _refuse_others(self, differences: Sequence[str]) -> None:
+        if differences:
+            raise UnsupportedModelError(
+                f"these heads are not those of this {type(self._model).__name__}: in the file "
+                f"{'; '.join(differences)}. Calibrate this model: tokenprune calibrate-heads."
+            )
+
+    # Batches -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Look at the batch that vLLM's forward is about to read: which requests have masks."""
+        self.check_weights()
+        context = get_forward_context()
+        self._steps, self._metadata = {}, []
+        if not isinstance(context.attn_metadata, dict):
+            return  # vLLM measures memory
+        slots: Any = context.slot_mapping
+        for layer in self._layers:
+            metadata: Any = context.attn_metadata[layer.name]
+            if metadata is not None and id(metadata) not in self._steps:
+                self._metadata.append(metadata)
+                self._steps[id(metadata)] = self._step(layer, metadata, slots[layer.name])
+
+    def _step(self, layer: _Layer, metadata: Any, slots: Tensor) -> _Step:
+        """Write the tags of a batch, and return which requests are read under masks.
+
+        Parameters
+        ----------
+        layer
+            The first of those that share `metadata`, and with it the places of their caches.
+        metadata
+            vLLM's.
+        slots
+            LongTensor, the place of each token in the cache.
+        """
+        blocks, _, block, _ = layer.attention.kv_cache.shape
+        if layer.name not in self._tags or not self._tags[layer.name].fits(blocks, block):
+            self._tags[layer.name] = Tags(blocks, block)
+        tags = self._tags[layer.name]
+        count = int(metadata.num_actual_tokens)
+        starts: list[int] = metadata.query_start_loc.tolist()
+        lengths: list[int] = metadata.seq_lens.tolist()
+        requests = range(len(starts) - 1)
+        counts = metadata.query_start_loc.diff()
+        ends = (metadata.seq_lens - metadata.query_start_loc[1:]).repeat_interleave(counts)
+        reach = self.reach.read(count)
+        written = edges(reach, torch.arange(count, device="cpu") + ends)
+        tags.write(slots[:count], written)
+        has_image = reach[1] > 0
+        masked, others = [], []
+        for request in requests:
+            rows = slice(starts[request], starts[request + 1])
+            length = lengths[request]
+            # Text attends to everything before it: only tokens of images have masks.
+            if not bool(has_image[rows].any()):
+                others.append(request)
+                continue
+            first = length - (rows.stop - rows.start)
+            images = tags.images(metadata.block_table[request], length)
+            layout = layout_of(images, length, self._heads.sinks)
+            chunk = self._chunk(layout, range(first, length))
+            masked.append(_Masked(request, rows, first, length, chunk))
+        rows_of = [torch.arange(starts[one], starts[one + 1], device="cpu") for one in others]
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return _Step(masked, others, torch.cat([none, *rows_of]))
+
+    def _chunk(self, layout: PromptLayout, queries: range) -> _Chunk:
+        """Return the masks of a part of a prompt, those made before if there are any."""
+        name = (layout, queries)
+        if name not in self._chunks:
+            self._chunks[name] = _Chunk(layout, queries, self._heads.block)
+            if len(self._chunks) > _CHUNKS:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(name)
+        return self._chunks[name]
+
+    # Attention ---------------------------------------------------------------------------------
+
+    def _attend(
+        self,
+        layer: _Layer,
+        own: Own,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        **more: Any,
+    ) -> Tensor:
+        """Stand in for vLLM's `forward` of one layer.
+
+        Parameters
+        ----------
+        layer
+            Which one.
+        own
+            vLLM's.
+        module, query, key, value, kv_cache, attn_metadata, output
+            Its arguments: queries [n, H, d], keys and values [n, G, d] of the batch, the cache
+            [blocks, G, block, 2 * d], and where the result goes [n, H, d].
+        **more
+            Its other arguments.
+        """
+        step = None if attn_metadata is None else self._steps.get(id(attn_metadata))
+        if attn_metadata is not None and step is None:
+            raise RuntimeError("the language model was called with a batch that has no masks yet")
+        if step is None or not step.masked:
+            return own(module, query, key, value, kv_cache, attn_metadata, output=output, **more)
+        impl = layer.attention.impl
+        if step.others:
+            if step.metadata is None:
+                step.metadata = of_requests(attn_metadata, step.others, impl, layer.attention)
+            rows = step.rows
+            found = torch.empty_like(output[rows])
+            own(
+                *(module, query[rows], key[rows], value[rows], kv_cache, step.metadata),
+                output=found,
+                **more,
+            )
+            output[rows] = found
+        for one in step.masked:
+            keys, values = key[one.rows].transpose(0, 1), value[one.rows].transpose(0, 1)
+            if one.first:
+                table = attn_metadata.block_table[one.request]
+                keys, values = keys_and_values(kv_cache, table, one.length, layer.attention.isa)
+            ready = one.chunk.ready(layer.categories, layer.window)
+            attended = ready(query[one.rows].transpose(0, 1), keys, values, impl.scale)
+            output[one.rows] = attended.transpose(0, 1)
+        return output

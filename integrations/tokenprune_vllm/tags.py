@@ -1,0 +1,120 @@
+"""Which image each token in vLLM's paged cache belongs to, beside the cache.
+
+A prompt may come in chunks, begin with blocks that another request left, or be read anew after a
+preemption. So it is not remembered by request where its images are, but by the places of the cache:
+whoever finds a token's keys there finds its tag, and whoever writes new keys writes a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenprune.masks.heads import layout_with_sinks
+from tokenprune.masks.layout import ImageSpan, PromptLayout, image_spans
+
+
+def around(is_row: Tensor) -> Tensor:
+    """Return how far each image token's image reaches before and behind it.
+
+    Parameters
+    ----------
+    is_row
+        BoolTensor [n], where the region of an item in a prompt has image tokens. Those between
+        which no text stands are an image.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [2, n]: tokens of the image before this one, and from this one on, itself
+        counted. Both are 0 for text.
+    """
+    result = torch.zeros(2, len(is_row), dtype=torch.int64, device="cpu")
+    for span in image_spans(is_row):
+        inside = torch.arange(len(span), device="cpu")
+        result[0, span.start : span.stop] = inside
+        result[1, span.start : span.stop] = len(span) - inside
+    return result
+
+
+def edges(reach: Tensor, positions: Tensor) -> Tensor:
+    """Return each token's tag.
+
+    Parameters
+    ----------
+    reach
+        LongTensor [2, n], what `around` returned for each token.
+    positions
+        LongTensor [n], where it stands in its prompt.
+
+    Returns
+    -------
+    Tensor
+        LongTensor [n, 2]: first token of its image and one behind the last; 0 and 0 for text.
+    """
+    tags = torch.stack([positions - reach[0], positions + reach[1]], dim=1)
+    return tags * (reach[1] > 0)[:, None]
+
+
+class Tags:
+    """The tags of a cache, for the layers that share its places.
+
+    Parameters
+    ----------
+    blocks, block
+        Of the cache: how many, and tokens of each.
+    """
+
+    def __init__(self, blocks: int, block: int) -> None:
+        self._block = block
+        self._tags = torch.zeros(blocks, block, 2, dtype=torch.int32, device="cpu")
+
+    def fits(self, blocks: int, block: int) -> bool:
+        """Say whether they are of a cache of this size."""
+        return self._tags.shape[:2] == (blocks, block)
+
+    def write(self, slots: Tensor, tags: Tensor) -> None:
+        """Set the tags of tokens [n, 2]; those with a slot below 0 are nowhere in the cache."""
+        there = slots >= 0
+        self._tags.flatten(0, 1)[slots[there].long()] = tags[there].to(self._tags.dtype)
+
+    def images(self, table: Tensor, length: int) -> list[ImageSpan]:
+        """Return the images among a request's first tokens, whole, in order.
+
+        Parameters
+        ----------
+        table
+            IntTensor, the numbers of the request's blocks. Those that a sliding window has left
+            behind are vLLM's block 0, into which nobody writes.
+        length
+            How many tokens.
+        """
+        used = table[: -(-length // self._block)].long()
+        return spans_in(self._tags[used].flatten(0, 1)[:length])
+
+
+def spans_in(tags: Tensor) -> list[ImageSpan]:
+    """Return the images whose tokens have these tags [n, 2], each once, in order."""
+    runs = tags.unique_consecutive(dim=0).tolist() if len(tags) else []
+    # An image that a window has left behind in part may come back: a set.
+    return [ImageSpan(*one) for one in sorted({(start, stop) for start, stop in runs if stop})]
+
+
+def layout_of(images: Sequence[ImageSpan], length: int, sinks: Sequence[int]) -> PromptLayout:
+    """Return the layout of the first tokens of a prompt, of which more may follow.
+
+    Parameters
+    ----------
+    images
+        Whole: where an image's sinks are may depend on where it ends.
+    length
+        How many tokens.
+    sinks
+        Places of sinks in an image; see `HeadCategories`.
+    """
+    end = max([length, *(image.stop for image in images)])
+    whole = layout_with_sinks(end, images, sinks)
+    begun = [ImageSpan(one.start, min(one.stop, length)) for one in images if one.start < length]
+    return PromptLayout(length, tuple(begun), tuple(one for one in whole.sinks if one < length))
