@@ -142,7 +142,7 @@ def check_masks(vllm_config: Any, family: Family) -> None:
         Naming all of them.
     """
     from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import is_quantized_kv_cache
+    from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     text = family.config.get_text_config()
