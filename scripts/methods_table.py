@@ -26,8 +26,9 @@ import torch
 from bench_common import Variant, in_turn, processor, releases
 from bench_generate import CLIP_L
 from count_launches import drawn_item, make_item, methods, twice
-from run_tables import answers_by_set, by_group, markdown, replace_between, right
+from run_tables import answers_by_set, by_group, markdown, right
 from torch import nn
+from update_docs import fill
 
 import tokenprune
 from tokenprune import MLPProjector, VisualTokens
@@ -226,7 +227,7 @@ def write(run: Path | None) -> None:
     tables = {"about": about()}
     if run is not None:
         tables |= {"accuracy": accuracies(run), "against": against_ours(run)}
-    replace_between(PAGE, tables)
+    fill(PAGE, {name: f"\n{table}\n" for name, table in tables.items()})
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
 """Tables of runs of the evaluation for the documents: methods by group, and what they answered.
 
-Used by ``methods_table.py``. Every method that is installed is in a table,
-in the group that its own class tells: nothing here names one.
+Every method that is installed is in a table, in the group that its own class tells: nothing here
+names one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 from tokenprune.registry import GROUPS, Method, listed
 from tokenprune_eval.results.files import StoredRun
@@ -43,22 +42,3 @@ def markdown(headings: Sequence[str], texts: int, lines: Sequence[Sequence[str]]
     """Return a table whose first columns are texts, and the others numbers."""
     rule = ["---"] * texts + ["---:"] * (len(headings) - texts)
     return "\n".join(f"| {' | '.join(line)} |" for line in (headings, rule, *lines))
-
-
-def replace_between(page: Path, tables: Mapping[str, str]) -> None:
-    """Put each table between its markers of a page, which it must have once.
-
-    Raises
-    ------
-    SystemExit
-        If it has not.
-    """
-    text = page.read_text("utf-8")
-    for name, table in tables.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if text.count(start) != 1 or text.count(end) != 1:
-            raise SystemExit(f"{page} must hold the markers {start} and {end} once")
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{table}\n{end}{after}"
-    page.write_text(text, "utf-8")
