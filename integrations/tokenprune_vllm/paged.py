@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune.errors import UnsupportedModelError
+from tokenprune.errors import UnsupportedModelError, reason_of
 
 _DIGITS, _BASE = 3, 128
 """Numbers are written as digits, which every dtype holds: below 128 ** 3."""
@@ -147,8 +147,8 @@ def orders(isa: str, block: int, width: int, dtype: torch.dtype) -> tuple[Order,
 
         raise UnsupportedModelError(
             f"vLLM {__version__} keeps keys and values on this CPU ({isa}) in a way that "
-            f"tokenprune cannot read: {error}. Serve without --masks, or with a version of vLLM "
-            "that `tokenprune docs serving` names."
+            f"tokenprune cannot read: {reason_of(error)}. Serve without --masks, or with a version "
+            "of vLLM that `tokenprune docs serving` names."
         ) from error
 
 
