@@ -43,7 +43,11 @@ ENGINES = {
 STARTS_WITH = {"torch", "numpy"}
 """What the library imports at its start, beside Python's own; all else inside functions."""
 
-WITH_AN_EXTRA = {"tokenprune.media": {"PIL"}, "tokenprune.greedy.fused": {"triton"}}
+WITH_AN_EXTRA = {
+    "tokenprune.media": {"PIL"},
+    "tokenprune.greedy.fused": {"triton"},
+    "tokenprune.masks.paged_kernels": {"triton"},
+}
 """Rooms of the library that need more, and that no other of its rooms imports at its start."""
 
 MOST_ROOM_CIRCLES = 3

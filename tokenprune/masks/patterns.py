@@ -33,6 +33,17 @@ CATEGORIES: tuple[Category, ...] = get_args(Category)
 LOCAL = 64
 """How many tokens before it a token of a ``sink`` head sees (reconstruction)."""
 
+INTRA, SINK, NEAR, DENSE = 1, 2, 4, 8
+"""What a token of an image sees, as bits: its image, sinks, the last `LOCAL` tokens, all."""
+
+SEES: dict[Category, int] = {
+    "sink": SINK | NEAR,
+    "intra": INTRA,
+    "intra+sink": INTRA | SINK,
+    "dense": DENSE,
+}
+"""The table above, for kernels that look at single pairs."""
+
 
 def layer_mask(layout: PromptLayout, window: int | None = None, *, both_ways: bool = False) -> Mask:
     """Return what a layer's own mask lets through in a prompt without padding.
@@ -115,12 +126,8 @@ def per_head(categories: Sequence[Category], masks: Mapping[Category, Mask]) -> 
 
 
 def _classes(layout: PromptLayout, category: Category) -> tuple[Tensor, Tensor]:
-    """Return each token's class, LongTensor [L], and which class attends to which [C, C].
-
-    Class 0 is text; image m has class 1 + 2m, and 2 + 2m for its sinks.
-    """
-    image = layout.image_of
-    labels = torch.where(image < 0, 0, 1 + 2 * image + layout.is_sink.long())
+    """Return each token's class, LongTensor [L], and which class attends to which [C, C]."""
+    labels = labels_of(layout)
     classes = torch.arange(1 + 2 * len(layout.images))
     is_text, is_sink = classes == 0, (classes > 0) & (classes % 2 == 0)
     owner = (classes - 1).div(2, rounding_mode="floor")
@@ -130,3 +137,12 @@ def _classes(layout: PromptLayout, category: Category) -> tuple[Tensor, Tensor]:
     if category in ("sink", "intra+sink"):
         table = table | is_sink[None, :]
     return labels, table
+
+
+def labels_of(layout: PromptLayout) -> Tensor:
+    """Return each token's class, LongTensor [L].
+
+    Class 0 is text; image m has class 1 + 2m, and 2 + 2m for its sinks.
+    """
+    image = layout.image_of
+    return torch.where(image < 0, 0, 1 + 2 * image + layout.is_sink.long())

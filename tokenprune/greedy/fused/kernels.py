@@ -104,14 +104,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     kernel, grid
         The kernel, and how many programs run it.
     *arguments, **constants
-        Of the kernel. A float is handed over as float32.
+        Of the kernel. A float is handed over as float32. No multiplication is fused with an
+        addition, unless ``enable_fp_fusion`` says so.
     """
     device = next(each.device for each in arguments if isinstance(each, Tensor))
     # Triton launches on the current device, which need not be the tensors'.
     there = device.type == "cuda" and torch.cuda.is_initialized()
     on_it = torch.cuda.device(device) if there else nullcontext()
     with on_it:
-        kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+        kernel[grid](*arguments, **{"enable_fp_fusion": False, **constants})
 
 
 @triton.jit
