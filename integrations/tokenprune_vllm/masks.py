@@ -2,7 +2,8 @@
 
 Layers keep vLLM's own attention for whatever the masks leave whole: decoding, text, prompts without
 images, and layers all of whose heads are dense. Where a chunk of a prompt has image tokens among
-its queries, our kernel computes that prompt's attention, over the keys that the masks let through.
+its queries, our kernels compute that prompt's attention, over the keys that the masks let through:
+on CPUs as here, on GPUs as in `gpu_masks`.
 
 vLLM's platform for CPUs takes no other attention backend than its own, so none is registered: what
 stands in is the `forward` of a layer's implementation, and metadata and cache are vLLM's.
@@ -34,7 +35,10 @@ from tokenprune.families.base import Family
 from tokenprune.masks import HeadCategories, Mask, ModelIdentity, PromptLayout, category_mask
 from tokenprune.masks.heads import sampled
 from tokenprune.masks.kernels import Prepared
+from tokenprune.masks.paged import PagedChunk
 from tokenprune.masks.patterns import Category, layer_mask, per_head
+from tokenprune.transfer import to_device
+from tokenprune_vllm import gpu_masks
 from tokenprune_vllm.paged import keys_and_values, of_requests
 from tokenprune_vllm.positions import RowNumbers
 from tokenprune_vllm.tags import Tags, edges, layout_of
@@ -65,12 +69,15 @@ class _Layer:
         Of the heads that this rank has.
     window
         How many tokens up to itself a query sees; None for all.
+    on_gpu
+        Whether `gpu_masks` computes its masks.
     """
 
     name: str
     attention: Any
     categories: tuple[Category, ...]
     window: int | None
+    on_gpu: bool = False
 
 
 class _Chunk:
@@ -87,7 +94,7 @@ class _Chunk:
     """
 
     def __init__(self, layout: PromptLayout, queries: range, block: int) -> None:
-        self._layout, self._queries, self._block = layout, queries, block
+        self.layout, self.queries, self._block = layout, queries, block
         self._masks: dict[tuple[Category, int | None], Mask] = {}
         self._ready: dict[tuple[tuple[Category, ...], int | None], Prepared] = {}
 
@@ -95,16 +102,16 @@ class _Chunk:
         """Return the mask of a layer with these heads, made ready."""
         if (categories, window) not in self._ready:
             # vLLM's kernels for CPUs let no image see what stands behind, in any model.
-            own = layer_mask(self._layout, window)
+            own = layer_mask(self.layout, window)
             for category in set(categories):
                 if (category, window) not in self._masks:
-                    self._masks[category, window] = category_mask(self._layout, category, own)
+                    self._masks[category, window] = category_mask(self.layout, category, own)
             masks = {category: self._masks[category, window] for category in set(categories)}
             self._ready[categories, window] = Prepared(
                 per_head(categories, masks),
                 torch.device("cpu"),
                 block=self._block,
-                queries=self._queries,
+                queries=self.queries,
             )
         return self._ready[categories, window]
 
@@ -146,14 +153,30 @@ class _Step:
         Numbers of the other requests.
     rows
         LongTensor, the tokens of those.
+    starts
+        First token of each request, and one behind the last.
     metadata
         vLLM's of those, made when the first layer asks for it.
+    plans
+        What a GPU computes of the masked ones.
     """
 
     masked: list[_Masked]
     others: list[int]
     rows: Tensor
+    starts: list[int] = field(default_factory=list)
     metadata: Any = field(default=None)
+
+    @functools.cached_property
+    def plans(self) -> gpu_masks.Plans:
+        return gpu_masks.Plans(
+            [
+                PagedChunk(
+                    one.chunk.layout, one.chunk.queries, one.rows.start, one.request, one.length
+                )
+                for one in self.masked
+            ]
+        )
 
 
 class Masks:
@@ -198,15 +221,36 @@ class Masks:
         )
         self._refuse_others(heads.model.differences(self._identity))
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
-        self.reach = RowNumbers(2, tokens, torch.device("cpu"))
+        self.reach = RowNumbers(2, tokens, torch.get_default_device())
         self._layers = self._find_layers(vllm_config)
         self._steps: dict[int, _Step] = {}
         self._metadata: list[Any] = []  # of the steps, so that their ids stay theirs
         self._tags: dict[str, Tags] = {}
         self._chunks: OrderedDict[tuple[PromptLayout, range], _Chunk] = OrderedDict()
+        self._stand_in()
+
+    def _stand_in(self) -> None:
         for layer in self._layers:
             impl = layer.attention.impl
             impl.forward = functools.partial(self._attend, layer, impl.forward)
+
+    def exchange(self, heads: HeadCategories, vllm_config: Any) -> None:
+        """Take other heads of the same model between two batches, as a measurement needs it.
+
+        Parameters
+        ----------
+        heads
+            The other ones.
+        vllm_config
+            vLLM's.
+        """
+        self._refuse_others(heads.model.differences(self._identity))
+        for layer in self._layers:
+            del layer.attention.impl.forward  # that of its class is vLLM's
+        self._heads = heads
+        self._chunks.clear()
+        self._layers = self._find_layers(vllm_config)
+        self._stand_in()
 
     def say(self) -> None:
         """Say at the start which masks there are."""
@@ -256,8 +300,8 @@ class Masks:
                 )
             of_rank = categories[rank * own : (rank + 1) * own]
             if set(of_rank) != {"dense"}:
-                window = attention.sliding_window
-                layers.append(_Layer(name, attention, of_rank, window))
+                window, on_gpu = attention.sliding_window, gpu_masks.on_gpu(attention)
+                layers.append(_Layer(name, attention, of_rank, window, on_gpu))
         return layers
 
     def check_weights(self) -> None:
@@ -345,22 +389,28 @@ class Masks:
         """
         blocks, _, block, _ = layer.attention.kv_cache.shape
         if layer.name not in self._tags or not self._tags[layer.name].fits(blocks, block):
-            self._tags[layer.name] = Tags(blocks, block)
+            self._tags[layer.name] = Tags(blocks, block, slots.device)
         tags = self._tags[layer.name]
         count = int(metadata.num_actual_tokens)
+        if not self.reach.written:  # a batch of text; nothing is read of a device
+            tags.write(slots[:count], torch.zeros(count, 2, device=slots.device))
+            return _Step([], [], torch.empty(0, dtype=torch.int64, device="cpu"))
         starts: list[int] = metadata.query_start_loc.tolist()
         lengths: list[int] = metadata.seq_lens.tolist()
         requests = range(len(starts) - 1)
         counts = metadata.query_start_loc.diff()
-        ends = (metadata.seq_lens - metadata.query_start_loc[1:]).repeat_interleave(counts)
+        ends = metadata.seq_lens - metadata.query_start_loc[1:]
         reach = self.reach.read(count)
-        written = edges(reach, torch.arange(count, device="cpu") + ends)
+        positions = torch.arange(count, device=slots.device) + ends.repeat_interleave(counts)
+        written = edges(reach, positions)
         tags.write(slots[:count], written)
-        has_image = reach[1] > 0
+        has_image = (reach[1] > 0).cpu()
         masked, others = [], []
         for request in requests:
             rows = slice(starts[request], starts[request + 1])
             length = lengths[request]
+            if rows.start == rows.stop:
+                continue
             # Text attends to everything before it: only tokens of images have masks.
             if not bool(has_image[rows].any()):
                 others.append(request)
@@ -370,9 +420,8 @@ class Masks:
             layout = layout_of(images, length, self._heads.sinks)
             chunk = self._chunk(layout, range(first, length))
             masked.append(_Masked(request, rows, first, length, chunk))
-        rows_of = [torch.arange(starts[one], starts[one + 1], device="cpu") for one in others]
-        none = torch.empty(0, dtype=torch.int64, device="cpu")
-        return _Step(masked, others, torch.cat([none, *rows_of]))
+        rows_of = to_device(gpu_masks.rows_of(others, starts), slots.device)
+        return _Step(masked, others, rows_of, starts)
 
     def _chunk(self, layout: PromptLayout, queries: range) -> _Chunk:
         """Return the masks of a part of a prompt, those made before if there are any."""
@@ -421,7 +470,11 @@ class Masks:
         impl = layer.attention.impl
         if step.others:
             if step.metadata is None:
-                step.metadata = of_requests(attn_metadata, step.others, impl, layer.attention)
+                step.metadata = (
+                    gpu_masks.of_requests(attn_metadata, step.others, step.starts)
+                    if layer.on_gpu
+                    else of_requests(attn_metadata, step.others, impl, layer.attention)
+                )
             rows = step.rows
             found = torch.empty_like(output[rows])
             own(
@@ -430,6 +483,9 @@ class Masks:
                 **more,
             )
             output[rows] = found
+        if layer.on_gpu:
+            step.plans.attend(layer, query, kv_cache, attn_metadata, output)
+            return output
         for one in step.masked:
             keys, values = key[one.rows].transpose(0, 1), value[one.rows].transpose(0, 1)
             if one.first:

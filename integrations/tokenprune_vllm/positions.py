@@ -85,6 +85,11 @@ class RowNumbers:
             self._numbers[:, :tokens].masked_scatter_(where, numbers)
             self._written = tokens
 
+    @property
+    def written(self) -> bool:
+        """Whether any row of the batch at hand came with numbers."""
+        return self._written > 0
+
     def read(self, tokens: int) -> Tensor:
         """Return LongTensor [A, tokens], the numbers of a batch of so many tokens."""
         self._grow(tokens)

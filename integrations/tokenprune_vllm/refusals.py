@@ -10,6 +10,7 @@ from tokenprune.errors import UnsupportedModelError
 from tokenprune.families.any import TRACED
 from tokenprune.families.base import Family
 from tokenprune.registry import build
+from tokenprune_vllm import gpu_masks
 from tokenprune_vllm.drafting import is_drafted
 from tokenprune_vllm.positions import known_positions, rope_types
 from tokenprune_vllm.settings import INTERLEAVED, MARK, ServerSettings
@@ -149,8 +150,8 @@ def check_masks(vllm_config: Any, family: Family) -> None:
     layers = getattr(text, "layer_types", None) or ()
     table: list[tuple[bool, str]] = [
         (
-            not current_platform.is_cpu(),
-            f"{current_platform.device_name} (they are for vLLM's CPU backend so far)",
+            not current_platform.is_cpu() and not current_platform.is_cuda(),
+            f"{current_platform.device_name} (they are for CPUs and GPUs with CUDA)",
         ),
         (not family.known, "a model of no known family (where its images stand is not known)"),
         (family.images_see_each_other, "a model whose images see each other in both directions"),
@@ -181,7 +182,11 @@ def check_masks(vllm_config: Any, family: Family) -> None:
             "--decode-context-parallel-size or --prefill-context-parallel-size above 1",
         ),
         (parallel.use_ubatching, "--enable-dbo or --ubatch-size above 1"),
-        (bool(vllm_config.use_v2_model_runner), "vLLM's second model runner"),
+        (
+            bool(vllm_config.use_v2_model_runner),
+            f"vLLM's second model runner (set {gpu_masks.ONE_RUNNER})",
+        ),
+        *([] if current_platform.is_cpu() else gpu_masks.refused(vllm_config)),
     ]
     refused = [setting for applies, setting in table if applies]
     if refused:

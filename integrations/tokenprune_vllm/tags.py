@@ -65,20 +65,23 @@ class Tags:
     ----------
     blocks, block
         Of the cache: how many, and tokens of each.
+    device
+        Where it is; None for the CPU.
     """
 
-    def __init__(self, blocks: int, block: int) -> None:
+    def __init__(self, blocks: int, block: int, device: torch.device | None = None) -> None:
         self._block = block
-        self._tags = torch.zeros(blocks, block, 2, dtype=torch.int32, device="cpu")
+        # One block more for what is nowhere in the cache: to leave it out would wait for a GPU.
+        self._tags = torch.zeros(blocks + 1, block, 2, dtype=torch.int32, device=device or "cpu")
 
     def fits(self, blocks: int, block: int) -> bool:
         """Say whether they are of a cache of this size."""
-        return self._tags.shape[:2] == (blocks, block)
+        return self._tags.shape[:2] == (blocks + 1, block)
 
     def write(self, slots: Tensor, tags: Tensor) -> None:
         """Set the tags of tokens [n, 2]; those with a slot below 0 are nowhere in the cache."""
-        there = slots >= 0
-        self._tags.flatten(0, 1)[slots[there].long()] = tags[there].to(self._tags.dtype)
+        places = torch.where(slots < 0, (len(self._tags) - 1) * self._block, slots).long()
+        self._tags.flatten(0, 1)[places] = tags.to(self._tags.dtype)
 
     def images(self, table: Tensor, length: int) -> list[ImageSpan]:
         """Return the images among a request's first tokens, whole, in order.
@@ -92,7 +95,7 @@ class Tags:
             How many tokens.
         """
         used = table[: -(-length // self._block)].long()
-        return spans_in(self._tags[used].flatten(0, 1)[:length])
+        return spans_in(self._tags[used].flatten(0, 1)[:length].cpu())
 
 
 def spans_in(tags: Tensor) -> list[ImageSpan]:
