@@ -13,7 +13,8 @@ first:
     prefill     prefill and `generate` of a LLaVA with Qwen2-7B's shape: unpruned, pruned, and a
                 prompt that really is that short; the encoder and the selection are counted
     video       first token of a long video: unpruned, flexselect, flexselect-lite, really short
-    masks       attention under sparse masks, and torch's fused attention
+    masks       attention under sparse masks, also over the paged cache that vLLM has on a GPU, and
+                torch's fused attention
 
 Variants run in turn; a number is the median of the turns after one that warms up. The device is
 waited for before and after each run. Peak memory is what a run allocates above what was there.
@@ -46,6 +47,7 @@ from typing import Any
 import bench_flexselect
 import bench_generate
 import bench_masks
+import bench_masks_paged
 import torch
 import transformers
 from bench_common import (
@@ -530,11 +532,27 @@ def masks(board: Board, plan: Plan, device: torch.device) -> None:
                 pairs[kind] = round(ready.computed, 4)
                 variants[f"{kind}, mask made before"] = Variant(prepared_run(case, ready))
                 variants[f"{kind}, mask counted"] = Variant(mask_run(case, kind, device))
+            more: Json = {}
+            if device.type == "cuda":  # elsewhere Triton has no compiler
+                small = bench_masks.Case(settings, bench_masks_paged.TRIED, plan.mask_images)
+                away = bench_masks_paged.difference(small, [1.0, DENSITY], bench_masks.by_matrix)
+                paged = bench_masks_paged.Paged(case)
+                more["paged"] = {"difference": away, "visited": paged.visited(DENSITY)}
+                for density in (1.0, DENSITY):
+                    name = f"paged, heads of density {density:g}"
+                    variants[f"{name}, plan made before"] = Variant(paged.run_prepared(density))
+                    variants[f"{name}, plan counted"] = Variant(paged.run(density))
             found = numbers(in_turn(variants, plan.turns, device, until))
             kernel = default_kernel(device)
             title = f"attention over {length:,} tokens, kernel {kernel}, density {DENSITY:g}"
             print_runs(title, found)
-            return {"kernel": kernel, "pairs": pairs, "runs": found}
+            if more:
+                console.print(
+                    f"paged: {more['paged']['visited']:.3f} of the blocks visited; furthest from "
+                    f"float64 at {bench_masks_paged.TRIED} tokens: "
+                    f"{more['paged']['difference']:.1e}"
+                )
+            return {"kernel": kernel, "pairs": pairs, "runs": found, **more}
 
         # Kernels are compiled at the first length; half a minute is not rare.
         board.run("masks", f"{length:,} tokens", measure, least=3)

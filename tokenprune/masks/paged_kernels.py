@@ -210,7 +210,6 @@ def attend(
         *values.stride()[:3],
         table.stride(0),
     )
-    large = width > 128
     kernels.launch(
         _attend,
         (len(tiles), keys.shape[2]),
@@ -224,5 +223,5 @@ def attend(
         GROUP=group, GROUP_PADDED=padded(group), WIDTH=width, WIDTH_PADDED=padded(width, 16),
         PAGE=keys.shape[1], ROWS=rows, KEYS=width_of_block,
         BIASED=bias is not None, HIDES=hides, WINDOWED=window is not None, BOTH_WAYS=both_ways,
-        num_warps=8 if large else 4, enable_fp_fusion=True,
+        num_warps=8 if width > 64 else 4, enable_fp_fusion=True,
     )  # fmt: skip
