@@ -134,7 +134,6 @@ def start(folder: Path, heads: HeadCategories, plan: argparse.Namespace) -> Any:
         **tokenprune_vllm.engine_args(
             folder,
             masks=folder / "heads.json",
-            request_methods=True,
             dtype=str(plan.dtype).removeprefix("torch."),
             enforce_eager=True,
             enable_prefix_caching=False,
