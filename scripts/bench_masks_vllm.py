@@ -29,7 +29,9 @@ from tokenprune.masks import HeadCategories, PromptLayout
 TOKEN = 4
 """Pixels of a token's side: two patches of two."""
 
-END_OF_TEXT = 2  # as the model's config says
+TEXT = {"<pad>": 0, "<s>": 1, "</s>": 2}
+"""Special tokens of text, as the model's config says. Their names begin no other word."""
+
 PLAIN = "unmasked"
 
 
@@ -65,14 +67,15 @@ def save(model: Any, folder: Path, most_tokens: int, names: dict[str, int]) -> N
     model.save_pretrained(folder)
     vocabulary = model.config.get_text_config().vocab_size
     words = {f"w{number}": number for number in range(vocabulary)}
+    names = {**TEXT, **names}
     for name, number in names.items():
         del words[f"w{number}"]
         words[name] = number
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(list(names))
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="w0", bos_token="w1", eos_token=f"w{END_OF_TEXT}",
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
     )  # fmt: skip
     vision = model.config.vision_config
