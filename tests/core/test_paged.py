@@ -83,7 +83,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        return 0.7 * self.width**-0.5
+        return 0.7 / math.sqrt(self.width)
 
     def cache(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys and values [pages, page, G, d], and the table; unused places hold NaN."""

@@ -127,7 +127,10 @@ def served(backend: str, setting: Served, batches: Sequence[Sequence[Read]]) -> 
     own = functools.partial(plain, given, setting.window, scale)
     found = []
     for batch in batches:
-        query, key, value, slots = [], [], [], []
+        query: list[Tensor] = []
+        key: list[Tensor] = []
+        value: list[Tensor] = []
+        slots = []
         for one in batch:
             states = setting.states(one.name)
             for rows, of_prompt in zip((query, key, value), states, strict=True):
@@ -149,7 +152,9 @@ def served(backend: str, setting: Served, batches: Sequence[Sequence[Read]]) -> 
         padded = [torch.cat([*rows, rows[0].new_zeros(3, *rows[0].shape[1:])])
                   for rows in (query, key, value)]  # fmt: skip
         given.clear()
-        answer = ours._attend(layer, own, attention, *padded, cache, metadata, output=output)
+        answer = ours._attend(
+            layer, own, attention, padded[0], padded[1], padded[2], cache, metadata, output=output
+        )
         assert answer is output
         assert (output[len(slot) :] == -1).all()
         counts = [one.stop - one.first for one in batch]
