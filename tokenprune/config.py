@@ -28,6 +28,9 @@ ABSTAINED = "abstained"
 Positions = Literal["original", "compact"]
 """The positions of kept tokens in the language model: those of the full prompt, or renumbered."""
 
+Application = Literal["drop", "mask"]
+"""What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
+
 
 def check_positions(positions: Positions) -> Positions:
     """Return `positions` if it is a way to count them.

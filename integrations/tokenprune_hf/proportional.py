@@ -1,8 +1,7 @@
 """Proportional attention: a kept token counts as many times as there are tokens it stands for.
 
 log n is added to the logits of a key that stands for n tokens, in every layer and for every query
-that sees it. It goes in as two more numbers of each query and key, so that the model's own fused
-attention computes it: no mask of all pairs is made, and the cache holds what it always does.
+that sees it, by the model's own fused attention; see `tokenprune.masks.weighted`.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.masks.weighted import weighted
 from tokenprune_hf.attached import ThreadState
 from tokenprune_hf.interface import AttentionModule, Interception, Plain, check_logits
 from tokenprune_hf.layout import decoder_of
@@ -20,12 +20,6 @@ from tokenprune_hf.prefix import sliding_window
 
 _WHAT = "proportional attention"
 """As refusals name it."""
-
-_QUERY = 8.0
-"""What stands in the queries beside log n in the keys: a power of two, so exact in any dtype."""
-
-_WIDER = 8
-"""Numbers added to each head, of which two are used: fused kernels want multiples of eight."""
 
 
 class _Logs(ThreadState):
@@ -98,21 +92,9 @@ class ProportionalAttention:
         of_prompt = self._thread.logs
         if of_prompt is None:
             return plain()
-        # q gets c and k gets log n / (c * scale), so that scale * q kᵀ grows by log n. Tokens that
-        # came after the prompt stand for themselves: log 1 = 0.
-        batch, _, columns, width = key.shape
+        # Tokens that came after the prompt stand for themselves: log 1 = 0.
+        batch, _, columns, _ = key.shape
         logs = of_prompt.to(key.device).repeat_interleave(batch // len(of_prompt), dim=0)
-        wanted = torch.nn.functional.pad(logs / (scale * _QUERY), (0, columns - logs.shape[1]))
-        # In bfloat16 one number holds log n to a hundredth; what it misses goes into a second.
-        first = wanted.to(key.dtype)
-        extra = key.new_zeros(batch, columns, _WIDER)
-        extra[..., 0], extra[..., 1] = first, (wanted - first.float()).to(key.dtype)
-        asks = query.new_zeros(_WIDER)
-        asks[:2] = _QUERY
-        output, weights = plain(
-            torch.cat([query, asks.expand(*query.shape[:-1], -1)], dim=-1),
-            torch.cat([key, extra[:, None].expand(-1, key.shape[1], -1, -1)], dim=-1),
-            # Fused kernels want values as wide as keys.
-            torch.nn.functional.pad(value, (0, width + _WIDER - value.shape[-1])),
-        )
+        logs = torch.nn.functional.pad(logs, (0, columns - logs.shape[1]))
+        output, weights = plain(*weighted(query, key, value, logs[:, None], scale))
         return output[..., : value.shape[-1]], weights

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenprune.config import Application as Application
 from tokenprune.config import Positions
 from tokenprune.errors import PromptError
 from tokenprune.transfer import to_device
@@ -21,9 +22,6 @@ from tokenprune_hf.encoding import KeptRows
 from tokenprune_hf.inside.items import Placed
 from tokenprune_hf.inside.left import Left
 from tokenprune_hf.prompt import TYPE_IDS, ShortPrompt
-
-Application = Literal["drop", "mask"]
-"""What happens to tokens that were not selected: taken out of the prompt, or hidden in it."""
 
 
 @dataclass(frozen=True)

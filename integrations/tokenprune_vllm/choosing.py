@@ -19,6 +19,7 @@ from tokenprune.families.modules import layers_of
 from tokenprune.merging import Merge
 from tokenprune.question.prompt import ItemPrompt, Marks, counted_interval, loose_rows
 from tokenprune.question.reader import FirstLayers, PromptReader
+from tokenprune.representation import tokens_represented
 from tokenprune.selecting import Unchecked, select_unchecked
 from tokenprune.selection import Selection
 from tokenprune.selectors.base import Selector
@@ -255,7 +256,9 @@ class Chooser:
                 chosen = choice.again(tokens).made()
                 for index in members:
                     rows[index] = rows[index].nan_to_num(0.0, 0.0, 0.0)
-            for index, selection in zip(owners, chosen, strict=True):
+            for index, selection, of_segment in zip(owners, chosen, tokens, strict=True):
+                if items[index].ticket.counted and selection.represented is None:
+                    selection = _counted(selection, of_segment)
                 selections[index].append(selection)
             for index, number, selection, of_segment in zip(
                 owners, numbers, chosen, tokens, strict=True
@@ -513,6 +516,17 @@ def _readable(projector: nn.Module, family: Family, dtype: torch.dtype) -> Model
         around,
         only_dtype(projector, dtype),
     )
+
+
+def _counted(selection: Selection, tokens: VisualTokens) -> Selection:
+    """Return a selection that says how many tokens each kept one stands for.
+
+    By what the language model reads, before others are added to it, whatever the selector saw.
+    """
+    embeddings = cast(Tensor, tokens.embeddings)
+    kept = to_device(selection.kept, embeddings.device)
+    counts = tokens_represented(embeddings[None], kept[None])
+    return replace(selection, represented=counts[0])
 
 
 def _finite(tokens: VisualTokens) -> VisualTokens:

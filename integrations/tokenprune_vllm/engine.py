@@ -7,10 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenprune.budget import Keep
-from tokenprune.config import Positions, PruningConfig
+from tokenprune.config import Application, Positions, PruningConfig
 from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError, reason_of
 from tokenprune.families.registry import FAMILIES
 from tokenprune.providers import model_path
@@ -23,11 +23,19 @@ from tokenprune_vllm.settings import (
     UNPRUNED,
     HeadsFile,
     ServerSettings,
+    Source,
     check_default,
+    source_of,
 )
+
+if TYPE_CHECKING:
+    from tokenprune.masks import PooledBlocks
 
 TOWER_LORA = "enable_tower_connector_lora"
 """vLLM's argument for adapters of towers."""
+
+_USUAL = ("item", "original", "drop", False)
+"""Scope, positions and what becomes of tokens, where nothing is said of them."""
 
 _GROUP, _PLUGIN = "vllm.general_plugins", "tokenprune"
 
@@ -37,8 +45,10 @@ def engine_args(
     method: str | None = None,
     keep: Keep | None = None,
     *,
-    masks: str | os.PathLike[str] | None = None,
+    masks: str | os.PathLike[str] | PooledBlocks | None = None,
     positions: Positions = "original",
+    apply: Application = "drop",
+    proportional_attention: bool = False,
     options: Mapping[str, Any] | None = None,
     scope: Scope = "item",
     request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
@@ -56,11 +66,18 @@ def engine_args(
         A number of tokens (int) or a fraction (float) of each image or video. `method` and `keep`
         may be left out where there are `masks`: then every token stays.
     masks
-        A heads file that ``tokenprune calibrate-heads`` wrote: prompts are read under its sparse
-        masks, as with `tokenprune_hf.sparse`.
+        A heads file that ``tokenprune calibrate-heads`` wrote, or `tokenprune.masks.PooledBlocks`
+        (also as ``"pooled:0.25"``): prompts are read under these sparse masks, as with
+        `tokenprune_hf.sparse`.
     positions
         ``"original"``: each kept token keeps the position it has in the full image, and the text
         after it its own. ``"compact"``: the shorter prompt is numbered without gaps.
+    apply
+        ``"drop"``: tokens that are not selected leave the prompt. ``"mask"``: they stay, and no
+        token sees them; see `tokenprune_hf.prune`.
+    proportional_attention
+        Whether a kept token counts as many times as the tokens that it stands for; see
+        `tokenprune_hf.prune`.
     options
         The method's own options.
     scope
@@ -98,17 +115,19 @@ def engine_args(
             f"method={method!r} and keep={keep!r}: give both, or neither of them and masks, with "
             "which every token stays."
         )
-    elif options or scope != "item" or positions != "original":
+    elif options or (scope, positions, apply, proportional_attention) != _USUAL:
         raise ConfigError(
-            "options, scope and positions say how to prune, and no method and keep were given. "
-            "Give these, or leave out the others."
+            "options, scope, positions, apply and proportional_attention say how to prune, and no "
+            "method and keep were given. Give these, or leave out the others."
         )
     overrides = pruning_overrides(
         read_config(path, engine.get("revision")),
         str(model),
         pruning,
         request_methods,
-        masks=None if masks is None else HeadsFile.of(masks),
+        masks=source_of(masks),
+        application=apply,
+        proportional=proportional_attention,
     )
     check_plugin()
     given = engine.pop("hf_overrides", None)
@@ -154,7 +173,9 @@ def pruning_overrides(
     pruning: PruningConfig,
     request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     only_tokenprune: bool = False,
-    masks: HeadsFile | None = None,
+    masks: Source | None = None,
+    application: Application = "drop",
+    proportional: bool = False,
 ) -> dict[str, Any]:
     """Return what has to stand in a model's config so that vLLM serves it pruned.
 
@@ -168,19 +189,23 @@ def pruning_overrides(
         The server's default.
     request_methods
         Methods that a request may name, beside the default's.
-    only_tokenprune, masks
+    only_tokenprune, masks, application, proportional
         See `ServerSettings`.
 
     Raises
     ------
     UnsupportedModelError
         If the model or a method cannot be served pruned, or the masks are another model's.
+    ConfigError
+        As `ServerSettings.build`.
     """
     architecture = architecture_of(config, model)
     if not isinstance(request_methods, Mapping):
         request_methods = {name: {} for name in request_methods}
-    settings = ServerSettings.build(pruning, request_methods, only_tokenprune, masks)
-    if masks is not None:
+    settings = ServerSettings.build(
+        pruning, request_methods, only_tokenprune, masks, application, proportional
+    )
+    if isinstance(masks, HeadsFile):
         _check_masks(masks, config, model)
     for name, options in settings.methods.items():
         needs = build(name, options).needs  # raises where there is none of that name

@@ -11,13 +11,17 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tokenprune.config import PruningConfig
+from tokenprune.config import Application, PruningConfig
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune.files import making_folder
 from tokenprune.providers import model_path
 from tokenprune_vllm.engine import pruning_overrides, read_config
+from tokenprune_vllm.settings import source_of
+
+if TYPE_CHECKING:
+    from tokenprune.masks import PooledBlocks
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".msgpack", ".h5"})
 
@@ -28,6 +32,9 @@ def export(
     pruning: PruningConfig,
     *,
     request_methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
+    masks: str | os.PathLike[str] | PooledBlocks | None = None,
+    apply: Application = "drop",
+    proportional_attention: bool = False,
     copy: bool = False,
 ) -> Path:
     """Write a checkpoint that vLLM serves pruned.
@@ -39,9 +46,13 @@ def export(
     out
         The folder to make; it must not be there yet, or be empty.
     pruning
-        How to prune.
+        How to prune; `tokenprune_vllm.settings.UNPRUNED` where there are `masks` alone.
     request_methods
         Methods that a request may name, beside the default's; a mapping gives their options.
+    masks
+        As for `engine_args`. What is in a heads file becomes a part of the checkpoint's config.
+    apply, proportional_attention
+        As for `engine_args`.
     copy
         Copy all files. Otherwise files are hard-linked where the file system can, so that
         weights are on the disk once.
@@ -63,7 +74,17 @@ def export(
         raise InputFileError(f"{out} is there already. Name a folder that is not, or is empty.")
     source = _folder(model)
     config = read_config(source)
-    config.update(pruning_overrides(config, str(model), pruning, request_methods))
+    config.update(
+        pruning_overrides(
+            config,
+            str(model),
+            pruning,
+            request_methods,
+            masks=source_of(masks, inside=True),
+            application=apply,
+            proportional=proportional_attention,
+        )
+    )
     if not any(source.glob("*.safetensors")):
         raise InputFileError(
             f"{source} has no *.safetensors in it, and no other weights are read. Save the model "

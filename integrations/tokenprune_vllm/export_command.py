@@ -38,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.out,
         pruning,
         request_methods=request_methods,
+        masks=arguments.masks,
+        apply=arguments.apply or "drop",
+        proportional_attention=arguments.proportional_attention,
         copy=arguments.copy,
     )
     print(f"{out}: serve it with `vllm serve {out}`, or with `tokenprune serve {out}`.")

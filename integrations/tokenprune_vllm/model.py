@@ -38,10 +38,10 @@ class PrunedModel:
         settings = ServerSettings.from_config(config)
         family = family_of(config, causal=not vllm_config.model_config.is_mm_prefix_lm)
         check_engine(vllm_config, settings, family.known)
-        heads = None
-        if settings.masks is not None:
-            check_masks(vllm_config, family)
-            heads = settings.masks.load()
+        masks = None
+        if settings.masks is not None or settings.weighs:
+            check_masks(vllm_config, family, settings)
+            masks = None if settings.masks is None else settings.masks.load()
         with room_for_positions(config, settings):
             super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         if not family.known and settings.default.positions == "original":
@@ -49,8 +49,10 @@ class PrunedModel:
         if drafting.is_drafted(vllm_config):
             drafting.prepare(self, settings.default.positions == "original")
         self._masks: Masks | None = None
-        if heads is not None:
-            self._masks = Masks(self, family, heads, vllm_config)  # type: ignore[arg-type]
+        if masks is not None or settings.weighs:
+            own: Any = self
+            weighs, counts = settings.weighs, settings.proportional
+            self._masks = Masks(own, family, masks, vllm_config, weighs, counts)
             self._masks.say()
         reach = None if self._masks is None else self._masks.reach
         self._pruner = Pruner(self, family, settings, vllm_config, reach)

@@ -80,6 +80,10 @@ class Ticket:
         made of it but the pixels' values.
     masked
         Whether its prompt is read under the server's sparse masks.
+    hides
+        Whether rows that are not selected stay in the prompt, and are hidden.
+    counted
+        Whether rows count as often as there are rows that they stand for.
     """
 
     modality: str
@@ -90,6 +94,8 @@ class Ticket:
     shared: Sequence[str] = ()
     layout: str = ""
     masked: bool = False
+    hides: bool = False
+    counted: bool = False
 
     @property
     def visual(self) -> bool:
@@ -109,6 +115,8 @@ class Ticket:
                 "shared": list(self.shared),
                 "layout": self.layout,
                 "masked": self.masked,
+                "hides": self.hides,
+                "counted": self.counted,
             }
         )
         return {
@@ -130,11 +138,18 @@ class Ticket:
             values["shared"],
             values["layout"],
             values["masked"],
+            values["hides"],
+            values["counted"],
         )
+
+    @property
+    def text_moves(self) -> bool:
+        """Whether the text inside travels with the rows: where they move against it."""
+        return self.pruning is not None and not self.hides and self.region.rows_move()
 
     def shrunk(self) -> tuple[Tensor, Tensor | None]:
         """Return token ids and row mask as they stand in the prompt, see `Region.shrink`."""
-        if self.pruning is None:
+        if self.pruning is None or self.hides:
             return self.region.token_ids, self.region.is_row
         return self.region.shrink(self.pruning.keep)
 
@@ -346,8 +361,13 @@ class PruningProcessor:
             pruning, region = self._of_image(pruning, region)
         layout = "" if self._family.known else _layout(modality, fields)
         held = _held_together(item)
-        masked = request.masks is not None
-        ticket = Ticket(modality, pruning, region, medium, *held, layout, masked)
+        prunes = pruning is not None
+        ticket = Ticket(
+            *(modality, pruning, region, medium, *held, layout),
+            masked=request.masks is not None,
+            hides=prunes and request.application == "mask",
+            counted=prunes and request.proportional,
+        )
         batched = MultiModalBatchedField(keep_on_cpu=True)
         packed = ticket.pack()
         if self._server.reads_prompt:

@@ -64,7 +64,7 @@ def item_positions(
     # A token of text behind it: Qwen3-Omni counts the mark of an item's end together with it.
     positions, _ = engine_positions([*region.token_ids.tolist(), _TEXT], [feature])
     positions = positions[:, : region.length + behind]
-    first = anchor(region, ticket.pruning is not None and region.rows_move())
+    first = anchor(region, ticket.text_moves)
     return positions - positions[:, first : first + 1]
 
 

@@ -35,10 +35,10 @@ from tokenprune_vllm.positions import (
 )
 from tokenprune_vllm.prompt_positions import item_positions, loses_nothing, prompt_positions
 from tokenprune_vllm.settings import UNPRUNED, ServerSettings
-from tokenprune_vllm.tags import around
+from tokenprune_vllm.tags import around, to_codes
 
-_REACH = 2
-"""Numbers of `tags.around`."""
+_REACH = 3
+"""Numbers of `tags.around`, and one of `tags.to_codes`."""
 
 _NOISES = 4
 """Most times that an encoder is run on noise: rows that are codes may be the same by chance."""
@@ -58,8 +58,8 @@ class Pruner:
     vllm_config
         vLLM's.
     reach
-        Where to write how far the image of each token of a batch reaches around it, see
-        `tags.around`; None where no masks are loaded.
+        Where to write how far the image of each token of a batch reaches around it, and how often
+        it counts, see `tags`; None where attention is the engine's own.
 
     Attributes
     ----------
@@ -244,17 +244,23 @@ class Pruner:
         selections
             Of its segments, on the host; none where it is not pruned.
         """
-        region = item.ticket.region
+        region, hides = item.ticket.region, item.ticket.hides
         stays = torch.ones(region.total, dtype=torch.bool, device="cpu")
+        counts = torch.ones(region.total, dtype=torch.int64, device="cpu")
         for segment, selection in zip(
             region.segments if selections else (), selections, strict=True
         ):
-            stays[segment.rows] = False
-            stays[segment.rows[selection.kept]] = True
+            of_kept = segment.rows[selection.kept]
+            counts[segment.rows] = 0
+            counts[of_kept] = 1
+            stays[segment.rows] = hides
+            stays[of_kept] = True
+            if item.ticket.counted and selection.represented is not None:
+                counts[of_kept] = selection.represented.cpu()
         order = stays.nonzero()[:, 0]
         columns = region.is_row.nonzero()[:, 0]
         text = None
-        if item.ticket.pruning is not None and region.rows_move():
+        if item.ticket.text_moves:
             # How many rows stand on which side of the text inside was not known when the prompt
             # was made: the text's embeddings come along, behind the rows.
             sources = torch.empty(region.length, dtype=torch.int64, device="cpu")
@@ -271,7 +277,9 @@ class Pruner:
         else:
             columns = columns[stays]
             ids = torch.zeros_like(columns)
-        return _Plan(order, self._columns_behind(item, columns, ids, dtype, text), text)
+        counts = torch.nn.functional.pad(counts, (0, 0 if text is None else len(text)), value=1)
+        behind = self._columns_behind(item, columns, ids, counts[order], dtype, text)
+        return _Plan(order, behind, text)
 
     def _keep(
         self, items: Sequence[Item], rows: Sequence[Tensor], plans: Sequence[_Plan]
@@ -309,11 +317,17 @@ class Pruner:
         return made
 
     def _columns_behind(
-        self, item: Item, columns: Tensor, ids: Tensor, dtype: torch.dtype, text: Tensor | None
+        self,
+        item: Item,
+        columns: Tensor,
+        ids: Tensor,
+        counts: Tensor,
+        dtype: torch.dtype,
+        text: Tensor | None,
     ) -> Tensor | None:
         """Return what travels behind the rows of an item, on the host.
 
-        These are positions, how far its image reaches, and ids of text.
+        These are positions, how far its image reaches, how often each counts, and ids of text.
 
         Parameters
         ----------
@@ -323,6 +337,8 @@ class Pruner:
             LongTensor [n], where each stands in the item's region.
         ids
             LongTensor [n], 0 for a row, and of text its id + 1.
+        counts
+            LongTensor [n], how often each counts; 0 for what is hidden.
         dtype
             Of the rows.
         text
@@ -342,7 +358,7 @@ class Pruner:
                 offsets = columns.new_zeros(self._axes, len(columns))
             behind.append(to_columns(offsets, dtype))
         if self._reach is not None:
-            reach = columns.new_zeros(_REACH, len(columns))
+            reach = columns.new_zeros(_REACH - 1, len(columns))
             if item.ticket.masked and item.ticket.visual:
                 # As the rows stand in the prompt, which is perhaps pruned.
                 _, is_row = item.ticket.shrunk()
@@ -350,7 +366,7 @@ class Pruner:
                     reach = around(ids == 0)
                 else:
                     reach = around(is_row)[:, is_row]
-            behind.append(to_columns(reach, dtype))
+            behind.append(to_columns(torch.cat([reach, to_codes(counts)[None]]), dtype))
         if self._carries_ids:
             behind.append(to_columns(ids[None], dtype))
         return torch.cat(behind, dim=1) if behind else None

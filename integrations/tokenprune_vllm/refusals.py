@@ -127,8 +127,8 @@ def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True)
         )
 
 
-def check_masks(vllm_config: Any, family: Family) -> None:
-    """Refuse models, and settings of vLLM, under which sparse masks would be wrong or not happen.
+def check_masks(vllm_config: Any, family: Family, settings: ServerSettings | None = None) -> None:
+    """Refuse models, and settings of vLLM, under which attention of our own would be wrong.
 
     Parameters
     ----------
@@ -136,6 +136,8 @@ def check_masks(vllm_config: Any, family: Family) -> None:
         vLLM's.
     family
         Of the model.
+    settings
+        The server's, which say what that attention is for; None for sparse masks.
 
     Raises
     ------
@@ -190,9 +192,17 @@ def check_masks(vllm_config: Any, family: Family) -> None:
     ]
     refused = [setting for applies, setting in table if applies]
     if refused:
+        asked = ["sparse masks"] if settings is None or settings.masks is not None else []
+        options = ["--masks"] if asked else []
+        if settings is not None and settings.application == "mask":
+            asked.append("hidden tokens")
+            options.append("--apply mask")
+        if settings is not None and settings.proportional:
+            asked.append("proportional attention")
+            options.append("--proportional-attention")
         raise UnsupportedModelError(
-            f"sparse masks do not work together with {'; '.join(refused)}. Leave that out, or "
-            "serve the model without --masks."
+            f"{' and '.join(asked)} do not work together with {'; '.join(refused)}. Leave that "
+            f"out, or serve the model without {' and '.join(options)}."
         )
 
 

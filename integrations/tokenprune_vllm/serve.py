@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from tokenprune.arguments import (
@@ -29,7 +30,7 @@ from tokenprune.providers import model_path
 from tokenprune_vllm.packages import VLLM
 
 if TYPE_CHECKING:
-    from tokenprune.config import PruningConfig
+    from tokenprune.config import Application, PruningConfig
 
 HELP = "serve a model through vLLM, pruned; arguments it does not know go to `vllm serve`"
 EXTRA = "vllm"
@@ -46,16 +47,10 @@ def configure(parser: Parser) -> None:
     add_model(parser, "a folder, a name on the model hub, or bundled; comes first")
     add_pruning(parser)
     parser.add_argument(
-        "--masks",
-        type=Path,
-        metavar="FILE",
-        help="a heads file, which calibrate-heads writes: prompts are read under its sparse masks; "
-        "without --method and --keep every token stays",
-    )
-    parser.add_argument(
         "--allow-request-keep",
         action="store_true",
-        help="let a request ask for its own keep, method, no pruning or no masks",
+        help="let a request ask for its own keep, method, no pruning, no masks, tokens dropped and "
+        "not hidden, or tokens not counted",
     )
 
 
@@ -83,6 +78,24 @@ def add_pruning(parser: Parser) -> None:
         metavar="METHOD",
         help="methods, beside --method, that a request may ask for; with `resize` among them it "
         "may have its pictures made smaller",
+    )
+    parser.add_argument(
+        "--masks",
+        metavar="FILE",
+        help="a heads file, which calibrate-heads writes, or pooled:0.25 for a share of blocks "
+        "chosen from the data: prompts are read under these sparse masks; without --method and "
+        "--keep every token stays",
+    )
+    parser.add_argument(
+        "--apply",
+        choices=("drop", "mask"),
+        help="what becomes of tokens that are not selected: they leave the prompt (drop, the "
+        "default), or stay in it and are hidden (mask)",
+    )
+    parser.add_argument(
+        "--proportional-attention",
+        action="store_true",
+        help="a kept token counts as often as there are tokens it stands for",
     )
 
 
@@ -112,7 +125,6 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     ConfigError, UnsupportedModelError and others
         For whatever cannot be served pruned, before anything is started.
     """
-    from tokenprune.config import PruningConfig
     from tokenprune_vllm.engine import (
         TOWER_LORA,
         check_model_impl,
@@ -123,7 +135,7 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         read_config,
     )
     from tokenprune_vllm.lookup import brings_code
-    from tokenprune_vllm.settings import KEY, UNPRUNED, HeadsFile
+    from tokenprune_vllm.settings import KEY, ServerSettings, source_of
 
     check_plugin()
     overrides, more = _take_overrides(arguments.more)
@@ -134,16 +146,18 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
     model = model_path(arguments.model)
     config = read_config(model, _value(more, "--revision"))
     given = (arguments.pruning, arguments.method, arguments.keep)
-    masks = None if arguments.masks is None else HeadsFile.of(arguments.masks)
+    masks = source_of(arguments.masks)
+    application: Application = arguments.apply or "drop"
+    proportional: bool = arguments.proportional_attention
     if given == (None, None, None) and KEY in config:
-        values = dict(config[KEY])  # an exported checkpoint says itself how to prune
-        methods = dict(values.pop("request_methods", {}))
-        values.pop("only_tokenprune", None)
-        pruning = PruningConfig.from_dict(values)
+        # An exported checkpoint says itself how to prune.
+        own = ServerSettings.from_config(SimpleNamespace(**{KEY: config[KEY]}))
+        pruning, methods = own.default, dict(config[KEY].get("request_methods", {}))
         for name, options in _request_methods(arguments, pruning).items():
             methods[name] = options or methods.get(name, {})
-    elif given == (None, None, None) and masks is not None:
-        pruning, methods = UNPRUNED, _request_methods(arguments, UNPRUNED)
+        masks = own.masks if masks is None else masks
+        application = arguments.apply or own.application
+        proportional = proportional or own.proportional
     else:
         pruning, methods = pruning_of(arguments)
     ours = pruning_overrides(
@@ -153,6 +167,8 @@ def server_command(arguments: argparse.Namespace) -> list[str]:
         methods,
         only_tokenprune=arguments.allow_request_keep and not trusts,
         masks=masks,
+        application=application,
+        proportional=proportional,
     )
     if not _has(more, "--trust-remote-code") and brings_code(config):
         raise ConfigError(
@@ -183,15 +199,24 @@ def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, 
     Raises
     ------
     ConfigError
-        If method or budget is missing, or both they and a file are given.
+        If method or budget is missing and there are no masks either, or both they and a file are
+        given.
     InputFileError
         If the file cannot be read.
     OptionError, UnknownMethodError
         As `options_by_method`.
     """
     from tokenprune.config import PruningConfig
-    from tokenprune_vllm.settings import check_default
+    from tokenprune_vllm.settings import UNPRUNED, check_default
 
+    alone = (arguments.pruning, arguments.method, arguments.keep) == (None, None, None)
+    if alone and arguments.masks is not None:
+        if arguments.apply is not None or arguments.proportional_attention:
+            raise ConfigError(
+                "--apply and --proportional-attention are about the tokens of --method and --keep, "
+                "which are missing. Give these, or --masks alone."
+            )
+        return UNPRUNED, _request_methods(arguments, UNPRUNED)
     if arguments.pruning is not None:
         if arguments.method or arguments.keep:
             raise ConfigError(

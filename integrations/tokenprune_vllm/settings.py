@@ -12,15 +12,15 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from tokenprune import formats
 from tokenprune.baselines import RESIZE, behind_resize, resizes
 from tokenprune.budget import Keep, check_keep, keeps_all
-from tokenprune.config import FORMAT, PruningConfig
+from tokenprune.config import FORMAT, Application, PruningConfig
 from tokenprune.errors import (
     ConfigError,
     InputFileError,
@@ -33,7 +33,7 @@ from tokenprune.registry import find, inside_methods
 from tokenprune_vllm.architectures import reads_prompt
 
 if TYPE_CHECKING:
-    from tokenprune.masks import HeadCategories
+    from tokenprune.masks import HeadCategories, PooledBlocks
 
 KEY = "tokenprune"
 """Where the configuration lies in the model's config, and in a request's mm_processor_kwargs."""
@@ -52,6 +52,10 @@ UNPRUNED = PruningConfig("uniform", 1.0, "compact")
 """The default of a server that was given masks and no method: every token stays."""
 
 
+POOLED = "pooled"
+"""What stands in the place of a heads file where blocks are chosen from the data."""
+
+
 class RequestError(TokenPruneError, ValueError):
     """A request asks for a pruning that is not offered; vLLM answers it with HTTP 400."""
 
@@ -66,14 +70,24 @@ class HeadsFile:
         Where it is, for every process of the server.
     digest
         Of what is in it.
+    text
+        What is in it, where it travels inside a checkpoint; None where it is read at `path`.
     """
 
     path: str
     digest: str
+    text: str | None = None
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str]) -> HeadsFile:
+    def of(cls, path: str | os.PathLike[str], inside: bool = False) -> HeadsFile:
         """Return what a server is told of a file.
+
+        Parameters
+        ----------
+        path
+            Where it is.
+        inside
+            Whether what is in it is to travel inside a checkpoint.
 
         Raises
         ------
@@ -82,6 +96,9 @@ class HeadsFile:
         """
         absolute = Path(path).absolute()
         _heads_in(absolute)
+        if inside:
+            text = absolute.read_text("utf-8")
+            return cls(absolute.name, _digest(absolute), text)
         return cls(str(absolute), _digest(absolute))
 
     def load(self) -> HeadCategories:
@@ -92,6 +109,8 @@ class HeadsFile:
         InputFileError
             If it cannot be read, or is another one now.
         """
+        if self.text is not None:
+            return _heads_of(self.path, self.text)
         heads = _heads_in(Path(self.path))
         if _digest(Path(self.path)) != self.digest:
             raise InputFileError(
@@ -99,6 +118,112 @@ class HeadsFile:
                 "server again, and leave the file as it is meanwhile."
             )
         return heads
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Blocks that are chosen from the data: `tokenprune.masks.PooledBlocks`, as a config has them.
+
+    Attributes
+    ----------
+    options
+        Of `PooledBlocks`.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, blocks: PooledBlocks) -> Pooled:
+        """Return what a server is told of them."""
+        return cls(asdict(blocks))
+
+    @classmethod
+    def parse(cls, text: str) -> Pooled:
+        """Return what ``pooled``, ``pooled:0.25`` or ``pooled:keep=0.25,mass=0.9`` names.
+
+        Raises
+        ------
+        ConfigError
+            If it names no option of `PooledBlocks`, or a value that is none.
+        OptionError
+            If a value cannot be.
+        """
+        from tokenprune.masks import PooledBlocks
+
+        allowed = [one.name for one in fields(PooledBlocks)]
+        options: dict[str, Any] = {}
+        _, _, given = text.partition(":")
+        for part in filter(None, given.split(",")):
+            name, equals, value = part.rpartition("=")
+            name = name if equals else "keep"
+            if name not in allowed:
+                raise ConfigError(
+                    f"{text!r}: blocks chosen from the data have no option {name!r}. "
+                    f"{did_you_mean(name, allowed)}"
+                )
+            try:
+                options[name] = json.loads(value)
+            except ValueError:
+                raise ConfigError(
+                    f"{text!r}: {value!r} is no value of {name}. Give a number, true, false or "
+                    "null, as in pooled:0.25 or pooled:keep=null,mass=0.9."
+                ) from None
+        return cls.of(PooledBlocks(**options))
+
+    @property
+    def digest(self) -> str:
+        """What tells them apart in hashes."""
+        return json.dumps({POOLED: dict(self.options)}, sort_keys=True)
+
+    def load(self) -> PooledBlocks:
+        """Return them."""
+        from tokenprune.masks import PooledBlocks
+
+        return PooledBlocks(**self.options)
+
+
+Source = HeadsFile | Pooled
+"""What masks are made of."""
+
+
+def source_of(masks: object, inside: bool = False) -> Source | None:
+    """Return what a server is told of masks that a user names.
+
+    Parameters
+    ----------
+    masks
+        The path of a heads file, ``"pooled"``, ``"pooled:..."`` (see `Pooled.parse`), or
+        `tokenprune.masks.PooledBlocks`; None for none.
+    inside
+        See `HeadsFile.of`.
+
+    Raises
+    ------
+    ConfigError, OptionError, InputFileError
+        If it is none of them, or cannot be read.
+    """
+    from tokenprune.masks import PooledBlocks
+
+    if masks is None:
+        return None
+    if isinstance(masks, PooledBlocks):
+        return Pooled.of(masks)
+    if not isinstance(masks, str | os.PathLike):
+        raise ConfigError(
+            f"masks is a {type(masks).__name__}. Give the path of a heads file, 'pooled:KEEP' or a "
+            "PooledBlocks."
+        )
+    name = os.fspath(masks)
+    if isinstance(name, str) and name.partition(":")[0] == POOLED and not Path(name).exists():
+        return Pooled.parse(name)
+    return HeadsFile.of(masks, inside)
+
+
+def _source_in(values: Mapping[str, Any] | None) -> Source | None:
+    """Return what `ServerSettings.to_dict` wrote down."""
+    if values is None:
+        return None
+    return Pooled(values[POOLED]) if POOLED in values else HeadsFile(**values)
 
 
 @dataclass(frozen=True)
@@ -119,13 +244,19 @@ class ServerSettings:
         Whether requests may ask for smaller pictures, alone or with one of the methods.
     masks
         The sparse masks under which prompts are read; None for none.
+    application
+        ``"drop"``, or ``"mask"``: tokens that are not selected stay in the prompt, and are hidden.
+    proportional
+        Whether kept tokens count as often as there are tokens that they stand for.
     """
 
     default: PruningConfig
     methods: Mapping[str, dict[str, Any]]
     only_tokenprune: bool = False
     resize: bool = False
-    masks: HeadsFile | None = None
+    masks: Source | None = None
+    application: Application = "drop"
+    proportional: bool = False
 
     @classmethod
     def build(
@@ -133,7 +264,9 @@ class ServerSettings:
         default: PruningConfig,
         request_methods: Mapping[str, Mapping[str, Any]] | None = None,
         only_tokenprune: bool = False,
-        masks: HeadsFile | None = None,
+        masks: Source | None = None,
+        application: Application = "drop",
+        proportional: bool = False,
     ) -> ServerSettings:
         """Return the settings of a server.
 
@@ -144,7 +277,7 @@ class ServerSettings:
         request_methods
             Methods beside the default's that requests may name, with their options; ``"resize"``
             may be among them.
-        only_tokenprune, masks
+        only_tokenprune, masks, application, proportional
             See `ServerSettings`.
 
         Raises
@@ -154,9 +287,10 @@ class ServerSettings:
         UnsupportedModelError
             If one of them has tokens leave inside the language model.
         ConfigError
-            If the default prunes nothing and there are no masks, or ``resize`` is asked for in
-            another way than by itself.
+            If the default prunes nothing and there are no masks, ``resize`` is asked for in
+            another way than by itself, or tokens cannot be hidden or counted so.
         """
+        _check_hiding(default, application, proportional)
         named = dict(request_methods or {})
         resize = _takes_resize(named, default)
         for name in (default.method, *named):
@@ -170,7 +304,7 @@ class ServerSettings:
         for name, options in named.items():
             methods.setdefault(name, dict(options))
             replace(default, method=name, options=methods[name])  # raises for an unknown name
-        return cls(default, methods, only_tokenprune, resize, masks)
+        return cls(default, methods, only_tokenprune, resize, masks, application, proportional)
 
     @property
     def reads_prompt(self) -> bool:
@@ -194,8 +328,28 @@ class ServerSettings:
             }
             | ({RESIZE: {}} if self.resize else {}),
             "only_tokenprune": self.only_tokenprune,
-            **({} if self.masks is None else {"masks": asdict(self.masks)}),
+            **self._attention(),
         }
+
+    def _attention(self) -> dict[str, Any]:
+        """Return what is said of attention, where it is not the engine's own."""
+        said: dict[str, Any] = {}
+        if isinstance(self.masks, Pooled):
+            said["masks"] = {POOLED: dict(self.masks.options)}
+        elif self.masks is not None:
+            said["masks"] = {
+                name: value for name, value in asdict(self.masks).items() if value is not None
+            }
+        if self.application != "drop":
+            said["apply"] = self.application
+        if self.proportional:
+            said["proportional_attention"] = True
+        return said
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a key may count several times, or not at all."""
+        return self.proportional or self.application == "mask"
 
     @classmethod
     def from_config(cls, hf_config: Any) -> ServerSettings:
@@ -216,9 +370,11 @@ class ServerSettings:
         values = dict(values)
         methods: dict[str, dict[str, Any]] = values.pop("request_methods", {})
         only = bool(values.pop("only_tokenprune", False))
-        masks = values.pop("masks", None)
+        masks = _source_in(values.pop("masks", None))
+        application: Application = values.pop("apply", "drop")
+        proportional = bool(values.pop("proportional_attention", False))
         default = PruningConfig.from_dict(values)
-        return cls.build(default, methods, only, None if masks is None else HeadsFile(**masks))
+        return cls.build(default, methods, only, masks, application, proportional)
 
     def request(self, mm_processor_kwargs: Mapping[str, object]) -> RequestSettings:
         """Return the pruning that one request gets.
@@ -227,7 +383,7 @@ class ServerSettings:
         ----------
         mm_processor_kwargs
             The request's, perhaps with a key ``tokenprune``: a dict with ``keep``, ``method``,
-            ``off``, ``masks``.
+            ``off``, ``masks``, ``apply``, ``proportional_attention``.
 
         Raises
         ------
@@ -248,13 +404,13 @@ class ServerSettings:
             )
         asked = mm_processor_kwargs.get(KEY)
         if asked is None:
-            return RequestSettings(self.default, masks=self.masks)
+            return replace(self._usual(), masks=self.masks)
+        allowed = ("keep", "method", "off", "masks", "apply", "proportional_attention")
         if not isinstance(asked, Mapping):
             raise RequestError(
-                f"{KEY}={asked!r} in mm_processor_kwargs is not an object with keep, method, off, "
-                "masks."
+                f"{KEY}={asked!r} in mm_processor_kwargs is not an object with "
+                f"{', '.join(allowed)}."
             )
-        allowed = ("keep", "method", "off", "masks")
         for name in asked:
             if name not in allowed:
                 raise RequestError(
@@ -269,16 +425,66 @@ class ServerSettings:
                 f"{KEY} in mm_processor_kwargs says off and also {', '.join(sorted(asked))}. "
                 "Ask for one or the other."
             )
-        masks = self._masks(asked.get("masks", self.masks is not None))
+        attention: dict[str, Any] = {
+            "masks": self._masks(asked.get("masks", self.masks is not None)),
+            "application": self._application(asked.get("apply", self.application)),
+            "proportional": self._proportional(
+                asked.get("proportional_attention", self.proportional)
+            ),
+        }
         if off or not {"keep", "method"} & set(asked):
-            return RequestSettings(None if off else self.default, masks=masks)
+            return RequestSettings(None if off else self.default, **attention)
         if "method" not in asked and self.default == UNPRUNED:
             raise RequestError(
                 f"{KEY}.keep in mm_processor_kwargs asks for pruning, and this server prunes "
                 f"nothing by itself. Name a method; it loads: {', '.join(self.methods) or 'none'}."
             )
         found = self._asked(asked.get("method", self.default.method), asked)
-        return replace(found, masks=masks)
+        return replace(found, **attention)
+
+    def _usual(self) -> RequestSettings:
+        """Return what a request gets that asks for nothing, but for masks."""
+        return RequestSettings(
+            self.default, application=self.application, proportional=self.proportional
+        )
+
+    def _application(self, asked: object) -> Application:
+        """Return what becomes of tokens in a request that asks for it so.
+
+        Raises
+        ------
+        RequestError
+            If it asks for what there is not, or what the server cannot do.
+        """
+        if asked not in get_args(Application):
+            raise RequestError(
+                f"{KEY}.apply={asked!r} in mm_processor_kwargs is not a way to apply a selection. "
+                f"{did_you_mean(str(asked), get_args(Application))}"
+            )
+        if asked == "mask" and self.application != "mask":
+            raise RequestError(
+                f"{KEY}.apply in mm_processor_kwargs asks for tokens to be hidden, and this server "
+                "drops them. Leave it out, or start the server with --apply mask."
+            )
+        return "mask" if asked == "mask" else "drop"
+
+    def _proportional(self, asked: object) -> bool:
+        """Return whether tokens are counted in a request that asks for it so.
+
+        Raises
+        ------
+        RequestError
+            If it asks for what the server does not do.
+        """
+        name = f"{KEY}.proportional_attention"
+        if not isinstance(asked, bool):
+            raise RequestError(f"{name}={asked!r} in mm_processor_kwargs is not true or false.")
+        if asked and not self.proportional:
+            raise RequestError(
+                f"{name} in mm_processor_kwargs asks for counted tokens, and this server counts "
+                "none. Leave it out, or start the server with --proportional-attention."
+            )
+        return asked
 
     def _asked(self, named: object, asked: Mapping[str, Any]) -> RequestSettings:
         """Return what a request gets that names a method, perhaps the default's, and a budget."""
@@ -303,7 +509,7 @@ class ServerSettings:
             raise RequestError(f"{KEY} in mm_processor_kwargs: {error}") from error
         return RequestSettings(config, config.keep if smaller else 1.0)
 
-    def _masks(self, asked: object) -> HeadsFile | None:
+    def _masks(self, asked: object) -> Source | None:
         """Return the masks that a request gets which asks for them so.
 
         Raises
@@ -336,11 +542,15 @@ class RequestSettings:
         method they are made smaller half of the way, see `tokenprune_vllm.resizing`.
     masks
         The sparse masks under which it is read, or None.
+    application, proportional
+        See `ServerSettings`; where nothing is dropped they change nothing.
     """
 
     config: PruningConfig | None
     resized_to: Keep = 1.0
-    masks: HeadsFile | None = None
+    masks: Source | None = None
+    application: Application = "drop"
+    proportional: bool = False
 
     @property
     def prunes(self) -> bool:
@@ -375,6 +585,10 @@ class RequestSettings:
         values: dict[str, Any] = {"version": _version()}
         if self.prunes and self.config is not None:
             values |= self.config.to_dict()
+            if self.application != "drop":
+                values["apply"] = self.application
+            if self.proportional:
+                values["proportional_attention"] = True
         if self.resizes:
             values[RESIZE] = self.resized_to
         if self.masks is not None:
@@ -428,6 +642,29 @@ def _check_kind(method: str) -> None:
             "method that prunes before the language model (see `tokenprune methods`), or the model "
             "in transformers, with tokenprune_hf.prune."
         )
+
+
+def _check_hiding(default: PruningConfig, application: object, proportional: object) -> None:
+    """Raise ConfigError where tokens cannot be hidden, or counted, as is asked for."""
+    if application not in get_args(Application):
+        raise ConfigError(
+            f"apply={application!r} is not a way to apply a selection. "
+            f"{did_you_mean(str(application), get_args(Application))}"
+        )
+    if not isinstance(proportional, bool):
+        raise ConfigError(f"proportional_attention={proportional!r} must be True or False.")
+    if application == "mask" and default.positions != "original":
+        raise ConfigError(
+            "apply='mask' leaves every token in the prompt, at the position that the engine gives "
+            f"it, and positions is {default.positions!r}. Use positions='original', or apply='drop'"
+            ", or the model in transformers."
+        )
+
+
+def _heads_of(name: str, text: str) -> HeadCategories:
+    from tokenprune.masks import HeadCategories
+
+    return HeadCategories.read(text, name)
 
 
 def _heads_in(path: Path) -> HeadCategories:

@@ -58,6 +58,51 @@ def edges(reach: Tensor, positions: Tensor) -> Tensor:
     return tags * (reach[1] > 0)[:, None]
 
 
+_HIDDEN = 1
+"""The code of a token that counts 0 times."""
+
+
+def to_codes(counts: Tensor) -> Tensor:
+    """Return the codes of counts: 0 for a token that counts once, as all do of which none is said.
+
+    Parameters
+    ----------
+    counts
+        LongTensor, how often tokens count; 0 for those that are hidden.
+    """
+    return counts.where(counts != 1, 0).where(counts != 0, _HIDDEN)
+
+
+def from_codes(codes: Tensor) -> Tensor:
+    """Return the LongTensor that `to_codes` was given."""
+    codes = codes.long()
+    return codes.where(codes != 0, 1).where(codes != _HIDDEN, 0)
+
+
+class Codes:
+    """How often each token of a cache counts, as `to_codes` has it.
+
+    Parameters
+    ----------
+    blocks, block
+        Of the cache: how many, and tokens of each.
+    """
+
+    def __init__(self, blocks: int, block: int) -> None:
+        self._block = block
+        self._codes = torch.zeros(blocks, block, dtype=torch.int32, device="cpu")
+
+    def write(self, slots: Tensor, codes: Tensor) -> None:
+        """Set the codes of tokens [n]; those with a slot below 0 are nowhere in the cache."""
+        there = slots >= 0
+        self._codes.flatten()[slots[there].long()] = codes[there].to(self._codes.dtype)
+
+    def of(self, table: Tensor, length: int) -> Tensor:
+        """Return IntTensor [length], the codes of a request's first tokens; see `Tags.images`."""
+        used = table[: -(-length // self._block)].long()
+        return self._codes[used].flatten()[:length]
+
+
 class Tags:
     """The tags of a cache, for the layers that share its places.
 

@@ -38,7 +38,10 @@ def engine(
     }
     pruning = {
         name: settings.pop(name)
-        for name in ("positions", "options", "scope", "request_methods", "masks")
+        for name in (
+            *("positions", "options", "scope", "request_methods"),
+            *("masks", "apply", "proportional_attention"),
+        )
         if name in settings
     }
     ours = method is not None or "masks" in pruning

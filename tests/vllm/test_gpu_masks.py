@@ -121,7 +121,8 @@ def served(backend: str, setting: Served, batches: Sequence[Sequence[Read]]) -> 
     ours = masks.Masks.__new__(masks.Masks)
     ours._layers, ours._steps, ours._metadata, ours._tags = [layer], {}, [], {}
     ours._chunks, ours._checked = OrderedDict(), True
-    ours._heads = SimpleNamespace(sinks=SINKS, block=16)  # type: ignore[assignment]
+    ours._sinks, ours._block = SINKS, 16
+    ours._codes, ours._weighs, ours._pooled = {}, False, None
     ours.reach = RowNumbers(2, 256, torch.device("cpu"))
     given: list[int] = []
     own = functools.partial(plain, given, setting.window, scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,17 +24,25 @@ from tests.vllm.checkpoints import CALLED_WITH, WORDS
 from tests.vllm.engines import engine, greedy, kept
 from tests.vllm.test_families import Case, Reference, reference, request
 from tokenprune.arguments import Parser
-from tokenprune.config import PruningConfig
-from tokenprune.errors import ConfigError, InputFileError, UnsupportedModelError
-from tokenprune.masks import HeadCategories, ImageSpan, PromptLayout, Thresholds
+from tokenprune.config import Application, PruningConfig
+from tokenprune.errors import ConfigError, InputFileError, OptionError, UnsupportedModelError
+from tokenprune.masks import HeadCategories, ImageSpan, PooledBlocks, PromptLayout, Thresholds
 from tokenprune.masks.patterns import Category
 from tokenprune_hf.layout import decoder_of, identity_of
 from tokenprune_vllm import paged, serve
+from tokenprune_vllm.export import export
 from tokenprune_vllm.masks import Masks, _Step
 from tokenprune_vllm.paged import Axis, Order, keys_and_values
 from tokenprune_vllm.refusals import check_masks
-from tokenprune_vllm.settings import UNPRUNED, HeadsFile, RequestError, ServerSettings
-from tokenprune_vllm.tags import Tags, around, edges, layout_of
+from tokenprune_vllm.settings import (
+    UNPRUNED,
+    HeadsFile,
+    Pooled,
+    RequestError,
+    ServerSettings,
+    source_of,
+)
+from tokenprune_vllm.tags import Codes, Tags, around, edges, from_codes, layout_of, to_codes
 
 MIXED: tuple[Category, ...] = ("intra", "intra+sink", "sink", "dense")
 SINKS = (0, 2, -1, -3)
@@ -86,8 +94,10 @@ class Both:
             },
         )
 
-    def expected(self, case: Case, masked: bool = True) -> Said:
-        """Return what transformers says."""
+    def expected(
+        self, case: Case, under: Callable[[Any], AbstractContextManager[Any]] | bool = True
+    ) -> Said:
+        """Return what transformers says under its masks, under none, or under something else."""
         inputs = self.hf.inputs(case)
         inputs.pop("video_frames", None)
         length = inputs["input_ids"].shape[1]
@@ -97,10 +107,11 @@ class Both:
             "return_dict_in_generate": True,
             "output_logits": True,
         }
-        if masked:
-            with tokenprune_hf.sparse(self.hf.model, self.heads):
-                output = self.hf.model.generate(**inputs, **options)
+        if callable(under):
+            context = under(self.hf.model)
         else:
+            context = tokenprune_hf.sparse(self.hf.model, self.heads) if under else nullcontext()
+        with context:
             output = self.hf.model.generate(**inputs, **options)
         tokens = output.sequences[0, length:].tolist()
         scores = [logits[0].log_softmax(dim=-1) for logits in output.logits]
@@ -164,7 +175,7 @@ def test_answers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
         Case("ttt", ()),
     ]
     expected = [pair.expected(case) for case in cases]
-    plain = [pair.expected(case, masked=False) for case in cases]
+    plain = [pair.expected(case, False) for case in cases]
     assert differ(expected[2], plain[2])  # the masks say something
     every = [*cases, *(replace(case, asked={"masks": False}) for case in cases)]
     longest = max(pair.hf.inputs(case)["input_ids"].shape[1] for case in cases)
@@ -246,6 +257,123 @@ def first_of_pruned(
     return token, float(scores[token])
 
 
+WAYS: list[tuple[dict[str, Any], Application, bool]] = [
+    ({}, "mask", True),
+    ({"proportional_attention": False}, "mask", False),
+    ({"apply": "drop"}, "drop", True),
+    ({"apply": "drop", "proportional_attention": False}, "drop", False),
+]
+"""What a request asks for, and how transformers applies the selection then."""
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_tokens_are_hidden_and_counted_as_in_transformers(family: str, tmp_path: Path) -> None:
+    pair = both(family, tmp_path / "model")
+    cases = [Case("titit", (0, 1)), Case("iit", (2, 3)), Case("ttt", ())]
+    methods = ("divprune", "visionzip") if family == "llava" else ("divprune",)
+
+    def expected(case: Case, method: str, application: Application, counted: bool) -> Said:
+        more: dict[str, Any] = {"apply": application, "proportional_attention": counted}
+        return pair.expected(case, lambda model: tokenprune_hf.prune(model, method, 9, **more))
+
+    asked = [
+        (
+            replace(case, asked={**values, "method": method}),
+            expected(case, method, application, counted),
+        )
+        for values, application, counted in WAYS
+        for method in methods
+        for case in cases
+    ]
+    one = [right for case, right in asked if case.kinds == "titit"]
+    assert differ(one[0], one[len(methods)]), "counts say something"
+    longest = max(pair.hf.inputs(case)["input_ids"].shape[1] for case in cases)
+    with engine(
+        pair.folder,
+        *(methods[0], 9),
+        apply="mask",
+        proportional_attention=True,
+        request_methods=methods[1:],
+        limit_mm_per_prompt={"image": 2},
+        **{"max_num_seqs": 8, **small(family, longest)},
+    ) as llm:
+        # Batches of all kinds, in chunks; and one by one, when the cache knows their prefixes.
+        for found, (case, right) in zip(
+            pair.said(llm, [case for case, _ in asked]), asked, strict=True
+        ):
+            assert_alike(found, right, case)
+        for case, right in asked:
+            assert_alike(pair.said(llm, [case])[0], right, case)
+
+
+@pytest.mark.parametrize("tokens", [72, 512], ids=["chunks-of-whole-blocks", "whole-prompts"])
+def test_blocks_are_chosen_as_in_transformers(tokens: int, tmp_path: Path) -> None:
+    pair = both("llava", tmp_path / "model")
+    blocks = PooledBlocks(keep=0.4, block=8)
+    # Nine blocks end inside the second image, and two images are all that vLLM keeps encoded then:
+    # it would cut a chunk in front of a third.
+    cases = [Case("titit", (0, 1)), Case("iit", (2, 3)), Case("ttt", ())]
+    if tokens == 512:
+        cases.append(Case("titititit", (4, 5, 6, 7)))
+
+    def sparse(model: Any) -> Any:
+        return tokenprune_hf.sparse(model, blocks)
+
+    plain = [pair.expected(case, lambda _: nullcontext()) for case in cases]
+    assert differ(pair.expected(cases[0], sparse), plain[0])
+    with pair.start(
+        masks="pooled:keep=0.4,block=8",
+        max_num_batched_tokens=tokens,
+        max_model_len=512,
+        enable_chunked_prefill=tokens < 512,
+    ) as llm:
+        for case, unmasked in zip(cases, plain, strict=True):
+            assert_alike(pair.said(llm, [case])[0], pair.expected(case, sparse), case)
+            (found,) = pair.said(llm, [replace(case, asked={"masks": False})])
+            assert_alike(found, unmasked, case)
+
+
+def test_bfloat16_is_as_near_as_transformers_is(tmp_path: Path) -> None:
+    """Of numbers that both engines round: how far off they are is how far off transformers is."""
+    pair = both("llava", tmp_path / "model")
+    cases = [Case("titit", (0, 1)), Case("titititit", (4, 5, 6, 7)), Case("iit", (2, 3))]
+
+    def firsts(model: Any, dtype: torch.dtype, masked: bool = True) -> list[torch.Tensor]:
+        found = []
+        for case in cases:
+            inputs = pair.hf.inputs(case).to(dtype)
+            context = tokenprune_hf.sparse(model, pair.heads) if masked else nullcontext()
+            with torch.no_grad(), context:
+                found.append(model(**inputs).logits[0, -1].float().log_softmax(dim=-1))
+        return found
+
+    exact = firsts(pair.hf.model, torch.float32)
+    plain = firsts(pair.hf.model, torch.float32, masked=False)
+    with pair.start(dtype="bfloat16", max_num_batched_tokens=20) as llm:
+        outputs = llm.generate(
+            [request(pair.family, case) for case in cases],
+            greedy(1, logprobs=20),
+            use_tqdm=False,
+        )
+    rounded = firsts(pair.hf.model.bfloat16(), torch.bfloat16)
+
+    def distances(others: Sequence[torch.Tensor]) -> list[float]:
+        return [float((a - b).square().mean().sqrt()) for a, b in zip(others, exact, strict=True)]
+
+    said = []
+    for output in outputs:
+        (step,) = output.outputs[0].logprobs
+        said.append({token: one.logprob for token, one in step.items()})
+    # vLLM rounds at other places than transformers does, so the two are no nearer to each other
+    # than either is to float32. Each of the 20 likeliest tokens is within four times the usual
+    # error there, which nearly all of a normal distribution is.
+    near = 4 * max(distances(rounded))
+    for of_case, right in zip(said, exact, strict=True):
+        for token, score in of_case.items():
+            assert score == pytest.approx(float(right[token]), abs=near)
+    assert max(distances(plain)) > near, "rounding hides masks"
+
+
 def test_ranks_have_the_masks_of_their_own_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +399,8 @@ def test_dense_heads_are_left_to_vllm(tmp_path: Path) -> None:
 def test_a_batch_without_tokens_of_images_takes_the_engines_own_path() -> None:
     masks, metadata = Masks.__new__(Masks), object()
     attend: Any = masks._attend
-    masks._steps = {id(metadata): _Step([], [0, 1], torch.arange(2))}
+    masks._steps = {id(metadata): {False: _Step([], [0, 1], torch.arange(2))}}
+    layer = SimpleNamespace(dense=False)
     given: list[Any] = [object() for _ in range(5)]
     called: list[Any] = []
 
@@ -280,13 +409,13 @@ def test_a_batch_without_tokens_of_images_takes_the_engines_own_path() -> None:
         return "attended"
 
     output: Any = object()
-    answered = attend(None, own, *given, metadata, output=output, output_scale=1)
+    answered = attend(layer, own, *given, metadata, output=output, output_scale=1)
     assert answered == "attended"
     ((arguments, named),) = called
     assert all(one is other for one, other in zip(arguments, (*given, metadata), strict=True))
     assert named == {"output": output, "output_scale": 1}
     with pytest.raises(RuntimeError, match="no masks yet"):
-        attend(None, own, *given, object(), output=output)
+        attend(layer, own, *given, object(), output=output)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -397,18 +526,117 @@ def test_requests_ask_for_masks(tmp_path: Path) -> None:
             ask(settings, **asked)
 
 
+def test_requests_ask_how_a_selection_is_applied(tmp_path: Path) -> None:
+    pruning = PruningConfig("divprune", 4)
+    plain = ServerSettings.build(pruning)
+    both_at_once = ServerSettings.build(pruning, application="mask", proportional=True)
+    config = SimpleNamespace(tokenprune=both_at_once.to_dict())
+    assert ServerSettings.from_config(config) == both_at_once
+    assert both_at_once.weighs
+    assert not plain.weighs
+
+    def ask(settings: ServerSettings, **asked: object) -> Any:
+        return settings.request({"tokenprune": asked})
+
+    marks = [
+        ask(both_at_once, **asked).fingerprint()
+        for asked in (
+            {},
+            {"apply": "drop"},
+            {"proportional_attention": False},
+            {"apply": "drop", "proportional_attention": False},
+        )
+    ]
+    assert len(set(marks)) == len(marks)
+    assert both_at_once.request({}).fingerprint() == marks[0]
+    assert marks[-1] == ask(plain).fingerprint()  # as of servers that know nothing of it
+    assert ask(both_at_once, off=True).fingerprint() == "off"
+    for settings, asked, says in (
+        (plain, {"apply": "mask"}, "this server drops them.*--apply mask"),
+        (plain, {"proportional_attention": True}, "counts none.*--proportional-attention"),
+        (both_at_once, {"apply": "masks"}, "Did you mean 'mask'"),
+        (both_at_once, {"proportional_attention": 1}, "is not true or false"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            ask(settings, **asked)
+    with pytest.raises(ConfigError, match="Use positions='original'"):
+        ServerSettings.build(replace(pruning, positions="compact"), application="mask")
+    with pytest.raises(ConfigError, match="apply='hide' is not a way"):
+        ServerSettings.build(pruning, application=cast(Any, "hide"))
+    with pytest.raises(ConfigError, match="no method and keep were given"):
+        tokenprune_vllm.engine_args(tmp_path, masks="pooled", apply="mask")
+
+
+def test_blocks_are_named_in_the_place_of_a_file() -> None:
+    assert source_of("pooled") == Pooled.of(PooledBlocks())
+    assert source_of("pooled:0.5") == Pooled.of(PooledBlocks(keep=0.5))
+    given = PooledBlocks(keep=None, mass=0.9, block=64, together=False)
+    assert source_of("pooled:keep=null,mass=0.9,block=64,together=false") == Pooled.of(given)
+    made = source_of(given)
+    assert made is not None
+    assert made.load() == given
+    settings = ServerSettings.build(UNPRUNED, masks=made)
+    assert ServerSettings.from_config(SimpleNamespace(tokenprune=settings.to_dict())) == settings
+    other = ServerSettings.build(UNPRUNED, masks=source_of("pooled:0.5"))
+    assert settings.request({}).fingerprint() != other.request({}).fingerprint()
+    for name, error, says in (
+        ("pooled:kepe=0.5", ConfigError, "Did you mean 'keep'"),
+        ("pooled:many", ConfigError, "'many' is no value of keep"),
+        ("pooled:2", OptionError, "keep=2 is no share"),
+        (3, ConfigError, "masks is a int"),
+    ):
+        with pytest.raises(error, match=says):
+            source_of(name)
+
+
+def test_masks_travel_inside_a_checkpoint(tmp_path: Path) -> None:
+    pair = both("llava", tmp_path / "model")
+    file = pair.folder / "heads.json"
+    alone = export(pair.folder, tmp_path / "alone", UNPRUNED, masks=file)
+    pruned = export(
+        pair.folder,
+        tmp_path / "pruned",
+        PruningConfig("divprune", 4),
+        masks="pooled:0.5",
+        apply="mask",
+        proportional_attention=True,
+    )
+    file.unlink()
+    written = {
+        folder: SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+        for folder in (alone, pruned)
+    }
+    settings = {folder: ServerSettings.from_config(one) for folder, one in written.items()}
+    assert settings[alone].default == UNPRUNED
+    assert settings[alone].masks is not None
+    assert settings[alone].masks.load() == pair.heads
+    assert settings[pruned].masks == Pooled.of(PooledBlocks(keep=0.5))
+    assert settings[pruned].application == "mask"
+    assert settings[pruned].proportional
+    # `tokenprune serve` takes them over, and what is said beside them.
+    assert served(alone) == settings[alone]
+    assert served(pruned) == settings[pruned]
+    assert served(pruned, "--apply", "drop").application == "drop"
+    assert served(alone, "--masks", "pooled").masks == Pooled.of(PooledBlocks())
+
+
+def served(folder: Path, *more: str) -> ServerSettings:
+    """Return the settings of a server that is started on a folder."""
+    parser = Parser()
+    serve.configure(parser)
+    arguments, rest = parser.parse_known_args([str(folder), *more])
+    arguments.more = rest
+    command = serve.server_command(arguments)
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    return ServerSettings.from_config(SimpleNamespace(**overrides))
+
+
 def test_servers_are_started_with_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = both("llava", tmp_path / "model")
     file = str(pair.folder / "heads.json")
 
     def settings(*more: str) -> Any:
-        parser = Parser()
-        serve.configure(parser)
-        arguments, rest = parser.parse_known_args([str(pair.folder), "--masks", file, *more])
-        arguments.more = rest
-        command = serve.server_command(arguments)
-        overrides = json.loads(command[command.index("--hf-overrides") + 1])
-        return ServerSettings.from_config(SimpleNamespace(**overrides))
+        return served(pair.folder, "--masks", file, *more)
 
     alone = settings()
     assert alone.default == UNPRUNED
@@ -461,6 +689,9 @@ def test_engines_in_which_masks_would_be_wrong_are_refused(
     )
     with pytest.raises(UnsupportedModelError, match=says):
         check_masks(config, family)
+    hidden: Any = SimpleNamespace(masks=None, application="mask", proportional=True)
+    with pytest.raises(UnsupportedModelError, match=r"without --apply mask and --proportional-a"):
+        check_masks(config, family, hidden)
     text.layer_types = ["full_attention", "chunked_attention"]
     family.known = False
     with pytest.raises(UnsupportedModelError, match=r"no known family.*one chunk of the prompt"):
@@ -527,6 +758,19 @@ def test_tags_say_where_images_are() -> None:
     assert tags.images(table, 2) == []
     assert tags.fits(5, 4)
     assert not tags.fits(4, 5)
+
+
+def test_codes_say_how_often_tokens_count() -> None:
+    counts = torch.tensor([1, 0, 1, 2, 300, 0])
+    codes = to_codes(counts)
+    assert codes.tolist() == [0, 1, 0, 2, 300, 1]
+    assert torch.equal(from_codes(codes), counts)
+    kept = Codes(5, 4)
+    kept.write(torch.tensor([12, 13, 14, 15, 4, -1]), codes)
+    table = torch.tensor([3, 1, 0], dtype=torch.int32)
+    assert kept.of(table, 6).tolist() == [0, 1, 0, 2, 300, 0]
+    kept.write(torch.tensor([13]), torch.tensor([0]))  # another prompt's token now
+    assert kept.of(table, 4).tolist() == [0, 0, 0, 2]
 
 
 def test_layouts_of_a_part_know_sinks_that_count_from_an_images_end() -> None:

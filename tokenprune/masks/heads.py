@@ -23,6 +23,9 @@ from tokenprune.masks.patterns import CATEGORIES, Category
 FORMAT = 1
 """Raised when the file's meaning changes."""
 
+_AGAIN = "Make one with: tokenprune calibrate-heads MODEL --data DATA --out heads.json"
+"""What to do about a file that cannot be read."""
+
 _SAMPLE = 64
 """Weights that tell one model from another."""
 
@@ -186,10 +189,34 @@ class HeadCategories:
         InputFileError
             If it cannot be read, is no heads file, or does not fit together.
         """
-        again = "Make one with: tokenprune calibrate-heads MODEL --data DATA --out heads.json"
         try:
-            values: Any = json.loads(Path(path).read_text("utf-8"))
+            text = Path(path).read_text("utf-8")
         except (OSError, ValueError) as error:
+            raise InputFileError(
+                f"{path} cannot be read as JSON: {reason_of(error)}. {_AGAIN}"
+            ) from error
+        return cls.read(text, path)
+
+    @classmethod
+    def read(cls, text: str, path: str | Path) -> HeadCategories:
+        """Read what is in a file that `save` wrote.
+
+        Parameters
+        ----------
+        text
+            All of it.
+        path
+            What to call the file in an error.
+
+        Raises
+        ------
+        InputFileError
+            If it is no heads file, or does not fit together.
+        """
+        again = _AGAIN
+        try:
+            values: Any = json.loads(text)
+        except ValueError as error:
             raise InputFileError(
                 f"{path} cannot be read as JSON: {reason_of(error)}. {again}"
             ) from error

@@ -86,13 +86,14 @@ class PooledBlocks:
         *,
         scale: float | None = None,
         model: Mask | None = None,
+        first: int = 0,
     ) -> Mask:
-        """Return the mask of one layer for one prompt.
+        """Return the mask of one layer for one prompt, or for a part of its queries.
 
         Parameters
         ----------
         query
-            [H, L, d], after the rotary embedding.
+            [H, L, d], after the rotary embedding; [H, L - first, d] of a part.
         key
             [G, L, d], after the rotary embedding; H is a multiple of G.
         layout
@@ -101,6 +102,9 @@ class PooledBlocks:
             Factor on q kᵀ; d ** -0.5 where it is left out.
         model
             What the model's own mask lets through, for 1 head or H; None for `Causal`.
+        first
+            Position of the first query. A block of queries in which it stands is chosen for by the
+            average of those that are there; the mask says nothing of queries before it.
 
         Returns
         -------
@@ -115,12 +119,12 @@ class PooledBlocks:
             If q or k are not finite.
         """
         model_mask = Causal(layout.length) if model is None else model
-        _check(query, key, layout, model_mask)
+        _check(query, key, layout, model_mask, first)
         if not layout.images:
             return model_mask
         possible = model_mask.cover(self.block).some.expand(len(query), -1, -1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        shares = _probabilities(query, key, scale, possible, self.block)
+        shares = _probabilities(query, key, scale, possible, self.block, first)
         if self.together:
             groups = shares.unflatten(0, (len(key), -1))
             shares = groups.mean(dim=1, keepdim=True).expand_as(groups).flatten(0, 1)
@@ -154,21 +158,33 @@ class PooledBlocks:
         return torch.zeros_like(possible).scatter(-1, order, kept)
 
 
-def pool(states: Tensor, block: int = BLOCK) -> Tensor:
+def pool(states: Tensor, block: int = BLOCK, first: int = 0) -> Tensor:
     """Return the averages of blocks of tokens.
 
     Parameters
     ----------
     states
-        [H, L, d].
+        [H, L - first, d].
     block
         Tokens of a block; the last one has what is left.
+    first
+        Position of the first of these tokens. The average of a block is that of the tokens that are
+        there, and 0 where none is.
 
     Returns
     -------
     Tensor
         float32 [H, blocks, d].
     """
+    if first:
+        before, inside = divmod(first, block)
+        head = min((block - inside) % block, states.shape[1])
+        parts = [states.new_zeros(len(states), before, states.shape[2], dtype=torch.float32)]
+        if head:
+            parts.append(states[:, :head].mean(dim=1, keepdim=True, dtype=torch.float32))
+        if head < states.shape[1]:
+            parts.append(pool(states[:, head:], block))
+        return torch.cat(parts, dim=1)
     whole = states.shape[1] // block * block
     averages = [states[:, :whole].unflatten(1, (-1, block)).mean(dim=2, dtype=torch.float32)]
     if whole < states.shape[1]:
@@ -177,12 +193,12 @@ def pool(states: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def _probabilities(
-    query: Tensor, key: Tensor, scale: float, possible: Tensor, block: int
+    query: Tensor, key: Tensor, scale: float, possible: Tensor, block: int, first: int
 ) -> Tensor:
     """Return the pooled softmax, float64 [H, n, n] on the CPU, 0 where nothing is possible."""
     with full_precision(query.device):
         # Heads side by side for each key head, so that keys need not be repeated.
-        queries = pool(query, block).unflatten(0, (len(key), -1))
+        queries = pool(query, block, first).unflatten(0, (len(key), -1))
         logits = torch.einsum("ghqd,gkd->ghqk", queries, pool(key, block)).flatten(0, 1)
     # One row sums up to `mass` in float64: in float32 a long prompt's rounding would show.
     logits = logits.double().cpu() * scale
@@ -194,9 +210,10 @@ def _probabilities(
     return logits.masked_fill_(~possible, -math.inf).softmax(dim=-1)
 
 
-def _check(query: Tensor, key: Tensor, layout: PromptLayout, model_mask: Mask) -> None:
-    heads, length, size = query.shape
-    if key.shape[1:] != (length, size) or heads % len(key) or layout.length != length:
+def _check(query: Tensor, key: Tensor, layout: PromptLayout, model_mask: Mask, first: int) -> None:
+    heads, queries, size = query.shape
+    length = first + queries
+    if first < 0 or key.shape[1:] != (length, size) or heads % len(key) or layout.length != length:
         raise LayoutError(
             f"queries {list(query.shape)} and keys {list(key.shape)} do not fit a prompt of "
             f"{layout.length} tokens. Give q and k of the whole prompt, with heads that are a "
