@@ -13,7 +13,7 @@ from tokenprune.registry import build
 from tokenprune_vllm import gpu_masks
 from tokenprune_vllm.drafting import is_drafted
 from tokenprune_vllm.positions import known_positions, rope_types
-from tokenprune_vllm.settings import INTERLEAVED, MARK, ServerSettings
+from tokenprune_vllm.settings import INTERLEAVED, MARK, Pooled, ServerSettings
 
 
 def check_engine(vllm_config: Any, settings: ServerSettings, known: bool = True) -> None:
@@ -154,6 +154,13 @@ def check_masks(vllm_config: Any, family: Family, settings: ServerSettings | Non
         (
             not current_platform.is_cpu() and not current_platform.is_cuda(),
             f"{current_platform.device_name} (they are for CPUs and GPUs with CUDA)",
+        ),
+        (
+            not current_platform.is_cpu()
+            and settings is not None
+            and (settings.weighs or isinstance(settings.masks, Pooled)),
+            f"{current_platform.device_name} (hidden and counted tokens, and blocks chosen from "
+            "the data, are for vLLM's CPU backend)",
         ),
         (not family.known, "a model of no known family (where its images stand is not known)"),
         (family.images_see_each_other, "a model whose images see each other in both directions"),
