@@ -123,6 +123,8 @@ def start(folder: Path, heads: HeadCategories, plan: argparse.Namespace) -> Any:
     """Return an engine with a heads file, in this process."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if plan.threads:  # as many as torch has, on any core
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # In this process, so that heads can be handed over; and the model runner that masks take.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -156,6 +158,7 @@ def measure(
     turns: int,
     heads: dict[float, HeadCategories],
     pairs: dict[float, float],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> VllmRuns:
     """Run a prompt without masks and under heads of each density, in turn.
 
@@ -169,6 +172,8 @@ def measure(
         How often; the images are encoded before.
     heads, pairs
         By density, and the share of pairs that they let through.
+    clock
+        What requests are timed with.
     """
     from vllm import SamplingParams
 
@@ -185,10 +190,10 @@ def measure(
         raise RuntimeError(f"the prompt has {found.tokens} tokens and not {layout.length}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for _ in range(turns):
-        found.plain.append(seconds(answer(plain), device, time.perf_counter))
+        found.plain.append(seconds(answer(plain), device, clock))
         for density, categories in heads.items():
             (found.layers[density],) = llm.collective_rpc(give_heads, args=(categories,))
-            took = seconds(answer(masked), device, time.perf_counter)
+            took = seconds(answer(masked), device, clock)
             found.masked.setdefault(density, []).append(took)
     return found
 
@@ -220,7 +225,8 @@ def print_vllm(console: Console, measured: dict[int, VllmRuns], plan: argparse.N
     console.print(table)
     console.print(
         "Whole requests: processor, scheduler and language model; images are encoded before. One "
-        "turn from\n32k tokens.\n"
+        "turn from\n32k tokens. Seconds are those "
+        + ("of the processor, all threads together.\n" if plan.clock == "cpu" else "of a clock.\n")
     )
 
 
