@@ -122,7 +122,7 @@ def give_heads(worker: Any, heads: HeadCategories) -> int:
 def start(folder: Path, heads: HeadCategories, plan: argparse.Namespace) -> Any:
     """Return an engine with a heads file, in this process."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if plan.threads:  # as many as torch has, on any core
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # In this process, so that heads can be handed over; and the model runner that masks take.
