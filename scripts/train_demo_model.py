@@ -66,6 +66,11 @@ the training ones; it was rendered anew with held-out shapes. The defaults (all 
 are the recipe that these legs suggest; they have not been run from start to end.
 
 Features in WORK are kept by name and count: empty the folder after changing how scenes look.
+
+``--resolutions 448 224 140 112`` trains one model for pictures of several sizes (style ``fine``): a
+step's scenes are all of one of them, half of the steps of the first. A smaller picture is then
+read as well as its pixels allow, as models with a dynamic resolution read it, and is a fair
+baseline for pruning.
 """
 
 from __future__ import annotations
@@ -76,7 +81,7 @@ import json
 import math
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, chain, groupby, islice
@@ -285,8 +290,14 @@ def encode(
     target: Path,
     processor: InternVLProcessor,
     tower: InternVLVisionModel,
+    resolution: int | None = None,
 ) -> npt.NDArray[np.float16]:
     """Encode images once and keep their patch features.
+
+    Parameters
+    ----------
+    resolution
+        Side to which they are scaled, pixels; by default the processor's.
 
     Returns
     -------
@@ -294,16 +305,17 @@ def encode(
         ``[count, patches, 384]`` float16: the encoder's last hidden state without the CLS token.
     """
     if not target.is_file():
-        patches = 4 * int(processor.image_seq_length)
+        side = resolution or int(processor.image_processor.size["height"])
+        patches = 4 * tokens_of(side)
         shape = (count, patches, 384)
         with replacing(target) as part:
             out = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
             started = time.monotonic()
             done = 0
             for batch in batched(images, 32):
-                pixels = processor.image_processor(images=batch, return_tensors="pt")[
-                    "pixel_values"
-                ]
+                pixels = processor.image_processor(
+                    images=batch, size={"height": side, "width": side}, return_tensors="pt"
+                )["pixel_values"]
                 with torch.inference_mode(), torch.autocast(tower.device.type, torch.bfloat16):
                     features = tower(pixel_values=pixels.to(tower.device)).last_hidden_state[:, 1:]
                 out[done : done + len(batch)] = features.to("cpu", torch.float16).numpy()
@@ -444,10 +456,16 @@ class Layout:
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def prefix(self, system: str | None, frames: int | None = None) -> tuple[int, ...]:
-        """Everything up to and including the image, or the last of so many frames of a video."""
+    def prefix(
+        self, system: str | None, frames: int | None = None, *, tokens: int | None = None
+    ) -> tuple[int, ...]:
+        """Everything up to and including the image, or the last of so many frames of a video.
+
+        An image has so many tokens; by default as many as the processor makes of it.
+        """
         turn = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        image = "<img>" + "<IMG_CONTEXT>" * int(self.processor.image_seq_length) + "</img>"
+        count = int(self.processor.image_seq_length) if tokens is None else tokens
+        image = "<img>" + "<IMG_CONTEXT>" * count + "</img>"
         labelled = [f"Frame{number + 1}: {image}" for number in range(frames or 0)]
         visual = image if frames is None else "\n".join(labelled)
         return self.ids(f"{turn}<|im_start|>user\n{visual}\n")
@@ -613,7 +631,7 @@ class Data:
     Parameters
     ----------
     records, features
-        What is in each training scene, and its features.
+        What is in each training scene, and the features of all by resolution.
     easy, easy_features
         easy-VQA's training questions by image, and each image's features.
     footage
@@ -624,7 +642,7 @@ class Data:
         self,
         layout: Layout,
         records: Sequence[scenes.Scene],
-        features: npt.NDArray[np.float16],
+        features: Mapping[int, npt.NDArray[np.float16]],
         easy: Sequence[Sequence[Question]],
         easy_features: npt.NDArray[np.float16],
         footage: Footage | None,
@@ -672,7 +690,10 @@ class Data:
         questions
             Whether to ask questions.
         """
-        prefix = self.layout.prefix(self._system())
+        resolution, *smaller = self.features
+        if smaller and self.rng.random() < 0.5:
+            resolution = smaller[int(self.rng.integers(len(smaller)))]
+        prefix = self.layout.prefix(self._system(), tokens=tokens_of(resolution))
         features: list[npt.NDArray[np.float16]] = []
         rows: list[list[Branch]] = []
         for _ in range(count):
@@ -687,7 +708,7 @@ class Data:
                     self._question(a.question, a.answer)
                     for a in scenes.ask(scene, TRAINING_TYPES, self.rng)
                 ]
-            features.append(self.features[index])
+            features.append(self.features[resolution][index])
             rows.append(branches)
         for _ in range(easy_count):
             index = self._draw("easy", len(self.easy))
@@ -783,7 +804,7 @@ def validate(
     rng = np.random.default_rng(5)
     types = scenes.TYPES if frames is None else needles.TYPES
     right: dict[str, list[bool]] = {kind: [] for kind in types}
-    prefix = layout.prefix(None, frames)
+    prefix = layout.prefix(None, frames, tokens=groups[0][0].shape[-2] // 4)
     for start in range(0, len(groups), batch_size):
         part = groups[start : start + batch_size]
         asked = [scenes.ask(scene, types, rng) for _, scene in part]
@@ -855,7 +876,7 @@ def train(
     model: InternVLForConditionalGeneration,
     layout: Layout,
     data: Data,
-    validation: Sequence[tuple[npt.NDArray[np.float16], scenes.Scene]],
+    validation: Mapping[int, Sequence[tuple[npt.NDArray[np.float16], scenes.Scene]]],
     validation_footage: Footage | None,
     options: argparse.Namespace,
 ) -> None:
@@ -919,8 +940,9 @@ def train(
                 text = " ".join(f"{value:.4f}" for value in recent)
                 print(f"{stage} {step + 1}/{steps} {elapsed:.0f} s loss {text}", flush=True)
             if stage != "caption" and (step + 1) % options.validate_every == 0:
-                scores = validate(model, layout, validation[:300], None, 50)
-                report("scenes, validation", scores)
+                for resolution, groups in validation.items():
+                    scores = validate(model, layout, groups[:300], None, 50)
+                    report(f"scenes of {resolution} pixels, validation", scores)
                 if stage == "video" and validation_footage is not None:
                     for frames in (8, 32):
                         rng = np.random.default_rng(6)
@@ -1057,6 +1079,12 @@ def main() -> None:
         default="standard",
         help="of the scenes; another one than the bundled model's is not evaluated here",
     )
+    parser.add_argument(
+        "--resolutions",
+        type=int,
+        nargs="+",
+        help="sides of the pictures, pixels; the first is the style's own (default: that alone)",
+    )
     parser.add_argument("--width", type=int, default=256, help="of the language model")
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--batch", type=int, default=32, help="images a step")
@@ -1093,6 +1121,11 @@ def main() -> None:
         processor = build_processor(tokenizer, style.image_size)
         layout = Layout(processor)
         layout.check()
+        resolutions = options.resolutions or [style.image_size]
+        if resolutions[0] != style.image_size:
+            parser.error(f"the first of the resolutions must be {style.image_size}")
+        if len(resolutions) > 1 and (options.easy_images or options.video_steps):
+            parser.error("several resolutions go with --easy-images 0 --video-steps 0")
         model = InternVLForConditionalGeneration(
             build_config(tokenizer, options.width, options.layers, style.image_size)
         )
@@ -1109,13 +1142,15 @@ def main() -> None:
         for question in load_easy_vqa("train"):
             easy.setdefault(question.image, []).append(question)
         easy = dict(islice(easy.items(), options.easy_images))
-        easy_features = encode(
-            (_open(image) for image in easy),
-            len(easy),
-            options.work / f"easy-vqa-train-{len(easy)}.npy",
-            processor,
-            tower,
-        )
+        easy_features = np.zeros((0, 0, 0), np.float16)
+        if easy:
+            easy_features = encode(
+                (_open(image) for image in easy),
+                len(easy),
+                options.work / f"easy-vqa-train-{len(easy)}.npy",
+                processor,
+                tower,
+            )
         by_split = {}
         sizes: dict[scenes.Split, int] = {"validation": 600, "train": options.scenes}
         for split, count in sizes.items():
@@ -1126,14 +1161,18 @@ def main() -> None:
             )
             file = options.work / f"{name}.jsonl"
             records = scene_records(split, count, file, options.style, options.workers)
-            drawn = rendered(split, count, options.style, options.workers)
-            encoded = encode(
-                (Image.fromarray(scene.pixels) for scene in drawn),
-                count,
-                options.work / f"scenes-{name}.npy",
-                processor,
-                tower,
-            )
+            encoded = {}
+            for resolution in resolutions:
+                drawn = rendered(split, count, options.style, options.workers)
+                own = resolution == style.image_size
+                encoded[resolution] = encode(
+                    (Image.fromarray(scene.pixels) for scene in drawn),
+                    count,
+                    options.work / f"scenes-{name}{'' if own else f'-{resolution}'}.npy",
+                    processor,
+                    tower,
+                    resolution,
+                )
             by_split[split] = (encoded, records)
         footage: dict[str, Footage] = {}
         if options.video_steps:
@@ -1153,7 +1192,10 @@ def main() -> None:
             footage.get("train"),
             options.seed,
         )
-        validation = list(zip(*by_split["validation"], strict=True))
+        arrays, shown = by_split["validation"]
+        validation = {
+            resolution: list(zip(array, shown, strict=True)) for resolution, array in arrays.items()
+        }
         train(model, layout, data, validation, footage.get("validation"), options)
 
     if options.style != "standard":

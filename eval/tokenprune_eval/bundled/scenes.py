@@ -145,6 +145,9 @@ STYLES = {
     # What other models than the bundled one are trained on.
     "small": Style(image_size=168, side=(33, 41), families=(SHAPES, DIGITS)),
     "large": Style(image_size=280, items=(3, 7), plain=0.3),
+    # A smaller picture loses something: its smallest items are a patch or less at a quarter of the
+    # tokens.
+    "fine": Style(image_size=448, items=(3, 7), side=(40, 104)),
 }
 """Name -> style: of sets that look different from the bundled one, and of other models' scenes."""
 
