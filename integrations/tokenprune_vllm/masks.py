@@ -629,8 +629,8 @@ class Masks:
         if one.sparse and self._pooled is not None:
             ready = one.chunk.chosen(self._pooled, layer, query, key, scale)
         elif one.sparse or query.shape[1] > 1:
-            dense: tuple[Category, ...] = ("dense",) * len(layer.categories)
-            categories = layer.categories if one.sparse else dense
+            dense: Category = "dense"
+            categories = layer.categories if one.sparse else (dense,) * len(layer.categories)
             ready = one.chunk.ready(categories, layer.window)
         width = value.shape[-1]
         if one.logs is not None:

@@ -608,8 +608,9 @@ def test_masks_travel_inside_a_checkpoint(tmp_path: Path) -> None:
     }
     settings = {folder: ServerSettings.from_config(one) for folder, one in written.items()}
     assert settings[alone].default == UNPRUNED
-    assert settings[alone].masks is not None
-    assert settings[alone].masks.load() == pair.heads
+    masks = settings[alone].masks
+    assert masks is not None
+    assert masks.load() == pair.heads
     assert settings[pruned].masks == Pooled.of(PooledBlocks(keep=0.5))
     assert settings[pruned].application == "mask"
     assert settings[pruned].proportional
