@@ -825,7 +825,10 @@ def main() -> int:
                 "--kernel paged is for GPUs. Give --device cuda, or --quick to have Triton's "
                 "interpreter run it once, in float32."
             )
-        os.environ["TRITON_INTERPRET"] = "1"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            # Triton reads it when it is imported, which it is by now.
+            again = [sys.executable, *sys.argv]
+            os.execve(sys.executable, again, {**os.environ, "TRITON_INTERPRET": "1"})
         plan.lengths, plan.heads, plan.key_heads = [128, 256], 4, 2
     plan.lengths = sorted(set(plan.lengths))
     plan.densities = sorted(set(plan.densities), reverse=True)
