@@ -181,6 +181,7 @@ def build_model(
             layer.reset_parameters()
     model.model.language_model = language.model
     model.lm_head = language.lm_head
+    model.model.vision_tower.requires_grad_(False)
     inject_adapter_in_model(lora_config(), model.model.language_model)
     model.train(False)
     return model

@@ -417,7 +417,7 @@ def test_merged_weights_answer_as_lora_does(
     script: Any, layout: Any, model: Any, language_model: Path
 ) -> None:
     ids = torch.tensor([layout.ids("<|im_start|>user\nwhere is the 7?<|im_end|>\n")])
-    expected = model.model.language_model(ids).last_hidden_state
+    expected = model.model.language_model(ids).last_hidden_state.detach()
     lora = {
         script.trained_name(name): tensor * (script.SCALE if "lora_B" in name else 1)
         for name, tensor in model.state_dict().items()
@@ -429,11 +429,11 @@ def test_merged_weights_answer_as_lora_does(
     smollm2.add_lora(state, lora)
 
     plain = script.LlamaForCausalLM.from_pretrained(language_model, dtype=torch.float32)
-    before = plain.model(ids).last_hidden_state
+    before = plain.model(ids).last_hidden_state.detach()
     plain.load_state_dict(
         {n.removeprefix("language_model."): t for n, t in state.items()}, strict=False
     )
-    found = plain.model(ids).last_hidden_state
+    found = plain.model(ids).last_hidden_state.detach()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert float((before - expected).abs().max()) > 0.01
 
