@@ -511,12 +511,13 @@ def fit_projector(
         for index, scene in enumerate(some.about):
             shuffled = shuffled_features(model, some.features(index)[None])[0]
             for token, item in item_tokens(scene, math.isqrt(len(shuffled))):
-                inputs.append(shuffled[token])
+                inputs.append(shuffled[token].clone())  # a view would hold the whole picture
                 targets.append(sum(v[getattr(item, name)] for name, v in vectors.items()))
                 items.append(item)
         return torch.stack(inputs), torch.stack([torch.as_tensor(t) for t in targets]), items
 
     inputs, targets, _ = collect(pictures)
+    spread = float(targets.var())
     projector = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW(projector.parameters(), lr=2e-3, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -527,7 +528,7 @@ def fit_projector(
         chosen = torch.randint(len(inputs), (512,), generator=generator)
         found = projector(inputs[chosen].to(device))
         wanted = targets[chosen].to(device)
-        loss = (found - wanted).square().mean() / targets.var()
+        loss = (found - wanted).square().mean() / spread
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -725,7 +726,9 @@ def train(
     )
     state = checkpoints.read(trained, optimizer) or State()
     masters.put_back()
-    if not first:
+    if first:
+        checkpoints.write(trained, optimizer, state)  # the fit need not be made again
+    else:
         print(f"going on from step {state.step}, {state.images} pictures", flush=True)
 
     ended: list[int] = []
