@@ -44,14 +44,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def by_method(rows: Sequence[Row], cell: Any) -> str:
     """Return methods down, visual tokens across."""
     budgets = sorted({row["keep"] for row in rows if row["method"] != "oracle"}, reverse=True)
-    tokens = {row["keep"]: row["visual_tokens"] for row in rows}
+    tokens = {k: max(row["visual_tokens"] for row in rows if row["keep"] == k) for k in budgets}
     lines = []
+
+    def told(row: Row) -> str:
+        # A smaller picture has as many tokens as its sides allow.
+        count = round(row["visual_tokens"])
+        if count >= round(tokens[row["keep"]]):
+            return str(cell(row))
+        return f"{cell(row)} ({count} token{'s' * (count != 1)})"
+
     for method in dict.fromkeys(row["method"] for row in rows):
         # The unpruned run, "none" to earlier versions, is every method's first column.
         if method in ("unpruned", "none", "oracle"):
             continue
         mine = {row["keep"]: row for row in rows if row["method"] == method}
-        lines.append([f"`{method}`", *[cell(mine[k]) if k in mine else "" for k in budgets]])
+        lines.append([f"`{method}`", *[told(mine[k]) if k in mine else "" for k in budgets]])
     return markdown(["tokens kept", *[f"{tokens[k]:.0f}" for k in budgets]], lines)
 
 
