@@ -47,7 +47,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -55,13 +54,13 @@ from train_demo_model import (
     CAPTION_PROMPT,
     SHUFFLED_PROMPT,
     SYSTEM_PROMPTS,
+    Batch,
     Branch,
     Layout,
     build_processor,
     collate,
     encode,
     evaluate,
-    logits_of,
     tokens_of,
 )
 from transformers import (
@@ -172,8 +171,22 @@ def build_model(
     with torch.device("meta"):
         model = InternVLForConditionalGeneration(build_config(language_model, tokenizer))
     loaded: Any = LlamaForCausalLM
-    language = loaded.from_pretrained(language_model, dtype=dtype)
+    # Plain matrix products: the backward pass of torch's fused attention takes a third of a step
+    # on a CPU, for a fiftieth of its arithmetic.
+    language = loaded.from_pretrained(
+        language_model, dtype=torch.float16, attn_implementation="eager"
+    )
     language.requires_grad_(False)
+    for layer in language.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(part, name, LowRank(linear.weight.detach(), dtype))
+    language.to(dtype)
+    for layer in language.modules():
+        if isinstance(layer, LowRank):
+            layer.lora_A.float()
+            layer.lora_B.float()
     projector = model.model.multi_modal_projector
     projector.to_empty(device="cpu")
     for layer in projector.modules():
@@ -182,22 +195,78 @@ def build_model(
     model.model.language_model = language.model
     model.lm_head = language.lm_head
     model.model.vision_tower.requires_grad_(False)
-    inject_adapter_in_model(lora_config(), model.model.language_model)
     model.train(False)
     return model
 
 
-def lora_config() -> LoraConfig:
-    """LoRA of `RANK` on every linear layer."""
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return LoraConfig(
-        r=RANK, lora_alpha=int(SCALE * RANK), target_modules=names, init_lora_weights=True
-    )
+class LowRank(nn.Module):
+    """A frozen matrix with a trained change of `RANK`: ``x @ (W + SCALE * B @ A).T``.
+
+    The sum is made once a step and not with each product, so that the change costs nothing on the
+    way forward, and on the way back only four thin products.
+
+    Parameters
+    ----------
+    weight
+        ``[out, in]`` float16, the frozen matrix. It keeps its digits: of the sum, rather than of
+        the matrix, the last bits are rounded away, so a change that is smaller than they are still
+        has its effect on the average.
+    dtype
+        Of the products.
+    """
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.frozen = weight  # no buffer, so that it is not cast
+        self.dtype = dtype
+        self.lora_A = nn.Linear(weight.shape[1], RANK, bias=False)
+        self.lora_B = nn.Linear(RANK, weight.shape[0], bias=False)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.merged: torch.Tensor | None = None
+        self.made_of: tuple[int, ...] = ()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the product, ``[..., out]``."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        # A version counts the changes of a tensor in place.
+        made_of = (a._version, b._version, id(a), id(b))
+        if self.merged is None or made_of != self.made_of:
+            # Made where only inference goes on, it would be of no use to training.
+            with torch.inference_mode(False), torch.no_grad():
+                self.frozen = self.frozen.to(a.device)
+                change = b.float() @ a.float()
+                self.merged = torch.add(self.frozen, change, alpha=SCALE).to(self.dtype)
+            self.made_of = made_of
+        product: torch.Tensor = LowRankProduct.apply(x, self.merged, a, b)
+        return product
+
+
+class LowRankProduct(torch.autograd.Function):
+    """Product with the sum, whose gradients are those of the two factors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, merged: torch.Tensor, a: torch.Tensor, b: torch.Tensor
+    ) -> torch.Tensor:
+        """Multiply."""
+        ctx.save_for_backward(x, merged, a, b)
+        return nn.functional.linear(x, merged)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of `x` and of both factors."""
+        x, merged, a, b = ctx.saved_tensors
+        rows, grown = x.flatten(0, -2), gradient.flatten(0, -2)
+        of_a = SCALE * (grown @ b.to(grown.dtype)).T @ rows
+        of_b = SCALE * grown.T @ (rows @ a.to(rows.dtype).T)
+        of_x = (grown @ merged).view_as(x) if ctx.needs_input_grad[0] else None
+        return of_x, None, of_a.to(a.dtype), of_b.to(b.dtype)
 
 
 def trained_name(name: str) -> str:
     """Return the name of a trained tensor in checkpoints, from its name in the model."""
-    return name.removeprefix("model.").replace(".default.", ".")
+    return name.removeprefix("model.")
 
 
 # --- layout -------------------------------------------------------------------------------------
@@ -561,6 +630,47 @@ def loss_of(
     logits = logits_of(model, batch, _given(model, features), layout.image_id)
     labels = batch.labels[batch.labels != -100].to(logits.device)
     return nn.functional.cross_entropy(logits.float(), labels, reduction="sum"), len(labels)
+
+
+def logits_of(
+    model: InternVLForConditionalGeneration, batch: Batch, features: torch.Tensor, image_id: int
+) -> torch.Tensor:
+    """Logits at the labelled places, ``[M, vocabulary]``, from features ``[B, F, 256, 384]``.
+
+    Prefix and branches are read in one pass, as one sequence under one mask: a prefix of one or two
+    images is short, and products are the faster the more rows they have.
+    """
+    device = model.lm_head.weight.device
+    prefix, ids, positions, labels, mask = (
+        tensor.to(device)
+        for tensor in (batch.prefix, batch.ids, batch.positions, batch.labels, batch.mask)
+    )
+    rows, _, patches, _ = features.shape
+    side = math.isqrt(patches)
+    grid = features.to(device).flatten(0, 1).unflatten(1, (side, side))
+    shuffled = model.model.pixel_shuffle(grid, scale_factor=0.5).flatten(1, 2)
+    visual = model.model.multi_modal_projector(shuffled)
+    embed = model.get_input_embeddings()
+    before = embed(prefix).expand(rows, -1, -1)
+    before = before.masked_scatter((prefix == image_id)[None, :, None], visual.to(before.dtype))
+    length = len(prefix)
+    seen = torch.zeros(rows, 1, length + ids.shape[1], length + ids.shape[1], dtype=torch.bool)
+    seen[:, :, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = seen.to(device)
+    seen[:, :, length:] = mask
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([before, embed(ids)], dim=1),
+        # Added to the products, as plain attention does it.
+        attention_mask=torch.zeros(seen.shape, dtype=before.dtype, device=device).masked_fill(
+            ~seen, torch.finfo(before.dtype).min
+        ),
+        position_ids=torch.cat(
+            [torch.arange(length, device=device).expand(rows, -1), positions], dim=1
+        ),
+        use_cache=False,
+    ).last_hidden_state[:, length:]
+    logits: torch.Tensor = model.lm_head(hidden[labels != -100])
+    return logits
 
 
 def _given(model: InternVLForConditionalGeneration, features: Floats16) -> torch.Tensor:

@@ -250,6 +250,40 @@ def test_packed_questions_learn_what_single_ones_do(
         torch.testing.assert_close(packed[name], gradient, rtol=0, atol=1e-3 * scale + 1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_change_has_the_values_and_gradients_of_the_sum_of_matrices(
+    script: Any, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(24, 40).half()
+    layer = script.LowRank(weight, dtype)
+    x = torch.randn(2, 5, 40).to(dtype).requires_grad_()
+    torch.testing.assert_close(layer(x), x @ weight.to(dtype).T)  # no change to begin with
+    with torch.inference_mode():
+        layer(x)
+    for step in range(2):  # a change in place is seen
+        with torch.no_grad():
+            layer.lora_A.weight.normal_()
+            layer.lora_B.weight.normal_(std=1 + step)
+        a, b, plain = (
+            t.detach().float().requires_grad_()
+            for t in (layer.lora_A.weight, layer.lora_B.weight, x)
+        )
+        expected = plain @ (weight.float() + script.SCALE * b @ a).T
+        found = layer(x)
+        least = 1e-5 if dtype == torch.float32 else 1e-2
+        assert float((found.float() - expected).norm() / expected.norm()) < least
+        toward = torch.randn_like(expected)
+        expected.backward(toward)
+        layer.zero_grad()
+        x.grad = None
+        found.backward(toward.to(dtype))
+        for mine, other in ((x, plain), (layer.lora_A.weight, a), (layer.lora_B.weight, b)):
+            assert mine.grad is not None
+            assert other.grad is not None
+            assert float((mine.grad.float() - other.grad).norm() / other.grad.norm()) < least
+
+
 def test_shuffled_captions_name_every_item_and_leave_out_what_cannot_be_known(
     layout: Any,
 ) -> None:
