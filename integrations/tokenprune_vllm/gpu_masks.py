@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.masks.paged import PagedChunk, PagedPlan
+from tokenprune.masks.patterns import Category
 from tokenprune.transfer import to_device
 
 logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
@@ -179,16 +180,24 @@ def both_ways(metadata: Any) -> bool:
 
 
 class Plans:
-    """Plans of the masked requests of one batch, made when the first layer of a shape asks."""
+    """Plans of one batch's requests that are ours, made when the first layer of a shape asks.
 
-    def __init__(self, chunks: Sequence[PagedChunk]) -> None:
-        self._chunks = chunks
-        self._plans: dict[tuple[int, int, bool], PagedPlan] = {}
+    Parameters
+    ----------
+    masked
+        Those that are read under masks.
+    whole
+        Those whose keys are hidden or count several times, and whose heads see all others.
+    """
+
+    def __init__(self, masked: Sequence[PagedChunk], whole: Sequence[PagedChunk]) -> None:
+        self._chunks = (masked, whole)
+        self._plans: dict[tuple[int, int, bool], list[PagedPlan | None]] = {}
 
     def attend(
         self, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor
     ) -> None:
-        """Write the attention of the masked requests.
+        """Write the attention of these requests.
 
         Parameters
         ----------
@@ -203,11 +212,19 @@ class Plans:
         width = int(impl.head_size)
         shape = (impl.num_heads // impl.num_kv_heads, width, both_ways(metadata))
         if shape not in self._plans:
-            self._plans[shape] = PagedPlan(
-                self._chunks, query.device, shape[0], width, both_ways=shape[2]
-            )
+            self._plans[shape] = [
+                PagedPlan(chunks, query.device, shape[0], width, both_ways=shape[2])
+                if chunks
+                else None
+                for chunks in self._chunks
+            ]
         keys, values = caches(cache, width)
-        self._plans[shape](
-            output, query, keys, values, metadata.block_table, layer.categories, layer.window,
-            impl.scale,
-        )  # fmt: skip
+        dense: Category = "dense"
+        for plan, categories in zip(
+            self._plans[shape], (layer.categories, (dense,) * len(layer.categories)), strict=True
+        ):
+            if plan is not None:
+                plan(
+                    output, query, keys, values, metadata.block_table, categories, layer.window,
+                    impl.scale,
+                )  # fmt: skip

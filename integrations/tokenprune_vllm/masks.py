@@ -4,7 +4,7 @@ Layers keep vLLM's own attention for whatever the masks leave whole: decoding, t
 images, and layers all of whose heads are dense. Where a chunk of a prompt has image tokens among
 its queries, our kernels compute that prompt's attention, over the keys that the masks let through:
 on CPUs as here, on GPUs as in `gpu_masks`. Where keys of a prompt are hidden or count several
-times, which is for CPUs, all queries from there on are ours.
+times, all queries from there on are ours.
 
 vLLM's platform for CPUs takes no other attention backend than its own, so none is registered: what
 stands in is the `forward` of a layer's implementation, and metadata and cache are vLLM's.
@@ -42,7 +42,7 @@ from tokenprune.masks.mask import BLOCK
 from tokenprune.masks.paged import PagedChunk
 from tokenprune.masks.patterns import Category, layer_mask, per_head
 from tokenprune.masks.pooled import PooledBlocks
-from tokenprune.masks.weighted import log_counts, weighted
+from tokenprune.masks.weighted import HIDDEN, log_counts, weighted
 from tokenprune.transfer import to_device
 from tokenprune_vllm import gpu_masks
 from tokenprune_vllm.paged import keys_and_values, of_requests
@@ -186,6 +186,18 @@ class _Masked:
     logs: Tensor | None = None
     sparse: bool = True
 
+    def paged(self) -> PagedChunk:
+        """Return what the kernel for GPUs computes of it."""
+        counts, visible = self.logs, None
+        if counts is not None:
+            shown = counts > HIDDEN
+            visible = None if bool(shown.all()) else shown
+            counts = counts.where(shown, 0.0) if bool(counts[shown].any()) else None
+        return PagedChunk(
+            self.chunk.layout, self.chunk.queries, self.rows.start, self.request, self.length,
+            bias=counts, visible=visible,
+        )  # fmt: skip
+
 
 @dataclass(eq=False)
 class _Step:
@@ -215,14 +227,10 @@ class _Step:
 
     @functools.cached_property
     def plans(self) -> gpu_masks.Plans:
-        return gpu_masks.Plans(
-            [
-                PagedChunk(
-                    one.chunk.layout, one.chunk.queries, one.rows.start, one.request, one.length
-                )
-                for one in self.masked
-            ]
+        masked, whole = (
+            [one.paged() for one in self.masked if one.sparse is sparse] for sparse in (True, False)
         )
+        return gpu_masks.Plans(masked, whole)
 
 
 class Masks:
@@ -375,8 +383,8 @@ class Masks:
             if self._heads is None:
                 # Blocks leave something out in every head, which is all that is asked of this.
                 kind: Category = "dense" if self._pooled is None else "intra"
-                whole = _Layer(name, attention, (kind,) * own, attention.sliding_window)
-                layers.append(whole)
+                window, on_gpu = attention.sliding_window, gpu_masks.on_gpu(attention)
+                layers.append(_Layer(name, attention, (kind,) * own, window, on_gpu))
                 continue
             categories = self._heads.categories[number]
             ranks = vllm_config.parallel_config.tensor_parallel_size
@@ -497,7 +505,7 @@ class Masks:
         if layer.name not in self._tags or not self._tags[layer.name].fits(blocks, block):
             self._tags[layer.name] = Tags(blocks, block, slots.device)
             if self._weighs:
-                self._codes[layer.name] = Codes(blocks, block)
+                self._codes[layer.name] = Codes(blocks, block, slots.device)
         tags, codes = self._tags[layer.name], self._codes.get(layer.name)
         count = int(metadata.num_actual_tokens)
         if not self.reach.written and codes is None:  # of text; nothing is read of a device
@@ -515,6 +523,9 @@ class Masks:
             codes.write(slots[:count], reach[2])
         has_image = (reach[1] > 0).cpu()
         requests = [slice(*ends) for ends in itertools.pairwise(starts)]
+        weighed = (
+            [False] * len(lengths) if codes is None else codes.any(metadata.block_table, lengths)
+        )
         masked = []
         for request, (rows, length) in enumerate(zip(requests, lengths, strict=True)):
             if rows.start == rows.stop:
@@ -522,20 +533,17 @@ class Masks:
             table = metadata.block_table[request]
             # Text attends to everything before it: only tokens of images have masks.
             sparse = bool(has_image[rows].any())
-            logs = None if codes is None else self._logs(codes, table, length)
-            if not sparse and logs is None:
+            if not sparse and not weighed[request]:
                 continue
+            logs: Tensor | None = None
+            if codes is not None and weighed[request]:
+                logs = log_counts(from_codes(codes.of(table, length)))
             first = length - (rows.stop - rows.start)
             images = tags.images(table, length) if sparse else []
             layout = layout_of(images, length, self._sinks)
             chunk = self._chunk(layout, range(first, length))
             masked.append(_Masked(request, rows, first, length, chunk, logs, sparse))
         return masked, requests
-
-    def _logs(self, codes: Codes, table: Tensor, length: int) -> Tensor | None:
-        """Return what is added to the logits of a request's keys; None for nothing."""
-        own = codes.of(table, length)
-        return log_counts(from_codes(own)) if bool(own.any()) else None
 
     def _chunk(self, layout: PromptLayout, queries: range) -> _Chunk:
         """Return the masks of a part of a prompt, those made before if there are any."""

@@ -158,9 +158,9 @@ def check_masks(vllm_config: Any, family: Family, settings: ServerSettings | Non
         (
             not current_platform.is_cpu()
             and settings is not None
-            and (settings.weighs or isinstance(settings.masks, Pooled)),
-            f"{current_platform.device_name} (hidden and counted tokens, and blocks chosen from "
-            "the data, are for vLLM's CPU backend)",
+            and isinstance(settings.masks, Pooled),
+            f"{current_platform.device_name} (blocks chosen from the data are for vLLM's CPU "
+            "backend)",
         ),
         (not family.known, "a model of no known family (where its images stand is not known)"),
         (family.images_see_each_other, "a model whose images see each other in both directions"),

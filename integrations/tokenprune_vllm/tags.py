@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokenprune.masks.heads import layout_with_sinks
 from tokenprune.masks.layout import ImageSpan, PromptLayout, image_spans
+from tokenprune.transfer import to_device
 
 
 def around(is_row: Tensor) -> Tensor:
@@ -86,21 +87,43 @@ class Codes:
     ----------
     blocks, block
         Of the cache: how many, and tokens of each.
+    device
+        Where it is; None for the CPU.
     """
 
-    def __init__(self, blocks: int, block: int) -> None:
+    def __init__(self, blocks: int, block: int, device: torch.device | None = None) -> None:
         self._block = block
-        self._codes = torch.zeros(blocks, block, dtype=torch.int32, device="cpu")
+        # One block more, as `Tags` has it.
+        self._codes = torch.zeros(blocks + 1, block, dtype=torch.int32, device=device or "cpu")
 
     def write(self, slots: Tensor, codes: Tensor) -> None:
         """Set the codes of tokens [n]; those with a slot below 0 are nowhere in the cache."""
-        there = slots >= 0
-        self._codes.flatten()[slots[there].long()] = codes[there].to(self._codes.dtype)
+        self._codes.flatten()[_places(slots, self._codes)] = codes.to(self._codes.dtype)
+
+    def any(self, tables: Tensor, lengths: Sequence[int]) -> list[bool]:
+        """Say of which requests a token counts other than once; a GPU is waited for once.
+
+        Parameters
+        ----------
+        tables
+            IntTensor [requests, blocks], the numbers of each request's blocks.
+        lengths
+            How many tokens each has.
+        """
+        used = tables[: len(lengths), : -(-max(lengths) // self._block)].long()
+        codes = self._codes[used].flatten(1)
+        ends = to_device(torch.tensor(lengths, device="cpu"), codes.device)
+        there = torch.arange(codes.shape[1], device=codes.device) < ends[:, None]
+        found: list[bool] = ((codes != 0) & there).any(dim=1).tolist()
+        return found
 
     def of(self, table: Tensor, length: int) -> Tensor:
-        """Return IntTensor [length], the codes of a request's first tokens; see `Tags.images`."""
+        """Return IntTensor [length], the codes of a request's first tokens, on the CPU.
+
+        See `Tags.images`.
+        """
         used = table[: -(-length // self._block)].long()
-        return self._codes[used].flatten()[:length]
+        return self._codes[used].flatten()[:length].cpu()
 
 
 class Tags:
@@ -125,8 +148,7 @@ class Tags:
 
     def write(self, slots: Tensor, tags: Tensor) -> None:
         """Set the tags of tokens [n, 2]; those with a slot below 0 are nowhere in the cache."""
-        places = torch.where(slots < 0, (len(self._tags) - 1) * self._block, slots).long()
-        self._tags.flatten(0, 1)[places] = tags.to(self._tags.dtype)
+        self._tags.flatten(0, 1)[_places(slots, self._tags)] = tags.to(self._tags.dtype)
 
     def images(self, table: Tensor, length: int) -> list[ImageSpan]:
         """Return the images among a request's first tokens, whole, in order.
@@ -141,6 +163,11 @@ class Tags:
         """
         used = table[: -(-length // self._block)].long()
         return spans_in(self._tags[used].flatten(0, 1)[:length].cpu())
+
+
+def _places(slots: Tensor, kept: Tensor) -> Tensor:
+    """Return LongTensor [n], where slots are in what is kept [blocks + 1, block, ...], flat."""
+    return torch.where(slots < 0, (len(kept) - 1) * kept.shape[1], slots).long()
 
 
 def spans_in(tags: Tensor) -> list[ImageSpan]:

@@ -48,6 +48,7 @@ class Read:
     first: int
     stop: int
     masked: bool = True
+    weighed: bool = True
 
 
 @dataclass
@@ -68,6 +69,21 @@ class Served:
     )
     window: int | None = None
     dtype: torch.dtype = torch.float32
+    # How often a prompt's tokens count, 0 for those that are hidden; None for once each.
+    hides: bool = False
+    counts: bool = False
+
+    def counted(self, name: str) -> Tensor:
+        """Return how often each token of a prompt counts; equal beginnings count alike."""
+        length, spans, _ = self.prompts[name]
+        result = torch.ones(length, dtype=torch.int64)
+        for start, stop in spans:
+            places = torch.arange(start, stop)
+            if self.counts:
+                result[start:stop] = 1 + places % 4
+            if self.hides:
+                result[start:stop] *= places % 3 > 0
+        return result
 
     def case(self, one: Read) -> Case:
         """Return what is computed of a prompt, on its own."""
@@ -76,6 +92,9 @@ class Served:
         images = tuple(ImageSpan(*span) for span in spans)
         sinks = layout_with_sinks(length, images, SINKS).sinks
         prompt = Prompt(one.stop, cut, one.first, [sink for sink in sinks if sink < one.stop])
+        if one.weighed:
+            counts = self.counted(one.name)[: one.stop]
+            prompt.bias, prompt.visible = counts.clamp(min=1).log(), counts > 0
         categories = MIXED if one.masked else ("dense",) * 4
         case = Case([prompt], categories, KEY_HEADS, WIDTH, dtype=self.dtype, window=self.window)
         query, key, value = self.states(one.name)
@@ -122,8 +141,8 @@ def served(backend: str, setting: Served, batches: Sequence[Sequence[Read]]) -> 
     ours._layers, ours._steps, ours._metadata, ours._tags = [layer], {}, [], {}
     ours._chunks, ours._checked = OrderedDict(), True
     ours._sinks, ours._block = SINKS, 16
-    ours._codes, ours._weighs, ours._pooled = {}, False, None
-    ours.reach = RowNumbers(2, 256, torch.device("cpu"))
+    ours._codes, ours._weighs, ours._pooled = {}, setting.hides or setting.counts, None
+    ours.reach = RowNumbers(3, 256, torch.device("cpu"))
     given: list[int] = []
     own = functools.partial(plain, given, setting.window, scale)
     found = []
@@ -178,6 +197,8 @@ def attention_of(backend: str, **more: Any) -> Any:
 
 def write_reach(reach: Any, setting: Served, batch: Sequence[Read], around: Any) -> None:
     """Write what comes with the rows of images of a batch."""
+    from tokenprune_vllm.tags import to_codes
+
     numbers, is_row = [], []
     for one in batch:
         length, spans, _ = setting.prompts[one.name]
@@ -185,7 +206,9 @@ def write_reach(reach: Any, setting: Served, batch: Sequence[Read], around: Any)
         for start, stop in spans:
             of_image[start:stop] = True
         of_image, columns = of_image[one.first : one.stop], around(of_image)
-        numbers.append(columns[:, one.first : one.stop][:, of_image] * one.masked)
+        codes = to_codes(setting.counted(one.name))[one.first : one.stop] * one.weighed
+        columns = torch.cat([columns[:, one.first : one.stop] * one.masked, codes[None]])
+        numbers.append(columns[:, of_image])
         is_row.append(of_image)
     rows = torch.cat(is_row)
     if bool(rows.any()):
@@ -259,6 +282,21 @@ def test_a_servers_batches_are_what_each_prompt_is_alone(run: Run, backend: str)
 
 def test_batches_in_bfloat16(run: Run) -> None:
     compare(run, "FLASH_ATTN", Served(dtype=torch.bfloat16), BATCHES[:2], 2e-2)
+
+
+@pytest.mark.parametrize("kind", ["hides", "counts", "both"])
+def test_keys_that_are_hidden_or_count_several_times(run: Run, kind: str) -> None:
+    setting = Served(hides=kind != "counts", counts=kind != "hides")
+    batches = [
+        *BATCHES[:4],
+        # Beside each other: under masks alone, weighed alone, both, and vLLM's.
+        [Read("new", 0, 30, weighed=False), Read("plain", 0, 59, masked=False),
+         Read("images", 0, 90)],
+        [Read("text", 0, 9), Read("plain", 59, 60, masked=False)],
+    ]  # fmt: skip
+    given = compare(run, "FLASH_ATTN", setting, batches, 3e-6)
+    # A step behind a prompt with such keys is ours, too.
+    assert given == [[20], [1], [], [], [], [9]]
 
 
 def compare(
