@@ -161,7 +161,8 @@ def _sizes(
     # `generate` runs the encoder itself, and passes on what came out in place of the pixels.
     encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
     if encoded is not None:
-        return [len(rows) for rows in encoded.pooler_output]
+        # Those of a video may come frame by frame.
+        return [rows[..., 0].numel() for rows in encoded.pooler_output]
     if family.mrope:
         name = f"{modality}_grid_thw"
         if arguments.get(name) is None:

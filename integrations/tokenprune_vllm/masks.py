@@ -54,8 +54,8 @@ logger = init_logger("vllm.tokenprune")  # vLLM shows loggers below its own name
 _CHUNKS = 8
 """Chunks of prompts whose masks are kept for the next layers, and the next prompts like them."""
 
-_UNSEEN = ("alibi_slopes", "logits_soft_cap", "sinks", "kv_sharing_target_layer_name")
-"""Attributes of vLLM's implementations that change logits, or read another layer's cache."""
+_UNSEEN = ("alibi_slopes", "logits_soft_cap", "sinks")
+"""Attributes of vLLM's implementations that change logits."""
 
 Own = Callable[..., Tensor]
 """vLLM's `forward` of a layer's implementation."""
@@ -563,8 +563,8 @@ class Masks:
         own: Own,
         module: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         kv_cache: Tensor,
         attn_metadata: Any,
         output: Tensor,
@@ -580,7 +580,8 @@ class Masks:
             vLLM's.
         module, query, key, value, kv_cache, attn_metadata, output
             Its arguments: queries [n, H, d], keys and values [n, G, d] of the batch, the cache
-            [blocks, G, block, 2 * d], and where the result goes [n, H, d].
+            [blocks, G, block, 2 * d], and where the result goes [n, H, d]. A layer that reads the
+            cache of an earlier one has no keys and values of its own.
         **more
             Its other arguments.
         """
@@ -600,20 +601,18 @@ class Masks:
                 )
             rows = step.rows
             found = torch.empty_like(output[rows])
-            own(
-                *(module, query[rows], key[rows], value[rows], kv_cache, step.metadata),
-                output=found,
-                **more,
-            )
+            states = [None if one is None else one[rows] for one in (key, value)]
+            own(module, query[rows], *states, kv_cache, step.metadata, output=found, **more)
             output[rows] = found
         if layer.on_gpu:
             step.plans.attend(layer, query, kv_cache, attn_metadata, output)
             return output
         for one in step.masked:
-            keys, values = key[one.rows].transpose(0, 1), value[one.rows].transpose(0, 1)
-            if one.first:
+            if one.first or key is None or value is None:
                 table = attn_metadata.block_table[one.request]
                 keys, values = keys_and_values(kv_cache, table, one.length, layer.attention.isa)
+            else:
+                keys, values = key[one.rows].transpose(0, 1), value[one.rows].transpose(0, 1)
             queries = query[one.rows].transpose(0, 1)
             output[one.rows] = self._attended(layer, one, queries, keys, values).transpose(0, 1)
         return output

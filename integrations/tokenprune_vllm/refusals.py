@@ -183,6 +183,11 @@ def check_masks(vllm_config: Any, family: Family, settings: ServerSettings | Non
         ),
         (vllm_config.speculative_config is not None, "--speculative-config"),
         (
+            bool(getattr(cache, "kv_sharing_fast_prefill", False)),
+            "--kv-sharing-fast-prefill (layers without keys of their own see the last tokens of a "
+            "prompt alone)",
+        ),
+        (
             parallel.pipeline_parallel_size > 1,
             "--pipeline-parallel-size above 1 (later stages are not told where images stand)",
         ),

@@ -211,10 +211,11 @@ def pruning_of(arguments: argparse.Namespace) -> tuple[PruningConfig, dict[str, 
 
     alone = (arguments.pruning, arguments.method, arguments.keep) == (None, None, None)
     if alone and arguments.masks is not None:
-        if arguments.apply is not None or arguments.proportional_attention:
+        hides = arguments.apply is not None or arguments.proportional_attention
+        if hides or arguments.scope != "item":
             raise ConfigError(
-                "--apply and --proportional-attention are about the tokens of --method and --keep, "
-                "which are missing. Give these, or --masks alone."
+                "--apply, --proportional-attention and --scope are about the tokens of --method "
+                "and --keep, which are missing. Give these, or --masks alone."
             )
         return UNPRUNED, _request_methods(arguments, UNPRUNED)
     if arguments.pruning is not None:

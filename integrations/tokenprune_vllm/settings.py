@@ -152,10 +152,16 @@ class Pooled:
 
         allowed = [one.name for one in fields(PooledBlocks)]
         options: dict[str, Any] = {}
-        _, _, given = text.partition(":")
-        for part in filter(None, given.split(",")):
+        _, colon, given = text.partition(":")
+        for part in given.split(",") if colon else ():
             name, equals, value = part.rpartition("=")
             name = name if equals else "keep"
+            if not part or name in options:
+                what = f"says {name} twice" if part else "has nothing behind its colon, or a comma"
+                raise ConfigError(
+                    f"{text!r} {what}. Give a share of the blocks, as in pooled:0.25; or options, "
+                    "each once, as in pooled:keep=null,mass=0.9; or pooled alone, for the defaults."
+                )
             if name not in allowed:
                 raise ConfigError(
                     f"{text!r}: blocks chosen from the data have no option {name!r}. "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,11 @@ from tokenprune.masks.pooled import PooledBlocks
 from tokenprune_hf.engine import cache_argument
 from tokenprune_hf.layout import decoder_of, identity_of, image_spans_of
 
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "llava", "gemma3"]
+# Layers of Gemma 3n have keys of earlier ones, and those of Kimi-K2.5 keep latent states.
+FAMILIES = [
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "llava_onevision", "llava", "gemma3"),
+    *("idefics3", "mistral3", "cohere2_vision", "glm4v", "paddleocr_vl", "gemma3n", "kimi_k25"),
+]
 MIXED: tuple[tuple[Category, ...], ...] = (
     ("sink", "intra", "intra+sink", "dense"),
     ("intra", "intra", "sink", "intra+sink"),
@@ -65,14 +70,18 @@ def words(input_ids: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def by_words(
-    owner: Sequence[int], category: Category, both_ways: bool, window: int | None
+    owner: Sequence[int],
+    category: Category,
+    both_ways: bool,
+    window: int | None,
+    places_of_sinks: Sequence[int] = SINKS,
 ) -> Tensor:
     """Write a head's mask out pair by pair, from the table in `tokenprune.masks.patterns`."""
     length = len(owner)
     sinks = set()
     for image in set(owner) - {-1, -2}:
         places = [place for place in range(length) if owner[place] == image]
-        sinks |= {places[sink] for sink in SINKS if -len(places) <= sink < len(places)}
+        sinks |= {places[sink] for sink in places_of_sinks if -len(places) <= sink < len(places)}
     allowed = torch.zeros(length, length, dtype=torch.bool)
     for query in range(length):
         for key in range(length):
@@ -96,13 +105,10 @@ def masked_by_hand(
     model: Any, inputs: dict[str, Any], categories: Sequence[Sequence[Category]]
 ) -> Iterator[None]:
     """Let the decoder read prompts with whole maps under masks of `by_words`, and then go on."""
-    decoder = decoder_of(model)
-    number_of = {layer.self_attn: number for number, layer in enumerate(decoder.layers)}
     owners = words(inputs["input_ids"], inputs["attention_mask"])
     both_ways = "token_type_ids" in inputs and model.config.model_type == "gemma3"
 
-    @functools.cache
-    def masks(layer: int, window: int | None) -> Tensor:
+    def allowed(layer: int, window: int | None) -> Tensor:
         return torch.stack(
             [
                 torch.stack([by_words(owner, one, both_ways, window) for one in categories[layer]])
@@ -110,6 +116,28 @@ def masked_by_hand(
             ]
         )
 
+    with attention_by_hand(model, allowed):
+        yield
+
+
+@contextmanager
+def attention_by_hand(
+    model: Any, allowed: Callable[[int, int | None], Tensor], logs: Tensor | None = None
+) -> Iterator[None]:
+    """Let the decoder read prompts with whole maps, and then go on as it does by itself.
+
+    Parameters
+    ----------
+    model
+        The whole model.
+    allowed
+        Of the number of a layer and its window, which pairs it lets through: bool [B, H, L, L].
+    logs
+        [L], what is added to the logits of each key.
+    """
+    decoder = decoder_of(model)
+    number_of = {layer.self_attn: number for number, layer in enumerate(decoder.layers)}
+    made = functools.cache(allowed)
     plain = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
 
     def attention(
@@ -118,11 +146,12 @@ def masked_by_hand(
         if query.shape[2] != key.shape[2]:
             return plain(module, query, key, value, attention_mask, **kwargs)
         window = getattr(module, "sliding_window", None)
-        allowed = masks(number_of[module], window)
+        pairs = made(number_of[module], window)
         times = query.shape[1] // key.shape[1]
         wide = [one.repeat_interleave(times, dim=1) for one in (key, value)]
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        logits = (query @ wide[0].transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
+        logits = query @ wide[0].transpose(-1, -2) * scale
+        logits = (logits if logs is None else logits + logs).masked_fill(~pairs, -torch.inf)
         return (logits.softmax(dim=-1).nan_to_num() @ wide[1]).transpose(1, 2), None
 
     AttentionInterface.register("by-hand", attention)
@@ -147,7 +176,8 @@ def test_all_dense_is_the_plain_model(name: str) -> None:
     with torch.no_grad():
         plain = model(**inputs).logits
         answer = model.generate(**inputs, **GREEDY)
-        with tokenprune_hf.sparse(model, heads_of(model, [["dense"] * 4] * 2)) as sparse:
+        dense: list[list[Category]] = [["dense"] * 4] * len(decoder_of(model).layers)
+        with tokenprune_hf.sparse(model, heads_of(model, dense)) as sparse:
             assert_same(model(**inputs).logits, plain, inputs)
             assert sparse.density == 1.0
             assert torch.equal(model.generate(**inputs, **GREEDY), answer)
@@ -156,12 +186,13 @@ def test_all_dense_is_the_plain_model(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_masks_are_those_of_the_table(name: str) -> None:
     model, inputs = setting(name)
+    mixed = list(itertools.islice(itertools.cycle(MIXED), len(decoder_of(model).layers)))
     with torch.no_grad():
         plain = model(**inputs).logits
-        with masked_by_hand(model, inputs, MIXED):
+        with masked_by_hand(model, inputs, mixed):
             expected = model(**inputs).logits
             answer = model.generate(**inputs, **GREEDY)
-        with tokenprune_hf.sparse(model, heads_of(model, MIXED)) as sparse:
+        with tokenprune_hf.sparse(model, heads_of(model, mixed)) as sparse:
             assert_same(model(**inputs).logits, expected, inputs)
             assert 0 < sparse.density < 1
             assert [len(layout.images) for layout in sparse.layouts] == [
@@ -174,7 +205,7 @@ def test_masks_are_those_of_the_table(name: str) -> None:
             for name, value in inputs.items()
             if name in ("input_ids", "attention_mask", "token_type_ids")
         }
-        with masked_by_hand(model, repeated, MIXED):
+        with masked_by_hand(model, repeated, mixed):
             assert torch.equal(model.generate(**inputs, **GREEDY, num_beams=2), beams)
     real = inputs["attention_mask"].bool()
     assert not torch.allclose(expected[real], plain[real], rtol=1e-2, atol=1e-2)

@@ -72,6 +72,18 @@ def test_touching_images_are_told_apart_in_generate_too(name: str) -> None:
         assert [(one.start, one.stop) for one in sparse.layouts[1].images] == expected
 
 
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision"])
+def test_a_video_in_generate(name: str) -> None:
+    """Whose rows the encoder returns frame by frame, or end to end."""
+    model, inputs = TINY[name].model(), prompt(TINY[name], ["tvt"])
+    with torch.no_grad(), tokenprune_hf.sparse(model, heads_of(model, MIXED)) as sparse:
+        model(**inputs)
+        forward = sparse.layouts
+        model.generate(**inputs, max_new_tokens=1)
+        assert sparse.layouts == forward
+    assert [len(one.images) for one in forward] == [1]
+
+
 def test_frames_of_a_video_with_times_between_them() -> None:
     model = TINY["qwen3_vl"].model()
     inputs = prompt(TINY["qwen3_vl"], ["tvi", "iv"])

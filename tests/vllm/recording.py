@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tokenprune.errors import UnsupportedModelError
+from tokenprune.masks import HeadCategories
 
 
 class Recording:
@@ -113,6 +114,11 @@ class Recording:
         """Return how many layers have another attention than vLLM's own."""
         layers = self.model_runner.compilation_config.static_forward_context.values()
         return sum("forward" in vars(layer.impl) for layer in layers)
+
+    def exchange_heads(self, path: str) -> None:
+        """Have the masks of another heads file of the same model from here on."""
+        runner = self.model_runner
+        runner.get_model()._masks.exchange(HeadCategories.load(path), runner.vllm_config)
 
     def memory(self) -> dict[str, int]:
         """Return how many encoded images the worker still holds, and how many requests."""

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends import cpu_attn
 
 import tokenprune_hf
 import tokenprune_vllm
+from tests.hf.models import SLIDING
 from tests.vllm import checkpoints
 from tests.vllm.checkpoints import CALLED_WITH, WORDS
 from tests.vllm.engines import engine, greedy, kept
@@ -114,7 +115,9 @@ class Both:
         with context:
             output = self.hf.model.generate(**inputs, **options)
         tokens = output.sequences[0, length:].tolist()
-        scores = [logits[0].log_softmax(dim=-1) for logits in output.logits]
+        # vLLM scales the logits of Cohere2, and transformers' class of Cohere2 Vision does not.
+        scale = getattr(self.hf.model.config.get_text_config(), "logit_scale", 1.0)
+        scores = [(scale * logits[0]).log_softmax(dim=-1) for logits in output.logits]
         return tokens, [float(one[token]) for one, token in zip(scores, tokens, strict=True)]
 
     def said(self, llm: Any, cases: Sequence[Case]) -> list[Said]:
@@ -142,8 +145,8 @@ def differ(one: Said, other: Said) -> bool:
     )
 
 
-def both(family: str, folder: Path, categories: Sequence[Category] = MIXED) -> Both:
-    folder = checkpoints.save(family, folder)
+def both(family: str, folder: Path, categories: Sequence[Category] = MIXED, **changes: Any) -> Both:
+    folder = checkpoints.save(family, folder, **changes)
     hf = reference(family, folder)
     heads = heads_of(hf.model, categories)
     heads.save(folder / "heads.json")
@@ -160,7 +163,7 @@ def small(family: str, tokens: int) -> dict[str, Any]:
         "block_size": 32,
         "max_model_len": 32 * blocks,
         # Layers with a window have blocks of their own.
-        "num_gpu_blocks_override": (blocks + 1) * (1 + (family == "gemma3")) + 1,
+        "num_gpu_blocks_override": (blocks + 1) * (1 + (family in SLIDING)) + 1,
     }
 
 
@@ -582,6 +585,9 @@ def test_blocks_are_named_in_the_place_of_a_file() -> None:
     for name, error, says in (
         ("pooled:kepe=0.5", ConfigError, "Did you mean 'keep'"),
         ("pooled:many", ConfigError, "'many' is no value of keep"),
+        ("pooled:", ConfigError, "'pooled:' has nothing behind its colon"),
+        ("pooled:0.25,", ConfigError, "nothing behind its colon, or a comma"),
+        ("pooled:0.25,keep=0.5", ConfigError, "says keep twice"),
         ("pooled:2", OptionError, "keep=2 is no share"),
         (3, ConfigError, "masks is a int"),
     ):
@@ -647,11 +653,15 @@ def test_servers_are_started_with_masks(tmp_path: Path, monkeypatch: pytest.Monk
     assert both_at_once.masks == alone.masks
     with pytest.raises(ConfigError, match="--keep is missing"):
         settings("--method", "divprune")
+    for more in (("--scope", "image"), ("--apply", "mask"), ("--proportional-attention",)):
+        with pytest.raises(ConfigError, match="--method and --keep, which"):
+            settings(*more)
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"cache_config": {"cache_dtype": "fp8"}}, "--kv-cache-dtype fp8"),
     ({"cache_config": {"kv_offloading_size": 1.0}}, "--kv-offloading-size"),
+    ({"cache_config": {"kv_sharing_fast_prefill": True}}, "--kv-sharing-fast-prefill"),
     ({"kv_transfer_config": object()}, "--kv-transfer-config"),
     ({"speculative_config": object()}, "--speculative-config"),
     ({"parallel_config": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size"),
@@ -696,6 +706,9 @@ def test_engines_in_which_masks_would_be_wrong_are_refused(
     text.layer_types = ["full_attention", "chunked_attention"]
     family.known = False
     with pytest.raises(UnsupportedModelError, match=r"no known family.*one chunk of the prompt"):
+        check_masks(config, family)
+    family.images_see_each_other = True  # as Molmo 2's
+    with pytest.raises(UnsupportedModelError, match="images see each other in both directions"):
         check_masks(config, family)
 
 

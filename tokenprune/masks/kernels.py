@@ -137,7 +137,8 @@ class Prepared:
         if self._blocks is not None:
             return _flex(query, key, value, self._blocks, scale)
         if self._plans:
-            output = torch.empty_like(query)
+            # Values may have another width than keys, as where layers keep latent states.
+            output = query.new_empty(*query.shape[:2], value.shape[-1])
             work = Work(query, key, value, scale, output)
             for plan, of_heads in self._plans:
                 plan(work, list(range(heads)) if of_heads is None else of_heads)
