@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import json
 import math
 import multiprocessing
@@ -45,6 +44,7 @@ from train_demo_model import (
     Layout,
     collate,
     encode,
+    keep_memory,
     learning_rate,
     logits_of,
     scene_records,
@@ -309,14 +309,6 @@ def train(options: argparse.Namespace) -> None:
         json.dumps({**{k: str(v) for k, v in vars(options).items() if k != "run"}}, indent=1)
     )
     print(f"trained, encoding included: {spent()}")
-
-
-def keep_memory() -> None:
-    """Have the C library keep freed memory for the next step: new pages cost a seventh of one."""
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL("libc.so.6")
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            library.mallopt(option, 1 << 30)
 
 
 def added(mask: torch.Tensor) -> torch.Tensor:

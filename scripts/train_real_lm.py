@@ -61,6 +61,7 @@ from train_demo_model import (
     collate,
     encode,
     evaluate,
+    keep_memory,
     tokens_of,
 )
 from transformers import (
@@ -960,6 +961,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     options.work.mkdir(parents=True, exist_ok=True)
