@@ -42,6 +42,7 @@ from PIL import Image
 from train_demo_model import (
     Branch,
     Layout,
+    added,
     collate,
     encode,
     keep_memory,
@@ -309,11 +310,6 @@ def train(options: argparse.Namespace) -> None:
         json.dumps({**{k: str(v) for k, v in vars(options).items() if k != "run"}}, indent=1)
     )
     print(f"trained, encoding included: {spent()}")
-
-
-def added(mask: torch.Tensor) -> torch.Tensor:
-    """Return what is added to scores, in bfloat16: 0 where the mask is true, else -inf."""
-    return torch.zeros(mask.shape, dtype=torch.bfloat16).masked_fill_(~mask, -math.inf)
 
 
 def attend(

@@ -590,6 +590,11 @@ def collate(prefix: tuple[int, ...], rows: Sequence[Sequence[Branch]], pad: int)
     )
 
 
+def added(mask: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Return what is added to scores: 0 where the mask is true, else -inf."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)
+
+
 def logits_of(
     model: InternVLForConditionalGeneration, batch: Batch, features: torch.Tensor, image_id: int
 ) -> torch.Tensor:

@@ -57,6 +57,7 @@ from train_demo_model import (
     Batch,
     Branch,
     Layout,
+    added,
     build_processor,
     collate,
     encode,
@@ -661,10 +662,7 @@ def logits_of(
     seen[:, :, length:] = mask
     hidden = model.model.language_model(
         inputs_embeds=torch.cat([before, embed(ids)], dim=1),
-        # Added to the products, as plain attention does it.
-        attention_mask=torch.zeros(seen.shape, dtype=before.dtype, device=device).masked_fill(
-            ~seen, torch.finfo(before.dtype).min
-        ),
+        attention_mask=added(seen, before.dtype),  # every token sees itself, so no row is empty
         position_ids=torch.cat(
             [torch.arange(length, device=device).expand(rows, -1), positions], dim=1
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
@@ -21,18 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tokenprune_hf
+from tests.script_modules import imported
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import TRAINED_FILE, WEIGHTS, bundled_model_path
 
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    folder = str(Path(__file__).parents[2] / "scripts")
-    sys.path.insert(0, folder)
-    try:
-        yield importlib.import_module("multi_image")
-    finally:
-        sys.path.remove(folder)
+    with imported("multi_image") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
