@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -428,8 +429,8 @@ def test_minutes_end_a_run_with_a_checkpoint(
 ) -> None:
     drawing = script.Drawing(layout, pictures, script.Pictures((), ()), seed=4)
     options = options_for(tmp_path, minutes=0.0, fit_steps=0)
-    assert script.train(model, layout, drawing, pictures, options).step == 0
-    assert script.Checkpoints(tmp_path / "run").newest().name == "checkpoint-0000000"
+    assert script.train(model, layout, drawing, pictures, options).step == 1
+    assert script.Checkpoints(tmp_path / "run").newest().name == "checkpoint-0000001"
 
 
 def test_validation_counts_answers_that_would_be_generated(
@@ -489,3 +490,50 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / smollm2.LORA_FILE)
     with pytest.raises(BundledModelError, match=smollm2.PROJECTOR_FILE):
         smollm2.bundled_smollm2_path(tmp_path, weights=tmp_path)
+
+
+def train_part(rank: int, count: int, meeting: Path, work: Path, language_model: Path) -> None:
+    """Train with others, as one of several processes."""
+    torch.set_num_threads(1)
+    with imported("train_real_lm") as script:
+        tokenizer = script.build_tokenizer(language_model)
+        layout = script.SubwordLayout(script.build_processor(tokenizer, scenes.IMAGE_SIZE))
+        rng = np.random.default_rng(3)
+        features = rng.normal(size=(12, 256, 384)).astype(np.float16)
+        pictures = script.Pictures((features,), tuple(a_scene(rng) for _ in range(12)))
+        torch.manual_seed(0)
+        built = script.build_model(language_model, tokenizer, torch.float32)
+        drawing = script.Drawing(layout, pictures, script.Pictures((), ()), seed=4)
+        # One row of some steps is a pair, so that one process has no part of its kind.
+        options = options_for(work, batch=3, pairs=0.3)
+        processes = script.Processes(rank, count, meeting)
+        script.train(built, layout, drawing, pictures, options, processes)
+
+
+def test_processes_that_share_steps_learn_what_one_alone_does(
+    language_model: Path, tmp_path: Path
+) -> None:
+    found = []
+    for count in (1, 2):
+        work = tmp_path / str(count)
+        context = multiprocessing.get_context("spawn")
+        started = [
+            context.Process(
+                target=train_part, args=(rank, count, tmp_path / "meeting", work, language_model)
+            )
+            for rank in range(count)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(timeout=300)
+            assert process.exitcode == 0
+        (checkpoint,) = (work / "run").iterdir()
+        state = json.loads((checkpoint / "state.json").read_text("utf-8"))
+        found.append((load_file(checkpoint / "trained.safetensors"), state))
+    (one, alone), (two, shared) = found
+    assert (shared["step"], shared["images"]) == (alone["step"], alone["images"]) == (4, 12)
+    assert [row["images"] for row in shared["curve"]] == [row["images"] for row in alone["curve"]]
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5)
