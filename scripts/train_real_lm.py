@@ -968,7 +968,7 @@ def train(
     before = signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
     started = time.monotonic()
     losses: list[float] = []
-    at = (state.images, state.seconds, processes.count * time.process_time())
+    at = (state.images, state.seconds, *processes.add((), (time.process_time(),)))
     shares = Shares(
         options.pairs, options.easy_share, options.captions, options.shuffled, options.questions
     )
@@ -1064,7 +1064,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="features, language model, run")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training, then stop")
     parser.add_argument(
-        "--images", type=int, default=40_000, help="pictures to see, repeated ones too"
+        "--images", type=int, default=10_000, help="pictures to see, repeated ones too"
     )
     parser.add_argument("--out", type=Path, help="write weights there and evaluate them")
     parser.add_argument("--gguf", type=Path, help="default: the installed package's")
