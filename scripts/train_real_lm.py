@@ -1087,11 +1087,15 @@ def main() -> None:
     parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
-    parser.add_argument("--processes", type=int, default=2, help="that share a step's pictures")
+    parser.add_argument(
+        "--processes", type=int, help="that share a step's pictures; default: 2, on a GPU always 1"
+    )
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.device != "cpu" or not options.processes:
+        options.processes = 2 if options.device == "cpu" else 1
     keep_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

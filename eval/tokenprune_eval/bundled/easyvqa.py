@@ -7,14 +7,13 @@ best reported per type.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import Literal
 
-from tokenprune.errors import MissingPackageError
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.questions import Question
+from tokenprune_eval.bundled.shipped import shipped_file
 
 PACKAGE = "easy-vqa"
 
@@ -37,20 +36,8 @@ def easy_vqa_folder(split: Split) -> Path:
     """
     if split not in ("train", "test"):
         raise BundledModelError(f"easy-VQA has the splits 'train' and 'test', not {split!r}.")
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingPackageError(
-            f"the question set easy-VQA comes from the package {PACKAGE}, which is not installed. "
-            f"Install it with: pip install {PACKAGE}==1.0"
-        ) from None
-    folder = Path(str(distribution.locate_file(f"easy_vqa/data/{split}")))
-    if not (folder / "questions.json").is_file():
-        raise BundledModelError(
-            f"{PACKAGE} {distribution.version} is installed, but {folder.name}/questions.json is "
-            f"not in it. Install the known version with: pip install {PACKAGE}==1.0"
-        )
-    return folder
+    file = f"easy_vqa/data/{split}/questions.json"
+    return shipped_file(PACKAGE, file, f"pip install {PACKAGE}==1.0").parent
 
 
 def load_easy_vqa(split: Split) -> list[Question]:

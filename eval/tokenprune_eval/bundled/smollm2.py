@@ -18,18 +18,18 @@ are renamed to what InternVL's processor asks for (`RENAMED`), so that the vocab
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenprune.errors import MissingPackageError, reason_of
+from tokenprune.errors import reason_of
 from tokenprune.files import making_folder
 from tokenprune.packages import install_command, missing_packages
 from tokenprune_eval.bundled.encoder import encoder_weights
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.model import default_cache_dir
+from tokenprune_eval.bundled.shipped import shipped_file
 from tokenprune_eval.packages import GGUF, LANGUAGE_MODEL
 
 if TYPE_CHECKING:
@@ -70,18 +70,9 @@ def gguf_path() -> Path:
     BundledModelError
         If it is installed without the file.
     """
-    try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        lacking = [one for one in (GGUF, LANGUAGE_MODEL) if not one.is_there()]
-        raise missing_packages(lacking, "demo", "the language model SmolLM2-135M") from None
-    path = Path(str(distribution.locate_file(GGUF_FILE)))
-    if not path.is_file():
-        raise BundledModelError(
-            f"{PACKAGE} {distribution.version} is installed, but {GGUF_FILE} is not in it. Install "
-            f"the known version with: {install_command([LANGUAGE_MODEL], 'demo')}"
-        )
-    return path
+    lacking = [one for one in (GGUF, LANGUAGE_MODEL) if not one.is_there()]
+    absent = missing_packages(lacking, "demo", "the language model SmolLM2-135M")
+    return shipped_file(PACKAGE, GGUF_FILE, install_command([LANGUAGE_MODEL], "demo"), absent)
 
 
 def language_model_path(cache_dir: Path, gguf: Path | None = None) -> Path:
@@ -128,16 +119,18 @@ def language_model_path(cache_dir: Path, gguf: Path | None = None) -> Path:
 def _dequantise(source: Path, made: Path) -> None:
     """Write configuration, tokenizer and weights; the weights last, for they say it is whole."""
     if not GGUF.is_there():
-        raise MissingPackageError(
-            f"reading {source.name} needs the package gguf. Install it with: pip install gguf"
-        )
+        raise missing_packages([GGUF], "demo", f"reading {source.name}")
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as of_transformers
 
+    logging: Any = of_transformers  # untyped
     models: Any = AutoModelForCausalLM  # untyped in transformers
     tokenizers: Any = AutoTokenizer
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # among what a command or a server writes they are no use
     try:
         model = models.from_pretrained(**where, dtype=torch.float32)
         tokenizers.from_pretrained(**where).save_pretrained(made)
@@ -146,6 +139,9 @@ def _dequantise(source: Path, made: Path) -> None:
             f"transformers cannot read the GGUF file {source}: {reason_of(error)}. Install the "
             f"known one with: {install_command([LANGUAGE_MODEL], 'demo')}"
         ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     _rename_tokens(made / "tokenizer.json", source)
     # Dequantised weights are plain ones; with the quantisation named, nothing could be saved.
     config = model.config.to_dict()
