@@ -372,6 +372,7 @@ def options_for(work: Path, **changed: Any) -> argparse.Namespace:
         "validate_every": 3,
         "validate_on": 10,
         "checkpoint_every": 2,
+        "threads": 1,
         "seed": 4,
     }
     return argparse.Namespace(**{**values, **changed})
@@ -431,8 +432,8 @@ def test_minutes_end_a_run_with_a_checkpoint(
 ) -> None:
     drawing = script.Drawing(layout, pictures, script.Pictures((), ()), seed=4)
     options = options_for(tmp_path, minutes=0.0, fit_steps=0)
-    assert script.train(model, layout, drawing, pictures, options).step == 1
-    assert script.Checkpoints(tmp_path / "run").newest().name == "checkpoint-0000001"
+    assert script.train(model, layout, drawing, pictures, options).step == 0
+    assert script.Checkpoints(tmp_path / "run").newest().name == "checkpoint-0000000"
 
 
 def test_validation_counts_answers_that_would_be_generated(

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from tokenprune.errors import MissingPackageError
 from tokenprune_eval.bundled.errors import BundledModelError
 from tokenprune_eval.bundled.questions import Question
 from tokenprune_eval.bundled.shipped import shipped_file
@@ -36,8 +37,12 @@ def easy_vqa_folder(split: Split) -> Path:
     """
     if split not in ("train", "test"):
         raise BundledModelError(f"easy-VQA has the splits 'train' and 'test', not {split!r}.")
-    file = f"easy_vqa/data/{split}/questions.json"
-    return shipped_file(PACKAGE, file, f"pip install {PACKAGE}==1.0").parent
+    install = f"pip install {PACKAGE}==1.0"
+    absent = MissingPackageError(
+        f"the question set easy-VQA comes from the package {PACKAGE}, which is not installed. "
+        f"Install it with: {install}"
+    )
+    return shipped_file(PACKAGE, f"easy_vqa/data/{split}/questions.json", install, absent).parent
 
 
 def load_easy_vqa(split: Split) -> list[Question]:

