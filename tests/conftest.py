@@ -53,7 +53,7 @@ def _words(item: pytest.Item) -> set[str]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one of several processes have all engines and command lines, and files stay whole.
+    """Let one of several processes have all of vLLM's engines, and files stay whole.
 
     An engine takes its memory when it starts, and two that start together starve each other.
     """
@@ -61,7 +61,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # not typed
         def _split_scope(self, nodeid: str) -> str:
-            engines = nodeid.startswith(("tests/lmms/", "tests/vllm/"))
+            engines = nodeid.startswith("tests/vllm/")
             return "engines" if engines else nodeid.partition("::")[0]
 
     return Lanes(config, log)

@@ -19,7 +19,7 @@ from tokenprune_eval.bundled.model import bundled_model_path
 
 tf: Any = transformers  # its auto classes are not typed
 
-QUESTIONS = 200
+QUESTIONS = 100
 KEEP = 12
 METHODS = (
     "cls-attention",
