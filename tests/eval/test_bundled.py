@@ -20,7 +20,9 @@ pytest.importorskip("onnx", reason="the bundled model needs the extra `eval`")
 import torch
 from PIL import Image
 
+import tokenprune_hf
 from tokenprune.errors import MissingPackageError
+from tokenprune.providers import BUNDLED_SMOLLM2
 from tokenprune_eval.bundled import encoder, scenes
 from tokenprune_eval.bundled.easyvqa import load_easy_vqa
 from tokenprune_eval.bundled.errors import BundledModelError
@@ -69,7 +71,7 @@ def answers(loaded: tuple[Any, Any], questions: list[Question]) -> list[str]:
         processor_kwargs={"padding": True},
     )
     with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     texts = processor.batch_decode(
         output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
@@ -119,6 +121,14 @@ def test_it_answers_scene_questions(loaded: tuple[Any, Any]) -> None:
     assert np.mean(hits) >= 0.9
 
 
+def test_with_smollm2_it_answers_scene_questions() -> None:
+    questions = scenes.load_scenes()[::65]
+    given = answers(tokenprune_hf.load(BUNDLED_SMOLLM2), questions)
+    hits = [a == q.answer for a, q in zip(given, questions, strict=True)]
+    assert len(hits) == 40
+    assert np.mean(hits) >= 0.85
+
+
 def test_it_answers_easy_vqa(loaded: tuple[Any, Any]) -> None:
     questions = load_easy_vqa("test")[::97][:96]
     given = answers(loaded, questions)
@@ -149,7 +159,7 @@ def test_it_answers_after_a_system_prompt(loaded: tuple[Any, Any]) -> None:
             return_tensors="pt",
         )
         with torch.inference_mode():
-            output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         same += text.strip() == before
     assert same >= 10

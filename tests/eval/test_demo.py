@@ -109,7 +109,7 @@ def _record(right: bool, kept: list[int]) -> Record:
 def test_intervals_are_of_the_independent_questions() -> None:
     questions = [_question(str(number), f"{number // 10}.png", "yes") for number in range(60)]
     records = [_record(number < 40, [0, 1, 2, 3]) for number in range(60)]
-    row = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0))
+    row = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0, 4.0))
     assert row.correct == 40
     # Six images, each wholly right or wrong: five questions, of which two thirds are right.
     low, high = wilson(10 / 3, 5)
@@ -176,7 +176,7 @@ def test_rows_count_answers_and_evidence() -> None:
     ]
     # Cut off before it named anything: neither right nor wrong to an evaluation, wrong here.
     records[2].correct, records[2].cut = None, True
-    row = make_row("s", "m", "original", questions, records, evidence, Cost(1.0, 2.0, 3.0))
+    row = make_row("s", "m", "original", questions, records, evidence, Cost(1.0, 2.0, 3.0, 4.0))
     assert (row.correct, row.questions, row.accuracy) == (2, 4, 0.5)
     assert row.by_type == {
         "color": {"accuracy": 0.5, "questions": 2},
@@ -185,7 +185,7 @@ def test_rows_count_answers_and_evidence() -> None:
     }
     assert row.evidence_kept == (1 + 0 + 1 + 0.5) / 4
     assert (row.visual_tokens, row.of_visual_tokens, row.keep) == (2, 4, 0.5)
-    without = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0))
+    without = make_row("s", "m", "original", questions, records, None, Cost(1.0, 2.0, 3.0, 4.0))
     assert without.evidence_kept is None
 
 
@@ -327,8 +327,9 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
             correct=950,
             visual_tokens=64,
             of_visual_tokens=64,
-            prefill_ms=12.0,
+            encode_ms=130.0,
             selection_ms=0.0,
+            prefill_ms=120.0,
             peak_memory_mib=2.0,
             evidence_kept=None if place else 1.0,
             positions="original",
@@ -355,6 +356,7 @@ def made_up(tmp_path: Path) -> tuple[Results, list[Example]]:
         "run": EVIL,
         "settings": {"seed": 0, "positions": "original", "evidence": EVIL, "intervals": EVIL},
         "model": {"name": EVIL, "architecture": "X", "parameters": 25e6, "dtype": "float32"},
+        "timed": {"name": EVIL, "parameters": 145e6},
         "versions": {"python": "3"},
         "machine": {"processor": EVIL, "cores": 2, "threads": 2, "system": "Linux"},
         "subsets": {
@@ -479,7 +481,8 @@ def test_demo_has_a_row_for_everything(ran: Ran) -> None:
         low, high = wilson(row["correct"], row["questions"])
         assert row["ci_low"] <= low + 1e-9
         assert row["ci_high"] >= high - 1e-9
-        assert row["prefill_ms"] > 0
+        assert min(row["encode_ms"], row["prefill_ms"]) > 0
+        assert (row["selection_ms"] > 0) == (row["keep"] < 1)
         assert row["peak_memory_mib"] > 0
         if row["method"] != "oracle":
             assert row["visual_tokens"] == tokens_kept(row["keep"], 64)
@@ -514,6 +517,8 @@ def test_demo_measures_pruning(ran: Ran) -> None:
         # Fewer tokens are less memory; at 1.0 nothing is selected, which may save some.
         memory = [row["peak_memory_mib"] for row in rows]
         assert memory[:-1] == sorted(memory[:-1])
+        # The language model that is timed reads 2 tokens sooner than 64.
+        assert rows[0]["prefill_ms"] < 0.8 * rows[-1]["prefill_ms"]
     assert {row["positions"] for row in ran.content["rows"]} == {"original"}
     assert {row["positions"] for row in ran.content["other_positions"]} == {"compact"}
     assert len({row["method"] for row in ran.content["other_positions"]}) >= 3
@@ -639,7 +644,7 @@ def test_an_interrupted_run_continues_and_a_finished_one_begins_anew(
     assert f"{len(records)} answers, 40 of them known\n" in _demo(tmp_path, capsys)
     continued = json.loads((tmp_path / "results.json").read_text("utf-8"))
     for before, after in zip(results["rows"], continued["rows"], strict=True):
-        for name in ("prefill_ms", "selection_ms"):
+        for name in ("encode_ms", "selection_ms", "prefill_ms"):
             before.pop(name), after.pop(name)
         assert before == after
 

@@ -53,6 +53,9 @@ PAD = "<|endoftext|>"
 """The token for padding; the GGUF file names the end-of-turn token, which labels need."""
 
 
+WEIGHTS = Path(__file__).with_name("smollm2_weights")
+"""Folder of the committed files."""
+
 LORA_FILE = "lora.safetensors"
 """Trained changes of the language model's matrices: two factors each, whose product is added."""
 
@@ -176,7 +179,7 @@ def _rename_tokens(file: Path, source: Path) -> None:
 
 
 def bundled_smollm2_path(
-    cache_dir: Path | None = None, *, weights: Path, gguf: Path | None = None
+    cache_dir: Path | None = None, *, weights: Path = WEIGHTS, gguf: Path | None = None
 ) -> Path:
     """Folder of the checkpoint with SmolLM2-135M behind the bundled encoder, made the first time.
 
@@ -188,7 +191,7 @@ def bundled_smollm2_path(
     cache_dir
         Where checkpoints are kept; by default `default_cache_dir`.
     weights
-        Folder of `LORA_FILE`, `PROJECTOR_FILE` and the JSON files.
+        Folder of `LORA_FILE`, `PROJECTOR_FILE` and the JSON files, for those who train their own.
     gguf
         The quantised language model; by default `gguf_path`.
 
@@ -212,8 +215,8 @@ def bundled_smollm2_path(
     absent = [file for file in trained if not file.is_file()]
     if absent:
         raise BundledModelError(
-            f"trained weights are missing: {', '.join(map(str, absent))}. "
-            "scripts/train_real_lm.py trains them."
+            f"trained weights are missing: {', '.join(map(str, absent))}. They are part of a "
+            "checkout and of the wheel; scripts/train_real_lm.py trains them anew."
         )
     copied = sorted(file for file in weights.iterdir() if file.is_file() and file not in trained)
     root = cache_dir if cache_dir is not None else default_cache_dir()

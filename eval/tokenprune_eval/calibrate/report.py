@@ -15,7 +15,7 @@ from tokenprune.baselines import resizes
 from tokenprune.config import ABSTAINED, PruningConfig
 from tokenprune.errors import ConfigError
 from tokenprune.formats import KEY
-from tokenprune.providers import BUNDLED
+from tokenprune.providers import BUNDLED_MODELS
 from tokenprune_eval.calibrate.abstention import (
     Abstention,
     abstain,
@@ -341,7 +341,7 @@ def print_report(console: Console, report: Report) -> None:
             )
         else:
             say(f"{report.files[method]}: {serve_command(model, config)}")
-    if model == BUNDLED:
+    if model in BUNDLED_MODELS:
         say(
             "The bundled model is a test object and no public VLM: its budgets say nothing about "
             "public models."

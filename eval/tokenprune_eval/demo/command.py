@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tokenprune.arguments import Parser, add_methods, add_positions
 from tokenprune.errors import ConfigError
 from tokenprune.packages import Package
-from tokenprune_eval.packages import BUNDLED_MODEL, REPORT, RUN_FOLDER, SETTINGS
+from tokenprune_eval.packages import MODELS, REPORT, RUN_FOLDER, SETTINGS
 from tokenprune_hf.packages import TRANSFORMERS
 
 if TYPE_CHECKING:
-    from tokenprune_eval.demo.preset import Preset
+    from tokenprune_eval.demo.preset import DemoSet, Preset
+    from tokenprune_eval.demo.results import Results
 
 HELP = "run the bundled model on two question sets, pruned by several methods, and write a report"
-FULL_MINUTES = 5  # on two quiet cores
+FULL_MINUTES = 9  # on two quiet cores
 EXTRA = "demo"
 
 
 def needs(arguments: argparse.Namespace) -> tuple[Package, ...]:
     """Return what it imports."""
-    return (*TRANSFORMERS, *SETTINGS, *RUN_FOLDER, *REPORT, Package("easy_vqa"), *BUNDLED_MODEL)
+    models = (package for one in MODELS.values() for package in one)
+    return (*TRANSFORMERS, *SETTINGS, *RUN_FOLDER, *REPORT, Package("easy_vqa"), *models)
 
 
 def configure(parser: Parser) -> None:
@@ -107,14 +108,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     from tokenprune_eval.demo import runner
     from tokenprune_eval.demo.report import render
-    from tokenprune_eval.demo.terminal import print_accuracy, print_details
+    from tokenprune_eval.demo.terminal import print_accuracy, print_costs, print_details
     from tokenprune_eval.shared.progress import RunProgress, progress_console
 
     console = Console()
+
+    def print_set(asked: DemoSet, results: Results) -> None:
+        rows = [row for row in results.rows if row.dataset == asked.name]
+        print_accuracy(console, preset.name, asked, rows)
+        print_costs(console, results.about["timed"]["name"], rows)
+
     with RunProgress(progress_console(console)) as progress:
-        results, examples = runner.run(
-            preset, out, progress, partial(print_accuracy, console, preset.name)
-        )
+        results, examples = runner.run(preset, out, progress, print_set)
         progress.at("writing the report")
         report = out / runner.REPORT
         write_whole(report, render(results, examples))

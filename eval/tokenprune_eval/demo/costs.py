@@ -1,10 +1,10 @@
-"""What one question costs: time of the language model's prefill, time of selecting, memory."""
+"""What one question costs: encoding, selecting, the language model's prefill, and memory."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,9 @@ from tokenprune.budget import Keep
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
-from tokenprune_eval.shared.asking import selected
+from tokenprune_eval.shared.asking import selected, without_pixels
 from tokenprune_hf.vision import vision_model
 
-ROUNDS = 9
 MEBIBYTE = 2**20
 
 
@@ -29,26 +28,31 @@ class Cost:
 
     Attributes
     ----------
-    prefill_ms
-        Milliseconds in the language model until the first answer token can be chosen; median.
+    encode_ms
+        Milliseconds in the vision encoder and the projector; median, the same for every condition.
     selection_ms
-        Milliseconds that scoring and picking take; median. The vision encoder is not in it.
+        Milliseconds that scoring and picking take, the language model's layers included that a
+        method reads the question with; median.
+    prefill_ms
+        Milliseconds in the language model until the first answer token can be chosen; median, the
+        same for every method that keeps as many tokens.
     peak_memory_mib
         MiB (2**20 bytes) that torch holds at most during that call, selection included, beyond
         the weights and the encoded image.
     """
 
-    prefill_ms: float
+    encode_ms: float
     selection_ms: float
+    prefill_ms: float
     peak_memory_mib: float
 
 
 def measure(
     model: Any,
-    inputs: dict[str, Any],
-    encoded: tokenprune_hf.Encoded,
+    inputs: Mapping[str, Any],
+    needs: Sequence[str],
     conditions: Sequence[tuple[str | Selector, Keep]],
-    rounds: int = ROUNDS,
+    rounds: int,
 ) -> list[Cost]:
     """Measure several conditions on one question, turn by turn, so that noise hits all alike.
 
@@ -59,9 +63,9 @@ def measure(
     model
         The model, not pruned.
     inputs
-        input_ids and attention_mask [1, L].
-    encoded
-        The question's image.
+        One question about one image, as the processor lays it out.
+    needs
+        What the methods look at.
     conditions
         Method and budget of each condition; ``keep=1.0`` selects nothing.
     rounds
@@ -72,40 +76,52 @@ def measure(
     list of Cost
         In the order of `conditions`.
     """
-    prefill: list[list[float]] = [[] for _ in conditions]
-    selection: list[list[float]] = [[] for _ in conditions]
-    peaks = [0.0 for _ in conditions]
+    text = without_pixels(inputs)
     vision = vision_model(model)
+    encode: list[float] = []
+    prefill: dict[Keep, list[float]] = {keep: [] for _, keep in conditions}
+    selection: list[list[float]] = [[] for _ in conditions]
+    peaks = []
 
     def call() -> None:
-        model(**inputs, encoded=encoded, logits_to_keep=1)
+        model(**text, encoded=encoded, logits_to_keep=1)
 
     with torch.inference_mode():
-        for turn in range(-1, rounds):
-            for place, (method, keep) in enumerate(conditions):
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            encoded = tokenprune_hf.encode(model, needs=needs, **inputs)
+            encode.append(time.perf_counter() - start)
+            for keep, spent in prefill.items():
                 with (
-                    tokenprune_hf.prune(model, method, keep),
+                    # Which tokens they are makes no difference to the language model's time.
+                    tokenprune_hf.prune(model, "uniform", keep),
                     _stopwatch(model.model.language_model) as seconds,
                 ):
-                    if turn == rounds - 1:
-                        peaks[place] = peak_bytes(call) / MEBIBYTE
                     call()
-                if turn < 0:
-                    continue
-                prefill[place].append(seconds[-1])
+                spent.append(seconds[-1])
+            for (method, keep), spent in zip(conditions, selection, strict=True):
                 if keep != 1.0:
                     selector = build(method, {}) if isinstance(method, str) else method
                     start = time.perf_counter()
-                    selected(vision, inputs, encoded, selector, keep)
-                    selection[place].append(time.perf_counter() - start)
+                    selected(vision, text, encoded, selector, keep)
+                    spent.append(time.perf_counter() - start)
+        for method, keep in conditions:
+            with tokenprune_hf.prune(model, method, keep):
+                peaks.append(peak_bytes(call) / MEBIBYTE)
     return [
         Cost(
-            prefill_ms=1000 * statistics.median(prefill[place]),
-            selection_ms=1000 * statistics.median(selection[place] or [0.0]),
-            peak_memory_mib=peaks[place],
+            encode_ms=_typical_ms(encode),
+            selection_ms=_typical_ms(spent),
+            prefill_ms=_typical_ms(prefill[keep]),
+            peak_memory_mib=peak,
         )
-        for place in range(len(conditions))
+        for (_, keep), spent, peak in zip(conditions, selection, peaks, strict=True)
     ]
+
+
+def _typical_ms(seconds: Sequence[float]) -> float:
+    """Return the median in milliseconds, without the first, which warmed up; 0 of nothing."""
+    return 1000 * statistics.median(seconds[1:] or [0.0])
 
 
 @contextmanager

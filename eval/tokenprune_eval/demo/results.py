@@ -38,8 +38,9 @@ class Row:
     visual_tokens, of_visual_tokens
         Visual tokens the language model read of each image (of the oracle the mean), and of how
         many.
-    prefill_ms, selection_ms, peak_memory_mib
-        See `Cost`; of the oracle on a question with a typical number of tokens.
+    encode_ms, selection_ms, prefill_ms, peak_memory_mib
+        See `Cost`; of the model that is timed, and of the oracle on a question with a typical
+        number of tokens.
     evidence_kept
         Share of the tokens that show the answer that were kept, mean over questions; None where
         the set does not say where that is.
@@ -59,13 +60,19 @@ class Row:
     correct: int
     visual_tokens: float
     of_visual_tokens: int
-    prefill_ms: float
+    encode_ms: float
     selection_ms: float
+    prefill_ms: float
     peak_memory_mib: float
     evidence_kept: float | None
     positions: str
     by_type: dict[str, dict[str, float]]
     unpruned: bool = False
+
+    @property
+    def first_token_ms(self) -> float:
+        """Milliseconds from the image to the first answer token."""
+        return self.encode_ms + self.selection_ms + self.prefill_ms
 
 
 def said(record: Record) -> str:
@@ -128,8 +135,9 @@ def make_row(
         correct=sum(right),
         visual_tokens=tokens,
         of_visual_tokens=total,
-        prefill_ms=cost.prefill_ms,
+        encode_ms=cost.encode_ms,
         selection_ms=cost.selection_ms,
+        prefill_ms=cost.prefill_ms,
         peak_memory_mib=cost.peak_memory_mib,
         evidence_kept=shares,
         positions=positions,

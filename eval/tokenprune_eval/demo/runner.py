@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import COVERED, Oracle, evidence_mask
 from tokenprune_eval.demo.preset import (
     ORACLE,
+    TIMED,
     DemoSet,
     Preset,
     choosers,
@@ -38,7 +40,7 @@ from tokenprune_eval.evaluation.runner import Planned, answer_all
 from tokenprune_eval.evaluation.store import Store
 from tokenprune_eval.results.files import ITEMS, RECORDS, RUN, read_run
 from tokenprune_eval.results.records import UNPRUNED, Condition, Record
-from tokenprune_eval.shared.asking import answer
+from tokenprune_eval.shared.asking import answer, laid_out
 from tokenprune_eval.shared.machine import cores, processor, versions
 from tokenprune_eval.shared.progress import RunProgress
 
@@ -106,7 +108,7 @@ def run(
     preset: Preset,
     out: Path,
     progress: RunProgress,
-    finished: Callable[[DemoSet, Sequence[Row]], None],
+    finished: Callable[[DemoSet, Results], None],
 ) -> tuple[Results, list[Example]]:
     """Run everything; ``results.json`` is written as sets finish.
 
@@ -121,7 +123,7 @@ def run(
     progress
         Is told how far the run is.
     finished
-        Is given each question set and its rows as soon as all of them are there.
+        Is given each question set as soon as all of its rows are in the results.
 
     Returns
     -------
@@ -150,13 +152,14 @@ def run(
     conditions = list({each.key: each for one in plan for each in one.conditions}.values())
     results = Results(out / RESULTS, {})
     examples: list[Example] = []
+    timed = Timed(TIMED)
 
     def answered(planned: Planned, engine: Engine) -> None:
         if not isinstance(engine, TransformersEngine):
             raise TypeError(f"the demo runs transformers, not {type(engine).__name__}")
-        of_set = _AnsweredSet(preset, sets[planned.data.name], engine, out)
-        results.about = results.about or _about(preset, list(sets.values()), engine)
-        progress.at(f"{of_set.name}: timing, methods taking turns")
+        of_set = _AnsweredSet(preset, sets[planned.data.name], engine, timed, out)
+        progress.at(f"{of_set.name}: timing on {TIMED}, methods taking turns")
+        results.about = results.about or _about(preset, list(sets.values()), engine, timed)
         rows, others = of_set.rows()
         results.rows += rows
         results.other_positions += others
@@ -164,7 +167,7 @@ def run(
         results.about["same_as_plain_model"][of_set.name] = of_set.compare_with_plain()
         results.save()
         examples.extend(of_set.examples())
-        finished(sets[of_set.name], rows)
+        finished(sets[of_set.name], results)
 
     with _one_core_each(), Store(out) as store:
         _begin(out, preset)
@@ -234,6 +237,33 @@ def _begin(out: Path, preset: Preset) -> None:
         (out / name).unlink(missing_ok=True)
 
 
+class Timed:
+    """The model that is timed, loaded when it is first asked for.
+
+    Parameters
+    ----------
+    name
+        A name that `tokenprune_hf.load` takes.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Model and processor."""
+        return tokenprune_hf.load(self.name)
+
+    def inputs(self, question: Question) -> dict[str, Any]:
+        """Return a question as its processor lays it out."""
+        return laid_out(*self.loaded, question.question, load_image(question.path))
+
+    def about(self) -> dict[str, Any]:
+        """Return what the results say of it."""
+        model, _ = self.loaded
+        return {"name": self.name, "parameters": sum(one.numel() for one in model.parameters())}
+
+
 class _AnsweredSet:
     """One question set, answered under every condition.
 
@@ -245,17 +275,25 @@ class _AnsweredSet:
         The set.
     engine
         What answered, with nothing to do.
+    timed
+        What is timed.
     out
         The run's folder, which has the answers.
     """
 
     def __init__(
-        self, preset: Preset, asked: DemoSet, engine: TransformersEngine, out: Path
+        self,
+        preset: Preset,
+        asked: DemoSet,
+        engine: TransformersEngine,
+        timed: Timed,
+        out: Path,
     ) -> None:
         self.preset = preset
         self.name = asked.name
         self.questions = asked.data.questions
         self.engine = engine
+        self.timed = timed
         self._asked = asked
         ids = [f"{self.name}/{question.id}" for question in self.questions]
         found = {(one.condition, one.item): one for one in read_run(out).records}
@@ -318,10 +356,9 @@ class _AnsweredSet:
             oracle = oracle_condition(self.preset.positions)
             keys.append((ORACLE, oracle.keep))
             conditions.append((Oracle(places[None]), len(places)))
-        inputs = self._inputs(self.questions[typical])
-        encoded = tokenprune_hf.encode(self.engine.model, needs=self.engine.needs, **inputs)
-        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        costs = measure(self.engine.model, text, encoded, conditions)
+        model, _ = self.timed.loaded
+        inputs = self.timed.inputs(self.questions[typical])
+        costs = measure(model, inputs, self.engine.needs, conditions, self.preset.rounds)
         return dict(zip(keys, costs, strict=True))
 
     def _inputs(self, question: Question) -> dict[str, Any]:
@@ -386,7 +423,9 @@ class _AnsweredSet:
         return chosen[:wanted]
 
 
-def _about(preset: Preset, sets: Sequence[DemoSet], engine: TransformersEngine) -> dict[str, Any]:
+def _about(
+    preset: Preset, sets: Sequence[DemoSet], engine: TransformersEngine, timed: Timed
+) -> dict[str, Any]:
     """Return everything a reader needs to run the same again."""
     packages = ("tokenprune-vlm", "torch", "transformers", "numpy", "pillow", "statsmodels")
     about = engine.about()
@@ -407,6 +446,7 @@ def _about(preset: Preset, sets: Sequence[DemoSet], engine: TransformersEngine) 
             "name": "the bundled model, no public VLM",
             **{name: about[name] for name in ("architecture", "parameters", "dtype")},
         },
+        "timed": timed.about(),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},

@@ -38,12 +38,11 @@ def print_accuracy(console: Console, run: str, asked: DemoSet, rows: Sequence[Ro
 
 
 def print_details(console: Console, rows: Sequence[Row], positions: Sequence[Row]) -> None:
-    """Print, for each set, what was kept of the evidence and what a question costs."""
+    """Print, for each set, what was kept of the evidence, and the other way to count positions."""
     for dataset in dict.fromkeys(row.dataset for row in rows):
         of_set = [row for row in rows if row.dataset == dataset]
         if any(row.evidence_kept is not None for row in of_set):
             console.print(_evidence(dataset, of_set))
-        console.print(_costs(dataset, of_set))
     if positions:
         console.print(_positions(rows, positions))
 
@@ -119,8 +118,22 @@ def _evidence(dataset: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _costs(dataset: str, rows: Sequence[Row]) -> Table:
-    table = plain_table(f"\n{dataset}: what one question costs, by visual tokens")
+def print_costs(console: Console, timed: str, rows: Sequence[Row]) -> None:
+    """Print what a question of a set costs.
+
+    Parameters
+    ----------
+    console
+        Where.
+    timed
+        The model that was timed.
+    rows
+        All rows of the set.
+    """
+    table = plain_table(
+        f"\n{rows[0].dataset}: milliseconds to the first answer token on {timed}, one core, by "
+        "visual tokens"
+    )
     table.add_column("", no_wrap=True)
     budgets = _budgets(rows)
     at = {
@@ -129,18 +142,22 @@ def _costs(dataset: str, rows: Sequence[Row]) -> Table:
     }
     for keep in budgets:
         table.add_column(_tokens(rows, keep), justify="right", no_wrap=True)
-    prefill = [statistics.median(row.prefill_ms for row in at[keep]) for keep in budgets]
-    memory = [statistics.median(row.peak_memory_mib for row in at[keep]) for keep in budgets]
-    table.add_row("prefill, ms", *(f"{value:.1f}" for value in prefill))
-    table.add_row("peak memory, MiB", *(f"{value:.2f}" for value in memory))
-    table.add_section()
     for method in _methods(rows):
         own = [next(row for row in at[keep] if row.method == method) for keep in budgets]
-        table.add_row(
-            f"selection by {method}, ms",
-            *("" if row.unpruned else f"{row.selection_ms:.1f}" for row in own),
-        )
-    return table
+        table.add_row(method, *(_sooner(row, rows[0]) for row in own))
+    table.add_section()
+    table.add_row("of it encoding", *(f"{at[keep][0].encode_ms:.0f}" for keep in budgets))
+    table.add_row("of it prefill", *(f"{at[keep][0].prefill_ms:.0f}" for keep in budgets))
+    memory = [statistics.median(row.peak_memory_mib for row in at[keep]) for keep in budgets]
+    table.add_row("peak memory, MiB", *(f"{value:.1f}" for value in memory))
+    console.print(table)
+
+
+def _sooner(row: Row, unpruned: Row) -> Text:
+    """Return a time and how many times as soon it is as the unpruned model's."""
+    times = unpruned.first_token_ms / row.first_token_ms
+    compared = "" if row.unpruned else "slower" if times < 1 else f"x{times:.2f}"
+    return Text.assemble((f"{row.first_token_ms:.0f}", "bold"), (f"\n{compared}", "dim"))
 
 
 def _positions(rows: Sequence[Row], others: Sequence[Row]) -> Table:

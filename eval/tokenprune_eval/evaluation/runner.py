@@ -19,7 +19,7 @@ from tokenprune.errors import (
     UnsupportedModelError,
     did_you_mean,
 )
-from tokenprune.providers import BUNDLED
+from tokenprune.providers import BUNDLED_MODELS
 from tokenprune_eval.data.load import choose, load_data
 from tokenprune_eval.data.question import DataSet, Question
 from tokenprune_eval.evaluation.checks import check_before_model
@@ -215,7 +215,7 @@ def answer_all(
         settings,
         {
             "data": [{"name": one.data.name, "of": one.data.drawn_from} for one in plan],
-            "bundled": settings.model == BUNDLED,
+            "bundled": settings.model in BUNDLED_MODELS,
             "versions": versions(),
             "machine": machine(),
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -19,6 +19,7 @@ from tokenprune.baselines import RESIZE
 from tokenprune.config import Positions
 from tokenprune.errors import InputFileError, reason_of
 from tokenprune.formats import check_format
+from tokenprune.providers import BUNDLED_MODELS
 from tokenprune_eval.data.question import Question, Scoring
 from tokenprune_eval.results.records import (
     UNPRUNED,
@@ -415,7 +416,7 @@ def summarise(
     return Results(
         complete=bool(about.get("complete")),
         model="" if model is None else str(model),
-        bundled=about.get("bundled") is True or model == "bundled",
+        bundled=about.get("bundled") is True or model in BUNDLED_MODELS,
         started=about.get("started"),
         wall_seconds=about.get("seconds"),
         data=[
