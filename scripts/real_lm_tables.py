@@ -180,7 +180,6 @@ def layers_of(model: Any, processor: Any) -> list[dict[str, float]]:
     questions = [one for one in scenes.load_scenes() if one.type in OF_ONE_ITEM]
     drawn = np.random.default_rng(0).choice(len(questions), LOOKED_AT, replace=False)
     chosen = [questions[int(number)] for number in drawn]
-    rows: list[list[dict[str, float]]] = []
     with torch.inference_mode(), measure_dominance(model) as dominance:
         for question in chosen:
             inputs = tokenprune_hf.ask(

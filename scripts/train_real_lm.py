@@ -127,7 +127,7 @@ def build_config(language_model: Path, tokenizer: PreTrainedTokenizerBase) -> In
     """InternVL's configuration: the bundled encoder's shape, the given language model."""
     configs: Any = AutoConfig  # untyped in transformers
     text: dict[str, Any] = configs.from_pretrained(language_model).to_dict()
-    for name in ("architectures", "dtype", "transformers_version"):
+    for name in ("architectures", "dtype", "transformers_version", "_name_or_path"):
         text.pop(name, None)
     # The end of a turn ends an answer; padding has a token of its own.
     text.update(

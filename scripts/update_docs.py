@@ -167,8 +167,8 @@ def positions_table(results: dict[str, Any]) -> str:
 def headline(folder: Path) -> str:
     """Return the first paragraph's number: of what `real_lm_tables.py` asked and timed."""
     answers, times = (
-        [row for row in json.loads(file.read_text())["rows"] if row["data_set"] == "scenes"]
-        for file in (folder / "methods" / "results.json", folder / "time" / "results.json")
+        [row for row in complete(folder / name)["rows"] if row["data_set"] == "scenes"]
+        for name in ("methods", "time")
     )
     of = {row["method"]: row for row in answers if row["keep"] == 0.25}
     timed = {row["method"]: row for row in times if row["keep"] == 0.25}
@@ -216,11 +216,17 @@ def demo_texts(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def eval_texts(folder: Path) -> dict[str, str]:
-    """Return the README's tables of an evaluation; its own table and report go into docs/."""
-    results = json.loads((folder / "results.json").read_text())
+def complete(folder: Path) -> dict[str, Any]:
+    """Return what a complete evaluation found."""
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
     if not results["complete"]:
         raise SystemExit(f"{folder} is of a run that did not finish; run it again")
+    return results
+
+
+def eval_texts(folder: Path) -> dict[str, str]:
+    """Return the README's tables of an evaluation; its own table and report go into docs/."""
+    results = complete(folder)
     shutil.copyfile(folder / "report.html", ROOT / "docs" / "evaluation_report.html")
     shutil.copyfile(folder / "table.md", ROOT / "docs" / "evaluation_table.md")
     parts = []

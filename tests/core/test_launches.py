@@ -191,7 +191,7 @@ class Bound:
 @contextmanager
 def counting_alone(method: str, few: bool = False) -> Iterator[Counted]:
     """Count a method's launches; what kernels choose is compared where they are interpreted."""
-    with counting(run_kernels=chooses(method, few)) as counted, suppress(SelectorError):
+    with counting(run_kernels=is_computed(method, few)) as counted, suppress(SelectorError):
         yield counted
 
 
@@ -206,7 +206,7 @@ SUMMED = ("feature-norm", "evs")
 """Methods of one kernel, a sum: interpreted for few tokens, and for many in `test_kernels`."""
 
 
-def chooses(method: str, few: bool = False) -> bool:
+def is_computed(method: str, few: bool = False) -> bool:
     """Say whether what a method keeps is computed while its launches are counted."""
     return method not in GREEDY and (few or method not in SUMMED)
 
@@ -263,7 +263,7 @@ def test_launches_and_waits_of_every_method(method: str, images: int) -> None:
         for _ in range(2):  # the first call works out what holds for the model
             with counting_alone(method) as counted:
                 selections = select_many(there, selector, keep)
-        if chooses(method):
+        if is_computed(method):
             for one, expected in zip(selections, select_many(on_cpu, selector, keep), strict=True):
                 assert one.kept.is_cuda
                 assert torch.equal(one.kept.cpu(), expected.kept)
@@ -286,7 +286,7 @@ def test_launches_and_waits_of_videos(
     few = videos == 1
     with counting_alone(method, few) as counted:
         selections = select_many([on_device(one) for one in on_cpu], selector, 128)
-    if chooses(method, few):
+    if is_computed(method, few):
         for one, expected in zip(selections, select_many(on_cpu, selector, 128), strict=True):
             assert torch.equal(one.kept.cpu(), expected.kept)
     most = kernels + (videos - 1) * an_item
@@ -311,7 +311,9 @@ def test_items_of_different_sizes_are_selected_together(method: str, keep: float
     for _ in range(2):
         with counting_alone(method, few=True) as counted:
             together = select_many([on_device(item) for item in on_cpu], selector, keep)
-    for one, expected in zip(together if chooses(method, few=True) else (), alone, strict=False):
+    for one, expected in zip(
+        together if is_computed(method, few=True) else (), alone, strict=False
+    ):
         assert one.grid == expected.grid
         assert one.kept.tolist() == expected.kept.tolist()
         assert (one.scores is None) == (expected.scores is None)

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+import tokenprune_hf
 from tests.eval.browser import CHROMIUM, browse
 from tokenprune.budget import tokens_kept
 from tokenprune.cli import main
@@ -33,7 +34,7 @@ from tokenprune.selectors.base import Selector
 from tokenprune.tokens import TokenBatch, VisualTokens
 from tokenprune_eval.data.choose import choose_media
 from tokenprune_eval.data.question import DataSet, Question
-from tokenprune_eval.demo.costs import Cost
+from tokenprune_eval.demo.costs import Cost, measure
 from tokenprune_eval.demo.evidence import Oracle, evidence_mask
 from tokenprune_eval.demo.preset import FULL, QUICK, choosers
 from tokenprune_eval.demo.report import render
@@ -229,6 +230,15 @@ def test_peak_memory_is_counted_to_the_byte() -> None:
 
 
 # Files ------------------------------------------------------------------------------------------
+
+
+def test_one_token_and_all_of_them_are_timed_apart() -> None:
+    model, processor = tokenprune_hf.load("bundled")
+    inputs = tokenprune_hf.ask(processor, "what is it?", image=Image.new("RGB", (224, 224)))
+    every, one = measure(model, inputs, (), [("uniform", 1.0), ("uniform", 1)], rounds=1)
+    assert every.selection_ms == 0 < one.selection_ms
+    assert every.prefill_ms != one.prefill_ms
+    assert every.encode_ms == one.encode_ms > 0
 
 
 def test_an_interrupted_write_leaves_the_old_file(

@@ -177,6 +177,11 @@ def test_dequantised_weights_are_the_quantised_ones_with_queries_and_keys_in_ord
     assert "quantization_config" not in config
 
 
+def test_the_committed_configuration_names_no_folder() -> None:
+    config = json.loads((smollm2.WEIGHTS / "config.json").read_text("utf-8"))
+    assert "_name_or_path" not in config["text_config"].keys() | config.keys()
+
+
 def test_dequantising_writes_nothing(
     quantised: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,9 +20,6 @@ METHODS = ("relevant-information", "cls-attention", "zeroth-order", "information
 LIKELIEST = 10
 STEPS = 3
 
-Steps = list[dict[int, float]]
-"""Log-probabilities of the likeliest tokens at each generated one."""
-
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 
 import tokenprune_hf
-from tokenprune.budget import Keep
+from tokenprune.budget import Keep, keeps_all
 from tokenprune.registry import build
 from tokenprune.selectors.base import Selector
 from tokenprune_eval.evaluation.engines.peak_memory import peak_bytes
 from tokenprune_eval.shared.asking import selected, without_pixels
+from tokenprune_eval.shared.timing import moment
 from tokenprune_hf.vision import vision_model
 
 MEBIBYTE = 2**20
@@ -79,7 +79,8 @@ def measure(
     text = without_pixels(inputs)
     vision = vision_model(model)
     encode: list[float] = []
-    prefill: dict[Keep, list[float]] = {keep: [] for _, keep in conditions}
+    # One token and all of them, 1 and 1.0, are one key of a dict.
+    prefill: dict[tuple[bool, Keep], list[float]] = {_budget(keep): [] for _, keep in conditions}
     selection: list[list[float]] = [[] for _ in conditions]
     peaks = []
 
@@ -88,23 +89,23 @@ def measure(
 
     with torch.inference_mode():
         for _ in range(rounds + 1):
-            start = time.perf_counter()
+            start = moment(model.device)
             encoded = tokenprune_hf.encode(model, needs=needs, **inputs)
-            encode.append(time.perf_counter() - start)
-            for keep, spent in prefill.items():
+            encode.append(moment(model.device) - start)
+            for (_, keep), spent in prefill.items():
                 with (
                     # Which tokens they are makes no difference to the language model's time.
                     tokenprune_hf.prune(model, "uniform", keep),
-                    _stopwatch(model.model.language_model) as seconds,
+                    _stopwatch(model.model.language_model, model.device) as seconds,
                 ):
                     call()
                 spent.append(seconds[-1])
             for (method, keep), spent in zip(conditions, selection, strict=True):
-                if keep != 1.0:
+                if not keeps_all(keep):
                     selector = build(method, {}) if isinstance(method, str) else method
-                    start = time.perf_counter()
+                    start = moment(model.device)
                     selected(vision, text, encoded, selector, keep)
-                    spent.append(time.perf_counter() - start)
+                    spent.append(moment(model.device) - start)
         for method, keep in conditions:
             with tokenprune_hf.prune(model, method, keep):
                 peaks.append(peak_bytes(call) / MEBIBYTE)
@@ -112,11 +113,15 @@ def measure(
         Cost(
             encode_ms=_typical_ms(encode),
             selection_ms=_typical_ms(spent),
-            prefill_ms=_typical_ms(prefill[keep]),
+            prefill_ms=_typical_ms(prefill[_budget(keep)]),
             peak_memory_mib=peak,
         )
         for (_, keep), spent, peak in zip(conditions, selection, peaks, strict=True)
     ]
+
+
+def _budget(keep: Keep) -> tuple[bool, Keep]:
+    return keeps_all(keep), keep
 
 
 def _typical_ms(seconds: Sequence[float]) -> float:
@@ -125,17 +130,17 @@ def _typical_ms(seconds: Sequence[float]) -> float:
 
 
 @contextmanager
-def _stopwatch(module: Any) -> Iterator[list[float]]:
+def _stopwatch(module: Any, device: torch.device) -> Iterator[list[float]]:
     """Time every call of a module while the block runs; the list gets seconds."""
     seconds: list[float] = []
     started = 0.0
 
     def before(*_: Any) -> None:
         nonlocal started
-        started = time.perf_counter()
+        started = moment(device)
 
     def after(*_: Any) -> None:
-        seconds.append(time.perf_counter() - started)
+        seconds.append(moment(device) - started)
 
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
     try:

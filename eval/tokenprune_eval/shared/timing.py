@@ -1,4 +1,4 @@
-"""Times of what a device computes: for the engine `hf`, `tokenprune advise` and scripts."""
+"""Times of what a device computes: for the engine `hf`, the demo, `advise` and scripts."""
 
 from __future__ import annotations
 
