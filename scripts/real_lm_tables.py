@@ -3,16 +3,16 @@
 
     scripts/real_lm_tables.py ask OUT      # every method, both ways to count positions; hours
     scripts/real_lm_tables.py time OUT     # how soon some methods answer; on a quiet machine
-    scripts/real_lm_tables.py look OUT     # layers, sinks, dominance and heads; half an hour
-    scripts/real_lm_tables.py write OUT [--small methods-out] [--training WORK/run]
+    scripts/real_lm_tables.py look OUT     # layers, sinks, dominance and heads; minutes
+    scripts/real_lm_tables.py write OUT [--training WORK/run]
 
-``ask`` runs the evaluation of ``methods.yaml`` on `bundled-smollm2`, on images alone, into
-OUT/methods, and a part of it with compact positions into OUT/compact. Both go on where they ended.
+``ask`` runs the evaluation of ``methods.yaml`` on fewer questions about images, on `bundled` into
+OUT/small and on `bundled-smollm2` into OUT/methods, and a part of it with compact positions into
+OUT/compact. All go on where they ended.
 ``time`` asks fewer questions, one at a time, under some of the methods, into OUT/time.
 ``look`` reads questions about scenes with both bundled models, one at a time, and writes OUT/look.
-``write`` replaces the text between the markers of docs/real-lm.md; ``--small`` is the run of
-``methods.yaml`` on the small model, and ``--training`` the run of ``train_real_lm.py``. What is not
-given stays as it is.
+``write`` replaces the text between the markers of docs/real-lm.md; ``--training`` is the run of
+``train_real_lm.py``. What there is nothing of stays as it is.
 
 In ``look`` a layer's attention is that of the prompt's last token, from which the answer comes,
 mean over heads and questions. *Recall* is the share of the K tokens that ``flexselect`` ranks
@@ -28,7 +28,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ from update_docs import fill
 import tokenprune_hf
 from tokenprune.masks.coverage import thresholds
 from tokenprune.providers import BUNDLED_MODELS, BUNDLED_SMOLLM2
-from tokenprune.registry import build
+from tokenprune.question.reader import PromptReader
+from tokenprune.selectors.base import top_k
+from tokenprune.selectors.flexselect import FlexSelect, largest_number
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import default_cache_dir
 from tokenprune_eval.bundled.questions import Question
@@ -57,8 +59,9 @@ from tokenprune_eval.results.files import read_run
 from tokenprune_eval.results.records import UNPRUNED
 from tokenprune_eval.results.statistics import accuracy_of
 from tokenprune_eval.results.summary import Row, summarise
-from tokenprune_eval.shared.asking import answer, laid_out, selected
+from tokenprune_eval.shared.asking import answer, laid_out
 from tokenprune_eval.shared.progress import RunProgress
+from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.vision import vision_model
 
 HERE = Path(__file__).parent
@@ -105,7 +108,6 @@ def main() -> None:
         action = actions.add_parser(name, help=meaning)
         action.add_argument("out", type=Path, help="folder of all that is measured")
     writing = actions.choices["write"]
-    writing.add_argument("--small", type=Path, help="run of methods.yaml on the small model")
     writing.add_argument("--training", type=Path, help="folder of the run's checkpoints")
     arguments = parser.parse_args()
     if arguments.action == "ask":
@@ -115,15 +117,16 @@ def main() -> None:
     elif arguments.action == "look":
         look(arguments.out / "look")
     else:
-        write(arguments.out, arguments.small, arguments.training)
+        write(arguments.out, arguments.training)
 
 
 # Asking ------------------------------------------------------------------------------------------
 
 
 def ask(out: Path) -> None:
-    """Ask the model under every method and budget, and some of them with compact positions."""
-    evaluate(out / "methods", data=list(LIMIT), limit=LIMIT, method=of_images(), batch=16)
+    """Ask both models under every method and budget, and the larger with compact positions too."""
+    images: dict[str, Any] = {"data": list(LIMIT), "limit": LIMIT, "method": of_images()}
+    evaluate(out / "methods", batch=16, **images)
     evaluate(
         out / "compact",
         data=["scenes"],
@@ -133,6 +136,7 @@ def ask(out: Path) -> None:
         positions="compact",
         batch=16,
     )
+    run_file(out / "small", **images)
 
 
 def ask_one_by_one(out: Path) -> None:
@@ -143,15 +147,14 @@ def ask_one_by_one(out: Path) -> None:
 
 def evaluate(out: Path, **settings: Any) -> None:
     """Run the evaluation of ``methods.yaml`` on the pretrained model with other settings."""
-    given = {
-        "model": BUNDLED_SMOLLM2,
-        "options": {},  # the layer that ranks best is another one in each model
-        "max_new_tokens": NEW_TOKENS,
-        "out": str(out),
-        **settings,
-    }
+    # No options: the layer that ranks best is another one in each model.
+    run_file(out, model=BUNDLED_SMOLLM2, options={}, **settings)
+
+
+def run_file(out: Path, **settings: Any) -> None:
+    """Run the evaluation of ``methods.yaml`` with other settings."""
     with RunProgress(Console(stderr=True)) as progress:
-        runner.run(read_settings(given, HERE / "methods.yaml"), progress)
+        runner.run(read_settings({"out": str(out), **settings}, HERE / "methods.yaml"), progress)
 
 
 def of_images() -> list[str]:
@@ -201,31 +204,33 @@ def layers_of(model: Any, processor: Any) -> list[dict[str, float]]:
 def of_question(model: Any, processor: Any, question: Question) -> list[dict[str, float]]:
     """Return what is seen at each layer with one question."""
     inputs = tokenprune_hf.ask(processor, question.question, image=Image.open(question.image))
-    vision = vision_model(model)
-    encoded = tokenprune_hf.encode(model, needs=("query_attention",), **inputs)
     read = model(**inputs, output_attentions=True, output_hidden_states=True)
     visual = inputs["input_ids"][0] == model.config.image_token_id
-    (item,) = selected(vision, inputs, encoded, build("uniform", {}), 1.0)
+    items = prompt_items(
+        vision_model(model), inputs, tokenprune_hf.encode(model, **inputs), ("query_attention",)
+    )
+    ((item,),) = items.values()
     _, rows, columns = item.grid
     evidence = evidence_mask(question.evidence, image_size(question.image), (rows, columns))
     count = int(evidence.sum())
+    reader = cast(PromptReader, item.query_attention)
+    every = range(len(read.attentions))
+    (keys,) = reader.read_layers([torch.arange(rows * columns)], every, False, True)
     found = []
-    for number, attention in enumerate(read.attentions):
+    for layer, attention in enumerate(read.attentions):
         last = attention[0, :, -1].mean(dim=0)
-        states = read.hidden_states[number][0]
-        states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + 1e-6)
-        largest = states.abs().amax(dim=-1)
+        largest = largest_number(read.hidden_states[layer][0])
         row = {
             "first": float(last[0]),
             "visual": float(last[visual].sum()),
             "largest_first": float(largest[0]),
             "largest_visual": float(largest[visual].max()),
-            "sinks": float((largest[visual] > 20).sum()),
+            "sinks": float((largest[visual] > FlexSelect.sink_threshold).sum()),
         }
         for name, drop in (("recall", False), ("recall_without_sinks", True)):
-            selector = build("flexselect", {"layer": number, "drop_sinks": drop})
-            (kept,) = selected(vision, inputs, encoded, selector, count)
-            row[name] = float(evidence[kept.kept].sum()) / count
+            scores = FlexSelect(drop_sinks=drop).score_keys(keys[layer])
+            kept = top_k(scores[None], count)[0]
+            row[name] = float(evidence[kept].sum()) / count
         found.append(row)
     return found
 
@@ -285,11 +290,14 @@ def correct(model: Any, processor: Any, folder: Path, lines: Sequence[Any], head
 # Tables ------------------------------------------------------------------------------------------
 
 
-def write(out: Path, small: Path | None, training: Path | None) -> None:
+_RUNS = {"small": "small", "real": "methods"}
+
+
+def write(out: Path, training: Path | None) -> None:
     """Put the tables that there is data for into the page."""
     texts: dict[str, str] = {}
-    if (out / "methods").is_dir() and small is not None:
-        runs = {name: rows_of(run) for name, run in (("small", small), ("real", out / "methods"))}
+    if (out / "methods").is_dir():
+        runs = {name: rows_of(out / folder) for name, folder in _RUNS.items()}
         texts["accuracy"] = "\n\n".join(accuracies(runs, data) for data in LIMIT)
         texts["carries"] = carries_over(runs)
         if (out / "compact").is_dir():

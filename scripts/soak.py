@@ -698,7 +698,10 @@ class Watcher:
     def _watch(self) -> None:
         start = time.monotonic()
         said = 0.0
-        while True:
+        ended = False
+        while not ended:
+            # The last look comes after the load, however long a slow machine took for the others.
+            ended = self._done.is_set()
             seconds = time.monotonic() - start
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.samples.append(look(self.target, seconds))
@@ -712,8 +715,7 @@ class Watcher:
                     f"{self.samples[-1].files} temporary files",
                     soft_wrap=True,
                 )
-            if self._done.wait(self.every):
-                return
+            self._done.wait(self.every)
 
 
 def counters(target: Target) -> Counter[tuple[str, ...]]:
@@ -848,6 +850,8 @@ def growth_of(
 def grown(samples: Sequence[Sample], warm_up: float, allowed: float) -> list[Growth]:
     """Judge memory, threads, open files and temporary files after the warm-up.
 
+    Nothing is judged where no sample is from after it: the server has ended.
+
     Parameters
     ----------
     samples
@@ -858,6 +862,8 @@ def grown(samples: Sequence[Sample], warm_up: float, allowed: float) -> list[Gro
         MiB that a process may grow.
     """
     judged = [sample for sample in samples if sample.seconds >= warm_up]
+    if not judged:
+        return []
     seconds = [sample.seconds for sample in judged]
     found = []
     for process in sorted(set.intersection(*(set(sample.processes) for sample in judged))):
@@ -985,6 +991,8 @@ def soak(
     tally.failures += [f"process {name} ended" for name in sorted(gone)]
     tally.failures += [f"{one.name}: {one.counted} counted" for one in sums if not one.holds]
     tally.failures += [f"{one.name} grew by {one.grown:.1f}" for one in growths if not one.holds]
+    if not growths:
+        tally.failures.append("the server could not be looked at after the warm-up")
     preempted = round(after["preempted",] - before["preempted",])
     return Report(
         time.monotonic() - start,

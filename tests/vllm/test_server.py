@@ -6,9 +6,11 @@ import asyncio
 import dataclasses
 import importlib
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -293,6 +295,20 @@ def test_a_soak_sees_what_is_wrong(server: Server, soaking: Any) -> None:
         "temporary files",
     ]
     assert found["server: memory in MiB"].grown == pytest.approx(0.5 * 79)
+
+
+def test_processes_are_looked_at_once_more_after_the_load(soaking: Any, tmp_path: Path) -> None:
+    target = soaking.Target("", os.getpid(), tmp_path, "tiny", 256, tmp_path / "log")
+    with soaking.Watcher(target, 60, soaking.Tally()) as watcher:
+        while not watcher.samples:
+            time.sleep(0.01)
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 30, "nobody waits for the next look"
+    first, last = watcher.samples
+    assert 0 <= first.seconds < last.seconds
+    assert "server" in last.processes
+    assert soaking.grown(watcher.samples, last.seconds, 32)
+    assert soaking.grown(watcher.samples, last.seconds + 1, 32) == []
 
 
 @pytest.mark.parametrize(

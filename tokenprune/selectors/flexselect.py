@@ -84,7 +84,7 @@ class FlexSelect(LayerReading):
         keys_of_sets = given.read(
             sets, self.layer, values=self.weigh_values, hidden=self.drop_sinks
         )
-        return [self._score(keys)[None] for keys in keys_of_sets]
+        return [self.score_keys(keys)[None] for keys in keys_of_sets]
 
     def _reduce(self, attention: Tensor) -> Tensor:
         """[B, H, Q, n] -> [B, n]."""
@@ -100,24 +100,59 @@ class FlexSelect(LayerReading):
         # Folded: `Tensor.mean` would round equal tokens differently at different places.
         return folded_sum(rows, dim=1) / rows.shape[1]
 
-    def _score(self, keys: QueryKeys) -> Tensor:
-        """Return float32 [n]."""
+    def score_keys(self, keys: QueryKeys) -> Tensor:
+        """Return what the tokens of one prompt are ranked by.
+
+        Parameters
+        ----------
+        keys
+            The reference layer's; `QueryKeys.hidden` is needed to drop sinks, and
+            `QueryKeys.value_norm` to weigh values.
+
+        Returns
+        -------
+        Tensor
+            float32 [n].
+        """
         scores = question_scores(keys, self.reduction, self.weigh_values)
         if self.drop_sinks and keys.hidden is not None:
             # Below every other token's score, which is never negative, and in their own order.
-            scores = torch.where(self._is_sink(keys.hidden), scores - scores.max() - 1, scores)
+            largest = largest_number(keys.hidden, self._dimensions(keys.hidden.shape[-1]))
+            below = scores - scores.max() - 1
+            scores = torch.where(largest > self.sink_threshold, below, scores)
         return scores
 
-    def _is_sink(self, hidden: Tensor) -> Tensor:
-        """Return BoolTensor [n] of hidden states [n, D]."""
-        states = hidden.float()
-        states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + 1e-6)
-        if self.sink_dimensions != _ALL:
-            wanted = [int(number) for number in self.sink_dimensions.split(",")]
-            if max(wanted) >= states.shape[-1]:
-                raise OptionError(
-                    f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} "
-                    f"names a dimension that this model's {states.shape[-1]} do not have."
-                )
-            states = states[:, wanted]
-        return states.abs().amax(dim=-1) > self.sink_threshold
+    def _dimensions(self, count: int) -> list[int] | None:
+        """Return which of a state's dimensions tell a sink; None for all."""
+        if self.sink_dimensions == _ALL:
+            return None
+        wanted = [int(number) for number in self.sink_dimensions.split(",")]
+        if max(wanted) >= count:
+            raise OptionError(
+                f"option sink_dimensions={self.sink_dimensions!r} of method {self.name!r} "
+                f"names a dimension that this model's {count} do not have."
+            )
+        return wanted
+
+
+def largest_number(hidden: Tensor, dimensions: Sequence[int] | None = None) -> Tensor:
+    """Return the largest absolute number in each hidden state after an RMS norm without weight.
+
+    A sink's is far above the others'. Source: phi of Visual Attention Sink (ICLR 2025).
+
+    Parameters
+    ----------
+    hidden
+        [n, D].
+    dimensions
+        Which of the D are looked at; None for all. The norm is over all of them.
+
+    Returns
+    -------
+    Tensor
+        float32 [n], at most ``sqrt(D)``.
+    """
+    states = hidden.float()
+    states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + 1e-6)
+    looked_at = states if dimensions is None else states[:, list(dimensions)]
+    return looked_at.abs().amax(dim=-1)
