@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,6 +62,7 @@ from tokenprune_eval.results.statistics import accuracy_of
 from tokenprune_eval.results.summary import Row, summarise
 from tokenprune_eval.shared.asking import answer, laid_out
 from tokenprune_eval.shared.progress import RunProgress
+from tokenprune_hf.encoder_inputs import VIDEO_FRAMES
 from tokenprune_hf.reading import prompt_items
 from tokenprune_hf.vision import vision_model
 
@@ -140,7 +142,8 @@ def ask(out: Path) -> None:
 
 
 def ask_one_by_one(out: Path) -> None:
-    """Ask the model as somebody does who waits for each answer."""
+    """Ask the model as somebody does who waits for each answer, on one core as the demo does."""
+    torch.set_num_threads(1)
     methods = list(TIMED_METHODS)
     evaluate(out / "time", data=["scenes"], limit=TIMED, method=methods, batch=1, workers=1)
 
@@ -173,9 +176,10 @@ def look(out: Path) -> None:
     for name in BUNDLED_MODELS:
         model, processor = tokenprune_hf.load(name)
         model.set_attn_implementation("eager")  # the only one that returns attention
-        found = {"layers": layers_of(model, processor), "heads": heads_of(model, processor, out)}
-        (out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        print(f"{name}: {json.dumps(found['heads'])}", flush=True)
+        for part, look_at in (("layers", layers_of), ("heads", partial(heads_of, folder=out))):
+            file = out / f"{name}-{part}.json"
+            file.write_text(json.dumps(look_at(model, processor), indent=1) + "\n", "utf-8")
+            print(file, flush=True)
 
 
 def layers_of(model: Any, processor: Any) -> list[dict[str, float]]:
@@ -278,6 +282,7 @@ def correct(model: Any, processor: Any, folder: Path, lines: Sequence[Any], head
     for line in lines:
         images = [Image.open(folder / name).convert("RGB") for name in line["images"]]
         inputs = laid_out(model, processor, line["question"], images)
+        del inputs[VIDEO_FRAMES]  # which only a pruned model takes
         if heads is None:
             said = answer(model, processor, inputs, max_new_tokens=NEW_TOKENS)
         else:
@@ -305,12 +310,15 @@ def write(out: Path, training: Path | None) -> None:
     if (out / "time").is_dir():
         texts["time"] = times(rows_of(out / "time"))
     if (out / "look").is_dir():
-        seen = {
-            name: json.loads((out / "look" / f"{name}.json").read_text("utf-8"))
-            for name in BUNDLED_MODELS
-        }
-        texts["layers"] = layers(seen)
-        texts["heads"] = heads_table(seen)
+        layers_seen, heads_seen = (
+            {
+                name: json.loads((out / "look" / f"{name}-{part}.json").read_text("utf-8"))
+                for name in BUNDLED_MODELS
+            }
+            for part in ("layers", "heads")
+        )
+        texts["layers"] = layers(layers_seen)
+        texts["heads"] = heads_table(heads_seen)
     if training is not None:
         texts["training"] = training_curve(training)
     fill(PAGE, {name: f"\n{text}\n" for name, text in texts.items()})
@@ -454,7 +462,7 @@ def layers(seen: dict[str, Any]) -> str:
     for name, found in seen.items():
         lines = [
             [str(number), *(cell(row) for cell in columns.values())]
-            for number, row in enumerate(found["layers"])
+            for number, row in enumerate(found)
         ]
         parts.append(f"`{name}`:\n\n" + markdown(("layer", *columns), 0, lines))
     return "\n\n".join(parts)
@@ -462,10 +470,9 @@ def layers(seen: dict[str, Any]) -> str:
 
 def heads_table(seen: dict[str, Any]) -> str:
     """Return what masks the heads of both models can do with."""
-    names = sorted({name for found in seen.values() for name in found["heads"]["categories"]})
+    names = sorted({name for heads in seen.values() for name in heads["categories"]})
     lines = []
-    for model, found in seen.items():
-        heads = found["heads"]
+    for model, heads in seen.items():
         shares = [
             accuracy_of([True] * heads[key] + [False] * (heads["questions"] - heads[key]))
             for key in ("right", "right_masked")

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_accuracy_is_what_transformers_says(ran: Path) -> None:
     assert rows["unpruned"].peak_bytes is not None
     assert pruned.peak_bytes < rows["unpruned"].peak_bytes
     assert 0 < (pruned.mass_kept or 0) < 1
+
+
+def test_one_question_at_a_time_is_asked_under_all_conditions_before_the_next_picture_is(
+    tmp_path: Path,
+) -> None:
+    done = run(*evaluate(tmp_path, "--limit", "30", "--batch", "1"))
+    assert done.returncode == 0, done.stderr
+    picture_of = {question.id: question.path for question in read_run(tmp_path).questions}
+    stretches = [
+        (picture, condition)
+        for (picture, condition), _ in groupby(
+            (picture_of[record.item], record.condition) for record in read_run(tmp_path).records
+        )
+    ]
+    pictures = list(dict.fromkeys(picture for picture, _ in stretches))
+    assert len(pictures) > 1
+    assert stretches == [
+        (picture, condition)
+        for picture in pictures
+        for condition in ("unpruned", "cls-attention@0.25")
+    ]
 
 
 def test_proportional_attention_is_added_to_a_run_from_before_it_was_a_setting(

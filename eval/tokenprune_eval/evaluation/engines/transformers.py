@@ -246,10 +246,11 @@ class TransformersEngine:
     ) -> None:
         self.settings = settings
         self._choose = dict(choose or {})
-        self.media_at_once = {
-            "image": max(16, settings.batch),
-            "video": max(1, settings.batch // 4),
-        }
+        # All conditions are asked about these before the next are begun. One model is given no more
+        # than a batch of them, so that at batch 1 conditions are timed in turn, whatever else the
+        # machine does meanwhile. Several copies need enough to share, and share their time anyway.
+        images = settings.batch if settings.workers == 1 else max(16, settings.batch)
+        self.media_at_once = {"image": images, "video": max(1, settings.batch // 4)}
         self.model, self.processor = load(settings.model)
         conditions = conditions or settings.conditions()
         self._resizing = [one for one in conditions if one.resizes]
