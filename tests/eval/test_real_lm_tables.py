@@ -36,7 +36,7 @@ def test_recall_is_that_of_what_flexselect_keeps(script: Any) -> None:
     inputs = tokenprune_hf.ask(processor, question.question, image=image)
     for layer, row in enumerate(rows):
         for name, drop in (("recall", False), ("recall_without_sinks", True)):
-            options = {"layer": layer, "drop_sinks": drop}
+            options: dict[str, Any] = {"layer": layer, "drop_sinks": drop}
             with tokenprune_hf.prune(model, "flexselect", keep=count, **options) as pruning:
                 model.generate(**inputs, max_new_tokens=1, do_sample=False)
             (kept,) = pruning.selections
