@@ -3,14 +3,15 @@
 
     scripts/real_lm_tables.py ask OUT      # every method, both ways to count positions; hours
     scripts/real_lm_tables.py time OUT     # how soon some methods answer; on a quiet machine
-    scripts/real_lm_tables.py look OUT     # layers, sinks, dominance and heads; minutes
+    scripts/real_lm_tables.py look OUT     # layers, sinks, dominance and heads; twenty minutes
     scripts/real_lm_tables.py write OUT [--training WORK/run]
 
 ``ask`` runs the evaluation of ``methods.yaml`` on fewer questions about images, on `bundled` into
 OUT/small and on `bundled-smollm2` into OUT/methods, and a part of it with compact positions into
 OUT/compact. All go on where they ended.
 ``time`` asks fewer questions, one at a time, under some of the methods, into OUT/time.
-``look`` reads questions about scenes with both bundled models, one at a time, and writes OUT/look.
+``look`` reads questions about scenes with both bundled models, one at a time, runs `tokenprune
+find-layer` on them, and writes OUT/look.
 ``write`` replaces the text between the markers of docs/real-lm.md; ``--training`` is the run of
 ``train_real_lm.py``. What there is nothing of stays as it is.
 
@@ -40,15 +41,16 @@ from PIL import Image
 from rich.console import Console
 from run_tables import by_group, markdown, right
 from scipy.stats import spearmanr
-from update_docs import fill
+from update_docs import complete, fill
 
 import tokenprune_hf
 from tokenprune import cli
+from tokenprune.activations import largest_number
 from tokenprune.masks.coverage import thresholds
 from tokenprune.providers import BUNDLED_MODELS, BUNDLED_SMOLLM2
 from tokenprune.question.reader import PromptReader
 from tokenprune.selectors.base import top_k
-from tokenprune.selectors.flexselect import FlexSelect, largest_number
+from tokenprune.selectors.flexselect import FlexSelect
 from tokenprune_eval.bundled import scenes
 from tokenprune_eval.bundled.model import default_cache_dir
 from tokenprune_eval.bundled.needles import clip_path
@@ -362,7 +364,8 @@ Rows = dict[tuple[str, str, float], Row]
 
 
 def rows_of(run: Path) -> Rows:
-    """Return a run's rows."""
+    """Return a run's rows; one that did not finish is refused, as it is for the README."""
+    complete(run)
     stored = read_run(run)
     found = summarise(stored.about, stored.questions, stored.conditions, stored.records).rows
     return {(row.data_set, row.method, float(row.keep)): row for row in found}

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenprune.activations import over_root_mean_square
 from tokenprune.masks.layout import PromptLayout
 
 PLACES = 8
@@ -54,9 +55,7 @@ def massive_activations(states: Tensor, tau: float = TAU) -> Tensor:
     Tensor
         LongTensor [n, 2] on the CPU, token and dimension of each.
     """
-    values = states.float()
-    normed = values * torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + 1e-6)
-    return (normed.abs() > tau).nonzero().cpu()
+    return (over_root_mean_square(states).abs() > tau).nonzero().cpu()
 
 
 @dataclass(frozen=True)

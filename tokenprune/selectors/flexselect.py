@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tokenprune.activations import largest_number
 from tokenprune.errors import OptionError, TokensError
 from tokenprune.greedy.engine import folded_sum
 from tokenprune.question.attention import QueryKeys, Reduction, question_scores
@@ -133,26 +134,3 @@ class FlexSelect(LayerReading):
                 f"names a dimension that this model's {count} do not have."
             )
         return wanted
-
-
-def largest_number(hidden: Tensor, dimensions: Sequence[int] | None = None) -> Tensor:
-    """Return the largest absolute number in each hidden state after an RMS norm without weight.
-
-    A sink's is far above the others'. Source: phi of Visual Attention Sink (ICLR 2025).
-
-    Parameters
-    ----------
-    hidden
-        [n, D].
-    dimensions
-        Which of the D are looked at; None for all. The norm is over all of them.
-
-    Returns
-    -------
-    Tensor
-        float32 [n], at most ``sqrt(D)``.
-    """
-    states = hidden.float()
-    states = states * torch.rsqrt(states.square().mean(dim=-1, keepdim=True) + 1e-6)
-    looked_at = states if dimensions is None else states[:, list(dimensions)]
-    return looked_at.abs().amax(dim=-1)
