@@ -1,11 +1,10 @@
-"""What all tests share: no model hub, no deprecated call unnoticed, and who runs beside whom."""
+"""What all tests share: no model hub, no deprecated call unnoticed, and what runs first."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -27,7 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out models like another one, which is run, unless all are asked for."""
+    """Leave out models like another one, which is run, unless all are asked for.
+
+    Engines come first: their files take longest, and of several processes none is to be left alone
+    with one of them in the end.
+    """
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/vllm/"))
     if config.getoption("--every-model"):
         return
     left_out = [
@@ -49,22 +53,6 @@ def _words(item: pytest.Item) -> set[str]:
     """Return the parameters of a test that are text."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     return {value for value in parameters.values() if isinstance(value, str)}
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one of several processes have all of vLLM's engines, and files stay whole.
-
-    An engine takes its memory when it starts, and two that start together starve each other.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Lanes(LoadScopeScheduling):  # type: ignore[misc]  # not typed
-        def _split_scope(self, nodeid: str) -> str:
-            engines = nodeid.startswith("tests/vllm/")
-            return "engines" if engines else nodeid.partition("::")[0]
-
-    return Lanes(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ IMPORTED = [
     "vllm.v1.worker.cpu_worker",
     "tokenprune_vllm.models",
     "tests.vllm.checkpoints",
+    "tests.vllm.four_bits",
     "tests.vllm.recording",
 ]
 

@@ -24,6 +24,10 @@ GROUP = 32
 _AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 """Of eight outputs that share an int32, the one behind each four bits."""
 
+_W8A8_HIGHEST = 63
+"""Of the codes of weights. Processors without instructions for int8 add two products in 16 bits, of
+a code with an input of up to 255 each, and cut off what is larger."""
+
 LANGUAGE_MODEL = r"(?!vision|visual).*layers\.\d+\.(self_attn|mlp)\.\w+_proj$"
 EVERY_LAYER = r".*(layers|blocks)\.\d+\..*(proj|qkv|fc1|fc2)$|.*(projector|merger).*(linear|mlp).*"
 
@@ -133,8 +137,8 @@ def _w8a8(left: list[str]) -> dict[str, Any]:
 
 
 def _pack_w8a8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    scale = _power_of_two(weight.abs().amax(dim=1, keepdim=True) / 127)
-    codes = (weight / scale).round().clamp(-127, 127)
+    scale = _power_of_two(weight.abs().amax(dim=1, keepdim=True) / _W8A8_HIGHEST)
+    codes = (weight / scale).round().clamp(-_W8A8_HIGHEST, _W8A8_HIGHEST)
     return {"weight": codes.to(torch.int8), "weight_scale": scale}, codes * scale
 
 
