@@ -8,6 +8,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import tokenprune_vllm
 from tests.vllm.processes import forked_processes
 
@@ -27,11 +29,14 @@ def engine(
     import vllm
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+    from tests.vllm import frozen  # noqa: F401
+
     settings: dict[str, Any] = {
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 128 << 20,  # which are written once at the start
         "worker_extension_cls": RECORDING,
         "disable_log_stats": True,
         **options,
@@ -53,7 +58,11 @@ def engine(
     if forked and not _OF_RANKS & set(settings):
         # By its class: vLLM takes the name "uni" for "mp" on a CPU.
         arguments["distributed_executor_backend"] = UniProcExecutor
-    with forked_processes() if forked else nullcontext():
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        forked_processes() if forked else nullcontext(),
+    ):
+        patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # comes before its argument
         llm = vllm.LLM(**arguments)
     try:
         if ours:

@@ -2,16 +2,19 @@
 
 An engine of vLLM starts a process for itself, one for each worker, and one to look at the model's
 class; each imports torch, vLLM and transformers anew. Here they are forked from a server that has
-imported all that and done nothing else. What a user starts, `tokenprune serve` and the examples,
-is left alone: those tests have processes as vLLM makes them.
+imported all that and done nothing else. What a user starts and leaves running, `tokenprune serve`
+and the examples, is left alone: those tests have processes as vLLM makes them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import Any, TypeVar
 
@@ -20,6 +23,7 @@ import pytest
 
 T = TypeVar("T")
 
+SERVER: Any = forkserver._forkserver  # of this process
 IMPORTED = [
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
@@ -28,20 +32,29 @@ IMPORTED = [
     "tests.vllm.checkpoints",
     "tests.vllm.four_bits",
     "tests.vllm.recording",
+    "tests.vllm.frozen",  # the last
 ]
 
 
 class Process(ForkServerProcess):
-    """A process with the environment of the one that starts it, not of the server."""
+    """A process with the environment of the one that starts it, not of the server.
+
+    Those that it starts itself come from the same server. By itself it would start one of its own,
+    which imports everything anew.
+    """
 
     def start(self) -> None:
         self._environment = dict(os.environ)
+        SERVER.ensure_running()
+        self._address = SERVER._forkserver_address
         super().start()
 
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environment)
-        with forked_processes():  # also those that it starts itself
+        SERVER._forkserver_address = self._address
+        SERVER.ensure_running = lambda: None
+        with forked_processes():
             super().run()
 
 
@@ -73,6 +86,35 @@ def in_a_process(function: Callable[..., T], *arguments: Any) -> T:
     """Run a function in a process of its own and return what it returns."""
     with ProcessPoolExecutor(1, mp_context=PROCESSES) as executor:
         return executor.submit(function, *arguments).result()
+
+
+def run_command(*words: str) -> tuple[int, str]:
+    """Run the command `tokenprune` in a process of its own.
+
+    Returns
+    -------
+    status
+        Its exit status.
+    printed
+        What it and its processes wrote, errors too.
+    """
+    with tempfile.NamedTemporaryFile("r") as printed:
+        return in_a_process(_main, words, printed.name), printed.read()
+
+
+def _main(words: Sequence[str], printed: str) -> int:
+    from tokenprune.cli import main
+
+    with open(printed, "w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        try:
+            return main(words)
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
 
 
 def _run_in_subprocess(function: Callable[[], Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.vllm.checkpoints import save
+from tests.vllm.processes import run_command
 from tests.vllm.servers import COMMON, TOKENPRUNE, Server, serve
 from tokenprune.errors import UnsupportedModelError
 from tokenprune.media.images import load_image
@@ -61,10 +61,10 @@ def clips(folder: Path) -> Path:
 
 def evaluate(out: Path, data: Path, *engine: str) -> dict[tuple[str, str], Record]:
     """Return the records of a run of the command."""
-    command = [*TOKENPRUNE, "eval", *engine, "--data", "scenes", str(data), "--limit=12"]
+    words = ["eval", *engine, "--data", "scenes", str(data), "--limit=12"]
     more = ["--method=cls-attention", "--keep=0.25", "--frames=4", f"--out={out}", "--memory=0"]
-    done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    status, printed = run_command(*words, *more)
+    assert status == 0, printed
     return {(one.item, one.condition): one for one in read_run(out).records}
 
 
@@ -99,15 +99,15 @@ def test_all_engines_answer_alike(server: Server, tmp_path: Path) -> None:
 def test_resized_pictures_are_those_of_transformers(tmp_path: Path) -> None:
     folder = save("qwen2_5_vl", tmp_path / "model")
     methods = ("--method", "resize", "resize+divprune", "--keep", "0.3", "50")
-    command = (*TOKENPRUNE, "eval", str(folder), "--data", "scenes", "--limit=6", "--memory=0")
+    words = ("eval", str(folder), "--data", "scenes", "--limit=6", "--memory=0")
     arguments = ("dtype=float32", "enforce_eager=true", "max_model_len=1024", "max_num_seqs=4")
     engines = {"hf": (), "vllm": tuple(f"--engine-arg={one}" for one in arguments)}
     known: dict[str, dict[tuple[str, str], Record]] = {}
     for engine, more in engines.items():
         out = tmp_path / engine
-        asked = (*command, *methods, f"--engine={engine}", "--batch=4", f"--out={out}", *more)
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        asked = (*methods, f"--engine={engine}", "--batch=4", f"--out={out}", *more)
+        status, printed = run_command(*words, *asked)
+        assert status == 0, printed
         known[engine] = {(one.item, one.condition): one for one in read_run(out).records}
     here, there = known["hf"], known["vllm"]
     assert here.keys() == there.keys()
@@ -212,11 +212,11 @@ def test_a_prompt_that_is_too_long_fails_alone(server: Server, tmp_path: Path) -
     }
     for engine, more in engines.items():
         out = tmp_path / engine
-        command = [*TOKENPRUNE, "eval", f"--engine={engine}", *more, f"--data={file}"]
+        words = ["eval", f"--engine={engine}", *more, f"--data={file}"]
         # One token is no whole answer to an open question.
-        command += ["--method=uniform", "--keep=0.25", "--max-new-tokens=1", f"--out={out}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        words += ["--method=uniform", "--keep=0.25", "--max-new-tokens=1", f"--out={out}"]
+        status, printed = run_command(*words)
+        assert status == 0, printed
         records = read_run(out).records
         assert len(records) == 6
         for record in records:
