@@ -2,20 +2,23 @@
 
 An engine of vLLM starts a process for itself, one for each worker, and one to look at the model's
 class; each imports torch, vLLM and transformers anew. Here they are forked from a server that has
-imported all that and done nothing else. What a user starts and leaves running, `tokenprune serve`
-and the examples, is left alone: those tests have processes as vLLM makes them.
+imported all that and done nothing else. So are servers of tests that look at what they answer;
+those of tests that look at the server are started as a user does.
 """
 
 from __future__ import annotations
 
 import os
+import runpy
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any, TypeVar
 
 import cloudpickle
@@ -28,6 +31,8 @@ IMPORTED = [
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
+    "vllm.entrypoints.cli.main",
+    "vllm.entrypoints.openai.api_server",
     "tokenprune_vllm.models",
     "tests.vllm.checkpoints",
     "tests.vllm.four_bits",
@@ -37,7 +42,7 @@ IMPORTED = [
 
 
 class Process(ForkServerProcess):
-    """A process with the environment of the one that starts it, not of the server.
+    """A process with the environment and the output of the one that starts it, not of the server.
 
     Those that it starts itself come from the same server. By itself it would start one of its own,
     which imports everything anew.
@@ -47,11 +52,15 @@ class Process(ForkServerProcess):
         self._environment = dict(os.environ)
         SERVER.ensure_running()
         self._address = SERVER._forkserver_address
+        self._printed = _printed
         super().start()
 
     def run(self) -> None:
         os.environ.clear()
         os.environ.update(self._environment)
+        tempfile.tempdir = None  # anew, by this environment
+        if self._printed is not None:
+            _print_to(self._printed)
         SERVER._forkserver_address = self._address
         SERVER.ensure_running = lambda: None
         with forked_processes():
@@ -63,6 +72,9 @@ class Context(ForkServerContext):
 
     Process = Process
 
+
+_printed: Path | None = None
+"""The file to which this process prints, where it is not what the first one printed to."""
 
 PROCESSES = Context()
 PROCESSES.set_forkserver_preload(IMPORTED)
@@ -102,19 +114,78 @@ def run_command(*words: str) -> tuple[int, str]:
         return in_a_process(_main, words, printed.name), printed.read()
 
 
+class Forked:
+    """A command, ``python -m MODULE ...``, in a forked process: what is used of `subprocess.Popen`.
+
+    Where it puts another command of Python in its place (`os.execv`), that one is run in the same
+    process.
+
+    Parameters
+    ----------
+    command
+        From Python on.
+    log
+        The file to whose end it and its processes print.
+    environment
+        Variables beside this process's.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        SERVER.ensure_running()  # with an environment that outlives this process
+        self._process = PROCESSES.Process(target=_serve, args=(command, log))
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Return its exit status, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Wait until it ends and return its exit status."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked process", timeout)
+        return self._process.exitcode
+
+
+def _serve(command: Sequence[str], log: Path) -> None:
+    os.setsid()
+    _print_to(log)
+    os.execv = _run_module  # type: ignore[assignment]
+    _run_module(command[0], command)
+
+
+def _run_module(_python: str, command: Sequence[str]) -> None:
+    _, option, module, *words = command
+    assert option == "-m"
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__")
+
+
+def _print_to(file: Path) -> None:
+    """Let this process and those that it starts print to the end of a file."""
+    global _printed
+    _printed = file
+    with file.open("a") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+
+
 def _main(words: Sequence[str], printed: str) -> int:
     from tokenprune.cli import main
 
-    with open(printed, "w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-        try:
-            return main(words)
-        except SystemExit as ended:
-            return int(ended.code or 0)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+    _print_to(Path(printed))
+    try:
+        return main(words)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _run_in_subprocess(function: Callable[[], Any]) -> Any:

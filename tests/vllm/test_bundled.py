@@ -31,7 +31,7 @@ METHODS = (
     "random",
 )
 _BATCH = 25
-_IN_BFLOAT16 = 12
+_IN_BFLOAT16 = 8
 """Questions: processors without instructions for bfloat16 take ten times as long in it."""
 
 
@@ -171,6 +171,6 @@ def test_bfloat16_keeps_alike_and_answers_within_its_own_noise(
     alike = sum(a == b for a, b in zip(indices, expected_indices, strict=True))
     print(f"bfloat16, of {_IN_BFLOAT16}: kept alike {alike}, answered alike {same}, unpruned ")
     print(f"{same_unpruned}; of the tokens kept in one engine {both:.2%} are kept in the other")
-    assert both > 0.97
+    assert both > 0.96
     assert alike >= 0.75 * _IN_BFLOAT16
     assert same >= same_unpruned - 2

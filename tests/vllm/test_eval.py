@@ -34,7 +34,9 @@ PRUNED = "cls-attention@0.25"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [*TOKENPRUNE, "serve", str(bundled_model_path()), "--method=uniform", "--keep=16"]
     requests = ["--allow-request-keep", "--request-method", "cls-attention"]
-    with serve([*command, *requests, *COMMON], tmp_path_factory.mktemp("serve")) as running:
+    with serve(
+        [*command, *requests, *COMMON], tmp_path_factory.mktemp("serve"), forked=True
+    ) as running:
         yield running
 
 

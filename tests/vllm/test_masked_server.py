@@ -167,7 +167,7 @@ def masked(loaded: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) ->
         *('--limit-mm-per-prompt={"image": 4}', "--max-num-batched-tokens=48"),
         *("--block-size=32", "--enable-prompt-tokens-details"),
     ]
-    with serve(command, folder) as running:
+    with serve(command, folder, forked=True) as running:
         yield Masked(running, heads, model, processor)
 
 
@@ -250,6 +250,7 @@ def test_heads_of_another_model_are_refused(loaded: tuple[Any, Any], tmp_path: P
         serve,
         [*TOKENPRUNE, "serve", str(bundled_model_path()), "--masks", str(file), *COMMON],
         tmp_path,
+        forked=True,
     )
     with pytest.raises(RuntimeError, match="the server did not start"), running():
         pass

@@ -337,7 +337,7 @@ def server(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         # Random weights may say what has no text.
         "--max-logprobs=20",
     ]
-    with serve(command, tmp_path_factory.mktemp("serve")) as running:
+    with serve(command, tmp_path_factory.mktemp("serve"), forked=True) as running:
         yield running
 
 

@@ -383,7 +383,8 @@ def test_an_exported_checkpoint_is_served_pruned_by_vllm_itself(
     exported: Path, server: Server, tmp_path: Path
 ) -> None:
     whole = tokens_of(server.ask(picture(0), QUESTION, **asking(off=True)))
-    with serve([*PLAIN, "--model", str(exported), *COMMON], tmp_path) as running:
+    command = [*PLAIN, "--model", str(exported), *COMMON]
+    with serve(command, tmp_path, forked=True) as running:
         assert tokens_of(running.ask(picture(0), QUESTION)) == whole - 64 + 9
         refused = running.ask(picture(0), QUESTION, **asking(keep=3))
         assert refused.status_code == 400, refused.text
@@ -420,7 +421,7 @@ def test_a_keep_that_prunes_nothing_does_not_start(tmp_path: Path) -> None:
     images = '--limit-mm-per-prompt={"image": 1, "video": 0}'  # a video has 64 for each frame
     with (
         pytest.raises(RuntimeError, match="the server did not start"),
-        serve([*command, "--keep=64", images, *COMMON], tmp_path),
+        serve([*command, "--keep=64", images, *COMMON], tmp_path, forked=True),
     ):
         pass
     log = (tmp_path / "server.log").read_text()
