@@ -1,8 +1,8 @@
 """Whatever was imported before this file is no garbage: the collector leaves it alone.
 
 vLLM collects garbage five times while an engine starts and ends. With torch, vLLM and transformers
-imported it would look at a million objects each time, which takes most of a tiny engine's start and
-end. Also the last two times, before which vLLM itself lets the collector look at everything again.
+imported it would look at a million objects each time, which takes most of a tiny engine's start
+and end.
 """
 
 from __future__ import annotations
@@ -11,4 +11,3 @@ import gc
 
 gc.collect()
 gc.freeze()
-setattr(gc, "unfreeze", lambda: None)  # noqa: B010  # not assignable for mypy

@@ -8,6 +8,7 @@ those of tests that look at the server are started as a user does.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import subprocess
@@ -61,6 +62,8 @@ class Process(ForkServerProcess):
         tempfile.tempdir = None  # anew, by this environment
         if self._printed is not None:
             _print_to(self._printed)
+        # When an engine ends vLLM undoes what `tests.vllm.frozen` did, and collects twice.
+        setattr(gc, "unfreeze", lambda: None)  # noqa: B010  # not assignable for mypy
         SERVER._forkserver_address = self._address
         SERVER.ensure_running = lambda: None
         with forked_processes():

@@ -52,8 +52,8 @@ class Server:
     temporary
         Its folder for temporary files.
     forked
-        Whether its processes are forked from one that has imported everything (`Forked`): a start
-        takes a quarter of the time.
+        Whether its processes are forked from one that has imported everything (`Forked`). They are
+        no children of the one that serves, which ends them when it ends.
     process
         The one that serves HTTP.
     """
@@ -100,6 +100,7 @@ class Server:
     def processes(self) -> dict[str, psutil.Process]:
         """Return its processes but the one that serves, by the titles that vLLM gives them."""
         assert self.process is not None
+        assert not self.forked
         children = psutil.Process(self.process.pid).children(recursive=True)
         return {child.cmdline()[0]: child for child in children if child.cmdline()}
 

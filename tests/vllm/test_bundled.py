@@ -19,7 +19,7 @@ from tokenprune_eval.bundled.model import bundled_model_path
 
 tf: Any = transformers  # its auto classes are not typed
 
-QUESTIONS = 40
+QUESTIONS = 100
 KEEP = 12
 METHODS = (
     "cls-attention",
@@ -31,8 +31,8 @@ METHODS = (
     "random",
 )
 _BATCH = 25
-_IN_BFLOAT16 = 8
-"""Questions: processors without instructions for bfloat16 take ten times as long in it."""
+_IN_BFLOAT16 = QUESTIONS if torch.cpu._is_avx512_supported() else 20
+"""Without AVX-512 bfloat16 takes seven times as long as float32."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def float32_engine(checkpoint: Path) -> Iterator[Any]:
 def test_float32_keeps_and_answers_alike(
     method: str, checkpoint: Path, processor: Any, asked: Asked, float32_engine: Any
 ) -> None:
-    count = QUESTIONS if method == "cls-attention" else 12
+    count = QUESTIONS if method == "cls-attention" else 30
     some = Asked(asked.prompts[:count], asked.images[:count])
     expected, indices = in_transformers(checkpoint, processor, some, torch.float32, method)
     kept(float32_engine)
@@ -136,7 +136,7 @@ def test_float32_keeps_and_answers_alike(
 def test_without_pruning_it_answers_as_the_plain_engine(
     asked: Asked, checkpoint: Path, float32_engine: Any
 ) -> None:
-    some = Asked(asked.prompts[:20], asked.images[:20])
+    some = Asked(asked.prompts[:60], asked.images[:60])
     off = answer(float32_engine, some.requests(tokenprune={"off": True}), greedy(tokens=3))
     whole = answer(float32_engine, some.requests(tokenprune={"keep": 1.0}), greedy(tokens=3))
     with engine(checkpoint) as plain:
@@ -171,6 +171,6 @@ def test_bfloat16_keeps_alike_and_answers_within_its_own_noise(
     alike = sum(a == b for a, b in zip(indices, expected_indices, strict=True))
     print(f"bfloat16, of {_IN_BFLOAT16}: kept alike {alike}, answered alike {same}, unpruned ")
     print(f"{same_unpruned}; of the tokens kept in one engine {both:.2%} are kept in the other")
-    assert both > 0.96
-    assert alike >= 0.75 * _IN_BFLOAT16
+    assert both > 0.98
+    assert alike > 0.85 * _IN_BFLOAT16
     assert same >= same_unpruned - 2
